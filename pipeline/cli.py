@@ -1,0 +1,205 @@
+"""The command line: arguments in, tables and exit codes out. Thin; everything is imported by the command that uses it.
+
+Exit codes: 0 all rows answered; 2 the job or the command line is wrong; 3 finished, some rows failed; 130
+interrupted, resumable; 1 anything else.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from pipeline.job import Job
+    from pipeline.runner import Report
+
+SOME_ROWS_FAILED = 3
+
+app = typer.Typer(
+    name="pipeline",
+    help="Answer many queries on each of many long documents, on MLX.\n\n"
+    "Each document is prefilled once into a compressed prompt cache that is kept on disk; every query is "
+    "answered from it. Exit codes: 0 all rows answered, 2 the job or the command line is wrong, 3 finished "
+    "but some rows failed, 130 interrupted (the same command resumes), 1 anything else.",
+    no_args_is_help=True,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="The job file (YAML).")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a key of the job file; may be repeated."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress and no summary.")]
+
+
+@app.command()
+def run(
+    job_file: JobFile,
+    set_: Overrides = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Run a job, or resume it: the same command. Rows that are answered already are kept."""
+    with _errors_explained(debug, quiet):
+        from pipeline.runner import Runner
+
+        job = _load(job_file, set_)
+        report = Runner(job, quiet=quiet or as_json).run()
+        if as_json:
+            print(json.dumps(asdict(report), indent=1))
+        elif not quiet:
+            print(_summary(job, report))
+        if report.interrupted:
+            print(f"interrupted; to resume: pipeline run {job_file}", file=sys.stderr)
+            raise typer.Exit(130)
+        if report.rows_failed:
+            raise typer.Exit(SOME_ROWS_FAILED)
+
+
+@app.command()
+def plan(job_file: JobFile, set_: Overrides = None, as_json: AsJson = False, debug: Debug = False) -> None:
+    """Check everything and say what a run would cost, without loading weights."""
+    with _errors_explained(debug):
+        from pipeline.survey import plan_job
+
+        job = _load(job_file, set_)
+        found = plan_job(job)
+        if as_json:
+            print(json.dumps(asdict(found), indent=1))
+            return
+        print(
+            _table(
+                (
+                    "documents",
+                    f"{found.status.documents:,} ({found.tokens:,} tokens, the longest {found.longest:,})",
+                ),
+                ("queries", f"{len(job.queries):,} a document"),
+                ("rows", f"{found.status.rows:,}: {found.status.done:,} done, {found.status.left:,} to do"),
+                ("will fail", _will_fail(found.too_long, found.unreadable)),
+                ("prefixes", f"{found.hits:,} in the store, {found.misses:,} to build"),
+                ("prefill", f"{found.tokens_to_prefill:,} tokens"),
+                (
+                    "disk",
+                    f"{_size(found.bytes_to_store)} to store, {_size(found.free_bytes)} free at {job.cache.dir}",
+                ),
+            )
+        )
+
+
+@app.command()
+def status(job_file: JobFile, set_: Overrides = None, as_json: AsJson = False, debug: Debug = False) -> None:
+    """Count a job's rows: done, failed, left."""
+    with _errors_explained(debug):
+        from pipeline.survey import job_status
+
+        found = job_status(_load(job_file, set_))
+        if as_json:
+            print(json.dumps({**asdict(found), "left": found.left}, indent=1))
+        else:
+            counts = f"{found.rows:,}: {found.done:,} done, {found.failed:,} failed, {found.left:,} left"
+            print(_table(("documents", f"{found.documents:,}"), ("rows", counts)))
+
+
+@app.command()
+def doctor(as_json: AsJson = False, debug: Debug = False) -> None:
+    """Show device, BLAS, versions and measured speed, and what to fix."""
+    with _errors_explained(debug):
+        from pipeline import doctor as module
+
+        checks = module.examine()
+        print(module.as_json(checks) if as_json else module.render(checks))
+
+
+def main() -> None:
+    """The console script."""
+    app(prog_name="pipeline")
+
+
+def _load(job_file: Path, overrides: list[str] | None) -> Job:
+    from pipeline.job import load_job
+
+    return load_job(job_file, overrides or [])
+
+
+@contextmanager
+def _errors_explained(debug: bool, quiet: bool = False) -> Iterator[None]:
+    """Turn what is raised into one line on stderr and an exit code."""
+    from pipeline.errors import PipelineError
+
+    level = logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("pipeline").setLevel(level)
+    try:
+        yield
+    except PipelineError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        print("interrupted; the same command resumes", file=sys.stderr)
+        raise typer.Exit(130) from None
+    except typer.Exit:
+        raise
+    except Exception as error:
+        if debug:
+            raise
+        print(f"error: {type(error).__name__}: {error} (--debug shows where)", file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
+def _summary(job: Job, report: Report) -> str:
+    answered = f"{report.rows_answered:,} answered, {report.rows_kept:,} kept, {report.rows_failed:,} failed"
+    rows = [("rows", f"{answered} of {report.rows:,} ({report.documents:,} documents)")]
+    if report.failures:
+        rows.append(("failures", ", ".join(f"{count} {kind}" for kind, count in report.failures.most_common())))
+    if prefixes := report.prefixes_built + report.prefixes_restored:
+        built = f"{report.prefixes_built:,} built, {report.prefixes_restored:,} restored"
+        bits = f"{report.effective_bits:.2f} bits a value" if report.effective_bits else "uncompressed"
+        rows.append(("prefixes", f"{built}; {_size(report.prefix_bytes / prefixes)} each, {bits}"))
+    if report.prefilled_tokens:
+        rows.append(("prefill", _rate(report.prefilled_tokens, report.prefill_seconds)))
+    if report.answer_tokens:
+        rows.append(("answers", _rate(report.answer_tokens, report.answer_seconds)))
+    rows.append(("seconds", f"{report.seconds:.1f}"))
+    rows.append(("result", str(job.output.path) if not report.interrupted else f"{job.output.path}.parts"))
+    return _table(*rows)
+
+
+def _will_fail(too_long: int, unreadable: int) -> str:
+    return f"{too_long:,} documents are too long for the model, {unreadable:,} cannot be rendered"
+
+
+def _rate(tokens: int, seconds: float) -> str:
+    return f"{tokens:,} tokens in {seconds:.1f} s ({tokens / max(seconds, 1e-9):,.0f} tokens/s)"
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.1f} GB"
+
+
+def _table(*rows: tuple[str, str]) -> str:
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,102 @@
+"""Everything the pipeline can tell its user went wrong.
+
+    PipelineError              exit 1    anything else that has a clear message
+    ├── JobError               exit 2    the job, its inputs or the command line is wrong
+    │   ├── DocumentsError               ... the documents' files or columns are
+    │   └── ModelError                   ... the model cannot be found, loaded or used
+    ├── StoreError             exit 1    the cache folder cannot be used
+    ├── OutputError            exit 1    the result cannot be written, or another run is writing it
+    ├── Interrupted            exit 130  stopped by the user; the same command resumes
+    └── RowError                         one row failed and the job goes on: the class's name becomes the
+        ├── EmptyDocument                row's `error_type`, the message its `error`
+        ├── ContextTooLong
+        ├── PromptFailed
+        └── GenerationFailed
+
+A message is one line that names what is wrong, where, and how to put it right. That a job finished with
+failed rows (exit 3) is an outcome, not an error. This module knows how errors read, not who raises them.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection
+from typing import ClassVar
+
+
+class PipelineError(Exception):
+    """An error with a message meant for the user."""
+
+    exit_code: ClassVar[int] = 1
+
+
+class JobError(PipelineError):
+    """The job, its inputs or the command line is wrong: nothing was run."""
+
+    exit_code = 2
+
+
+class DocumentsError(JobError):
+    """The documents' files, columns or ids are wrong."""
+
+
+class ModelError(JobError):
+    """The model cannot be found, loaded or used for this job."""
+
+
+class StoreError(PipelineError):
+    """The cache folder cannot be used."""
+
+
+class OutputError(PipelineError):
+    """The result cannot be written, or another run is writing it."""
+
+
+class Interrupted(PipelineError):
+    """The user stopped the run; what was committed is kept."""
+
+    exit_code = 130
+
+
+class RowError(PipelineError):
+    """One row cannot be answered; it becomes an error row and the job goes on."""
+
+    @property
+    def error_type(self) -> str:
+        return type(self).__name__
+
+
+class EmptyDocument(RowError):
+    """The document's text is null, empty or blank."""
+
+
+class ContextTooLong(RowError):
+    """The context and the answer do not fit what the model can read."""
+
+
+class PromptFailed(RowError):
+    """The prompt's template or the model's chat template fails on this row."""
+
+
+class GenerationFailed(RowError):
+    """The model failed while answering."""
+
+
+def suggestion(word: str, choices: Collection[str]) -> str:
+    """The end of a message about an unknown word.
+
+    >>> suggestion("max_token", ["max_tokens", "seed"])
+    "; did you mean 'max_tokens'?"
+    >>> suggestion("zzz", ["max_tokens", "seed"])
+    '; there are: max_tokens, seed'
+    """
+    nearest = difflib.get_close_matches(word.lower(), sorted(choices), n=1)
+    if nearest:
+        return f"; did you mean '{nearest[0]}'?"
+    return f"; there are: {', '.join(sorted(choices))}" if choices else ""
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception of another library says, on one line of bearable length."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:299] + "…"

@@ -1,0 +1,59 @@
+"""What decides a segment's content and a row's answer, as digests.
+
+A row's fingerprint covers the weights, the tokenizer and its chat template, the codec, the prefill mode, the
+rendered prompt and the settings: change any and the row is answered again. It is taken from text, not tokens, so
+that a finished job is recognised without loading a model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeline.blas import load_tuned_blas
+from pipeline.job import Cache, Job, Settings
+from pipeline.model import resolve_model, tokenizer_fingerprint, weights_fingerprint
+from pipeline.prompts import Rendered
+from turboquant.identity import Identity
+
+if TYPE_CHECKING:
+    from turboquant.codec import CacheCodec
+
+PREFILL_CHUNK = 512  # tokens a step; part of the identity, since it decides how sums are rounded
+MEMO = "fingerprints.json"
+
+
+def cache_codec(cache: Cache) -> CacheCodec:
+    """The codec a job asks for."""
+    load_tuned_blas()  # which must come before MLX, and turboquant's codec imports MLX
+    from turboquant.codec import CacheCodec
+
+    return CacheCodec(cache.key_bits, cache.value_bits, cache.sinks, cache.window)
+
+
+def job_identity(job: Job) -> Identity:
+    """The identity of all segments of a job. Raises ModelError where there is no such model."""
+    path: Path = resolve_model(job.model)
+    return Identity(
+        weights=weights_fingerprint(path, job.cache.dir / MEMO),
+        tokenizer=tokenizer_fingerprint(path),
+        codec=cache_codec(job.cache).identity,
+        prefill=f"{job.cache.prefill} {PREFILL_CHUNK}",
+    )
+
+
+def context_label(rendered: Rendered) -> str:
+    """Names a context by its text alone, so that a miss can say what else has changed."""
+    return _digest("context", rendered.system, rendered.context)
+
+
+def row_fingerprint(identity: Identity, rendered: Rendered, query_text: str, settings: Settings) -> str:
+    """Names everything that decides one answer, 32 hex digits."""
+    return _digest("row", asdict(identity), rendered.system, rendered.context, query_text, asdict(settings))[:32]
+
+
+def _digest(kind: str, *fields: object) -> str:
+    return hashlib.sha256(json.dumps([kind, *fields], sort_keys=True).encode()).hexdigest()

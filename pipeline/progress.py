@@ -1,0 +1,81 @@
+"""How far a run is: bars on a terminal, a line every half minute elsewhere.
+
+Knows counts and a clock; nothing of what is counted.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+from tqdm import tqdm
+
+SECONDS_BETWEEN_LINES = 30.0
+
+
+class Progress:
+    """Counts rows done and tokens prefilled of one run; use as a context manager. ``quiet`` shows nothing."""
+
+    def __init__(self, rows: int, quiet: bool = False) -> None:
+        self._rows, self._rows_done, self._tokens = rows, 0, 0
+        self._quiet = quiet
+        self._started = self._last_line = time.monotonic()
+        self._bar: tqdm[Any] | None = None
+        self._prefill: tqdm[Any] | None = None
+
+    def __enter__(self) -> Progress:
+        if not self._quiet and sys.stderr.isatty():
+            self._bar = tqdm(total=self._rows, desc="rows", unit="row", dynamic_ncols=True, smoothing=0.05)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end_prefill()
+        if self._bar is not None:
+            self._bar.close()
+
+    def rows_done(self, count: int) -> None:
+        """Count rows that are answered, failed or were done before."""
+        self._rows_done += count
+        if self._bar is not None:
+            self._bar.update(count)
+        self._maybe_print_line()
+
+    def start_prefill(self, name: str, tokens: int) -> None:
+        """Show a bar for one document's prefill."""
+        if self._bar is not None:
+            self._prefill = tqdm(
+                total=tokens,
+                desc=f"prefill {name}",
+                unit="token",
+                leave=False,
+                position=1,
+                dynamic_ncols=True,
+            )
+
+    def prefilled(self, tokens: int) -> None:
+        """Count tokens prefilled."""
+        self._tokens += tokens
+        if self._prefill is not None:
+            self._prefill.update(tokens)
+        self._maybe_print_line()
+
+    def end_prefill(self) -> None:
+        """Take the prefill's bar away."""
+        if self._prefill is not None:
+            self._prefill.close()
+        self._prefill = None
+
+    def _maybe_print_line(self) -> None:
+        now = time.monotonic()
+        if self._quiet or self._bar is not None or now - self._last_line < SECONDS_BETWEEN_LINES:
+            return
+        self._last_line = now
+        print(
+            f"{now - self._started:.0f} s: {self._rows_done} of {self._rows} rows, {self._tokens:,} tokens prefilled",
+            file=sys.stderr,
+            flush=True,
+        )

@@ -1,0 +1,371 @@
+"""The result: one crash-safe part per document while a job runs, one Parquet file when it is done.
+
+    answers.parquet              the finished file, replaced whole
+    answers.parquet.parts/ab/…   one file per document with all of its rows, readable as a dataset
+    answers.parquet.lock         held while a run writes
+
+A part holds every row of its document and is replaced whole, so a pair is there exactly once whatever
+crashes. A part wins over the finished file, whose rows are what an earlier run answered. A part that cannot
+be read, or holds something else, is set aside and its rows count as not done. Same rows, same bytes.
+
+It knows rows, files and their order on disk. It does not know what a fingerprint is made of, which rows are
+still good, or how answers come about.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from hashlib import blake2b, sha256
+from itertools import accumulate
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from filelock import FileLock, Timeout
+
+from pipeline.errors import OutputError, one_line
+
+SCHEMA = pa.schema(
+    [
+        pa.field("document_id", pa.string(), nullable=False),
+        pa.field("query_id", pa.string(), nullable=False),
+        pa.field("answer", pa.string()),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("error_type", pa.string()),
+        pa.field("error", pa.string()),
+        pa.field("finish_reason", pa.string()),
+        pa.field("context_tokens", pa.int32()),
+        pa.field("query_tokens", pa.int32()),
+        pa.field("answer_tokens", pa.int32()),
+        pa.field("fingerprint", pa.string(), nullable=False),
+    ]
+)
+
+# Readers of datasets pass over names that start with a dot.
+_TEMPORARY = ".tmp-"
+_SET_ASIDE = ".bad-"
+_DOCUMENTS_PER_GROUP = 1000
+_BYTES_PER_GROUP = 8 << 20
+_IDS_PER_BATCH = 8192
+_BROKEN = (OSError, ValueError, pa.ArrowException)
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One answer, or one typed error. `fingerprint` digests, in hex, everything that determined the row."""
+
+    document_id: str
+    query_id: str
+    status: Literal["ok", "error"]
+    fingerprint: str
+    answer: str | None = None
+    error_type: str | None = None
+    error: str | None = None
+    finish_reason: str | None = None
+    context_tokens: int | None = None
+    query_tokens: int | None = None
+    answer_tokens: int | None = None
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`; once the block ends well it takes the place of `path`, all or nothing.
+
+    Raises OutputError where the disk refuses.
+    """
+    temporary = path.with_name(_TEMPORARY + path.name)
+    with _disk_errors(path, "cannot be written"):
+        _make_folder(path.parent)
+        try:
+            yield temporary
+            _flush(temporary)
+            os.replace(temporary, path)
+        except Exception:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+        _flush(path.parent)
+
+
+class Results:
+    """The rows of one result, to be used as a context manager.
+
+    Opened to write, it holds the lock, clears what a crash left half-written, and sets broken parts aside.
+    `read_only` takes no lock and changes nothing, so that a running job can be looked at.
+
+        with Results(output, {"job": fingerprint}) as results:
+            if "summary" not in results.rows("doc-1"):
+                results.commit("doc-1", [Row("doc-1", "summary", "ok", fingerprint, answer="Yes.")])
+            results.finish([("doc-1", ["summary"])])
+    """
+
+    def __init__(self, output: Path, metadata: Mapping[str, str] | None = None, *, read_only: bool = False) -> None:
+        self.output = output
+        self.parts = Path(f"{output}.parts")
+        self._schema = SCHEMA.with_metadata(dict(metadata or {}))
+        self._read_only = read_only
+        self._lock = FileLock(f"{output}.lock")
+        self._finished: _FinishedFile | None = None
+
+    def __enter__(self) -> Results:
+        if self.output.is_dir():
+            raise OutputError(f"{self.output}: is a folder; output.path must name a file")
+        try:
+            if not self._read_only:
+                self._acquire()
+            self._finished = _open_finished(self.output)
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close_finished()
+        self._lock.release()
+
+    def rows(self, document_id: str) -> dict[str, Row]:
+        """What is known of a document, by query id: from its part, else from the finished file."""
+        rows = self._part_rows(document_id)
+        if rows is None:
+            rows = self._finished_rows(document_id)
+        return {row.query_id: row for row in rows}
+
+    def commit(self, document_id: str, rows: Iterable[Row]) -> None:
+        """Replace all that is known of a document: `rows` are all of its rows, kept and new.
+
+        Once this returns, they survive a crash. Raises OutputError where the disk refuses.
+        """
+        rows = list(rows)
+        if {row.document_id for row in rows} - {document_id} or len({row.query_id for row in rows}) < len(rows):
+            raise ValueError(f"the rows of '{document_id}' are another document's, or a query's given twice")
+        self._require_writable()
+        with atomic_file(self._part(document_id)) as temporary:
+            pq.write_table(_table(rows, SCHEMA), temporary, **_FORMAT)
+
+    def finish(self, documents: Iterable[tuple[str, Sequence[str]]]) -> None:
+        """Write the finished file: each document's rows by the given query ids, in the given order.
+
+        Rows that are not asked for are dropped. Where one is missing, OutputError is raised, nothing changed.
+        """
+        self._require_writable()
+        with (
+            atomic_file(self.output) as temporary,
+            pq.ParquetWriter(temporary, self._schema, **_FORMAT) as file,
+        ):
+            for group in _row_groups(self._expected_rows(documents)):
+                file.write_table(_table(group, self._schema))
+        self._close_finished()
+        self._finished = _open_finished(self.output)
+        # Until the parts are gone they say the same as the finished file, so a crash here does no harm.
+        with _disk_errors(self.parts, "cannot be removed"):
+            if self.parts.exists():
+                shutil.rmtree(self.parts)
+
+    def _acquire(self) -> None:
+        with _disk_errors(self.output, "cannot be written"):
+            _make_folder(self.output.parent)
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout:
+                raise OutputError(
+                    f"{self.output}: another run is writing this result; wait for it, or set another output.path"
+                ) from None
+            self._clear_leftovers()
+
+    def _close_finished(self) -> None:
+        if self._finished is not None:
+            self._finished.close()
+        self._finished = None
+
+    def _require_writable(self) -> None:
+        if not self._lock.is_locked:
+            raise RuntimeError("results that are not open for writing cannot be changed")
+
+    def _clear_leftovers(self) -> None:
+        self.output.with_name(_TEMPORARY + self.output.name).unlink(missing_ok=True)
+        for leftover in self.parts.glob(f"*/{_TEMPORARY}*"):
+            leftover.unlink(missing_ok=True)
+
+    def _part(self, document_id: str) -> Path:
+        name = sha256(document_id.encode()).hexdigest()[:32]
+        return self.parts / name[:2] / f"{name}.parquet"
+
+    def _part_rows(self, document_id: str) -> list[Row] | None:
+        part = self._part(document_id)
+        try:
+            with _open(part) as file:
+                rows = _to_rows(file.read(use_threads=False))
+            if any(row.document_id != document_id for row in rows):
+                raise ValueError("it holds another document's rows")
+        except FileNotFoundError:
+            return None
+        except _BROKEN as error:
+            self._set_aside(part, error)
+            return None
+        return rows
+
+    def _set_aside(self, part: Path, error: Exception) -> None:
+        _log.warning("%s: cannot be used, so its rows count as not done: %s", part, one_line(error))
+        if not self._read_only:
+            with _disk_errors(part, "cannot be set aside"):
+                os.replace(part, part.with_name(_SET_ASIDE + part.name))
+
+    def _finished_rows(self, document_id: str) -> list[Row]:
+        if self._finished is None:
+            return []
+        try:
+            return self._finished.rows(document_id)
+        except _BROKEN as error:
+            _log.warning("%s: damaged, so its rows count as not done: %s", self.output, one_line(error))
+            self._close_finished()
+            return []
+
+    def _expected_rows(self, documents: Iterable[tuple[str, Sequence[str]]]) -> Iterator[list[Row]]:
+        seen: set[bytes] = set()
+        for document_id, query_ids in documents:
+            digest = _digest(document_id)
+            if digest in seen or len(set(query_ids)) < len(query_ids):
+                raise ValueError(f"document '{document_id}' or one of its queries is expected twice")
+            seen.add(digest)
+            rows = self.rows(document_id)
+            missing = [query_id for query_id in query_ids if query_id not in rows]
+            if missing:
+                raise OutputError(
+                    f"{self.output}: document '{document_id}' has no row for query '{missing[0]}'; run the job again"
+                )
+            yield [rows[query_id] for query_id in query_ids]
+
+
+class _FinishedFile:
+    """A finished file's rows by document, with one row group in memory at a time."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = _open(path)
+        metadata = self._file.metadata
+        sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        self._group_starts = list(accumulate(sizes, initial=0))
+        self._first_rows: dict[bytes, int] | None = None
+        self._group: tuple[int, Any] = (-1, None)
+
+    def close(self) -> None:
+        self._file.close()
+
+    def rows(self, document_id: str) -> list[Row]:
+        if self._first_rows is None:
+            self._first_rows = self._find_first_rows()
+        start = self._first_rows.get(_digest(document_id))
+        return [] if start is None else list(self._rows_from(start, document_id))
+
+    def _find_first_rows(self) -> dict[bytes, int]:
+        first_rows: dict[bytes, int] = {}
+        number = 0
+        for batch in self._file.iter_batches(_IDS_PER_BATCH, columns=["document_id"], use_threads=False):
+            for document_id in batch.column(0).to_pylist():
+                first_rows.setdefault(_digest(document_id), number)
+                number += 1
+        return first_rows
+
+    def _rows_from(self, start: int, document_id: str) -> Iterator[Row]:
+        """The document's rows, which stand together."""
+        first_group = bisect_right(self._group_starts, start) - 1
+        for group in range(first_group, len(self._group_starts) - 1):
+            table = self._read_group(group)
+            ids = table.column("document_id")
+            begin = end = max(start - self._group_starts[group], 0)
+            while end < len(ids) and ids[end].as_py() == document_id:
+                end += 1
+            yield from _to_rows(table.slice(begin, end - begin))
+            if end < len(ids):
+                return
+
+    def _read_group(self, group: int) -> Any:
+        if self._group[0] != group:
+            self._group = (group, self._file.read_row_group(group, use_threads=False))
+        return self._group[1]
+
+
+def _open_finished(path: Path) -> _FinishedFile | None:
+    try:
+        return _FinishedFile(path)
+    except FileNotFoundError:
+        return None
+    except _BROKEN as error:
+        # It may be anything that output.path names by mistake, so it is neither replaced nor moved.
+        raise OutputError(
+            f"{path}: exists and is not a result that can be continued ({one_line(error)}); "
+            "move it away, or set another output.path"
+        ) from None
+
+
+_FORMAT = {"compression": "zstd", "write_page_checksum": True}
+
+
+def _open(path: Path) -> Any:
+    """Open a file of rows; page checksums are verified as it is read."""
+    file = pq.ParquetFile(path, page_checksum_verification=True)
+    if not file.schema_arrow.equals(SCHEMA, check_metadata=False):
+        file.close()
+        raise ValueError("its columns are not those of a result")
+    return file
+
+
+def _table(rows: Sequence[Row], schema: Any) -> Any:
+    return pa.Table.from_pylist([asdict(row) for row in rows], schema=schema)
+
+
+def _to_rows(table: Any) -> list[Row]:
+    return [Row(**record) for record in table.to_pylist()]
+
+
+def _row_groups(documents: Iterable[list[Row]]) -> Iterator[list[Row]]:
+    """Whole documents, in groups that are small enough to be held in memory."""
+    group: list[Row] = []
+    count = size = 0
+    for rows in documents:
+        group += rows
+        count += 1
+        size += sum(len(row.answer or "") + len(row.error or "") + 200 for row in rows)
+        if count >= _DOCUMENTS_PER_GROUP or size >= _BYTES_PER_GROUP:
+            yield group
+            group, count, size = [], 0, 0
+    if group:
+        yield group
+
+
+def _digest(document_id: str) -> bytes:
+    return blake2b(document_id.encode(), digest_size=16).digest()
+
+
+@contextmanager
+def _disk_errors(path: Path, problem: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{path}: {problem}: {one_line(error)}") from error
+
+
+def _make_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        _make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _flush(folder.parent)
+
+
+def _flush(path: Path) -> None:
+    """Make a file's bytes, or a folder's entries, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,40 @@
+"""Which implementation of attention runs where.
+
+One module a backend, each with the functions of ``attention.py``, which is the reference and serves every backend
+that has no kernels of its own. Chosen when called, so that a change of MLX's default device is honoured.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import mlx.core as mx
+
+from turboquant import attention
+from turboquant.attention import Partial
+from turboquant.kernels import cpu
+from turboquant.layer import EncodedLayer
+
+
+class Backend(Protocol):
+    """What a backend's module provides; see ``attention.py`` for shapes."""
+
+    def attend_dense(
+        self, queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: mx.array | str | None
+    ) -> Partial:
+        """Attention over full-precision K/V."""
+        ...
+
+    def attend_layer(self, queries: mx.array, layer: EncodedLayer, scale: float) -> Partial:
+        """Attention over an encoded layer."""
+        ...
+
+
+def backend() -> Backend:
+    """The attention functions for MLX's default device."""
+    return cpu if on_cpu() else attention
+
+
+def on_cpu() -> bool:
+    """Whether MLX's default device is the CPU."""
+    return bool(mx.default_device() == mx.Device(mx.cpu))
