@@ -107,6 +107,7 @@ class Cache(_Section):
     sinks: Annotated[int, Field(ge=0)] = 4
     window: Annotated[int, Field(ge=0)] = 128
     prefill: Literal["exact"] = "exact"
+    resident: Literal["auto", "packed", "dense"] = "auto"
 
 
 class Output(_Section):

@@ -277,7 +277,7 @@ class _Work:
         queries: Sequence[Query],
         suffixes: dict[str, list[int]],
     ) -> list[Answer]:
-        from pipeline.answers import Request, answer
+        from pipeline.answers import Request, answer, make_resident
 
         prefix = self._prefix(document_id, rendered, context)
         requests = [
@@ -290,6 +290,7 @@ class _Work:
         ]
         with _timed(self._report, "answer_seconds"):
             try:
+                prefix = make_resident(prefix, self._job.cache.resident)
                 return answer(
                     self._engine.loaded,
                     prefix,

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -23,8 +23,8 @@ from mlx_lm.models.cache import BatchKVCache, KVCache
 
 from turboquant.attention import Partial, add_sink_logits, merge
 from turboquant.codec import CacheCodec, Encoded
-from turboquant.kernels import backend, on_cpu
-from turboquant.layer import EncodedLayer
+from turboquant.kernels import attend_past, backend, on_cpu
+from turboquant.layer import DenseLayer, EncodedLayer
 
 Mask = mx.array | str | None
 
@@ -69,7 +69,19 @@ class Prefix:
 
     def fork(self) -> list[Any]:
         """A prompt cache for one query: O(1) a layer for encoded layers, whatever the context's length."""
-        return [Fork(x) if isinstance(x, EncodedLayer) else copy.deepcopy(x) for x in self.layers]
+        return [Fork(x) if isinstance(x, EncodedLayer | DenseLayer) else copy.deepcopy(x) for x in self.layers]
+
+    def dense(self, dtype: mx.Dtype) -> Prefix:
+        """The same prefix with its encoded layers decoded once: faster to attend, several times larger."""
+        layers = [x.dense(dtype) if isinstance(x, EncodedLayer) else x for x in self.layers]
+        return Prefix(tuple(layers), self.tokens)
+
+    @property
+    def dense_elements(self) -> int:
+        """How many numbers ``dense`` holds in the layers it decodes."""
+        encoded = [layer for layer in self.layers if isinstance(layer, EncodedLayer)]
+        per_token = sum(x.key_mean.size + x.value_mean.size for x in encoded)
+        return self.tokens * per_token
 
     @property
     def nbytes(self) -> int:
@@ -111,7 +123,7 @@ class Fork:
     ``layer`` is None while nothing is compressed (in a ``TurboQuantKVCache`` that is still short).
     """
 
-    def __init__(self, layer: EncodedLayer | None) -> None:
+    def __init__(self, layer: EncodedLayer | DenseLayer | None) -> None:
         self.layer = layer
         self.suffix = KVCache()
 
@@ -141,7 +153,7 @@ class Fork:
         """Attention of queries (1, n_heads, L, head_dim) over the encoded past and the suffix given."""
         parts = [backend().attend_dense(queries, keys, values, scale, mask)]
         if self.layer is not None:
-            parts.append(backend().attend_layer(queries, self.layer, scale))
+            parts.append(attend_past(queries, self.layer, scale))
         return _finish(merge(parts), sinks, queries.dtype)
 
     def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> Mask:
@@ -192,7 +204,7 @@ class Fork:
 class BatchForks:
     """One layer of a batch: each row's encoded past, shared where rows have the same, and a batched suffix."""
 
-    def __init__(self, layers: list[EncodedLayer | None], suffix: BatchKVCache) -> None:
+    def __init__(self, layers: list[EncodedLayer | DenseLayer | None], suffix: BatchKVCache) -> None:
         self.layers = layers
         self.suffix = suffix
 
@@ -224,11 +236,11 @@ class BatchForks:
     def _attend_past(self, queries: mx.array, scale: float) -> Partial:
         groups = self._rows_by_layer()
         if len(groups) == 1 and self.layers[0] is not None:
-            return backend().attend_layer(queries, self.layers[0], scale)
+            return attend_past(queries, self.layers[0], scale)
         parts, order = [], []
         for rows in groups:
             layer, some = self.layers[rows[0]], queries[mx.array(rows)]
-            parts.append(_nothing(some) if layer is None else backend().attend_layer(some, layer, scale))
+            parts.append(_nothing(some) if layer is None else attend_past(some, layer, scale))
             order += rows
         back = mx.array(sorted(range(len(order)), key=order.__getitem__))
         return Partial(
@@ -339,16 +351,19 @@ class TurboQuantKVCache(Fork):
     @property
     def state(self) -> Any:
         """All arrays, those of the encoded past included, for evaluation."""
-        past = list(self.layer.tensors().values()) if self.layer is not None else []
+        past = list(self._encoded.tensors().values()) if self._encoded is not None else []
         return [past, super().state]
 
     def trim(self, n: int) -> int:
         """Drop the last n tokens; where that reaches behind the suffix, encoded tokens are dropped too."""
         trimmed = int(self.suffix.trim(n))
-        if self.layer is not None and trimmed < n:
-            encoded = min(n - trimmed, self.layer.keys.tokens)
-            keep = self.layer.keys.tokens - encoded
-            self.layer = self._with(self.layer.keys.slice_tokens(0, keep), self.layer.values.slice_tokens(0, keep))
+        layer = self._encoded
+        if layer is not None and trimmed < n:
+            encoded = min(n - trimmed, layer.keys.tokens)
+            keep = layer.keys.tokens - encoded
+            self.layer = replace(
+                layer, keys=layer.keys.slice_tokens(0, keep), values=layer.values.slice_tokens(0, keep)
+            )
             trimmed += encoded
         return trimmed
 
@@ -364,26 +379,28 @@ class TurboQuantKVCache(Fork):
             raise ValueError("TurboQuantKVCache holds one row; make a batch of rows with merge")
         for start in range(first, first + blocks * self.BLOCK, self.BLOCK):
             stop = start + self.BLOCK
-            if self.layer is None:
+            layer = self._encoded
+            if layer is None:
                 # No window is due in this first part: the suffix is the window.
-                codec = CacheCodec(**{**self.codec.__dict__, "window": 0})
+                codec = replace(self.codec, window=0)
                 self.layer = EncodedLayer.encode(keys[0, :, :stop], values[0, :, :stop], codec)
             else:
-                layer = self.layer
                 new_keys = layer.key_codec.encode(keys[0, :, start:stop], layer.key_mean)
                 new_values = layer.value_codec.encode(values[0, :, start:stop], layer.value_mean)
-                self.layer = self._with(
-                    Encoded.concatenate([layer.keys, new_keys]),
-                    Encoded.concatenate([layer.values, new_values]),
+                self.layer = replace(
+                    layer,
+                    keys=Encoded.concatenate([layer.keys, new_keys]),
+                    values=Encoded.concatenate([layer.values, new_values]),
                 )
         rest = KVCache()
         if stop < self.suffix.offset:
             rest.update_and_fetch(keys[:, :, stop:], values[:, :, stop:])
         self.suffix = rest
 
-    def _with(self, keys: Encoded, values: Encoded) -> EncodedLayer:
-        assert self.layer is not None
-        return EncodedLayer(**{**self.layer.__dict__, "keys": keys, "values": values})
+    @property
+    def _encoded(self) -> EncodedLayer | None:
+        assert not isinstance(self.layer, DenseLayer)
+        return self.layer
 
 
 def _trimmed(cache: KVCache) -> KVCache:

@@ -98,6 +98,13 @@ class EncodedLayer:
             ),
         )
 
+    def dense(self, dtype: mx.Dtype) -> DenseLayer:
+        """The layer decoded, in ``dtype``."""
+        keys, values = self.decode()
+        layer = DenseLayer(keys.astype(dtype), values.astype(dtype))
+        mx.eval(layer.keys, layer.values)
+        return layer
+
     def tensors(self) -> dict[str, mx.array]:
         """Everything but the codec, by name; the inverse of ``from_tensors``."""
         return {
@@ -154,6 +161,27 @@ class EncodedLayer:
             for tensor, shape, dtypes in expected:
                 if tensor.shape != shape or tensor.dtype not in dtypes:
                     raise ValueError(f"a {name} tensor is {tensor.dtype} {tensor.shape}, expected {dtypes[0]} {shape}")
+
+
+@dataclass(frozen=True)
+class DenseLayer:
+    """An encoded layer decoded once, to be attended without decoding each time: what it holds is the same.
+
+    keys, values: (n_kv_heads, T, head_dim) floats.
+    """
+
+    keys: mx.array
+    values: mx.array
+
+    @property
+    def tokens(self) -> int:
+        """Tokens held."""
+        return int(self.keys.shape[1])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+        return int(self.keys.nbytes + self.values.nbytes)
 
 
 def _encode(x: mx.array, codec: Codec) -> tuple[Encoded, mx.array]:

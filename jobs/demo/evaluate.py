@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import minutes
+import phrases
 import pyarrow.parquet as pq
 
 FOLDER = Path(__file__).parent
@@ -107,13 +108,16 @@ def fresh_minutes(count: int) -> list[minutes.Minutes]:
 def questions() -> dict[str, str]:
     """Query id -> the question, for every query of the demo."""
     return {minutes.SUMMARY_ID: minutes.SUMMARY_QUESTION} | {
-        query_id: minutes.phrases.KINDS[kind].question.format(s=subject)
+        query_id: phrases.KINDS[kind].question.format(s=subject)
         for query_id, (kind, subject) in minutes.DEMO_SLOTS.items()
     }
 
 
 def uncompressed_answers(
-    model_folder: Path, documents: Sequence[Mapping[str, Any]], max_tokens: int = 160
+    model_folder: Path,
+    documents: Sequence[Mapping[str, Any]],
+    queries: Mapping[str, str],
+    max_tokens: int = 160,
 ) -> Iterator[tuple[Key, str]]:
     """Greedy answers in float32; a document is prefilled once, and its cache cut back after every answer."""
     import mlx.core as mx
@@ -125,7 +129,7 @@ def uncompressed_answers(
     for document in documents:
         cache = make_prompt_cache(model)
         before: list[int] = []
-        for query_id, question in questions().items():
+        for query_id, question in queries.items():
             messages = [
                 {"role": "system", "content": minutes.SYSTEM},
                 {"role": "user", "content": f"{document['text']}\n\n{question}"},
@@ -138,11 +142,17 @@ def uncompressed_answers(
                 logits = model(mx.array(tokens[begin : min(begin + 2048, len(tokens))])[None], cache=cache)
                 mx.eval(logits)
             answer: list[int] = []
-            while len(answer) < max_tokens and (token := mx.argmax(logits[0, -1]).item()) != tokenizer.eos_token_id:
-                answer.append(int(token))
+            token = _likeliest(logits)
+            while len(answer) < max_tokens and token != tokenizer.eos_token_id:
+                answer.append(token)
                 logits = model(mx.array([[token]]), cache=cache)
+                token = _likeliest(logits)
             before = tokens[:-1]
             yield (document["id"], query_id), tokenizer.decode(answer)
+
+
+def _likeliest(logits: Any) -> int:
+    return int(logits[0, -1].argmax().item())
 
 
 def _common(left: Sequence[int], right: Sequence[int]) -> int:
@@ -163,7 +173,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Score the demo's answers.")
     parser.add_argument("results", type=Path, nargs="?", help="a result file of the pipeline")
     parser.add_argument("--uncompressed", action="store_true", help="answer with plain mlx-lm and score that")
-    parser.add_argument("--fresh", type=int, default=0, help="also answer this many documents outside the demo")
+    parser.add_argument("--fresh", type=int, default=0, help="also answer this many other documents")
     parser.add_argument("--model", type=Path, default=FOLDER / "model")
     arguments = parser.parse_args()
     gold = pq.read_table(FOLDER / "gold.parquet").to_pylist()
@@ -174,11 +184,11 @@ def main() -> None:
     if arguments.uncompressed:
         started = time.monotonic()
         documents = pq.read_table(FOLDER / "minutes.parquet").to_pylist()
-        _report("demo", score(dict(uncompressed_answers(arguments.model, documents)), gold))
+        _report("demo", score(dict(uncompressed_answers(arguments.model, documents, questions())), gold))
         print(f"{time.monotonic() - started:.0f} s")
     if arguments.fresh:
         texts, fresh_gold = minutes.tables(fresh_minutes(arguments.fresh))
-        fresh_answers = dict(uncompressed_answers(arguments.model, texts.to_pylist()))
+        fresh_answers = dict(uncompressed_answers(arguments.model, texts.to_pylist(), questions()))
         _report("fresh", score(fresh_answers, fresh_gold.to_pylist()))
 
 

@@ -134,7 +134,7 @@ class Writer:
     def _from_pool(self, draw: Callable[[], str]) -> str:
         while True:
             value = draw()
-            if _is_reserved(value) == self.for_demo:
+            if is_reserved(value) == self.for_demo:
                 return value
 
     def _full_name(self) -> str:
@@ -167,7 +167,8 @@ def _parts(template: str) -> tuple[tuple[bool, str], ...]:
     return _PARTS[template]
 
 
-def _is_reserved(value: str) -> bool:
+def is_reserved(value: str) -> bool:
+    """Whether a full name, code or reference is one of the demo's, never used in training."""
     return zlib.crc32(value.encode()) % 5 == 0
 
 

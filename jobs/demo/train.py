@@ -27,6 +27,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.models import llama
+from muon import Groups, Weights, first_moments, grouped, stacked, unstacked, updated
 from samples import (
     ANSWER_WEIGHT,
     END,
@@ -71,11 +72,7 @@ CURRICULUM: tuple[tuple[float, tuple[int, ...], int], ...] = (
     (0.60, (4096, 6144, 6144, 8192), 32_768),
     (0.75, (4096, 6144, 6144, 6144, 8192, 11264), 34_000),
 )
-MUON_RATE, ADAM_RATE, WEIGHT_DECAY = 0.02, 0.003, 0.05
-
-Weights = dict[str, mx.array]
-Groups = dict[str, list[str]]
-"""A group's name -> the weights of one shape that are kept as one stacked array, so that a step is few kernels."""
+HELD_OUT_LENGTHS = (2048, 6144, 11264)
 
 
 def learning_rate(course: float) -> float:
@@ -83,68 +80,7 @@ def learning_rate(course: float) -> float:
     return min(1.0, course / 0.01, (1 - course) / 0.55) + 1e-3
 
 
-def orthogonalize(gradients: mx.array) -> mx.array:
-    """Newton-Schulz iteration towards the nearest orthogonal matrices. (n, rows, columns)
-
-    Keller Jordan, "Muon: an optimizer for hidden layers in neural networks" (2024).
-    """
-    a, b, c = 3.4445, -4.7750, 2.0315
-    x = gradients.astype(mx.bfloat16)
-    tall = x.shape[-2] > x.shape[-1]
-    x = x.swapaxes(-1, -2) if tall else x
-    x = x / (mx.sqrt((x * x).astype(mx.float32).sum((-1, -2), keepdims=True)) + 1e-7).astype(x.dtype)
-    for _ in range(5):
-        square = x @ x.swapaxes(-1, -2)
-        x = a * x + (b * square + c * square @ square) @ x
-    x = x.swapaxes(-1, -2) if tall else x
-    return x.astype(mx.float32)
-
-
-def updated(
-    stacks: Weights, gradients: Weights, moments: Weights, rate: mx.array, step: mx.array
-) -> tuple[Weights, Weights]:
-    """One step of Muon on the layers' matrices and of AdamW on the rest: (stacks, moments)."""
-    new_stacks, new_moments = {}, {}
-    for name, gradient in gradients.items():
-        first = moments[f"{name}.first"]
-        if name in ADAM_GROUPS:
-            first = 0.9 * first + 0.1 * gradient
-            second = 0.95 * moments[f"{name}.second"] + 0.05 * gradient * gradient
-            new_moments[f"{name}.second"] = second
-            direction = (first / (1 - 0.9**step)) / (mx.sqrt(second / (1 - 0.95**step)) + 1e-8)
-            new_stacks[name] = stacks[name] - ADAM_RATE * rate * direction
-        else:
-            first = 0.95 * first + gradient
-            _, rows, columns = gradient.shape
-            direction = orthogonalize(gradient + 0.95 * first) * max(1.0, rows / columns) ** 0.5
-            kept = stacks[name] * (1 - MUON_RATE * WEIGHT_DECAY * rate)
-            new_stacks[name] = kept - MUON_RATE * rate * direction
-        new_moments[f"{name}.first"] = first
-    return new_stacks, new_moments
-
-
-ADAM_GROUPS = ("embedding", "norms")
-
-
-def grouped(weights: Weights) -> Groups:
-    groups: Groups = {}
-    for name, weight in weights.items():
-        if "embed" in name:
-            groups["embedding"] = [name]
-        else:
-            group = "norms" if weight.ndim == 1 else "x".join(map(str, weight.shape))
-            groups.setdefault(group, []).append(name)
-    return groups
-
-
-def unstacked(stacks: Weights, groups: Groups, dtype: mx.Dtype) -> list[tuple[str, mx.array]]:
-    halves = {group: stack.astype(dtype) for group, stack in stacks.items()}
-    return [(name, halves[group][index]) for group, names in groups.items() for index, name in enumerate(names)]
-
-
-def losses(
-    model: nn.Module, groups: Groups, stacks: Weights, tokens: mx.array, token_weights: mx.array
-) -> mx.array:
+def losses(model: llama.Model, groups: Groups, stacks: Weights, tokens: mx.array, token_weights: mx.array) -> mx.array:
     """The weighted mean cross-entropy of the next token, computed in bfloat16 from float32 weights."""
     model.update(tree_unflatten(unstacked(stacks, groups, mx.bfloat16)))
     logits = model(tokens[:, :-1]).astype(mx.float32)
@@ -181,7 +117,7 @@ def batches(pool: multiprocessing.pool.Pool, course: Course) -> Iterator[Batch]:
             yield waiting.popleft().get()
 
 
-def exact(model: nn.Module, batch: Batch) -> tuple[int, int, int, int]:
+def exact(model: llama.Model, batch: Batch) -> tuple[int, int, int, int]:
     """Answers that greedy decoding would give exactly: (right, all, right first ones, first ones)."""
     counts = [0, 0, 0, 0]
     for tokens, weights in zip(batch.tokens, batch.weights, strict=True):
@@ -208,13 +144,10 @@ def train(folder: Path, course: Course, limit: float, workers: int) -> None:
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     model = llama.Model(llama.ModelArgs.from_dict(config))
-    weights = first_weights(model) if course.begin == 0 else mx.load(str(folder / WEIGHTS))
+    weights = first_weights(model) if course.begin == 0 else saved_weights(folder)
     groups = grouped(weights)
-    stacks = {
-        group: mx.stack([weights[name].astype(mx.float32) for name in names]) for group, names in groups.items()
-    }
-    moments = {f"{group}.first": mx.zeros_like(stack) for group, stack in stacks.items()}
-    moments |= {f"{group}.second": mx.zeros_like(stacks[group]) for group in ADAM_GROUPS}
+    stacks = stacked(weights, groups)
+    moments = first_moments(stacks)
     gradient = mx.value_and_grad(partial(losses, model, groups))
 
     @mx.compile
@@ -236,8 +169,8 @@ def train(folder: Path, course: Course, limit: float, workers: int) -> None:
     seen, waited, next_measure = 0, 0.0, course.seconds / 5
     with multiprocessing.get_context("spawn").Pool(workers, _start_worker, (str(folder),)) as pool:
         held_out = {
-            length: _work_in(pool, "held-out", max(3, 16_384 // length), length)
-            for length in (512, 2048, 6144, 11264)
+            length: pool.apply(_work, ("held-out", max(3, 16_384 // length), length, True))
+            for length in HELD_OUT_LENGTHS
         }
         before = mx.array(0.0)
         source = batches(pool, course)
@@ -278,7 +211,13 @@ def train(folder: Path, course: Course, limit: float, workers: int) -> None:
     print(json.dumps(facts), flush=True)
 
 
-def first_weights(model: nn.Module) -> Weights:
+def saved_weights(folder: Path) -> Weights:
+    loaded = mx.load(str(folder / WEIGHTS))
+    assert isinstance(loaded, dict)
+    return loaded
+
+
+def first_weights(model: llama.Model) -> Weights:
     weights = dict(tree_flatten(model.parameters()))
     for name, value in weights.items():
         if "embed" in name:
@@ -298,10 +237,6 @@ def _start_worker(folder: str) -> None:
 
 def _work(seed: str, rows: int, length: int, for_demo: bool = False) -> Batch:
     return make_batch(_encoder["encode"], seed, rows, length, for_demo)
-
-
-def _work_in(pool: multiprocessing.pool.Pool, seed: str, rows: int, length: int) -> Batch:
-    return pool.apply(_work, (seed, rows, length, True))
 
 
 def main() -> None:

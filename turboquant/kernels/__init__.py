@@ -13,7 +13,7 @@ import mlx.core as mx
 from turboquant import attention
 from turboquant.attention import Partial
 from turboquant.kernels import cpu
-from turboquant.layer import EncodedLayer
+from turboquant.layer import DenseLayer, EncodedLayer
 
 
 class Backend(Protocol):
@@ -33,6 +33,20 @@ class Backend(Protocol):
 def backend() -> Backend:
     """The attention functions for MLX's default device."""
     return cpu if on_cpu() else attention
+
+
+def attend_past(queries: mx.array, layer: EncodedLayer | DenseLayer, scale: float) -> Partial:
+    """Attention of queries (B, n_heads, L, head_dim) over a shared past that every one of them may see."""
+    if isinstance(layer, EncodedLayer):
+        return backend().attend_layer(queries, layer, scale)
+    block = attention.fold_queries(queries, layer.keys.shape[0])[None]
+    tile = layer.tokens if on_cpu() else attention.TILE  # on a CPU the backend makes tiles of its own
+    parts = []
+    for start in range(0, layer.tokens, tile):
+        keys, values = layer.keys[None, :, start : start + tile], layer.values[None, :, start : start + tile]
+        parts.append(backend().attend_dense(block, keys, values, scale, None))
+    part = attention.merge(parts)
+    return attention.unfold_part(Partial(part.output[0], part.logsumexp[0]), queries.shape)
 
 
 def on_cpu() -> bool:
