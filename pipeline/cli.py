@@ -138,7 +138,7 @@ def _load(job_file: Path, overrides: list[str] | None) -> Job:
 @contextmanager
 def _errors_explained(debug: bool, quiet: bool = False) -> Iterator[None]:
     """Turn what is raised into one line on stderr and an exit code."""
-    from pipeline.errors import PipelineError
+    from pipeline.errors import PipelineError, one_line
 
     level = logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
@@ -158,7 +158,7 @@ def _errors_explained(debug: bool, quiet: bool = False) -> Iterator[None]:
     except Exception as error:
         if debug:
             raise
-        print(f"error: {type(error).__name__}: {error} (--debug shows where)", file=sys.stderr)
+        print(f"error: {type(error).__name__}: {one_line(error)} (--debug shows where)", file=sys.stderr)
         raise typer.Exit(1) from None
 
 
@@ -166,7 +166,7 @@ def _summary(job: Job, report: Report) -> str:
     answered = f"{report.rows_answered:,} answered, {report.rows_kept:,} kept, {report.rows_failed:,} failed"
     rows = [("rows", f"{answered} of {report.rows:,} ({report.documents:,} documents)")]
     if report.failures:
-        rows.append(("failures", ", ".join(f"{count} {kind}" for kind, count in report.failures.most_common())))
+        rows.append(("failures", ", ".join(f"{count:,} {kind}" for kind, count in sorted(report.failures.items()))))
     if prefixes := report.prefixes_built + report.prefixes_restored:
         built = f"{report.prefixes_built:,} built, {report.prefixes_restored:,} restored"
         bits = f"{report.effective_bits:.2f} bits a value" if report.effective_bits else "uncompressed"
@@ -181,7 +181,9 @@ def _summary(job: Job, report: Report) -> str:
 
 
 def _will_fail(too_long: int, unreadable: int) -> str:
-    return f"{too_long:,} documents are too long for the model, {unreadable:,} cannot be rendered"
+    reasons = (too_long, "too long for the model"), (unreadable, "blank or not fit for the prompt")
+    counted = [f"{count:,} {reason}" for count, reason in reasons if count]
+    return f"documents: {', '.join(counted)}" if counted else "nothing known beforehand"
 
 
 def _rate(tokens: int, seconds: float) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -20,6 +21,7 @@ from pipeline.prompts import Rendered
 from turboquant.identity import Identity
 
 if TYPE_CHECKING:
+    from pipeline.results import Row
     from turboquant.codec import CacheCodec
 
 PREFILL_CHUNK = 512  # tokens a step; part of the identity, since it decides how sums are rounded
@@ -34,11 +36,14 @@ def cache_codec(cache: Cache) -> CacheCodec:
     return CacheCodec(cache.key_bits, cache.value_bits, cache.sinks, cache.window)
 
 
-def job_identity(job: Job) -> Identity:
-    """The identity of all segments of a job. Raises ModelError where there is no such model."""
+def job_identity(job: Job, remember: bool = True) -> Identity:
+    """The identity of all segments of a job. Raises ModelError where there is no such model.
+
+    ``remember`` writes the weights' digests to the cache folder, so that they are hashed once.
+    """
     path: Path = resolve_model(job.model)
     return Identity(
-        weights=weights_fingerprint(path, job.cache.dir / MEMO),
+        weights=weights_fingerprint(path, job.cache.dir / MEMO, remember),
         tokenizer=tokenizer_fingerprint(path),
         codec=cache_codec(job.cache).identity,
         prefill=f"{job.cache.prefill} {PREFILL_CHUNK}",
@@ -53,6 +58,23 @@ def context_label(rendered: Rendered) -> str:
 def row_fingerprint(identity: Identity, rendered: Rendered, query_text: str, settings: Settings) -> str:
     """Names everything that decides one answer, 32 hex digits."""
     return _digest("row", asdict(identity), rendered.system, rendered.context, query_text, asdict(settings))[:32]
+
+
+def row_fingerprints(identity: Identity, rendered: Rendered, job: Job) -> dict[str, str]:
+    """The fingerprints of a document's rows, by query id."""
+    return {
+        query.id: row_fingerprint(identity, rendered, query.text, query.settings(job.generation))
+        for query in job.queries
+    }
+
+
+def kept_rows(known: Mapping[str, Row], fingerprints: Mapping[str, str]) -> dict[str, Row]:
+    """Those of a document's known rows that need no new answer, in the order of the fingerprints."""
+    return {
+        query_id: row
+        for query_id, fingerprint in fingerprints.items()
+        if (row := known.get(query_id)) and row.status == "ok" and row.fingerprint == fingerprint
+    }
 
 
 def _digest(kind: str, *fields: object) -> str:

@@ -121,17 +121,19 @@ def max_context(config: Mapping[str, Any], tokenizer: Any = None) -> int | None:
     return limits[0] if limits else None
 
 
-def weights_fingerprint(path: Path, memo: Path) -> str:
-    """SHA-256 over the config and the content of every weight file: same name, other weights, other print.
+def weights_fingerprint(path: Path, memo: Path, remember: bool = True) -> str:
+    """SHA-256 over the configs and the content of every weight file: same name, other weights, other print.
 
     Hashing many gigabytes takes a while, so each file's digest is remembered in the JSON file `memo` under
     its resolved path, for as long as size, times and inode stay. A broken memo is ignored.
+    Without `remember` it is read and not written.
     """
     remembered = _read_memo(memo)
     digests = {file: _content_digest(file, remembered) for file in _weight_files(path)}
-    if any(remembered.get(key) != value for key, value in digests.values()):
+    if remember and any(remembered.get(key) != value for key, value in digests.values()):
         _write_memo(memo, remembered | dict(digests.values()))
-    configs = [file for name in ("config.json", "hf_quant_config.json") if (file := path / name).exists()]
+    names = ("config.json", "generation_config.json", "hf_quant_config.json")  # the second has stop tokens
+    configs = [file for name in names if (file := path / name).exists()]
     parts = [(file.name, file.read_bytes()) for file in configs]
     parts += [(file.name, bytes.fromhex(value["sha256"])) for file, (_, value) in digests.items()]
     return _digest("weights", parts)

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 SECONDS_BETWEEN_LINES = 30.0
 
@@ -24,10 +26,12 @@ class Progress:
         self._started = self._last_line = time.monotonic()
         self._bar: tqdm[Any] | None = None
         self._prefill: tqdm[Any] | None = None
+        self._logs = ExitStack()
 
     def __enter__(self) -> Progress:
         if not self._quiet and sys.stderr.isatty():
             self._bar = tqdm(total=self._rows, desc="rows", unit="row", dynamic_ncols=True, smoothing=0.05)
+            self._logs.enter_context(logging_redirect_tqdm())  # or log lines would run into the bars
         return self
 
     def __exit__(
@@ -36,6 +40,7 @@ class Progress:
         self.end_prefill()
         if self._bar is not None:
             self._bar.close()
+        self._logs.close()
 
     def rows_done(self, count: int) -> None:
         """Count rows that are answered, failed or were done before."""

@@ -12,7 +12,6 @@ import json
 import logging
 import signal
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -22,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline import __version__
 from pipeline.documents import Document, check_documents, stream_documents
 from pipeline.errors import ContextTooLong, GenerationFailed, Interrupted, RowError, StoreError, one_line
-from pipeline.identity import cache_codec, context_label, job_identity, row_fingerprint
+from pipeline.identity import cache_codec, context_label, job_identity, kept_rows, row_fingerprints
 from pipeline.job import Job, Query
 from pipeline.progress import Progress
 from pipeline.prompts import Rendered, Renderer, TokenisedDocument, template_columns
@@ -48,7 +47,7 @@ class Report:
     rows_kept: int = 0
     rows_answered: int = 0
     rows_failed: int = 0
-    failures: Counter[str] = field(default_factory=Counter)
+    failures: dict[str, int] = field(default_factory=dict)  # by error_type; no Counter, which asdict spoils
     prefixes_built: int = 0
     prefixes_restored: int = 0
     context_tokens: int = 0
@@ -178,6 +177,7 @@ class _Work:
         self._codec = cache_codec(job.cache)
         self._loaded: _Engine | None = None
         self._can_store = True
+        self._shown = 0  # rows in hand that the progress counts already
 
     @property
     def _engine(self) -> _Engine:
@@ -192,32 +192,25 @@ class _Work:
         except RowError as error:
             self._commit(document.id, [], [_failed(document.id, q, "", error) for q in self._job.queries])
             return
-        fingerprints = {
-            query.id: row_fingerprint(self._identity, rendered, query.text, query.settings(self._job.generation))
-            for query in self._job.queries
-        }
-        known = self._results.rows(document.id)
-        kept = [
-            row
-            for query_id, fingerprint in fingerprints.items()
-            if (row := known.get(query_id)) and row.status == "ok" and row.fingerprint == fingerprint
-        ]
-        done = {row.query_id for row in kept}
-        pending = [query for query in self._job.queries if query.id not in done]
+        fingerprints = row_fingerprints(self._identity, rendered, self._job)
+        kept = kept_rows(self._results.rows(document.id), fingerprints)
+        pending = [query for query in self._job.queries if query.id not in kept]
         self._report.rows_kept += len(kept)
         self._progress.rows_done(len(kept))
         if pending:
             rows = self._answer(document.id, rendered, pending, fingerprints)
-            self._commit(document.id, kept, rows)
+            self._commit(document.id, list(kept.values()), rows)
 
     def _commit(self, document_id: str, kept: Sequence[Row], rows: Sequence[Row]) -> None:
         self._results.commit(document_id, [*kept, *rows])
         failed = [row for row in rows if row.status == "error"]
         self._report.rows_failed += len(failed)
         self._report.rows_answered += len(rows) - len(failed)
-        self._report.failures.update(str(row.error_type) for row in failed)
+        for kind in (str(row.error_type) for row in failed):
+            self._report.failures[kind] = self._report.failures.get(kind, 0) + 1
         self._report.answer_tokens += sum(row.answer_tokens or 0 for row in rows)
-        self._progress.rows_done(len(failed))
+        self._progress.rows_done(len(rows) - self._shown)
+        self._shown = 0
 
     def _answer(
         self, document_id: str, rendered: Rendered, pending: Sequence[Query], fingerprints: dict[str, str]
@@ -296,9 +289,9 @@ class _Work:
                     prefix,
                     requests,
                     self._job.generation.batch_size,
-                    lambda: self._progress.rows_done(1),
+                    self._answered,
                 )
-            except (RuntimeError, ValueError) as error:
+            except (RuntimeError, ValueError, MemoryError) as error:
                 raise GenerationFailed(f"the model failed: {one_line(error)}") from error
 
     def _prefix(self, document_id: str, rendered: Rendered, context: list[int]) -> Prefix:
@@ -318,7 +311,7 @@ class _Work:
             with _timed(report, "prefill_seconds"):
                 try:
                     prefix = prefill(self._engine.loaded.model, context, self._codec, self._prefilled)
-                except (RuntimeError, ValueError) as error:
+                except (RuntimeError, ValueError, MemoryError) as error:
                     raise GenerationFailed(f"the prefill failed: {one_line(error)}") from error
                 finally:
                     self._progress.end_prefill()
@@ -332,6 +325,10 @@ class _Work:
     def _prefilled(self, tokens: int) -> None:
         self._stop.check()
         self._progress.prefilled(tokens)
+
+    def _answered(self) -> None:
+        self._shown += 1
+        self._progress.rows_done(1)
 
     def _save(self, key: str, prefix: Prefix, label: str) -> None:
         """Store a prefix; where the disk refuses, the job goes on without."""

@@ -55,7 +55,8 @@ class Store:
                 for leftover in folder.glob(".*"):  # of a run that was killed while it wrote
                     leftover.unlink()
             return write_segment(folder, key, prefix, identity, label)
-        except OSError as error:
+        except (OSError, RuntimeError, TypeError) as error:
+            # MLX raises RuntimeError where the disk is full, turboquant TypeError for layers it cannot store.
             raise StoreError(f"{folder}: a prefix cannot be stored: {one_line(error)}") from error
 
     def contains(self, key: str) -> bool:
@@ -77,8 +78,8 @@ class Store:
             while (target := rejected / f"{key}-{number}").exists():
                 number += 1
             os.replace(folder, target)
-        except OSError as error:
-            raise StoreError(f"{folder}: a bad segment cannot be set aside: {one_line(error)}") from error
+        except OSError as error:  # it stays, and is rejected or replaced the next time
+            _log.warning("%s: a bad segment cannot be set aside: %s", folder, one_line(error))
 
     def _explain(self, identity: Identity, label: str) -> str:
         """Why a key is absent: the first thing in which a segment of the same text differs."""
@@ -93,6 +94,8 @@ class Store:
                 name = differing[0]
                 known = {"weights": "other weights", "tokenizer": "another tokenizer or chat template"}
                 return known.get(name, f"{name} was '{stored.get(name)}', now '{wanted[name]}'")
+        if label in self._labels:
+            return "the context of this text ends elsewhere: the queries have changed"
         return "absent"
 
     def _manifests(self) -> Iterator[dict[str, Any]]:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from turboquant.codec import Encoded
 from turboquant.layer import EncodedLayer
 
 TILE = 2048  # encoded tokens decoded at a time: bounds the memory of scores and decoded keys
@@ -130,8 +131,9 @@ def _attend_encoded(block: mx.array, layer: EncodedLayer) -> Partial:
     total = mean_share = mx.zeros_like(highest)
     output = mx.zeros((*block.shape[:2], value_codec.head_dim))
     for start in range(0, layer.keys.tokens, TILE):
-        keys = layer.keys.slice_tokens(start, start + TILE)
-        values = layer.values.slice_tokens(start, start + TILE)
+        earlier = [total, mean_share, output]
+        keys = _after(layer.keys.slice_tokens(start, start + TILE), earlier)
+        values = _after(layer.values.slice_tokens(start, start + TILE), earlier)
         scores = rotated @ key_codec.decode_rotated(keys).swapaxes(-1, -2)
         scores = scores + mx.where((keys.scales > 0)[:, None], mean_scores, 0.0)
         new_highest = mx.maximum(highest, scores.max(axis=-1, keepdims=True))
@@ -142,3 +144,8 @@ def _attend_encoded(block: mx.array, layer: EncodedLayer) -> Partial:
         highest = new_highest
     output = value_codec.rotation.inverse(output / total) + (mean_share / total) * layer.value_mean
     return Partial(output, (highest + mx.log(total)).squeeze(-1))
+
+
+def _after(encoded: Encoded, earlier: list[mx.array]) -> Encoded:
+    """Not to be touched before ``earlier`` is computed: MLX is lazy, and would else hold the scores of all tiles."""
+    return Encoded(*mx.depends([encoded.codes, encoded.scales], earlier))

@@ -355,17 +355,26 @@ class TurboQuantKVCache(Fork):
         return [past, super().state]
 
     def trim(self, n: int) -> int:
-        """Drop the last n tokens; where that reaches behind the suffix, encoded tokens are dropped too."""
+        """Drop the last n tokens, encoded ones and sinks too where n reaches them; returns how many."""
         trimmed = int(self.suffix.trim(n))
         layer = self._encoded
-        if layer is not None and trimmed < n:
-            encoded = min(n - trimmed, layer.keys.tokens)
-            keep = layer.keys.tokens - encoded
+        if layer is None or trimmed == n:
+            return trimmed
+        keep = max(0, layer.tokens - (n - trimmed))
+        sinks = layer.sink_keys.shape[1]
+        if keep > sinks:
             self.layer = replace(
-                layer, keys=layer.keys.slice_tokens(0, keep), values=layer.values.slice_tokens(0, keep)
+                layer,
+                keys=layer.keys.slice_tokens(0, keep - sinks),
+                values=layer.values.slice_tokens(0, keep - sinks),
             )
-            trimmed += encoded
-        return trimmed
+        else:  # nothing encoded is left, nor a use for its means: as if the cache had never grown beyond its sinks
+            dtype = layer.sink_keys.dtype if self.suffix.empty() else self.suffix.keys.dtype
+            self.layer, self.suffix = None, KVCache()
+            if keep:
+                keys, values = layer.sink_keys[None, :, :keep], layer.sink_values[None, :, :keep]
+                self.suffix.update_and_fetch(keys.astype(dtype), values.astype(dtype))
+        return trimmed + layer.tokens - keep
 
     def _compress(self) -> None:
         if self.suffix.empty():

@@ -64,7 +64,7 @@ def write_segment(folder: Path, key: str, prefix: Prefix, identity: Identity, la
         "versions": {name: importlib.metadata.version(name) for name in ("mlx", "mlx-lm")},
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-    write_text(folder / MANIFEST, json.dumps(manifest, indent=1))
+    write_text(folder / MANIFEST, json.dumps({**manifest, "manifest_sha256": _seal(manifest)}, indent=1))
     return size + (folder / MANIFEST).stat().st_size
 
 
@@ -75,6 +75,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         if path.stat().st_size > LARGEST_MANIFEST:
             raise SegmentError("the manifest is too large")
         manifest = json.loads(path.read_text(encoding="utf-8"))
+        seal = _seal(manifest) if isinstance(manifest, dict) else None
     except FileNotFoundError:
         raise SegmentError("absent") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -84,6 +85,8 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     version = manifest.get("format_version")
     if version != FORMAT_VERSION:
         raise SegmentError(f"format version {version}, expected {FORMAT_VERSION}")
+    if manifest.get("manifest_sha256") != seal:
+        raise SegmentError("the manifest's checksum")
     return manifest
 
 
@@ -108,8 +111,8 @@ def read_segment(folder: Path, key: str, codec: CacheCodec) -> Prefix:
     except (OSError, RuntimeError, ValueError) as error:
         raise SegmentError(f"the tensors cannot be read: {error}") from None
     try:
-        return _assemble(tensors, manifest["layers"], int(manifest["tokens"]), codec)
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError) as error:
+        return _assemble(tensors, manifest["layers"], manifest["tokens"], codec)
+    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as error:
         raise SegmentError(f"the layers don't fit together: {error}") from None
 
 
@@ -144,18 +147,25 @@ def _disassemble(prefix: Prefix) -> tuple[dict[str, mx.array], list[dict[str, An
 def _assemble(
     tensors: Mapping[str, mx.array], layers: Sequence[Mapping[str, Any]], tokens: int, codec: CacheCodec
 ) -> Prefix:
+    if type(tokens) is not int or not isinstance(layers, list):
+        raise TypeError("tokens is no number, or layers no list")
     assembled: list[Any] = []
     for index, layer in enumerate(layers):
         if layer["kind"] == "encoded":
             start = f"{index}."
             own = {name.removeprefix(start): x for name, x in tensors.items() if name.startswith(start)}
             encoded = EncodedLayer.from_tensors(own, codec)
-            if encoded.tokens != tokens:
-                raise ValueError(f"layer {index} holds {encoded.tokens} tokens, expected {tokens}")
+            held = encoded.tokens
             assembled.append(encoded)
         else:
-            assembled.append(STOCK_CACHES[layer["kind"]].from_state(_thaw(layer["state"], tensors)))
-    return Prefix(tuple(assembled), tokens)
+            stock = STOCK_CACHES[layer["kind"]].from_state(_thaw(layer["state"], tensors))
+            held = getattr(stock, "offset", tokens)  # recurrent states don't count their tokens
+            assembled.append(stock)
+        if held != tokens:
+            raise ValueError(f"layer {index} holds {held} tokens, expected {tokens}")
+    prefix = Prefix(tuple(assembled), tokens)
+    _ = prefix.nbytes  # raises where a stock cache's state is no arrays
+    return prefix
 
 
 def _freeze(state: Any, name: str, tensors: dict[str, mx.array]) -> Any:
@@ -176,6 +186,12 @@ def _thaw(state: Mapping[str, Any], tensors: Mapping[str, mx.array]) -> Any:
     if "items" in state:
         return [_thaw(item, tensors) for item in state["items"]]
     return state["value"]
+
+
+def _seal(manifest: Mapping[str, Any]) -> str:
+    """The checksum of a manifest, over everything in it but the checksum."""
+    content = {name: value for name, value in manifest.items() if name != "manifest_sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _digest(file: Any) -> str:

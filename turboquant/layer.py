@@ -99,8 +99,9 @@ class EncodedLayer:
         )
 
     def dense(self, dtype: mx.Dtype) -> DenseLayer:
-        """The layer decoded, in ``dtype``."""
-        keys, values = self.decode()
+        """The layer decoded, in ``dtype``, saturating."""
+        largest = float(mx.finfo(dtype).max)
+        keys, values = (mx.clip(x, -largest, largest) for x in self.decode())
         layer = DenseLayer(keys.astype(dtype), values.astype(dtype))
         mx.eval(layer.keys, layer.values)
         return layer
@@ -143,6 +144,8 @@ class EncodedLayer:
     def _check(self) -> None:
         if self.key_mean.ndim != 3 or self.value_mean.ndim != 3:
             raise ValueError("the layer's means are not (n_kv_heads, 1, head_dim)")
+        if self.keys.scales.ndim != 2:
+            raise ValueError("the layer's scales are not (n_kv_heads, tokens)")
         heads, encoded = self.key_mean.shape[0], self.keys.tokens
         first, last = self.sink_keys.shape[1:2], self.window_keys.shape[1:2]
         for name, kind, codec, mean in (

@@ -2,9 +2,10 @@
 
 Knows a dimension and a seed. It is a randomised Hadamard transform: random signs, then butterflies, in float32.
 A dimension that is no power of two gets two transforms of the largest power of two below it, one over its first
-and one over its last coordinates; they overlap, so that energy spreads over all. There is no dense matrix to store
-or to multiply by, and since butterflies work on each vector alone, a vector's rotation does not depend on which
-others are rotated with it: a matrix product's would, in the last bit, and with it the codes.
+and one over its last coordinates; they overlap, so that energy spreads over all, and random signs come before each,
+for without them the second would undo much of the first. There is no dense matrix to store or to multiply by, and
+since butterflies work on each vector alone, a vector's rotation does not depend on which others are rotated with
+it: a matrix product's would, in the last bit, and with it the codes.
 
 Source of the idea: Ailon and Chazelle, "The Fast Johnson-Lindenstrauss Transform" (2009).
 """
@@ -30,22 +31,24 @@ class Rotation:
 
     def forward(self, x: mx.array) -> mx.array:
         """Rotate x (..., dim), any float dtype; returns float32."""
-        y = x.astype(mx.float32) * self._signs()
-        for start in self._block_starts():
-            y = self._transform(y, start)
+        y = x.astype(mx.float32)
+        for start, signs in zip(self._block_starts(), self._signs(), strict=True):
+            y = self._transform(y * signs, start)
         return y
 
     def inverse(self, y: mx.array) -> mx.array:
         """Undo ``forward``: y (..., dim) to float32 (..., dim)."""
         x = y.astype(mx.float32)
-        for start in reversed(self._block_starts()):
-            x = self._transform(x, start)
-        return x * self._signs()
+        for start, signs in zip(reversed(self._block_starts()), reversed(self._signs()), strict=True):
+            x = self._transform(x, start) * signs
+        return x
 
-    def _signs(self) -> mx.array:
+    def _signs(self) -> list[mx.array]:
+        """One vector of signs for each transform."""
         # PCG64 is pinned by NumPy's stream compatibility policy; `random` itself is not used beyond raw bits.
-        bits = np.random.PCG64([self.seed, self.dim]).random_raw(self.dim) >> np.uint64(63)
-        return mx.array(1.0 - 2.0 * bits.astype(np.float32))
+        stages = len(self._block_starts())
+        bits = np.random.PCG64([self.seed, self.dim]).random_raw((stages, self.dim)) >> np.uint64(63)
+        return [mx.array(row) for row in 1.0 - 2.0 * bits.astype(np.float32)]
 
     def _block_starts(self) -> tuple[int, ...]:
         return (0,) if self._block == self.dim else (0, self.dim - self._block)

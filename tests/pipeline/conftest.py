@@ -1,11 +1,14 @@
-"""A tiny byte-level tokenizer, trained on a few lines, so that no test downloads one."""
+"""A tiny byte-level tokenizer, a tiny random model and a job that uses them, so that no test downloads one."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
+from workplace import Workplace
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
@@ -52,3 +55,53 @@ def make_tokenizer() -> Callable[..., Any]:
 @pytest.fixture(scope="session")
 def tokenizer(make_tokenizer: Callable[..., Any]) -> Any:
     return make_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def write_model(make_tokenizer: Callable[..., Any]) -> Callable[..., Path]:
+    """`write_model(folder, seed, **config)` saves a random llama of two layers with the tokenizer above.
+
+    Its greedy answers are garbage, and different garbage for other contexts and queries.
+    """
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+    from mlx_lm.models import llama
+
+    def write(folder: Path, seed: int = 0, **config: Any) -> Path:
+        tokenizer = make_tokenizer()
+        settings = {
+            "model_type": "llama",
+            "hidden_size": 128,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 64,
+            "vocab_size": len(tokenizer),
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e4,
+            "max_position_embeddings": 2048,
+            "tie_word_embeddings": False,
+            "eos_token_id": tokenizer.eos_token_id,
+        } | config
+        folder.mkdir(parents=True, exist_ok=True)
+        mx.random.seed(seed)
+        weights = dict(tree_flatten(llama.Model(llama.ModelArgs.from_dict(settings)).parameters()))
+        # Attention must count, or every context would give the same answer.
+        weights = {name: x * 4 if name.endswith("_proj.weight") else x for name, x in weights.items()}
+        mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
+        (folder / "config.json").write_text(json.dumps(settings))
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def tiny_model(write_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("tiny-llama"))
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, tiny_model: Path) -> Workplace:
+    return Workplace(tmp_path, tiny_model)

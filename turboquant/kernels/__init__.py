@@ -41,8 +41,10 @@ def attend_past(queries: mx.array, layer: EncodedLayer | DenseLayer, scale: floa
         return backend().attend_layer(queries, layer, scale)
     block = attention.fold_queries(queries, layer.keys.shape[0])[None]
     tile = layer.tokens if on_cpu() else attention.TILE  # on a CPU the backend makes tiles of its own
-    parts = []
+    parts: list[Partial] = []
     for start in range(0, layer.tokens, tile):
+        if parts:  # tile by tile, so that one tile's scores are held at a time
+            (block,) = mx.depends([block], parts[-1].output)
         keys, values = layer.keys[None, :, start : start + tile], layer.values[None, :, start : start + tile]
         parts.append(backend().attend_dense(block, keys, values, scale, None))
     part = attention.merge(parts)

@@ -9,11 +9,15 @@ never written to.
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
+from threadpoolctl import ThreadpoolController
 
 from turboquant.attention import Partial, fold_queries, unfold_part
 from turboquant.codebook import lloyd_max
@@ -23,6 +27,8 @@ from turboquant.packing import PLANES
 
 Floats = NDArray[np.floating[Any]]  # float32 throughout; NumPy's stubs lose track of it
 BLOCK = 1 << 18  # elements of scores, and of decoded keys, worked on at a time: about a core's cache
+FEW = 1 << 16  # scores that are worked on at once, for all rows and heads, since sharing them out would take longer
+ROWS = 256  # queries worked on at a time: enough for the BLAS, few enough to skip most of what a causal mask hides
 
 
 def attend_dense(
@@ -34,28 +40,35 @@ def attend_dense(
     repeats = n_heads // n_kv_heads
     q = (_view(queries) * np.float32(scale)).reshape(batch, n_kv_heads, repeats, length, dim)
     k, v = _view(keys), _view(values)
-    softmax = OnlineSoftmax((batch, n_kv_heads, repeats, length), values.shape[-1])
     visible = None if mask is None or isinstance(mask, str) else np.asarray(mask)[:, :, None]
-    first = tokens - length  # the position of the first query where the mask is causal
-    tile = max(64, min(tokens, BLOCK // max(1, min(length * repeats, 256))))
-    for start in range(0, tokens, tile):
-        stop = min(start + tile, tokens)
-        rows = max(1, BLOCK // (tile * repeats * batch * n_kv_heads))
-        for top in range(0, length, max(rows, 64)):
-            bottom = min(top + max(rows, 64), length)
-            if mask == "causal" and start > first + bottom - 1:
+    softmax = OnlineSoftmax((batch, n_kv_heads, repeats, length), values.shape[-1])
+    rows = max(1, min(length, ROWS // repeats))
+    tile = max(64, BLOCK // (rows * repeats))
+
+    def attend_group(group: tuple[slice, slice]) -> None:
+        b, h = group
+        for start, top in itertools.product(range(0, tokens, tile), range(0, length, rows)):
+            stop, bottom = min(start + tile, tokens), min(top + rows, length)
+            first = tokens - length + top  # the position of the first of these queries, where the mask is causal
+            if mask == "causal":
+                stop = min(stop, first + bottom - top)
+            if stop <= start:
                 continue
-            for b, h in _groups(batch, n_kv_heads, (bottom - top) * repeats * (stop - start)):
-                scores = q[b, h, :, top:bottom] @ k[b, h, None, start:stop].swapaxes(-1, -2)
-                if visible is not None:
-                    rows_visible = visible[b if visible.shape[0] > 1 else slice(None), :, :, top:bottom, start:stop]
-                    scores = np.where(rows_visible, scores, np.float32(-np.inf))
-                elif mask == "causal" and stop > first + top + 1:
-                    positions = np.arange(first + top, first + bottom)
-                    scores[..., np.arange(start, stop) > positions[:, None]] = -np.inf
-                index = (b, h, slice(None), slice(top, bottom))
-                weights, fade = softmax.weigh(scores, index)
-                softmax.add(index, fade, weights @ v[b, h, None, start:stop])
+            index = (b, h, slice(None), slice(top, bottom))
+            scores = _multiply(q[index], k[b, h, start:stop].swapaxes(-1, -2))
+            if visible is not None:
+                row = b if visible.shape[0] > 1 else slice(None)
+                scores = np.where(visible[row, :, :, top:bottom, start:stop], scores, np.float32(-np.inf))
+            elif mask == "causal" and stop > first + 1:
+                scores[..., np.arange(start, stop) > np.arange(first, first + bottom - top)[:, None]] = -np.inf
+            weights, fade = softmax.weigh(scores, index)
+            softmax.add(index, fade, _multiply(weights, v[b, h, start:stop]))
+
+    if batch * n_heads * length * tokens <= FEW:
+        attend_group((slice(None), slice(None)))
+    else:
+        each = [(slice(b, b + 1), slice(h, h + 1)) for b in range(batch) for h in range(n_kv_heads)]
+        _run_in_parallel(attend_group, each)
     output, logsumexp = softmax.finish()
     return Partial(
         mx.array(output.reshape(batch, n_heads, length, -1)),
@@ -171,11 +184,41 @@ def _table(bits: int) -> Floats:
     return np.stack(columns, axis=-1)
 
 
-def _groups(batch: int, n_kv_heads: int, elements: int) -> list[tuple[Any, Any]]:
-    """Index pairs over (batch, KV heads): all at once where the scores are few, else one by one for the cache."""
-    if batch * n_kv_heads * elements <= BLOCK:
-        return [(slice(None), slice(None))]
-    return [(slice(b, b + 1), slice(h, h + 1)) for b in range(batch) for h in range(n_kv_heads)]
+def _multiply(x: Floats, y: Floats) -> Floats:
+    """x (B, H, repeats, L, M) times y (B, H, M, N), as one product for all repeats."""
+    product: Floats = x.reshape(*x.shape[:2], -1, x.shape[-1]) @ y
+    return product.reshape(*x.shape[:-1], y.shape[-1])
+
+
+def _run_in_parallel(work: Callable[[tuple[slice, slice]], None], items: Sequence[tuple[slice, slice]]) -> None:
+    """Do each item on a thread of its own, with a BLAS that keeps to one thread.
+
+    Exponentials are then shared among the cores as well, and no core waits for another inside of a product, which
+    on a busy machine takes twice as long.
+    """
+    threads = _threads()
+    if threads == 1 or len(items) == 1:
+        for item in items:
+            work(item)
+        return
+    with _blas().limit(limits=1):
+        list(_pool(threads).map(work, items))
+
+
+@functools.cache
+def _blas() -> Any:
+    return ThreadpoolController().select(user_api="blas")
+
+
+@functools.cache
+def _threads() -> int:
+    """How many threads the BLAS was told to use, which is how many the user wants used."""
+    return max((library["num_threads"] for library in _blas().info()), default=1)
+
+
+@functools.cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="attention")
 
 
 def _view(x: mx.array) -> Floats:

@@ -1,0 +1,109 @@
+"""What is shown while a run goes on: lines where nobody watches, bars on a terminal, nothing if quiet."""
+
+from __future__ import annotations
+
+import io
+import logging
+import sys
+
+import pytest
+
+from pipeline import progress
+from pipeline.progress import Progress
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    fake = Clock()
+    monkeypatch.setattr(progress, "time", fake)
+    return fake
+
+
+class Terminal(io.StringIO):
+    """Takes the place of stderr; not in a fixture, since pytest swaps stderr between fixtures and test."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        super().__init__()
+        monkeypatch.setattr(sys, "stderr", self)
+
+    def isatty(self) -> bool:
+        return True
+
+
+def work(clock: Clock, quiet: bool = False) -> None:
+    with Progress(12, quiet) as shown:
+        for name in "abc":
+            shown.start_prefill(name, 4000)
+            for _ in range(4):
+                clock.now += 10
+                shown.prefilled(1000)
+            shown.end_prefill()
+            for _ in range(4):
+                clock.now += 2
+                shown.rows_done(1)
+
+
+def test_a_line_every_half_minute(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    work(clock)
+    out, lines = capsys.readouterr()
+    assert out == ""
+    assert lines.splitlines() == [
+        "30 s: 0 of 12 rows, 3,000 tokens prefilled",
+        "68 s: 4 of 12 rows, 6,000 tokens prefilled",
+        "106 s: 8 of 12 rows, 9,000 tokens prefilled",
+        "136 s: 8 of 12 rows, 12,000 tokens prefilled",
+    ]
+
+
+def test_a_short_run_shows_nothing(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(2) as shown:
+        shown.rows_done(2)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_quiet_shows_nothing(clock: Clock, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    work(clock, quiet=True)
+    assert capsys.readouterr() == ("", "")
+    terminal = Terminal(monkeypatch)
+    work(clock, quiet=True)
+    assert terminal.getvalue() == ""
+
+
+def test_bars_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal(monkeypatch)
+    with Progress(3) as shown:
+        shown.start_prefill("minutes-1", 1000)
+        shown.prefilled(1000)
+        shown.end_prefill()
+        shown.rows_done(3)
+    screen = terminal.getvalue()
+    assert "rows: 100%" in screen
+    assert "3/3" in screen
+    assert "prefill minutes-1:" in screen
+    assert "rows, " not in screen
+
+
+def test_log_lines_stand_on_lines_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal(monkeypatch)
+    log = logging.getLogger("pipeline.test")
+    root, handler = logging.getLogger(), logging.StreamHandler(terminal)
+    root.addHandler(handler)
+    try:
+        with Progress(3) as shown:
+            shown.rows_done(1)
+            log.warning("prefix rejected")
+        log.warning("and after")
+    finally:
+        root.removeHandler(handler)
+    lines = terminal.getvalue().replace("\r", "\n").splitlines()
+    assert "prefix rejected" in lines
+    assert "and after" in lines
+    assert handler not in root.handlers

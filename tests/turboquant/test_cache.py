@@ -1,0 +1,465 @@
+"""Compressed caches inside real mlx-lm models: forks, batches, and the cache that compresses its own past."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlx_lm.generate import BatchGenerator, generate_step
+from mlx_lm.models.cache import KVCache, make_prompt_cache
+
+from turboquant import CacheCodec, EncodedLayer, Fork, Prefix, TurboQuantKVCache, cache, enabled
+from turboquant.cache import BatchForks, PrefillCache
+from turboquant.dispatch import compressible_layers
+
+Build = Callable[[str], Any]
+Tokens = Callable[[int, int], list[int]]
+FAMILIES = ["llama", "qwen3", "gemma3_text", "gpt_oss", "qwen3_next"]
+EIGHT = CacheCodec(8, 8)
+
+
+@dataclasses.dataclass
+class Answer:
+    """Greedy tokens, and the log-probabilities they were chosen by: a small model's choice may hide much."""
+
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[Any] = dataclasses.field(default_factory=list)
+
+
+def assert_same(answers: Sequence[Answer], others: Sequence[Answer]) -> None:
+    """Equal but for the rounding of products of other shapes."""
+    assert [a.tokens for a in answers] == [b.tokens for b in others]
+    for a, b in zip(answers, others, strict=True):
+        np.testing.assert_allclose(np.stack(a.logprobs), np.stack(b.logprobs), atol=2e-3)
+
+
+def continue_on(model: Any, caches: list[Any], tokens: list[int]) -> mx.array:
+    """Logits (L, vocabulary) of tokens added to a cache."""
+    with enabled(model):
+        logits: mx.array = model(mx.array(tokens)[None], cache=caches)[0]
+        mx.eval(logits)
+    return logits
+
+
+def answer(
+    model: Any, caches: Sequence[list[Any]], suffixes: Sequence[list[int]], lengths: Sequence[int], rows: int
+) -> tuple[list[Answer], list[list[Any]]]:
+    """The answer and the final cache of each request, through mlx-lm's BatchGenerator as it is."""
+    with enabled(model):
+        generator = BatchGenerator(model, completion_batch_size=rows, prefill_batch_size=rows)
+        numbers = generator.insert([list(s) for s in suffixes], max_tokens=list(lengths), caches=list(caches))
+        answers = {number: Answer() for number in numbers}
+        final: dict[int, list[Any]] = {}
+        while len(final) < len(numbers):
+            for response in generator.next_generated():
+                answers[response.uid].tokens.append(response.token)
+                answers[response.uid].logprobs.append(np.array(response.logprobs))
+                if response.finish_reason is not None:
+                    final[response.uid] = response.prompt_cache
+        generator.close()
+    return [answers[number] for number in numbers], [final[number] for number in numbers]
+
+
+def cosine(a: mx.array, b: mx.array) -> float:
+    x, y = np.array(a, dtype=np.float64).ravel(), np.array(b, dtype=np.float64).ravel()
+    return float(x @ y / np.linalg.norm(x) / np.linalg.norm(y))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_eight_bit_forks_are_close_to_the_stock_cache(
+    family: str, build_model: Build, fill: Any, build_prefix: Any, random_tokens: Tokens
+) -> None:
+    model, context, query = build_model(family), random_tokens(150, 0), random_tokens(9, 1)
+    stock = fill(model, context)
+    expected = continue_on(model, stock, query)
+    fork = build_prefix(model, context, EIGHT).fork()
+    got = continue_on(model, fork, query)
+    assert cosine(got, expected) > 0.9995
+    for token in random_tokens(3, 2):
+        assert cosine(continue_on(model, fork, [token]), continue_on(model, stock, [token])) > 0.9995
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_compressed_past_matters(family: str, build_model: Build, build_prefix: Any, random_tokens: Tokens) -> None:
+    """Guards the test above: another context gives other logits."""
+    model, query = build_model(family), random_tokens(9, 1)
+    a, b = (continue_on(model, build_prefix(model, random_tokens(150, s), EIGHT).fork(), query) for s in (0, 5))
+    assert cosine(a, b) < 0.99
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("rows", [2, 8])
+def test_forks_in_a_batch_answer_as_they_do_alone(
+    family: str, rows: int, build_model: Build, build_prefix: Any, random_tokens: Tokens
+) -> None:
+    """Rows of different lengths, joining as others leave."""
+    model = build_model(family)
+    prefix = build_prefix(model, random_tokens(120, 0), CacheCodec(4, 3))
+    suffixes = [random_tokens(count, count) for count in (1, 7, 3, 12, 5)]
+    lengths = [6, 2, 9, 4, 1]
+    alone = [answer(model, [prefix.fork()], [s], [n], 1)[0][0] for s, n in zip(suffixes, lengths, strict=True)]
+    together, final = answer(model, [prefix.fork() for _ in suffixes], suffixes, lengths, rows)
+    assert_same(together, alone)
+    assert [len(row.tokens) for row in together] == lengths
+    for row, suffix, length in zip(final, suffixes, lengths, strict=True):
+        for layer, held in zip(row, prefix.layers, strict=True):
+            if isinstance(held, EncodedLayer):
+                assert layer.layer is held  # shared, not copied
+                assert layer.offset == 120 + len(suffix) + length
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_next"])
+def test_rows_on_different_prefixes_share_a_batch(
+    family: str, build_model: Build, build_prefix: Any, random_tokens: Tokens
+) -> None:
+    model = build_model(family)
+    prefixes = [build_prefix(model, random_tokens(count, count), CacheCodec()) for count in (60, 133)]
+    order = [0, 1, 1, 0, 1]
+    suffixes = [random_tokens(count, count) for count in (4, 2, 9, 1, 6)]
+    lengths = [7, 3, 5, 2, 8]
+    alone = [
+        answer(model, [prefixes[p].fork()], [s], [n], 1)[0][0] for p, s, n in zip(order, suffixes, lengths, strict=True)
+    ]
+    assert_same(answer(model, [prefixes[p].fork() for p in order], suffixes, lengths, 4)[0], alone)
+
+
+def test_dense_and_packed_prefixes_answer_alike(build_model: Build, build_prefix: Any, random_tokens: Tokens) -> None:
+    model = build_model("llama")
+    packed = build_prefix(model, random_tokens(200, 0), CacheCodec(3, 3))
+    dense = packed.dense(mx.float32)
+    query = random_tokens(5, 1)
+    a, b = (continue_on(model, prefix.fork(), query) for prefix in (packed, dense))
+    np.testing.assert_allclose(np.array(a), np.array(b), atol=1e-4 * float(mx.abs(a).max()))
+    assert dense.nbytes == 4 * packed.dense_elements
+    alone = [answer(model, [packed.fork()], [s], [4], 1)[0][0] for s in (query, query[:2])]
+    assert_same(answer(model, [dense.fork(), dense.fork()], [query, query[:2]], [4, 4], 2)[0], alone)
+
+
+@pytest.mark.parametrize("resident", ["packed", "dense"])
+def test_rows_on_one_prefix_cost_their_suffixes_only(
+    resident: str, build_model: Build, random_layer: Any, random_tokens: Tokens
+) -> None:
+    model, tokens = build_model("llama"), 30_000
+    prefix = Prefix(tuple(random_layer(tokens, CacheCodec()) for _ in range(2)), tokens)
+    if resident == "dense":
+        prefix = prefix.dense(mx.float32)
+    forks = [prefix.fork() for _ in range(16)]
+    assert sum(layer.nbytes for fork in forks for layer in fork) == 0
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    _, final = answer(model, forks, [random_tokens(3, row) for row in range(16)], [3] * 16, 16)
+    grown = mx.get_peak_memory() - before
+    suffixes = 16 * 2 * 2 * 2 * 256 * 64 * 4  # rows, layers, K and V, KV heads, mlx-lm's step of tokens, head_dim
+    assert grown < 2.5 * suffixes + 2_000_000 < 16 * prefix.nbytes / 4
+    assert all(layer.nbytes < suffixes / 16 for row in final for layer in row)
+
+
+def test_a_fork_leaves_its_prefix_and_its_siblings_alone(
+    build_model: Build, build_prefix: Any, random_tokens: Tokens
+) -> None:
+    for family in ("llama", "gemma3_text", "qwen3_next"):
+        model = build_model(family)
+        prefix = build_prefix(model, random_tokens(100, 0), CacheCodec())
+        query = random_tokens(6, 1)
+        first = continue_on(model, prefix.fork(), query)
+        spoiled = prefix.fork()
+        continue_on(model, spoiled, random_tokens(50, 3))
+        copied = copy.deepcopy(spoiled)
+        continue_on(model, copied, random_tokens(20, 4))
+        if family == "llama":
+            assert [layer.trim(70) for layer in spoiled] == [50, 50]
+            assert mx.array_equal(continue_on(model, spoiled, query), first)
+        assert mx.array_equal(continue_on(model, prefix.fork(), query), first)
+
+
+def test_a_deep_copy_of_a_fork_goes_its_own_way_on_the_same_past(
+    build_model: Build, build_prefix: Any, random_tokens: Tokens
+) -> None:
+    model = build_model("llama")
+    fork = build_prefix(model, random_tokens(100, 0), CacheCodec()).fork()
+    continue_on(model, fork, random_tokens(5, 1))
+    copied = copy.deepcopy(fork)
+    a = continue_on(model, fork, [1])
+    continue_on(model, fork, [2, 3])
+    assert copied[0].layer is fork[0].layer
+    assert copied[0].offset == 105
+    assert mx.array_equal(continue_on(model, copied, [1]), a)
+
+
+def test_forks_merge_and_come_back(random_layer: Any) -> None:
+    layers = [random_layer(50, CacheCodec()), random_layer(70, CacheCodec())]
+    forks = [Fork(layers[0]), Fork(layers[1]), Fork(layers[0])]
+    for count, fork in zip((3, 0, 5), forks, strict=True):
+        if count:
+            fork.update_and_fetch(*(mx.random.normal((1, 2, count, 64)) for _ in range(2)))
+    batch = Fork.merge(forks)
+    assert batch.offset.tolist() == [53, 70, 55]
+    for row, fork in enumerate(forks):
+        again = batch.extract(row)
+        assert again.layer is fork.layer
+        assert again.offset == fork.offset
+        if not fork.suffix.empty():
+            assert mx.array_equal(again.suffix.keys, fork.suffix.keys_and_values()[0])
+    batch.filter([2, 0])
+    batch.extend(Fork.merge([forks[1]]))
+    assert batch.offset.tolist() == [55, 53, 70]
+    assert [layer is layers[i] for layer, i in zip(batch.layers, (0, 0, 1), strict=True)] == [True] * 3
+    assert copy.deepcopy(batch).layers[0] is layers[0]
+    assert batch.trim(2) == 2
+    assert batch.offset.tolist() == [53, 51, 68]
+    assert batch.size() == 3
+    assert batch.is_trimmable()
+    assert not batch.empty()
+
+
+def test_a_batch_without_suffixes_is_empty(random_layer: Any) -> None:
+    batch = Fork.merge([Fork(random_layer(50, CacheCodec())) for _ in range(3)])
+    assert batch.empty()
+    assert batch.nbytes == 0
+    assert batch.state == []
+    assert batch.extract(1).offset == 50
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_sliding_window_is_refused_rather_than_ignored(batched: bool) -> None:
+    one: Any = Fork.merge([Fork(None)]) if batched else Fork(None)
+    with pytest.raises(ValueError, match="sliding-window"):
+        one.make_mask(3, window_size=16)
+
+
+@pytest.mark.parametrize("cls", [Fork, BatchForks, TurboQuantKVCache, PrefillCache])
+def test_no_cache_looks_like_mlx_lm_s_quantised_one(cls: type) -> None:
+    instances = [Fork(None), Fork.merge([Fork(None)]), TurboQuantKVCache(), PrefillCache(3)]
+    (instance,) = (x for x in instances if type(x) is cls)
+    assert not hasattr(instance, "bits")
+    assert not hasattr(instance, "to_quantized") or isinstance(instance, KVCache)
+
+
+# --- building a prefix
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prefilling_in_chunks_with_the_prefill_cache_is_prefilling(
+    family: str, build_model: Build, fill: Any, random_tokens: Tokens
+) -> None:
+    model, tokens = build_model(family), random_tokens(90, 0)
+    stock = fill(model, tokens)
+    caches = [
+        PrefillCache(90) if yes else c
+        for yes, c in zip(compressible_layers(model), make_prompt_cache(model), strict=True)
+    ]
+    for start in range(0, 90, 40):
+        continue_on(model, caches, tokens[start : start + 40])
+    for ours, theirs in zip(caches, stock, strict=True):
+        if isinstance(ours, PrefillCache):
+            assert ours.keys.shape[2] == 90  # allocated once
+            for a, b in zip(ours.keys_and_values(), theirs.keys_and_values(), strict=True):
+                np.testing.assert_allclose(np.array(a), np.array(b), atol=2e-4)
+
+
+def test_a_prefix_holds_its_layers_encoded_and_says_how_well(
+    build_model: Build, build_prefix: Any, random_tokens: Tokens
+) -> None:
+    prefix = build_prefix(build_model("gemma3_text"), random_tokens(400, 0), CacheCodec(4, 4))
+    assert [isinstance(layer, EncodedLayer) for layer in prefix.layers] == [False, True, False, True]
+    assert [type(layer).__name__ for layer in prefix.layers[::2]] == ["RotatingKVCache"] * 2
+    assert prefix.nbytes == sum(layer.nbytes for layer in prefix.layers)
+    assert 4.25 < prefix.effective_bits < 4.8
+    assert all(layer.tokens == 400 for layer in prefix.layers[1::2])
+
+
+def test_layers_not_to_be_compressed_lose_their_unused_buffers(
+    build_model: Build, fill: Any, random_tokens: Tokens
+) -> None:
+    model, tokens = build_model("llama"), random_tokens(30, 0)
+    expected = continue_on(model, fill(model, tokens), [1, 2])
+    prefix = Prefix.encode(fill(model, tokens), 30, EIGHT, [False, False])
+    assert prefix.nbytes == 2 * 2 * 2 * 30 * 64 * 4
+    assert prefix.effective_bits == 0
+    np.testing.assert_allclose(np.array(continue_on(model, prefix.fork(), [1, 2])), np.array(expected), atol=1e-5)
+
+
+def test_encoding_empties_the_full_precision_cache(build_model: Build, fill: Any, random_tokens: Tokens) -> None:
+    caches = fill(build_model("llama"), random_tokens(30, 0))
+    Prefix.encode(caches, 30, EIGHT)
+    assert all(c.keys is None and c.values is None for c in caches)
+
+
+def test_a_cache_of_other_tokens_is_refused(build_model: Build, fill: Any, random_tokens: Tokens) -> None:
+    model = build_model("llama")
+    caches = fill(model, random_tokens(30, 0))
+    with pytest.raises(ValueError, match="layer 0 does not hold 31 tokens"):
+        Prefix.encode(caches, 31, EIGHT)
+    with pytest.raises(ValueError, match="layer 0 does not hold 0 tokens"):
+        Prefix.encode(make_prompt_cache(model), 0, EIGHT)
+    two_rows = make_prompt_cache(model)
+    model(mx.zeros((2, 30), mx.int32), cache=two_rows)
+    with pytest.raises(ValueError, match="of one row"):
+        Prefix.encode(two_rows, 30, EIGHT)
+
+
+# --- TurboQuantKVCache: feeding it directly
+
+
+def random_kv(tokens: int) -> tuple[mx.array, mx.array]:
+    return mx.random.normal((1, 2, tokens, 64)), mx.random.normal((1, 2, tokens, 64))
+
+
+def feed(tq: TurboQuantKVCache, keys: mx.array, values: mx.array, edges: Sequence[int]) -> None:
+    for start, stop in itertools.pairwise(edges):
+        tq.update_and_fetch(keys[:, :, start:stop], values[:, :, start:stop])
+
+
+def held(tq: TurboQuantKVCache) -> list[mx.array]:
+    keys, values = tq.suffix.keys_and_values()
+    return [*(tq.layer.tensors().values() if isinstance(tq.layer, EncodedLayer) else ()), keys, values]
+
+
+@settings(deadline=None, max_examples=12)
+@given(cuts=st.sets(st.integers(1, 599), max_size=8), codec=st.sampled_from([CacheCodec(), CacheCodec(3, 5, 0, 0)]))
+def test_the_same_codes_however_tokens_arrive(cuts: set[int], codec: CacheCodec) -> None:
+    keys, values = (mx.random.normal((1, 2, 601, 64), key=mx.random.key(i)) + i for i in range(2))
+    at_once, chunked = TurboQuantKVCache(codec), TurboQuantKVCache(codec)
+    feed(at_once, keys, values, [0, 600, 601])
+    feed(chunked, keys, values, [0, *sorted(cuts), 600, 601])
+    assert at_once.offset == chunked.offset == 601
+    for a, b in zip(held(at_once), held(chunked), strict=True):
+        assert mx.array_equal(a, b)
+
+
+def test_the_same_codes_token_by_token() -> None:
+    keys, values = (mx.random.normal((1, 2, 421, 64)) + i for i in range(2))
+    at_once, single = (
+        TurboQuantKVCache(CacheCodec(sinks=3, window=50)),
+        TurboQuantKVCache(CacheCodec(sinks=3, window=50)),
+    )
+    feed(at_once, keys, values, [0, 420, 421])
+    feed(single, keys, values, range(422))
+    for a, b in zip(held(at_once), held(single), strict=True):
+        assert mx.array_equal(a, b)
+
+
+def test_sinks_and_the_latest_tokens_are_exact() -> None:
+    keys, values = (mx.random.normal((1, 2, 1000, 64)).astype(mx.float16) for _ in range(2))
+    tq = TurboQuantKVCache(CacheCodec(2, 2))
+    feed(tq, keys, values, [*range(0, 1000, 100), 1000])
+    assert isinstance(tq.layer, EncodedLayer)
+    assert mx.array_equal(tq.layer.sink_keys, keys[0, :, :4])
+    assert tq.suffix.offset >= 128
+    assert tq.suffix.offset < 128 + 128 + 100  # no more than a window, a block and what was added last
+    assert mx.array_equal(tq.suffix.keys_and_values()[0], keys[:, :, -tq.suffix.offset :])
+    assert tq.layer.tokens + tq.suffix.offset == tq.offset == tq.size() == 1000
+    assert tq.nbytes < 0.45 * (keys.nbytes + values.nbytes)
+    assert tq.nbytes == tq.layer.nbytes + tq.suffix.offset * 2 * 2 * 64 * 2
+
+
+def test_a_new_cache_is_empty() -> None:
+    tq = TurboQuantKVCache()
+    assert tq.empty()
+    assert tq.nbytes == 0
+    assert tq.offset == 0
+    mx.eval(tq.state)
+    assert tq.trim(3) == 0
+
+
+def test_its_state_evaluates_with_the_encoded_past() -> None:
+    tq = TurboQuantKVCache()
+    feed(tq, *random_kv(500), [0, 499, 500])
+    assert isinstance(tq.layer, EncodedLayer)
+    mx.eval(tq.state)
+    assert any(x is tq.layer.keys.codes for x in tq.state[0])
+
+
+@pytest.mark.parametrize("drop", [0, 1, 100, 241, 242, 250, 400, 495, 496, 498, 500])
+@pytest.mark.parametrize("sinks", [0, 4])
+def test_trimming_reaches_any_token(drop: int, sinks: int, exact_attention: Any) -> None:
+    keys, values = (mx.random.normal((1, 2, 520, 64)) for _ in range(2))
+    tq = TurboQuantKVCache(CacheCodec(8, 8, sinks=sinks))
+    feed(tq, keys, values, [0, 499, 500])
+    assert isinstance(tq.layer, EncodedLayer)
+    assert tq.trim(drop) == drop
+    assert tq.offset == 500 - drop
+    queries = mx.random.normal((1, 4, 3, 64))
+    end = 503 - drop
+    fetched = tq.update_and_fetch(keys[:, :, end - 3 : end], values[:, :, end - 3 : end])
+    output = tq.attend(queries, *fetched, scale=0.125, mask=tq_mask(tq, 3), sinks=None)
+    visible = np.arange(end) <= np.arange(end - 3, end)[:, None]
+    expected, _ = exact_attention(queries, keys[:, :, :end], values[:, :, :end], 0.125, visible)
+    np.testing.assert_allclose(np.array(output), expected, atol=2e-2)
+    feed(tq, keys, values, [end, 520])  # and it grows again
+    feed(tq, keys, values, [end, 520])
+    assert tq.offset == end + 2 * (520 - end)
+
+
+def tq_mask(tq: TurboQuantKVCache, length: int) -> mx.array:
+    """The causal mask for tokens just added."""
+    tokens = tq.suffix.offset
+    return (mx.arange(tokens)[None] <= mx.arange(tokens - length, tokens)[:, None])[None, None]
+
+
+def test_trimming_more_than_there_is_drops_all() -> None:
+    tq = TurboQuantKVCache()
+    feed(tq, *random_kv(500), [0, 499, 500])
+    assert tq.trim(10_000) == 500
+    assert tq.offset == 0
+
+
+def test_a_batch_of_rows_is_refused_with_the_way_out() -> None:
+    tq = TurboQuantKVCache()
+    two_rows = mx.zeros((2, 2, 500, 64))
+    tq.update_and_fetch(two_rows, two_rows)
+    with pytest.raises(ValueError, match="merge"):
+        tq.update_and_fetch(two_rows[:, :, :1], two_rows[:, :, :1])
+
+
+# --- TurboQuantKVCache: in a model
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_generation_through_mlx_lm_is_close_to_the_stock_cache(
+    family: str, build_model: Build, random_tokens: Tokens
+) -> None:
+    model, prompt = build_model(family), random_tokens(600, 0)
+    runs = []
+    for caches in (make_prompt_cache(model), [TurboQuantKVCache(EIGHT) for _ in model.layers]):
+        with enabled(model):
+            steps = generate_step(mx.array(prompt), model, max_tokens=6, prompt_cache=caches, prefill_step_size=200)
+            runs.append(list(steps))
+        assert caches[0].offset == 606
+    for (token, logprobs), (other, others) in zip(*runs, strict=True):
+        assert cosine(mx.exp(logprobs), mx.exp(others)) > 0.999
+        assert token == other
+
+
+def test_compressing_caches_merge_into_a_batch(build_model: Build, random_tokens: Tokens) -> None:
+    """Some rows long enough to have been compressed, some not."""
+    model = build_model("llama")
+
+    def filled(count: int) -> list[Any]:
+        caches: list[Any] = [TurboQuantKVCache(CacheCodec(6, 6)) for _ in model.layers]
+        continue_on(model, caches, random_tokens(count, count)[:-1])
+        continue_on(model, caches, random_tokens(count, count)[-1:])
+        return caches
+
+    counts, suffixes, lengths = [400, 20, 700], [random_tokens(n, n) for n in (3, 8, 1)], [5, 3, 7]
+    alone = [answer(model, [filled(c)], [s], [n], 1)[0][0] for c, s, n in zip(counts, suffixes, lengths, strict=True)]
+    together, final = answer(model, [filled(c) for c in counts], suffixes, lengths, 3)
+    assert_same(together, alone)
+    assert [row[0].layer is None for row in final] == [False, True, False]
+    assert [row[0].offset for row in final] == [
+        c + len(s) + n for c, s, n in zip(counts, suffixes, lengths, strict=True)
+    ]
+
+
+def test_the_docstring_s_list_of_classes_is_complete() -> None:
+    classes = {n for n, x in vars(cache).items() if isinstance(x, type) and x.__module__ == cache.__name__}
+    assert all(name in (cache.__doc__ or "") for name in classes)
