@@ -105,7 +105,7 @@ def build_model() -> Callable[[str], Any]:
 def _sharpened(path: str, weight: mx.array) -> mx.array:
     """Larger weights than the default, so that attention is no plain mean and no two logits are close."""
     if path.endswith("sinks"):
-        return 3 + 2 * mx.random.normal(weight.shape)
+        return 8 + 2 * mx.random.normal(weight.shape)  # large enough to take a good share
     if any(name in path for name in ("q_proj.weight", "k_proj.weight")):
         return weight * 3
     return weight * 2 if weight.ndim > 1 else weight

@@ -221,6 +221,30 @@ def test_forks_merge_and_come_back(random_layer: Any) -> None:
     assert not batch.empty()
 
 
+@pytest.mark.parametrize("learned", [False, True])
+def test_each_row_attends_its_own_past_and_suffix(learned: bool, random_layer: Any) -> None:
+    """Three prefixes in an order that is not its own inverse, with gpt-oss's learned sinks and without."""
+    layers = [random_layer(count, CacheCodec()) for count in (40, 90, 70)]
+    forks = [Fork(layers[i]) for i in (2, 0, 1, 2, 0, 1, 1)]
+    for fork in forks:
+        fork.update_and_fetch(*random_kv(5))
+    batch = Fork.merge(forks)
+    queries, new = mx.random.normal((7, 4, 1, 64)), mx.random.normal((2, 7, 2, 1, 64))
+    sinks = 4 * mx.random.normal((4,)) + 4 if learned else None
+    mask = batch.make_mask(1)
+    together = batch.attend(queries, *batch.update_and_fetch(new[0], new[1]), scale=0.125, mask=mask, sinks=sinks)
+    for row, fork in enumerate(forks):
+        one = slice(row, row + 1)
+        fetched = fork.update_and_fetch(new[0, one], new[1, one])
+        alone = fork.attend(queries[one], *fetched, scale=0.125, mask=None, sinks=sinks)
+        assert fork.layer is not None
+        past = fork.layer.decode() if isinstance(fork.layer, EncodedLayer) else ()
+        keys, values = (mx.concatenate([x[None], y], axis=2) for x, y in zip(past, fetched, strict=True))
+        expected = mx.fast.scaled_dot_product_attention(queries[one], keys, values, scale=0.125, sinks=sinks)
+        np.testing.assert_allclose(np.array(alone), np.array(expected), atol=1e-4)
+        np.testing.assert_allclose(np.array(together[one]), np.array(expected), atol=1e-4)
+
+
 def test_a_batch_without_suffixes_is_empty(random_layer: Any) -> None:
     batch = Fork.merge([Fork(random_layer(50, CacheCodec())) for _ in range(3)])
     assert batch.empty()
