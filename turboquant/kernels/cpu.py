@@ -26,7 +26,7 @@ from turboquant.layer import EncodedLayer
 from turboquant.packing import PLANES
 
 Floats = NDArray[np.floating[Any]]  # float32 throughout; NumPy's stubs lose track of it
-BLOCK = 1 << 18  # elements of scores, and of decoded keys, worked on at a time: about a core's cache
+BLOCK = 1 << 17  # elements of scores, and of decoded keys, worked on at a time: about a core's cache
 FEW = 1 << 16  # scores that are worked on at once, for all rows and heads, since sharing them out would take longer
 ROWS = 256  # queries worked on at a time: enough for the BLAS, few enough to skip most of what a causal mask hides
 
