@@ -54,7 +54,7 @@ class Report:
     prefilled_tokens: int = 0
     answer_tokens: int = 0
     prefix_bytes: int = 0
-    effective_bits: float | None = None
+    effective_bits: float = 0.0  # mean over the prefixes
     seconds: float = 0.0
     prefill_seconds: float = 0.0
     restore_seconds: float = 0.0
@@ -322,7 +322,8 @@ class _Work:
             report.prefilled_tokens += len(context)
             self._save(key, prefix, label)
         report.prefix_bytes += prefix.nbytes
-        report.effective_bits = prefix.effective_bits
+        prefixes = report.prefixes_built + report.prefixes_restored
+        report.effective_bits += (prefix.effective_bits - report.effective_bits) / prefixes
         return prefix
 
     def _prefilled(self, tokens: int) -> None:
