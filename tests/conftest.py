@@ -10,6 +10,6 @@ import os
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-from pipeline.blas import load_tuned_blas  # noqa: E402 - it reads the variable
+from pipeline.blas import load_tuned_blas
 
 load_tuned_blas()
