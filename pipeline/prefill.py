@@ -1,7 +1,6 @@
-"""Prefill: the tokens of a context through the model, chunk by chunk, into a compressed prefix.
+"""Prefill: the tokens of a context through the model, in the chunks that are part of a segment's identity.
 
-``exact``: every chunk attends to its past in full precision, and the finished context is encoded once. Knows a model
-and tokens; neither where the prefix goes nor what is asked of it.
+Knows a model and tokens; neither where the prefix goes nor what is asked of it.
 """
 
 from __future__ import annotations
@@ -10,12 +9,9 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import mlx.core as mx
-from mlx_lm.models.cache import make_prompt_cache
-
+import turboquant
 from pipeline.identity import PREFILL_CHUNK
-from turboquant import CacheCodec, Prefix, enabled
-from turboquant.cache import PrefillCache
+from turboquant import CacheCodec, Prefix
 from turboquant.dispatch import compressible_layers
 
 _log = logging.getLogger(__name__)
@@ -27,17 +23,7 @@ def prefill(
     """Build the prefix of a context. ``on_progress`` is called with the tokens of each chunk done; what it raises
     ends the prefill.
     """
-    compressible = compressible_layers(model)
-    caches = make_prompt_cache(model)
-    caches = [PrefillCache(len(tokens)) if yes else c for yes, c in zip(compressible, caches, strict=True)]
-    with enabled(model):
-        for start in range(0, len(tokens), PREFILL_CHUNK):
-            chunk = tokens[start : start + PREFILL_CHUNK]
-            model(mx.array(list(chunk))[None], cache=caches)
-            mx.eval([cache.state for cache in caches])  # the logits are never needed, so never computed
-            mx.clear_cache()
-            on_progress(len(chunk))
-    return Prefix.encode(caches, len(tokens), codec, compressible)
+    return turboquant.prefill(model, tokens, codec, PREFILL_CHUNK, on_progress)
 
 
 def warn_of_uncompressed_layers(model: Any) -> None:

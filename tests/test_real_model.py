@@ -24,7 +24,7 @@ from pipeline.job import load_job
 from pipeline.model import LoadedModel, load_model
 from pipeline.runner import Runner
 from turboquant import CacheCodec, Prefix, enabled
-from turboquant.cache import PrefillCache
+from turboquant.prefix import PrefillCache
 
 ROOT = Path(__file__).parent.parent
 CONTEXT, CONTINUATION = 600, 80  # tokens

@@ -10,10 +10,12 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from turboquant.cache import Fork, Prefix, TurboQuantKVCache
+    from turboquant.cache import Fork
     from turboquant.codec import CacheCodec, Codec, Encoded
     from turboquant.dispatch import enabled
     from turboquant.layer import EncodedLayer
+    from turboquant.prefix import Prefix, prefill
+    from turboquant.streaming import TurboQuantKVCache
 
 _HOMES = {
     "CacheCodec": "codec",
@@ -21,12 +23,23 @@ _HOMES = {
     "Encoded": "codec",
     "EncodedLayer": "layer",
     "Fork": "cache",
-    "Prefix": "cache",
-    "TurboQuantKVCache": "cache",
+    "Prefix": "prefix",
+    "TurboQuantKVCache": "streaming",
     "enabled": "dispatch",
+    "prefill": "prefix",
 }
 
-__all__ = ["CacheCodec", "Codec", "Encoded", "EncodedLayer", "Fork", "Prefix", "TurboQuantKVCache", "enabled"]
+__all__ = [
+    "CacheCodec",
+    "Codec",
+    "Encoded",
+    "EncodedLayer",
+    "Fork",
+    "Prefix",
+    "TurboQuantKVCache",
+    "enabled",
+    "prefill",
+]
 
 
 def __getattr__(name: str) -> Any:

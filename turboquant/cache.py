@@ -1,120 +1,27 @@
-"""mlx-lm caches over compressed K/V.
+"""mlx-lm caches over a compressed past.
 
-    Prefix            a whole context, compressed and immutable; forked once for each query
-    Fork              one layer of a fork: the shared encoded layer and a full-precision suffix of its own
-    BatchForks        one layer of several forks in a batch, as mlx-lm's BatchGenerator makes it by ``merge``
-    TurboQuantKVCache a cache that compresses its own past as it grows, in fixed blocks
-    PrefillCache      full precision, for building a prefix
+    Fork        one layer of one query's cache: an encoded past, shared, and a full-precision suffix of its own
+    BatchForks  one layer of several forks in a batch, as mlx-lm's BatchGenerator makes it by ``merge``
 
-They know mlx-lm's cache contract and nothing of prompts or files. The model must be made to call ``attend``
-(dispatch.py); ``update_and_fetch`` hands back the suffix only. None has an attribute ``bits``: mlx-lm would take it
-for its own quantised cache.
+They know mlx-lm's cache contract, and neither how the past was encoded (prefix.py, streaming.py) nor files. The model
+must be made to call ``attend`` (dispatch.py); ``update_and_fetch`` hands back the suffix only. None has an attribute
+``bits``: mlx-lm would take it for its own quantised cache.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import BatchKVCache, KVCache
 
 from turboquant.attention import Partial, add_sink_logits, merge
-from turboquant.codec import CacheCodec, Encoded
-from turboquant.kernels import attend_past, backend, on_cpu
+from turboquant.kernels import attend_past, backend
 from turboquant.layer import DenseLayer, EncodedLayer
 
 Mask = mx.array | str | None
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """The compressed K/V of a context, one entry a layer of the model.
-
-    An entry is an ``EncodedLayer``, or a cache of mlx-lm's kept as it is (sliding-window, recurrent and other layers
-    that are not compressed); those are copied for each fork, encoded layers are shared.
-    """
-
-    layers: tuple[Any, ...]
-    tokens: int
-
-    @classmethod
-    def encode(
-        cls,
-        prompt_cache: Sequence[Any],
-        tokens: int,
-        codec: CacheCodec,
-        compressible: Sequence[bool] | None = None,
-    ) -> Prefix:
-        """Compress a prompt cache filled with ``tokens`` tokens of one row (B = 1).
-
-        compressible: which layers to compress, all plain KV layers if None; see ``dispatch.compressible_layers``.
-        Compressed layers are emptied one by one, so that memory never holds the whole context twice. Raises
-        ValueError where a layer to be compressed does not hold that many tokens of one row.
-        """
-        layers: list[Any] = []
-        for index, cache in enumerate(prompt_cache):
-            plain = isinstance(cache, KVCache)
-            if plain and (cache.empty() or cache.offset != tokens or cache.keys.shape[0] != 1):
-                raise ValueError(f"layer {index} does not hold {tokens} tokens of one row")
-            if plain and (compressible is None or compressible[index]):
-                keys, values = cache.keys_and_values()
-                layers.append(EncodedLayer.encode(keys[0], values[0], codec))
-                cache.keys = cache.values = None
-            else:
-                layers.append(_trimmed(cache) if plain else cache)
-        return cls(tuple(layers), tokens)
-
-    def fork(self) -> list[Any]:
-        """A prompt cache for one query: O(1) a layer for encoded layers, whatever the context's length."""
-        return [Fork(x) if isinstance(x, EncodedLayer | DenseLayer) else copy.deepcopy(x) for x in self.layers]
-
-    def dense(self, dtype: mx.Dtype) -> Prefix:
-        """The same prefix with its encoded layers decoded once: faster to attend, several times larger."""
-        layers = [x.dense(dtype) if isinstance(x, EncodedLayer) else x for x in self.layers]
-        return Prefix(tuple(layers), self.tokens)
-
-    @property
-    def dense_elements(self) -> int:
-        """How many numbers ``dense`` holds in the layers it decodes."""
-        encoded = [layer for layer in self.layers if isinstance(layer, EncodedLayer)]
-        per_token = sum(x.key_mean.size + x.value_mean.size for x in encoded)
-        return self.tokens * per_token
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all layers."""
-        return sum(int(layer.nbytes) for layer in self.layers)
-
-    @property
-    def effective_bits(self) -> float:
-        """Mean bits a coordinate over the encoded layers, everything counted."""
-        encoded = [layer for layer in self.layers if isinstance(layer, EncodedLayer)]
-        return sum(layer.effective_bits for layer in encoded) / max(1, len(encoded))
-
-
-class PrefillCache(KVCache):  # type: ignore[misc]
-    """A full-precision cache for a context of known length, attending on a CPU through ``kernels/cpu.py``."""
-
-    def __init__(self, capacity: int) -> None:
-        super().__init__()
-        self.step = max(1, capacity)  # allocate once
-
-    def attend(
-        self,
-        queries: mx.array,
-        keys: mx.array,
-        values: mx.array,
-        scale: float,
-        mask: Mask,
-        sinks: mx.array | None,
-    ) -> mx.array:
-        """Causal attention of the chunk just added over all that is cached."""
-        if not on_cpu():
-            return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
-        return _finish(backend().attend_dense(queries, keys, values, scale, mask), sinks, queries.dtype)
 
 
 class Fork:
@@ -154,7 +61,7 @@ class Fork:
         parts = [backend().attend_dense(queries, keys, values, scale, mask)]
         if self.layer is not None:
             parts.append(attend_past(queries, self.layer, scale))
-        return _finish(merge(parts), sinks, queries.dtype)
+        return finish(merge(parts), sinks, queries.dtype)
 
     def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> Mask:
         """A mask over the suffix; every query sees the whole encoded past."""
@@ -231,7 +138,7 @@ class BatchForks:
     ) -> mx.array:
         """Attention of queries (B, n_heads, L, head_dim): each distinct past is read once, for all its rows."""
         suffix = backend().attend_dense(queries, keys, values, scale, mask)
-        return _finish(merge([suffix, self._attend_past(queries, scale)]), sinks, queries.dtype)
+        return finish(merge([suffix, self._attend_past(queries, scale)]), sinks, queries.dtype)
 
     def _attend_past(self, queries: mx.array, scale: float) -> Partial:
         groups = self._rows_by_layer()
@@ -316,111 +223,8 @@ class BatchForks:
         return BatchForks(list(self.layers), copy.deepcopy(self.suffix, memo))
 
 
-class TurboQuantKVCache(Fork):
-    """An ordinary mlx-lm cache that compresses its own past.
-
-    The last ``codec.window`` tokens stay in full precision; what is older is encoded ``BLOCK`` tokens at a time,
-    about means frozen with the first block, before new tokens are added. So the codes of a token don't depend on
-    how many tokens were added at once.
-
-    >>> cache = TurboQuantKVCache(CacheCodec(key_bits=4, value_bits=4))
-    >>> keys, values = cache.update_and_fetch(mx.zeros((1, 2, 10, 64)), mx.zeros((1, 2, 10, 64)))
-    >>> cache.offset
-    10
-    """
-
-    BLOCK = 128
-
-    def __init__(self, codec: CacheCodec | None = None) -> None:
-        super().__init__(None)
-        self.codec = codec or CacheCodec()
-
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Compress what has grown old, append (1, n_kv_heads, L, head_dim), return what is not compressed."""
-        self._compress()
-        return super().update_and_fetch(keys, values)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in use: of the encoded past and of the suffix's tokens."""
-        if self.suffix.empty():
-            return 0
-        keys, values = self.suffix.keys_and_values()
-        return int(keys.nbytes + values.nbytes) + (self.layer.nbytes if self.layer is not None else 0)
-
-    @property
-    def state(self) -> Any:
-        """All arrays, those of the encoded past included, for evaluation."""
-        past = list(self._encoded.tensors().values()) if self._encoded is not None else []
-        return [past, super().state]
-
-    def trim(self, n: int) -> int:
-        """Drop the last n tokens, encoded ones and sinks too where n reaches them; returns how many."""
-        trimmed = int(self.suffix.trim(n))
-        layer = self._encoded
-        if layer is None or trimmed == n:
-            return trimmed
-        keep = max(0, layer.tokens - (n - trimmed))
-        sinks = layer.sink_keys.shape[1]
-        if keep > sinks:
-            self.layer = replace(
-                layer,
-                keys=layer.keys.slice_tokens(0, keep - sinks),
-                values=layer.values.slice_tokens(0, keep - sinks),
-            )
-        else:  # nothing encoded is left, nor a use for its means: as if the cache had never grown beyond its sinks
-            dtype = layer.sink_keys.dtype if self.suffix.empty() else self.suffix.keys.dtype
-            self.layer, self.suffix = None, KVCache()
-            if keep:
-                keys, values = layer.sink_keys[None, :, :keep], layer.sink_values[None, :, :keep]
-                self.suffix.update_and_fetch(keys.astype(dtype), values.astype(dtype))
-        return trimmed + layer.tokens - keep
-
-    def _compress(self) -> None:
-        if self.suffix.empty():
-            return
-        first = self.codec.sinks if self.layer is None else 0
-        blocks = (self.suffix.offset - first - self.codec.window) // self.BLOCK
-        if blocks < 1:
-            return
-        keys, values = self.suffix.keys_and_values()
-        if keys.shape[0] != 1:
-            raise ValueError("TurboQuantKVCache holds one row; make a batch of rows with merge")
-        for start in range(first, first + blocks * self.BLOCK, self.BLOCK):
-            stop = start + self.BLOCK
-            layer = self._encoded
-            if layer is None:
-                # No window is due in this first part: the suffix is the window.
-                codec = replace(self.codec, window=0)
-                self.layer = EncodedLayer.encode(keys[0, :, :stop], values[0, :, :stop], codec)
-            else:
-                new_keys = layer.key_codec.encode(keys[0, :, start:stop], layer.key_mean)
-                new_values = layer.value_codec.encode(values[0, :, start:stop], layer.value_mean)
-                self.layer = replace(
-                    layer,
-                    keys=Encoded.concatenate([layer.keys, new_keys]),
-                    values=Encoded.concatenate([layer.values, new_values]),
-                )
-        rest = KVCache()
-        if stop < self.suffix.offset:
-            rest.update_and_fetch(keys[:, :, stop:], values[:, :, stop:])
-        self.suffix = rest
-
-    @property
-    def _encoded(self) -> EncodedLayer | None:
-        assert not isinstance(self.layer, DenseLayer)
-        return self.layer
-
-
-def _trimmed(cache: KVCache) -> KVCache:
-    """A plain cache without the unused end of its buffers."""
-    keys, values = cache.keys_and_values()
-    trimmed = KVCache()
-    trimmed.state = (mx.contiguous(keys), mx.contiguous(values), cache.offset)
-    return trimmed
-
-
-def _finish(part: Partial, sinks: mx.array | None, dtype: mx.Dtype) -> mx.array:
+def finish(part: Partial, sinks: mx.array | None, dtype: mx.Dtype) -> mx.array:
+    """A part as a model wants it: learned sink logits (n_heads,) taken into its softmax, in the model's dtype."""
     if sinks is not None:
         part = add_sink_logits(part, sinks[None, :, None])
     return part.output.astype(dtype)

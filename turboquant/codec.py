@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
@@ -158,6 +158,11 @@ class CacheCodec:
     sinks: tokens at the start kept as they are (attention sinks: short keys that draw most of the attention).
     window: tokens at the end kept as they are, next to the question; fewer where that would cost more than
         ``WINDOW_COST`` bits a value (``window_for``).
+    layer_bits: layers with bits of their own, as (layer, key_bits, value_bits); a negative layer counts from the
+        last one back.
+
+    >>> CacheCodec(4, 3, layer_bits=((0, 8, 8), (-1, 8, 8))).for_layer(29, 30).key_bits
+    8
     """
 
     key_bits: int = 4
@@ -165,12 +170,20 @@ class CacheCodec:
     sinks: int = 4
     window: int = 128
     seed: int = 0
+    layer_bits: tuple[tuple[int, int, int], ...] = ()
 
     def __post_init__(self) -> None:
-        for bits in (self.key_bits, self.value_bits):
-            lloyd_max(bits)
+        for _, key_bits, value_bits in ((0, self.key_bits, self.value_bits), *self.layer_bits):
+            lloyd_max(key_bits)
+            lloyd_max(value_bits)
         if self.sinks < 0 or self.window < 0:
             raise ValueError("sinks and window count tokens and cannot be negative")
+
+    def for_layer(self, index: int, n_layers: int) -> CacheCodec:
+        """The codec of layer ``index`` of a model of ``n_layers``, with no layers' bits in it."""
+        own = {layer % n_layers: bits for layer, *bits in self.layer_bits if -n_layers <= layer < n_layers}
+        key_bits, value_bits = own.get(index, (self.key_bits, self.value_bits))
+        return replace(self, key_bits=key_bits, value_bits=value_bits, layer_bits=())
 
     def keys(self, head_dim: int) -> Codec:
         """The codec of keys of ``head_dim`` coordinates."""
@@ -191,6 +204,7 @@ class CacheCodec:
         return (
             f"turboquant-1 keys={self.key_bits} values={self.value_bits} "
             f"sinks={self.sinks} window={self.window} seed={self.seed}"
+            + "".join(f" layer{layer}={keys}/{values}" for layer, keys, values in self.layer_bits)
         )
 
 

@@ -22,10 +22,10 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models import cache as mlx_lm_cache
 
-from turboquant.cache import Prefix
 from turboquant.codec import CacheCodec
 from turboquant.identity import FORMAT_VERSION, Identity
 from turboquant.layer import EncodedLayer
+from turboquant.prefix import Prefix
 
 TENSORS, MANIFEST = "segment.safetensors", "segment.json"
 STOCK_CACHES = {
@@ -154,7 +154,7 @@ def _assemble(
         if layer["kind"] == "encoded":
             start = f"{index}."
             own = {name.removeprefix(start): x for name, x in tensors.items() if name.startswith(start)}
-            encoded = EncodedLayer.from_tensors(own, codec)
+            encoded = EncodedLayer.from_tensors(own, codec.for_layer(index, len(layers)))
             held = encoded.tokens
             assembled.append(encoded)
         else:

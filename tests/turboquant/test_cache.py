@@ -17,8 +17,9 @@ from mlx_lm.generate import BatchGenerator, generate_step
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from turboquant import CacheCodec, EncodedLayer, Fork, Prefix, TurboQuantKVCache, cache, enabled
-from turboquant.cache import BatchForks, PrefillCache
+from turboquant.cache import BatchForks
 from turboquant.dispatch import compressible_layers
+from turboquant.prefix import PrefillCache
 
 Build = Callable[[str], Any]
 Tokens = Callable[[int, int], list[int]]

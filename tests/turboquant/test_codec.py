@@ -191,3 +191,15 @@ def test_the_window_costs_at_most_a_fifth_of_a_bit(tokens: int, bits: int) -> No
     window = CacheCodec(bits, bits).window_for(tokens)
     assert 0 <= window <= min(tokens, 128)
     assert window * (16 - bits) <= 0.2 * tokens
+
+
+def test_layers_have_bits_of_their_own() -> None:
+    codec = CacheCodec(4, 3, layer_bits=((0, 8, 6), (-1, 5, 5)))
+    pairs = [(own.key_bits, own.value_bits) for own in (codec.for_layer(index, 4) for index in range(4))]
+    assert pairs == [(8, 6), (4, 3), (4, 3), (5, 5)]
+    assert codec.identity != CacheCodec(4, 3).identity
+
+
+def test_bits_of_a_layer_are_checked_too() -> None:
+    with pytest.raises(ValueError, match="7"):
+        CacheCodec(layer_bits=((0, 4, 7),))

@@ -1,0 +1,145 @@
+"""A context compressed once, when it is finished, and shared by all its queries.
+
+    Prefix        the compressed K/V of a context, immutable; forked once for each query
+    PrefillCache  full precision, for building a prefix
+    prefill       tokens through a model into a prefix
+
+Every chunk of an ``exact`` prefill attends to its past in full precision, and the finished context is encoded at
+once. Knows mlx-lm's caches and tokens, not what they say or where a prefix is kept.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import KVCache, make_prompt_cache
+
+from turboquant.cache import Fork, Mask, finish
+from turboquant.codec import CacheCodec
+from turboquant.dispatch import compressible_layers, enabled
+from turboquant.kernels import backend, on_cpu
+from turboquant.layer import DenseLayer, EncodedLayer
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The compressed K/V of a context, one entry a layer of the model.
+
+    An entry is an ``EncodedLayer``, or a cache of mlx-lm's kept as it is (sliding-window, recurrent and other layers
+    that are not compressed); those are copied for each fork, encoded layers are shared.
+    """
+
+    layers: tuple[Any, ...]
+    tokens: int
+
+    @classmethod
+    def encode(
+        cls,
+        prompt_cache: Sequence[Any],
+        tokens: int,
+        codec: CacheCodec,
+        compressible: Sequence[bool] | None = None,
+    ) -> Prefix:
+        """Compress a prompt cache filled with ``tokens`` tokens of one row (B = 1).
+
+        compressible: which layers to compress, all plain KV layers if None; see ``dispatch.compressible_layers``.
+        Compressed layers are emptied one by one, so that memory never holds the whole context twice. Raises
+        ValueError where a layer to be compressed does not hold that many tokens of one row.
+        """
+        layers: list[Any] = []
+        for index, cache in enumerate(prompt_cache):
+            plain = isinstance(cache, KVCache)
+            if plain and (cache.empty() or cache.offset != tokens or cache.keys.shape[0] != 1):
+                raise ValueError(f"layer {index} does not hold {tokens} tokens of one row")
+            if plain and (compressible is None or compressible[index]):
+                keys, values = cache.keys_and_values()
+                layers.append(EncodedLayer.encode(keys[0], values[0], codec.for_layer(index, len(prompt_cache))))
+                cache.keys = cache.values = None
+            else:
+                layers.append(_trimmed(cache) if plain else cache)
+        return cls(tuple(layers), tokens)
+
+    def fork(self) -> list[Any]:
+        """A prompt cache for one query: O(1) a layer for encoded layers, whatever the context's length."""
+        return [Fork(x) if isinstance(x, EncodedLayer | DenseLayer) else copy.deepcopy(x) for x in self.layers]
+
+    def dense(self, dtype: mx.Dtype) -> Prefix:
+        """The same prefix with its encoded layers decoded once: faster to attend, several times larger."""
+        layers = [x.dense(dtype) if isinstance(x, EncodedLayer) else x for x in self.layers]
+        return Prefix(tuple(layers), self.tokens)
+
+    @property
+    def dense_elements(self) -> int:
+        """How many numbers ``dense`` holds in the layers it decodes."""
+        encoded = [layer for layer in self.layers if isinstance(layer, EncodedLayer)]
+        per_token = sum(x.key_mean.size + x.value_mean.size for x in encoded)
+        return self.tokens * per_token
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all layers."""
+        return sum(int(layer.nbytes) for layer in self.layers)
+
+    @property
+    def effective_bits(self) -> float:
+        """Mean bits a coordinate over the encoded layers, everything counted."""
+        encoded = [layer for layer in self.layers if isinstance(layer, EncodedLayer)]
+        return sum(layer.effective_bits for layer in encoded) / max(1, len(encoded))
+
+
+class PrefillCache(KVCache):  # type: ignore[misc]
+    """A full-precision cache for a context of known length, attending on a CPU through ``kernels/cpu.py``."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self.step = max(1, capacity)  # allocate once
+
+    def attend(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        scale: float,
+        mask: Mask,
+        sinks: mx.array | None,
+    ) -> mx.array:
+        """Causal attention of the chunk just added over all that is cached."""
+        if not on_cpu():
+            return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
+        return finish(backend().attend_dense(queries, keys, values, scale, mask), sinks, queries.dtype)
+
+
+def prefill(
+    model: Any,
+    tokens: Sequence[int],
+    codec: CacheCodec,
+    chunk: int = 512,
+    on_progress: Callable[[int], None] = lambda _: None,
+) -> Prefix:
+    """Build the prefix of a context, ``chunk`` tokens a step.
+
+    on_progress: called with the tokens of each chunk done; what it raises ends the prefill.
+    """
+    compressible = compressible_layers(model)
+    caches = make_prompt_cache(model)
+    caches = [PrefillCache(len(tokens)) if yes else c for yes, c in zip(compressible, caches, strict=True)]
+    with enabled(model):
+        for start in range(0, len(tokens), chunk):
+            some = tokens[start : start + chunk]
+            model(mx.array(list(some))[None], cache=caches)
+            mx.eval([cache.state for cache in caches])  # the logits are never needed, so never computed
+            mx.clear_cache()
+            on_progress(len(some))
+    return Prefix.encode(caches, len(tokens), codec, compressible)
+
+
+def _trimmed(cache: KVCache) -> KVCache:
+    """A plain cache without the unused end of its buffers."""
+    keys, values = cache.keys_and_values()
+    trimmed = KVCache()
+    trimmed.state = (mx.contiguous(keys), mx.contiguous(values), cache.offset)
+    return trimmed
