@@ -33,7 +33,14 @@ def cache_codec(cache: Cache) -> CacheCodec:
     load_tuned_blas()  # which must come before MLX, and turboquant's codec imports MLX
     from turboquant.codec import CacheCodec
 
-    return CacheCodec(cache.key_bits, cache.value_bits, cache.sinks, cache.window)
+    return CacheCodec(
+        cache.key_bits,
+        cache.value_bits,
+        sinks=cache.sinks,
+        window=cache.window,
+        extra_bits=cache.extra_bits,
+        layer_bits=tuple((layer, bits, bits) for layer, bits in cache.layer_bits.items()),
+    )
 
 
 def job_identity(job: Job, remember: bool = True) -> Identity:

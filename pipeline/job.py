@@ -104,8 +104,10 @@ class Cache(_Section):
     dir: _Path
     key_bits: _Bits = 4
     value_bits: _Bits = 4
-    sinks: Annotated[int, Field(ge=0)] = 4
+    layer_bits: dict[int, _Bits] = {}
+    sinks: Annotated[int, Field(ge=0)] = 16
     window: Annotated[int, Field(ge=0)] = 128
+    extra_bits: Annotated[float, Field(ge=0, le=16)] = 0.2
     prefill: Literal["exact"] = "exact"
     resident: Literal["auto", "packed", "dense"] = "auto"
 

@@ -147,11 +147,7 @@ def _prefix_bytes(job: Job, config: dict[str, object], tokens: int) -> int:
     layers, heads = int(text["num_hidden_layers"]), int(text["num_attention_heads"])
     kv_heads = int(text.get("num_key_value_heads") or heads)
     head_dim = int(text.get("head_dim") or text["hidden_size"] // heads)
-    codec = cache_codec(job.cache)
-    kept = min(tokens, codec.sinks + codec.window_for(tokens))
-    bits = codec.keys(head_dim).effective_bits + codec.values(head_dim).effective_bits
-    per_head = (tokens - kept) * bits / 8 * head_dim + 2 * head_dim * (2 * kept + 4)
-    return int(layers * kv_heads * per_head)
+    return layers * kv_heads * cache_codec(job.cache).nbytes(tokens, head_dim)
 
 
 def _existing(path: Path) -> Path:

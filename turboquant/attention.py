@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from turboquant.codec import Encoded
-from turboquant.layer import EncodedLayer
+from turboquant.layer import EncodedLayer, EncodedPart
 
 TILE = 2048  # encoded tokens decoded at a time: bounds the memory of scores and decoded keys
 
@@ -93,13 +93,10 @@ def attend_layer(queries: mx.array, layer: EncodedLayer, scale: float) -> Partia
     that each tile is decoded once for all of them. Returns a Partial of (B, n_heads, L, value_dim).
     """
     block = fold_queries(queries.astype(mx.float32), layer.key_mean.shape[0])
-    parts = []
-    if layer.keys.tokens:
-        parts.append(_attend_encoded(block * scale, layer))
-    for keys, values in ((layer.sink_keys, layer.sink_values), (layer.window_keys, layer.window_values)):
-        if keys.shape[1]:
-            part = attend_dense(block[None], keys[None], values[None], scale, None)
-            parts.append(Partial(part.output[0], part.logsumexp[0]))
+    parts = [_attend_encoded(block * scale, part, layer) for part in layer.parts]
+    if layer.sink_keys.shape[1]:
+        part = attend_dense(block[None], layer.sink_keys[None], layer.sink_values[None], scale, None)
+        parts.append(Partial(part.output[0], part.logsumexp[0]))
     return unfold_part(merge(parts), queries.shape)
 
 
@@ -122,18 +119,18 @@ def unfold_part(part: Partial, shape: tuple[int, ...]) -> Partial:
     )
 
 
-def _attend_encoded(block: mx.array, layer: EncodedLayer) -> Partial:
-    """Attention of scaled queries (n_kv_heads, M, head_dim) over the encoded tokens, tile by tile."""
-    key_codec, value_codec = layer.key_codec, layer.value_codec
+def _attend_encoded(block: mx.array, part: EncodedPart, layer: EncodedLayer) -> Partial:
+    """Attention of scaled queries (n_kv_heads, M, head_dim) over encoded tokens of a layer, tile by tile."""
+    key_codec, value_codec = part.key_codec, part.value_codec
     rotated = key_codec.rotation.forward(block)
     mean_scores = block @ layer.key_mean.swapaxes(-1, -2)  # (n_kv_heads, M, 1): what removing the mean took away
     highest = mx.full((*block.shape[:2], 1), -mx.inf)
     total = mean_share = mx.zeros_like(highest)
     output = mx.zeros((*block.shape[:2], value_codec.head_dim))
-    for start in range(0, layer.keys.tokens, TILE):
+    for start in range(0, part.keys.tokens, TILE):
         earlier = [total, mean_share, output]
-        keys = _after(layer.keys.slice_tokens(start, start + TILE), earlier)
-        values = _after(layer.values.slice_tokens(start, start + TILE), earlier)
+        keys = _after(part.keys.slice_tokens(start, start + TILE), earlier)
+        values = _after(part.values.slice_tokens(start, start + TILE), earlier)
         scores = rotated @ key_codec.decode_rotated(keys).swapaxes(-1, -2)
         scores = scores + mx.where((keys.scales > 0)[:, None], mean_scores, 0.0)
         new_highest = mx.maximum(highest, scores.max(axis=-1, keepdims=True))

@@ -4,7 +4,8 @@
 treated: their bits, and which tokens are kept as they are. Neither knows attention, files or mlx-lm.
 
 Source: Zandieh et al., "TurboQuant" (arXiv 2504.19874), without its QJL residual. Added here: the scale makes up
-for the norm that quantisation loses, and a given mean is left out of the vectors that are shorter without it.
+for the norm that quantisation loses, a given mean is left out of the vectors that are shorter without it, and codes
+may be chosen by the queries they will meet (rounding.py).
 """
 
 from __future__ import annotations
@@ -14,10 +15,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
 
 from turboquant.codebook import SUPPORTED_BITS, lloyd_max
+from turboquant.device import array_module, to_module
 from turboquant.packing import pack, packed_words, unpack
 from turboquant.rotation import Rotation
+from turboquant.rounding import round_in_metric
 
 SMALLEST_SCALE = 2.0**-24  # float16's smallest positive number
 LARGEST_SCALE = 65504.0  # and its largest
@@ -96,11 +101,14 @@ class Codec:
         """Bits a coordinate with the scale counted."""
         return (32 * self.words + 16) / self.head_dim
 
-    def encode(self, x: mx.array, mean: mx.array | None = None) -> Encoded:
+    def encode(self, x: mx.array, mean: mx.array | None = None, metric: NDArray[np.float64] | None = None) -> Encoded:
         """Compress x (..., head_dim), any float dtype.
 
         mean: broadcastable to x; removed from each vector that is shorter without it. The same mean must be given
-        to ``decode``. Raises ValueError where the last axis is not head_dim.
+        to ``decode``.
+        metric: (H, head_dim, head_dim) for x (H, T, head_dim); codes are then chosen so that the error is small in
+        it, and else the nearest to each coordinate.
+        Raises ValueError where the last axis is not head_dim.
         """
         if x.shape[-1] != self.head_dim:
             raise ValueError(f"vectors of {x.shape[-1]} coordinates given to a codec for {self.head_dim}")
@@ -112,11 +120,10 @@ class Codec:
             centred = x - mean
             removed = _norm(centred) < _norm(x)
             x = mx.where(removed[..., None], centred, x)
-        rotated, norm = self.rotation.forward(x), _norm(x)
-        unit = rotated * (math.sqrt(self.head_dim) / mx.maximum(norm, 1e-30))[..., None]
-        codes = self._nearest(unit)
-        scales = norm / _norm(self.levels[codes])
-        scales = mx.clip(scales, SMALLEST_SCALE, LARGEST_SCALE)
+        norm = _norm(x) / math.sqrt(self.head_dim)
+        unit = self.rotation.forward(x) / mx.maximum(norm, 1e-30)[..., None]
+        codes, factors = self._nearest(unit) if metric is None else self._round_in_metric(unit, metric)
+        scales = mx.clip(norm * factors, SMALLEST_SCALE, LARGEST_SCALE)
         scales = -scales if removed is None else mx.where(removed, scales, -scales)
         return Encoded(pack(codes, self.bits), scales.astype(mx.float16))
 
@@ -139,15 +146,27 @@ class Codec:
         """The codebook's levels, (2**bits,) float32."""
         return mx.array(lloyd_max(self.bits).levels)
 
-    def _nearest(self, unit: mx.array) -> mx.array:
-        """The index of the nearest level for every coordinate, uint32."""
+    def _nearest(self, unit: mx.array) -> tuple[mx.array, mx.array]:
+        """The index of the nearest level for every coordinate, and what restores each vector's norm."""
         boundaries = [float(b) for b in lloyd_max(self.bits).boundaries]
         if len(boundaries) > 31:  # a comparison a boundary is fastest for few, a binary search for many
-            return _binary_search(unit, mx.array(boundaries))
-        codes = (unit > boundaries[0]).astype(mx.uint8)
-        for boundary in boundaries[1:]:
-            codes = codes + (unit > boundary)
-        return codes.astype(mx.uint32)
+            codes = _binary_search(unit, mx.array(boundaries))
+        else:
+            codes = (unit > boundaries[0]).astype(mx.uint8)
+            for boundary in boundaries[1:]:
+                codes = codes + (unit > boundary)
+            codes = codes.astype(mx.uint32)
+        return codes, math.sqrt(self.head_dim) / _norm(self.levels[codes])
+
+    def _round_in_metric(self, unit: mx.array, metric: NDArray[np.float64]) -> tuple[mx.array, mx.array]:
+        xp, basis = array_module(), np.array(self.rotation.forward(mx.eye(self.head_dim)), np.float64)
+        coordinates = to_module(xp, mx.contiguous(unit.swapaxes(1, 2)))
+        codes, factors = round_in_metric(xp, coordinates, basis.T @ metric @ basis, self.bits)
+        return mx.array(codes).swapaxes(1, 2), mx.array(factors)
+
+
+# What the bits of tokens that matter most are raised to.
+FINE_BITS = {2: 5, 3: 6, 4: 8, 5: 8, 6: 8, 8: 8}
 
 
 @dataclass(frozen=True)
@@ -155,9 +174,12 @@ class CacheCodec:
     """How the keys and values of an attention layer are compressed.
 
     key_bits, value_bits: any of ``SUPPORTED_BITS``.
-    sinks: tokens at the start kept as they are (attention sinks: short keys that draw most of the attention).
-    window: tokens at the end kept as they are, next to the question; fewer where that would cost more than
-        ``WINDOW_COST`` bits a value (``window_for``).
+    sinks: tokens at the start kept as they are. The very first draw most of the attention, with short keys; the
+        others hold the marks of a chat template, at which the marks around a question look back.
+    window: most tokens at the end, next to the question, that are kept finer (``FINE_BITS``).
+    extra_bits: what finer tokens may cost, in bits a value of the context. What the window leaves of it, half at
+        least, goes to the tokens that the context's own queries look at, where those are known.
+    query_aware: whether keys are rounded to suit the context's own queries, where those are known.
     layer_bits: layers with bits of their own, as (layer, key_bits, value_bits); a negative layer counts from the
         last one back.
 
@@ -167,8 +189,10 @@ class CacheCodec:
 
     key_bits: int = 4
     value_bits: int = 4
-    sinks: int = 4
+    sinks: int = 16
     window: int = 128
+    extra_bits: float = 0.2
+    query_aware: bool = True
     seed: int = 0
     layer_bits: tuple[tuple[int, int, int], ...] = ()
 
@@ -178,12 +202,19 @@ class CacheCodec:
             lloyd_max(value_bits)
         if self.sinks < 0 or self.window < 0:
             raise ValueError("sinks and window count tokens and cannot be negative")
+        if not 0 <= self.extra_bits <= 16:
+            raise ValueError("extra_bits must be between 0 and 16")
 
     def for_layer(self, index: int, n_layers: int) -> CacheCodec:
         """The codec of layer ``index`` of a model of ``n_layers``, with no layers' bits in it."""
         own = {layer % n_layers: bits for layer, *bits in self.layer_bits if -n_layers <= layer < n_layers}
         key_bits, value_bits = own.get(index, (self.key_bits, self.value_bits))
         return replace(self, key_bits=key_bits, value_bits=value_bits, layer_bits=())
+
+    @property
+    def fine(self) -> CacheCodec:
+        """The codec of the tokens that are kept finer."""
+        return replace(self, key_bits=FINE_BITS[self.key_bits], value_bits=FINE_BITS[self.value_bits])
 
     def keys(self, head_dim: int) -> Codec:
         """The codec of keys of ``head_dim`` coordinates."""
@@ -193,22 +224,35 @@ class CacheCodec:
         """The codec of values of ``head_dim`` coordinates."""
         return Codec(head_dim, self.value_bits, self.seed)
 
-    def window_for(self, tokens: int) -> int:
-        """How many tokens at the end of a context of ``tokens`` are kept as they are."""
-        saved_bits = 16 - (self.key_bits + self.value_bits) / 2
-        return min(self.window, int(WINDOW_COST * tokens / saved_bits))
+    def fine_tokens(self, tokens: int, queries_known: bool) -> tuple[int, int]:
+        """How many of a context's ``tokens`` are kept finer: at its end, and wherever queries look."""
+        added = (self.fine.key_bits + self.fine.value_bits - self.key_bits - self.value_bits) / 2
+        most = min(tokens - self.sinks, int(self.extra_bits * tokens / added)) if added else 0
+        if most <= 0:
+            return 0, 0
+        if not queries_known:
+            return min(self.window, most), 0
+        window = min(self.window, most // 2)
+        return window, most - window
+
+    def nbytes(self, tokens: int, head_dim: int) -> int:
+        """What the keys and values of one KV head take."""
+        sinks, fine = min(tokens, self.sinks), sum(self.fine_tokens(tokens, queries_known=True))
+
+        def bits(codec: CacheCodec) -> float:
+            return codec.keys(head_dim).effective_bits + codec.values(head_dim).effective_bits
+
+        whole = 32 * sinks + bits(self.fine) * fine + bits(self) * (tokens - sinks - fine)
+        return int(head_dim * whole / 8) + 8 * head_dim  # the means are float32
 
     @property
     def identity(self) -> str:
         """Names everything that decides the codes; part of a segment's key."""
         return (
-            f"turboquant-1 keys={self.key_bits} values={self.value_bits} "
-            f"sinks={self.sinks} window={self.window} seed={self.seed}"
+            f"turboquant-2 keys={self.key_bits} values={self.value_bits} sinks={self.sinks} window={self.window} "
+            f"extra={self.extra_bits} rounding={'queries' if self.query_aware else 'nearest'} seed={self.seed}"
             + "".join(f" layer{layer}={keys}/{values}" for layer, keys, values in self.layer_bits)
         )
-
-
-WINDOW_COST = 0.2  # bits a value that the window may add to a context's effective bits
 
 
 def _norm(x: mx.array) -> mx.array:

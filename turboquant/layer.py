@@ -1,7 +1,8 @@
 """One attention layer's K/V of a finished context, compressed.
 
-Knows which tokens are kept as they are (the first ones, attention sinks, and a window over the last ones) and which
-are encoded. Knows nothing of prompts, batches or files; ``tensors`` and ``from_tensors`` are all that those need.
+Knows which tokens are kept as they are (the first ones, attention sinks), which are encoded finer (the last ones, and
+those that the context's own queries look at) and which are not. Every query to come sees all of them, so their order
+is of no account. Knows nothing of prompts, batches or files; ``tensors`` and ``from_tensors`` are all that those need.
 """
 
 from __future__ import annotations
@@ -10,20 +11,33 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
 
 from turboquant.codec import CacheCodec, Codec, Encoded
+from turboquant.queries import ContextQueries
 
-ENCODE_TILE = 4096  # tokens encoded at a time, so that the encoder's float32 scratch stays small
+ENCODE_TILE = 2048  # tokens encoded at a time, so that the encoder's float32 scratch stays small
+
+
+@dataclass(frozen=True)
+class EncodedPart:
+    """Tokens of one layer encoded alike: ``Encoded`` keys and values of (n_kv_heads, N) vectors, and their codecs."""
+
+    keys: Encoded
+    values: Encoded
+    key_codec: Codec
+    value_codec: Codec
 
 
 @dataclass(frozen=True)
 class EncodedLayer:
-    """Keys and values of T tokens: S sinks, then E encoded ones, then W in the window; T = S + E + W.
+    """Keys and values of T tokens: S sinks, E encoded ones and F encoded finer; T = S + E + F.
 
     sink_keys, sink_values: (n_kv_heads, S, head_dim), 16-bit floats.
-    keys, values: ``Encoded`` of (n_kv_heads, E) vectors.
+    keys, values: ``Encoded`` of (n_kv_heads, E) vectors, in the order of the context.
+    fine_keys, fine_values: ``Encoded`` of (n_kv_heads, F) vectors; which tokens they are differs between heads.
     key_mean, value_mean: (n_kv_heads, 1, head_dim) float32, frozen: removed where that shortens a vector.
-    window_keys, window_values: (n_kv_heads, W, head_dim), 16-bit floats.
 
     The head_dim of values may differ from that of keys.
     """
@@ -33,29 +47,41 @@ class EncodedLayer:
     sink_values: mx.array
     keys: Encoded
     values: Encoded
+    fine_keys: Encoded
+    fine_values: Encoded
     key_mean: mx.array
     value_mean: mx.array
-    window_keys: mx.array
-    window_values: mx.array
 
     @classmethod
-    def encode(cls, keys: mx.array, values: mx.array, codec: CacheCodec) -> EncodedLayer:
-        """Compress keys (n_kv_heads, T, head_dim) and values (n_kv_heads, T, value_dim) of a finished context."""
-        tokens = keys.shape[1]
-        first = min(codec.sinks, tokens)
-        last = max(first, tokens - codec.window_for(tokens))
-        encoded_keys, key_mean = _encode(keys[:, first:last], codec.keys(keys.shape[-1]))
-        encoded_values, value_mean = _encode(values[:, first:last], codec.values(values.shape[-1]))
+    def encode(
+        cls, keys: mx.array, values: mx.array, codec: CacheCodec, queries: ContextQueries | None = None
+    ) -> EncodedLayer:
+        """Compress keys (n_kv_heads, T, head_dim) and values (n_kv_heads, T, value_dim) of a finished context.
+
+        queries: the context's own; they decide which tokens are kept finer and how keys are rounded.
+        """
+        first = min(codec.sinks, keys.shape[1])
+        metric, order, fine = _plan(keys, codec, queries)
+        parts = []
+        for x, of, in_metric in ((keys, CacheCodec.keys, metric), (values, CacheCodec.values, None)):
+            rest = x[:, first:]
+            mean = _mean(rest)
+            if order is not None:
+                rest = mx.take_along_axis(rest, order[..., None], axis=1)
+            split = rest.shape[1] - fine
+            coarse = _encode(rest[:, :split], of(codec, x.shape[-1]), mean, in_metric)
+            parts.append((coarse, _encode(rest[:, split:], of(codec.fine, x.shape[-1]), mean, in_metric), mean))
+        (coarse_keys, fine_keys, key_mean), (coarse_values, fine_values, value_mean) = parts
         layer = cls(
             codec=codec,
             sink_keys=_half(keys[:, :first]),
             sink_values=_half(values[:, :first]),
-            keys=encoded_keys,
-            values=encoded_values,
+            keys=coarse_keys,
+            values=coarse_values,
+            fine_keys=fine_keys,
+            fine_values=fine_values,
             key_mean=key_mean,
             value_mean=value_mean,
-            window_keys=_half(keys[:, last:]),
-            window_values=_half(values[:, last:]),
         )
         mx.eval(list(layer.tensors().values()))
         return layer
@@ -71,9 +97,22 @@ class EncodedLayer:
         return self.codec.values(self.value_mean.shape[-1])
 
     @property
+    def parts(self) -> list[EncodedPart]:
+        """The encoded tokens, those encoded alike together; no part is empty."""
+        key_dim, value_dim = self.key_mean.shape[-1], self.value_mean.shape[-1]
+        parts = [
+            EncodedPart(keys, values, codec.keys(key_dim), codec.values(value_dim))
+            for keys, values, codec in (
+                (self.keys, self.values, self.codec),
+                (self.fine_keys, self.fine_values, self.codec.fine),
+            )
+        ]
+        return [part for part in parts if part.keys.tokens]
+
+    @property
     def tokens(self) -> int:
         """Tokens held, those kept as they are included."""
-        return int(self.sink_keys.shape[1] + self.keys.tokens + self.window_keys.shape[1])
+        return int(self.sink_keys.shape[1] + self.keys.tokens + self.fine_keys.tokens)
 
     @property
     def nbytes(self) -> int:
@@ -82,21 +121,18 @@ class EncodedLayer:
 
     @property
     def effective_bits(self) -> float:
-        """Bits a coordinate, with scales, means, sinks and window counted."""
+        """Bits a coordinate, everything counted: scales, means, sinks, finer tokens."""
         heads = self.key_mean.shape[0]
         coordinates = heads * self.tokens * (self.key_mean.shape[-1] + self.value_mean.shape[-1])
         return 8 * self.nbytes / max(1, coordinates)
 
     def decode(self) -> tuple[mx.array, mx.array]:
-        """The reconstructed keys and values, (n_kv_heads, T, head_dim) float32 each."""
-        keys = self.key_codec.decode(self.keys, self.key_mean)
-        values = self.value_codec.decode(self.values, self.value_mean)
-        return (
-            mx.concatenate([self.sink_keys.astype(mx.float32), keys, self.window_keys.astype(mx.float32)], axis=1),
-            mx.concatenate(
-                [self.sink_values.astype(mx.float32), values, self.window_values.astype(mx.float32)], axis=1
-            ),
-        )
+        """The reconstructed keys and values, (n_kv_heads, T, head_dim) float32 each: sinks, encoded, finer ones."""
+        keys, values = [self.sink_keys.astype(mx.float32)], [self.sink_values.astype(mx.float32)]
+        for part in self.parts:
+            keys.append(part.key_codec.decode(part.keys, self.key_mean))
+            values.append(part.value_codec.decode(part.values, self.value_mean))
+        return mx.concatenate(keys, axis=1), mx.concatenate(values, axis=1)
 
     def dense(self, dtype: mx.Dtype) -> DenseLayer:
         """The layer decoded, in ``dtype``, saturating."""
@@ -115,10 +151,12 @@ class EncodedLayer:
             "key_scales": self.keys.scales,
             "value_codes": self.values.codes,
             "value_scales": self.values.scales,
+            "fine_key_codes": self.fine_keys.codes,
+            "fine_key_scales": self.fine_keys.scales,
+            "fine_value_codes": self.fine_values.codes,
+            "fine_value_scales": self.fine_values.scales,
             "key_mean": self.key_mean,
             "value_mean": self.value_mean,
-            "window_keys": self.window_keys,
-            "window_values": self.window_values,
         }
 
     @classmethod
@@ -131,10 +169,10 @@ class EncodedLayer:
                 sink_values=tensors["sink_values"],
                 keys=Encoded(tensors["key_codes"], tensors["key_scales"]),
                 values=Encoded(tensors["value_codes"], tensors["value_scales"]),
+                fine_keys=Encoded(tensors["fine_key_codes"], tensors["fine_key_scales"]),
+                fine_values=Encoded(tensors["fine_value_codes"], tensors["fine_value_scales"]),
                 key_mean=tensors["key_mean"],
                 value_mean=tensors["value_mean"],
-                window_keys=tensors["window_keys"],
-                window_values=tensors["window_values"],
             )
         except KeyError as error:
             raise ValueError(f"the layer's tensor {error} is missing") from None
@@ -144,23 +182,25 @@ class EncodedLayer:
     def _check(self) -> None:
         if self.key_mean.ndim != 3 or self.value_mean.ndim != 3:
             raise ValueError("the layer's means are not (n_kv_heads, 1, head_dim)")
-        if self.keys.scales.ndim != 2:
+        if self.keys.scales.ndim != 2 or self.fine_keys.scales.ndim != 2:
             raise ValueError("the layer's scales are not (n_kv_heads, tokens)")
-        heads, encoded = self.key_mean.shape[0], self.keys.tokens
-        first, last = self.sink_keys.shape[1:2], self.window_keys.shape[1:2]
-        for name, kind, codec, mean in (
-            ("key", self.keys, self.key_codec, self.key_mean),
-            ("value", self.values, self.value_codec, self.value_mean),
+        heads, first = self.key_mean.shape[0], self.sink_keys.shape[1:2]
+        for name, own, fine, mean, sinks in (
+            ("key", self.keys, self.fine_keys, self.key_mean, self.sink_keys),
+            ("value", self.values, self.fine_values, self.value_mean, self.sink_values),
         ):
-            sinks = self.sink_keys if name == "key" else self.sink_values
-            window = self.window_keys if name == "key" else self.window_values
+            dim = mean.shape[2]
             expected = [
-                (kind.codes, (heads, encoded, codec.words), (mx.uint32,)),
-                (kind.scales, (heads, encoded), (mx.float16,)),
-                (mean, (heads, 1, codec.head_dim), (mx.float32,)),
-                (sinks, (heads, *first, codec.head_dim), (mx.float16, mx.bfloat16)),
-                (window, (heads, *last, codec.head_dim), (mx.float16, mx.bfloat16)),
+                (mean, (heads, 1, dim), (mx.float32,)),
+                (sinks, (heads, *first, dim), (mx.float16, mx.bfloat16)),
             ]
+            for encoded, tokens, codec in (
+                (own, self.keys.tokens, self.codec),
+                (fine, self.fine_keys.tokens, self.codec.fine),
+            ):
+                words = (codec.keys(dim) if name == "key" else codec.values(dim)).words
+                expected.append((encoded.codes, (heads, tokens, words), (mx.uint32,)))
+                expected.append((encoded.scales, (heads, tokens), (mx.float16,)))
             for tensor, shape, dtypes in expected:
                 if tensor.shape != shape or tensor.dtype not in dtypes:
                     raise ValueError(f"a {name} tensor is {tensor.dtype} {tensor.shape}, expected {dtypes[0]} {shape}")
@@ -187,18 +227,41 @@ class DenseLayer:
         return int(self.keys.nbytes + self.values.nbytes)
 
 
-def _encode(x: mx.array, codec: Codec) -> tuple[Encoded, mx.array]:
-    """Encode (n_kv_heads, E, head_dim), tile by tile, about its mean over E; returns the mean as well."""
+def _plan(
+    keys: mx.array, codec: CacheCodec, queries: ContextQueries | None
+) -> tuple[NDArray[np.float64] | None, mx.array | None, int]:
+    """The metric to round keys in; the order (n_kv_heads, T - S) of tokens behind the sinks, the finer ones last, or
+    None for that of the context; and how many those are.
+    """
+    tokens = keys.shape[1]
+    window, looked_at = codec.fine_tokens(tokens, queries is not None)
+    if queries is None:
+        return None, None, window
+    metric, looks = queries.look_at(keys)
+    looks = looks[:, codec.sinks :]
+    looks[:, looks.shape[1] - window :] = np.inf
+    order = np.argsort(looks, axis=1, kind="stable")
+    split = order.shape[1] - window - looked_at
+    order[:, :split].sort(axis=1)
+    order[:, split:].sort(axis=1)
+    return metric if codec.query_aware else None, mx.array(order.astype(np.uint32)), window + looked_at
+
+
+def _mean(x: mx.array) -> mx.array:
+    """(n_kv_heads, 1, head_dim) float32, zero for no tokens."""
     if x.shape[1] == 0:
-        mean = mx.zeros((x.shape[0], 1, x.shape[2]), mx.float32)
-        return codec.encode(x, mean), mean
-    mean = x.astype(mx.float32).mean(axis=1, keepdims=True)
+        return mx.zeros((x.shape[0], 1, x.shape[2]), mx.float32)
+    return x.astype(mx.float32).mean(axis=1, keepdims=True)
+
+
+def _encode(x: mx.array, codec: Codec, mean: mx.array, metric: NDArray[np.float64] | None) -> Encoded:
+    """Encode (n_kv_heads, E, head_dim), tile by tile."""
     parts = []
-    for start in range(0, x.shape[1], ENCODE_TILE):
-        part = codec.encode(x[:, start : start + ENCODE_TILE], mean)
+    for start in range(0, max(1, x.shape[1]), ENCODE_TILE):
+        part = codec.encode(x[:, start : start + ENCODE_TILE], mean, metric)
         mx.eval(part.codes, part.scales)
         parts.append(part)
-    return (parts[0] if len(parts) == 1 else Encoded.concatenate(parts)), mean
+    return parts[0] if len(parts) == 1 else Encoded.concatenate(parts)
 
 
 def _half(x: mx.array) -> mx.array:

@@ -23,6 +23,7 @@ from turboquant.codec import CacheCodec
 from turboquant.dispatch import compressible_layers, enabled
 from turboquant.kernels import backend, on_cpu
 from turboquant.layer import DenseLayer, EncodedLayer
+from turboquant.queries import QueryCollector
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Prefix:
         """Compress a prompt cache filled with ``tokens`` tokens of one row (B = 1).
 
         compressible: which layers to compress, all plain KV layers if None; see ``dispatch.compressible_layers``.
+        Where the cache is a ``PrefillCache`` that attended, its queries help to encode it.
         Compressed layers are emptied one by one, so that memory never holds the whole context twice. Raises
         ValueError where a layer to be compressed does not hold that many tokens of one row.
         """
@@ -57,7 +59,9 @@ class Prefix:
                 raise ValueError(f"layer {index} does not hold {tokens} tokens of one row")
             if plain and (compressible is None or compressible[index]):
                 keys, values = cache.keys_and_values()
-                layers.append(EncodedLayer.encode(keys[0], values[0], codec.for_layer(index, len(prompt_cache))))
+                queries = cache.queries.collected() if isinstance(cache, PrefillCache) else None
+                own = codec.for_layer(index, len(prompt_cache))
+                layers.append(EncodedLayer.encode(keys[0], values[0], own, queries))
                 cache.keys = cache.values = None
             else:
                 layers.append(_trimmed(cache) if plain else cache)
@@ -92,11 +96,15 @@ class Prefix:
 
 
 class PrefillCache(KVCache):  # type: ignore[misc]
-    """A full-precision cache for a context of known length, attending on a CPU through ``kernels/cpu.py``."""
+    """A full-precision cache for a context of known length, attending on a CPU through ``kernels/cpu.py``.
+
+    queries: gathers those of the context, for its encoding.
+    """
 
     def __init__(self, capacity: int) -> None:
         super().__init__()
         self.step = max(1, capacity)  # allocate once
+        self.queries = QueryCollector(capacity)
 
     def attend(
         self,
@@ -108,6 +116,7 @@ class PrefillCache(KVCache):  # type: ignore[misc]
         sinks: mx.array | None,
     ) -> mx.array:
         """Causal attention of the chunk just added over all that is cached."""
+        self.queries.add(queries, keys.shape[1], self.offset - queries.shape[2], scale)
         if not on_cpu():
             return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
         return finish(backend().attend_dense(queries, keys, values, scale, mask), sinks, queries.dtype)

@@ -47,7 +47,7 @@ def test_defaults(job_file: Path) -> None:
     assert job.prompt.context == "{{ text }}"
     assert job.generation == Generation(max_tokens=256, temperature=0.0, top_p=1.0, seed=0, batch_size=8)
     cache = job.cache
-    assert (cache.key_bits, cache.value_bits, cache.sinks, cache.window) == (4, 4, 4, 128)
+    assert (cache.key_bits, cache.value_bits, cache.sinks, cache.window) == (4, 4, 16, 128)
     assert cache.prefill == "exact"
 
 
@@ -104,7 +104,7 @@ def test_a_query_overrides_the_defaults() -> None:
         ),
         ("queries.0.txt=x", "unknown key 'queries.0.txt'; did you mean 'text'?"),
         ("quries=[]", "unknown key 'quries'; did you mean 'queries'?"),
-        ("cache.budget=1GB", "unknown key 'cache.budget'; there are: dir, key_bits, prefill"),
+        ("cache.budget=1GB", "unknown key 'cache.budget'; there are: dir, extra_bits, key_bits, layer_bits"),
         ("generation.max_tokens=many", "generation.max_tokens: expected a whole number, got 'many'"),
         ("generation.max_tokens=true", "generation.max_tokens: expected a whole number, got true"),
         ("generation.max_tokens=1.5", "generation.max_tokens: expected a whole number, got 1.5"),

@@ -250,7 +250,8 @@ def zeros_layer(tokens: int, heads: int, dim: int) -> EncodedLayer:
     scales, mean = mx.ones((heads, tokens), mx.float16), mx.zeros((heads, 1, dim))
     none = mx.zeros((heads, 0, dim), mx.float16)
     encoded = Encoded(codes, scales)
-    return EncodedLayer(codec, none, none, encoded, encoded, mean, mean, none, none)
+    nothing = Encoded(mx.zeros((heads, 0, codec.fine.keys(dim).words), mx.uint32), mx.zeros((heads, 0), mx.float16))
+    return EncodedLayer(codec, none, none, encoded, encoded, nothing, nothing, mean, mean)
 
 
 @pytest.mark.parametrize("resident", ["packed", "dense"])

@@ -94,7 +94,7 @@ def test_codes_are_the_nearest_levels(bits: int) -> None:
     levels = np.array(codec.levels)
     unit = np.random.default_rng(0).normal(size=(50, 64)).astype(np.float32)
     nearest = np.abs(unit[..., None] - levels).argmin(-1)
-    np.testing.assert_array_equal(np.array(codec._nearest(mx.array(unit))), nearest)
+    np.testing.assert_array_equal(np.array(codec._nearest(mx.array(unit))[0]), nearest)
 
 
 @pytest.mark.parametrize("bits", SUPPORTED_BITS)
@@ -180,17 +180,36 @@ def test_every_field_of_a_cache_codec_is_in_its_identity() -> None:
         CacheCodec(value_bits=5),
         CacheCodec(sinks=5),
         CacheCodec(window=5),
+        CacheCodec(extra_bits=0.5),
+        CacheCodec(query_aware=False),
+        CacheCodec(layer_bits=((0, 8, 8),)),
         CacheCodec(seed=5),
     ]
     assert len({codec.identity for codec in variants}) == len(variants)
 
 
-@pytest.mark.parametrize("tokens", [0, 1, 100, 1000, 100_000])
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("tokens", [0, 1, 17, 100, 1000, 100_000])
 @pytest.mark.parametrize("bits", SUPPORTED_BITS)
-def test_the_window_costs_at_most_a_fifth_of_a_bit(tokens: int, bits: int) -> None:
-    window = CacheCodec(bits, bits).window_for(tokens)
-    assert 0 <= window <= min(tokens, 128)
-    assert window * (16 - bits) <= 0.2 * tokens
+def test_finer_tokens_cost_no_more_than_allowed(tokens: int, bits: int, known: bool) -> None:
+    codec = CacheCodec(bits, bits, extra_bits=0.2)
+    window, looked_at = codec.fine_tokens(tokens, known)
+    assert 0 <= window <= 128
+    assert window + looked_at <= max(0, tokens - codec.sinks)
+    assert (window + looked_at) * (codec.fine.key_bits - bits) <= 0.2 * tokens
+    assert known or looked_at == 0
+    if known and bits < 8 and tokens >= 1000:
+        assert looked_at >= window > 0
+
+
+def test_extra_bits_of_nothing_leave_no_finer_tokens() -> None:
+    assert CacheCodec(extra_bits=0).fine_tokens(5000, True) == (0, 0)
+
+
+@pytest.mark.parametrize("extra_bits", [-0.1, 17.0, float("nan")])
+def test_extra_bits_must_make_sense(extra_bits: float) -> None:
+    with pytest.raises(ValueError, match="extra_bits"):
+        CacheCodec(extra_bits=extra_bits)
 
 
 def test_layers_have_bits_of_their_own() -> None:

@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from turboquant import attention
 from turboquant.attention import Partial
+from turboquant.device import on_cpu
 from turboquant.kernels import cpu
 from turboquant.layer import DenseLayer, EncodedLayer
 
@@ -51,6 +52,4 @@ def attend_past(queries: mx.array, layer: EncodedLayer | DenseLayer, scale: floa
     return attention.unfold_part(Partial(part.output[0], part.logsumexp[0]), queries.shape)
 
 
-def on_cpu() -> bool:
-    """Whether MLX's default device is the CPU."""
-    return bool(mx.default_device() == mx.Device(mx.cpu))
+__all__ = ["Backend", "attend_past", "backend", "on_cpu"]

@@ -87,30 +87,27 @@ def attend_layer(queries: mx.array, layer: EncodedLayer, scale: float) -> Partia
     mean_share = np.zeros((n_kv_heads, rows, 1), np.float32)
     index = (slice(None),)
     tile = max(64, BLOCK // (n_kv_heads * max(rows, layer.key_mean.shape[-1])))
-    key_codes, value_codes = np.asarray(layer.keys.codes), np.asarray(layer.values.codes)
-    key_scales, value_scales = _view(layer.keys.scales)[:, None], _view(layer.values.scales)[:, None]
-    key_factors, value_factors = np.abs(key_scales), np.abs(value_scales)
-    key_centred, value_centred = (key_scales > 0).astype(np.float32), (value_scales > 0).astype(np.float32)
-    for start in range(0, layer.keys.tokens, tile):
-        part = slice(start, start + tile)
-        scores = rotated @ decode_levels(key_codes[:, part], layer.key_codec).swapaxes(-1, -2)
-        scores *= key_factors[..., part]
-        scores += mean_scores * key_centred[..., part]
-        weights, fade = softmax.weigh(scores, index)
-        mean_share *= fade
-        mean_share += weights @ value_centred[..., part].swapaxes(-1, -2)
-        weights *= value_factors[..., part]
-        softmax.add(index, fade, weights @ decode_levels(value_codes[:, part], layer.value_codec))
+    for part in layer.parts:
+        key_codes, value_codes = np.asarray(part.keys.codes), np.asarray(part.values.codes)
+        key_scales, value_scales = _view(part.keys.scales)[:, None], _view(part.values.scales)[:, None]
+        key_factors, value_factors = np.abs(key_scales), np.abs(value_scales)
+        key_centred, value_centred = (key_scales > 0).astype(np.float32), (value_scales > 0).astype(np.float32)
+        for start in range(0, part.keys.tokens, tile):
+            some = slice(start, start + tile)
+            scores = rotated @ decode_levels(key_codes[:, some], part.key_codec).swapaxes(-1, -2)
+            scores *= key_factors[..., some]
+            scores += mean_scores * key_centred[..., some]
+            weights, fade = softmax.weigh(scores, index)
+            mean_share *= fade
+            mean_share += weights @ value_centred[..., some].swapaxes(-1, -2)
+            weights *= value_factors[..., some]
+            softmax.add(index, fade, weights @ decode_levels(value_codes[:, some], part.value_codec))
     # What was summed so far lies in the rotated basis; the tokens kept as they are do not.
     softmax.output = _view(layer.value_codec.rotation.inverse(mx.array(softmax.output))).copy()
     softmax.output += mean_share * _view(layer.value_mean)
-    for end_keys, end_values in (
-        (layer.sink_keys, layer.sink_values),
-        (layer.window_keys, layer.window_values),
-    ):
-        if end_keys.shape[1]:
-            weights, fade = softmax.weigh(block_view @ _view(end_keys).swapaxes(-1, -2), index)
-            softmax.add(index, fade, weights @ _view(end_values))
+    if layer.sink_keys.shape[1]:
+        weights, fade = softmax.weigh(block_view @ _view(layer.sink_keys).swapaxes(-1, -2), index)
+        softmax.add(index, fade, weights @ _view(layer.sink_values))
     output, logsumexp = softmax.finish()
     return unfold_part(Partial(mx.array(output), mx.array(logsumexp)), queries.shape)
 

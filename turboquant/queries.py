@@ -1,0 +1,107 @@
+"""What the queries of a context's own prefill tell of the ones to come: where they look, and at which tokens.
+
+Collected while a context is prefilled in full precision, used once when it is encoded. The questions are not known
+then, but the context's own later tokens ask much as they will. Knows tensors, and nothing of codes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from turboquant.device import array_module, to_module
+
+SAMPLES = 256  # queries of each head whose attention is looked at
+NEAR = 64  # tokens before a query that don't count as looked at: near ones are, whatever they hold
+SINKS = 4  # nor do the first ones
+SCORES = 1 << 24  # scores held at a time
+
+
+@dataclass(frozen=True)
+class ContextQueries:
+    """Queries of one layer, after positional encoding.
+
+    moment: (n_kv_heads, head_dim, head_dim) float32, the sum of q q' over all queries that share a KV head.
+    sampled: (n_heads, N, head_dim), spread evenly over the context.
+    positions: N of them, ascending.
+    scale: of the scores.
+    """
+
+    moment: mx.array
+    sampled: mx.array
+    positions: tuple[int, ...]
+    scale: float
+
+    def look_at(self, keys: mx.array) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+        """Where queries look among keys (n_kv_heads, T, head_dim).
+
+        Returns the metric in which keys should be close, (n_kv_heads, head_dim, head_dim), half of it from all
+        queries, half from the sampled ones by how sharply they look at tokens far from them; and how much each
+        token is looked at, (n_kv_heads, T), summed squares of attention.
+        """
+        metrics, looks = [], []
+        for head in range(keys.shape[0]):
+            sharp, look = self._look_at(head, keys[head])
+            metrics.append(_normalised(np.array(self.moment[head], np.float64)) + _normalised(sharp))
+            looks.append(look)
+        return np.stack(metrics), np.stack(looks)
+
+    def _look_at(self, head: int, keys: mx.array) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+        xp = array_module()
+        n_kv_heads, tokens, dim = self.moment.shape[0], keys.shape[0], keys.shape[1]
+        repeats = self.sampled.shape[0] // n_kv_heads
+        sampled = to_module(xp, self.sampled[head * repeats : (head + 1) * repeats])
+        turned = to_module(xp, keys).T
+        position, token = xp.array(self.positions)[:, None], xp.arange(tokens)
+        sharp, look = xp.zeros((dim, dim)), xp.zeros(tokens)
+        for start in range(0, len(self.positions), max(1, SCORES // (repeats * tokens))):
+            rows = slice(start, start + max(1, SCORES // (repeats * tokens)))
+            seen = token <= position[rows]
+            far = (token <= position[rows] - NEAR) & (token >= SINKS)
+            scores = xp.where(seen, (sampled[:, rows] * self.scale) @ turned, -1e30)
+            weights = xp.exp(scores - scores.max(axis=-1, keepdims=True))
+            weights = weights / weights.sum(axis=-1, keepdims=True)
+            squares = xp.where(far, weights * weights, 0.0)
+            some = sampled[:, rows].reshape(-1, dim)
+            sharp = sharp + (some * squares.sum(axis=-1).reshape(-1, 1)).T @ some
+            look = look + squares.sum(axis=(0, 1))
+            if xp is mx:
+                mx.eval(sharp, look)
+        return np.array(sharp, np.float64), np.array(look, np.float32)
+
+
+class QueryCollector:
+    """Gathers ``ContextQueries`` chunk by chunk over a context of ``tokens`` tokens."""
+
+    def __init__(self, tokens: int) -> None:
+        self._stride = max(1, tokens // SAMPLES)
+        self._moment: mx.array | None = None
+        self._sampled: list[mx.array] = []
+        self._positions: list[int] = []
+        self._scale = 1.0
+
+    def add(self, queries: mx.array, n_kv_heads: int, offset: int, scale: float) -> None:
+        """Take in queries (1, n_heads, L, head_dim) at positions offset .. offset + L."""
+        flat = queries[0].astype(mx.float32).reshape(n_kv_heads, -1, queries.shape[-1])
+        moment = flat.swapaxes(1, 2) @ flat
+        self._moment = moment if self._moment is None else self._moment + moment
+        first = -(offset + 1) % self._stride
+        self._sampled.append(queries[0, :, first :: self._stride])
+        self._positions += range(offset + first, offset + queries.shape[2], self._stride)
+        self._scale = scale
+        mx.eval(self._moment, self._sampled[-1])
+
+    def collected(self) -> ContextQueries | None:
+        """What was gathered; None before anything was."""
+        if self._moment is None or not self._positions:
+            return None
+        sampled = mx.concatenate(self._sampled, axis=1)
+        return ContextQueries(self._moment, sampled, tuple(self._positions), self._scale)
+
+
+def _normalised(moment: NDArray[np.float64]) -> NDArray[np.float64]:
+    trace = float(np.trace(moment))
+    return moment / trace if trace > 0 else moment

@@ -1,0 +1,103 @@
+"""Choosing codes so that the error is small where queries look.
+
+The nearest level for each coordinate makes the error e of a key small on average over all directions. Attention sees
+it only along queries, as q.e, so the codes chosen here make e' S e small instead, S being the second moment of the
+queries. What decodes them need not know. Knows arrays and a codebook; which queries, is attention's (queries.py).
+
+One routine does two things, a coordinate at a time, all vectors at once. From no error at all, in the metric's
+triangular factor, it is rounding with feedback: each coordinate makes up for the errors of those before it (the LDLQ of
+Chee et al., "QuIP", arXiv 2307.13304; GPTQ's order of work). From codes that are there already, in the metric itself,
+it is coordinate descent. At two bits feedback overloads the outer levels and the nearest ones are the better start.
+
+Written for NumPy and MLX alike: ``xp`` is either module, and all arrays are that module's.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from turboquant.codebook import lloyd_max
+from turboquant.device import on_cpu
+
+SWEEPS = 2
+DAMPING = 0.08  # of the metric's mean diagonal, added to its diagonal: queries to come are not those of the context
+BINS, REACH = 4096, 4.0  # coordinates are looked up in bins over -REACH .. REACH
+FEWEST_FOR_FEEDBACK = 3  # bits
+
+
+def round_in_metric(xp: Any, unit: Any, metric: NDArray[np.float64], bits: int) -> tuple[Any, Any]:
+    """Codes (H, dim, T) uint8, and a factor (H, T) for each vector's levels, that are close to ``unit`` in ``metric``.
+
+    unit: (H, dim, T) float32, vectors of norm sqrt(dim), coordinate by coordinate.
+    metric: (H, dim, dim) symmetric, positive semidefinite.
+
+    The factor makes the product with the queries right on average: it divides by what the levels keep of it.
+    """
+    metric = _damped(metric)
+    descent = metric / np.diagonal(metric, axis1=1, axis2=2)[:, :, None] - np.eye(metric.shape[1])
+    factor, pull, damped = (xp.array(x.astype(np.float32)) for x in (_feedback(metric), descent, metric))
+    feedback = bits >= FEWEST_FOR_FEEDBACK
+    if xp is not np and not on_cpu():
+        from turboquant.kernels.rounding_gpu import round_on_gpu
+
+        table = xp.array(_code_of_bin(bits))
+        return round_on_gpu(unit, factor, pull, damped, table, REACH, feedback, bits, SWEEPS)
+    return _round(xp, unit, factor if feedback else None, pull, damped, bits)
+
+
+def _round(xp: Any, unit: Any, factor: Any, pull: Any, metric: Any, bits: int) -> tuple[Any, Any]:
+    levels, scaled = xp.array(lloyd_max(bits).levels), metric @ unit
+    if factor is None:
+        codes = _nearest(xp, unit, bits)
+    else:
+        one = xp.ones(unit.shape[::2], dtype=xp.float32)
+        codes = _sweep(xp, unit, xp.zeros_like(unit), factor, one, bits, range(unit.shape[1] - 1, -1, -1))
+    for _ in range(SWEEPS):
+        chosen = levels[codes]
+        fitted = (chosen * scaled).sum(axis=1) / (chosen * (metric @ chosen)).sum(axis=1)
+        fitted = xp.clip(fitted, 0.5, 2.0)
+        error = fitted[:, None] * chosen - unit
+        codes = _sweep(xp, unit, error, pull, fitted, bits, range(unit.shape[1]))
+    kept = (levels[codes] * scaled).sum(axis=1)
+    whole = (unit * scaled).sum(axis=1)
+    return codes, xp.clip(whole / xp.maximum(kept, 1e-9), 0.5, 2.0)
+
+
+def _sweep(xp: Any, unit: Any, error: Any, pull: Any, scale: Any, bits: int, order: Iterable[int]) -> Any:
+    """Choose coordinates one by one, each by what ``pull`` makes of the errors of all others; changes ``error``."""
+    levels, codes = xp.array(lloyd_max(bits).levels), [None] * unit.shape[1]
+    for i in order:
+        wanted = unit[:, i] - (pull[:, i : i + 1] @ error)[:, 0]
+        codes[i] = _nearest(xp, wanted / scale, bits)
+        error[:, i] = scale * levels[codes[i]] - unit[:, i]
+    return xp.stack(codes, axis=1)
+
+
+def _nearest(xp: Any, x: Any, bits: int) -> Any:
+    bins = xp.clip(x * (BINS / (2 * REACH)) + BINS / 2, 0, BINS - 1)
+    return xp.array(_code_of_bin(bits))[bins.astype(xp.int32)]
+
+
+@functools.cache
+def _code_of_bin(bits: int) -> NDArray[np.uint8]:
+    centres = (np.arange(BINS) + 0.5) * (2 * REACH / BINS) - REACH
+    return np.searchsorted(lloyd_max(bits).boundaries, centres).astype(np.uint8)
+
+
+def _damped(metric: NDArray[np.float64]) -> NDArray[np.float64]:
+    dim = metric.shape[1]
+    mean = np.trace(metric, axis1=1, axis2=2)[:, None, None] / dim
+    mean = np.where(mean > 0, mean, 1.0)
+    return metric / mean + DAMPING * np.eye(dim)
+
+
+def _feedback(metric: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Row i: what coordinate i makes up of each later coordinate's error, (H, dim, dim)."""
+    factor = np.linalg.cholesky(metric)
+    unit_lower = factor / np.diagonal(factor, axis1=1, axis2=2)[:, None]
+    return unit_lower.swapaxes(1, 2) - np.eye(metric.shape[1])
