@@ -12,7 +12,7 @@ from typing import Any
 import turboquant
 from pipeline.identity import PREFILL_CHUNK
 from turboquant import CacheCodec, Prefix
-from turboquant.dispatch import compressible_layers
+from turboquant.families import explain
 
 _log = logging.getLogger(__name__)
 
@@ -27,12 +27,7 @@ def prefill(
 
 
 def warn_of_uncompressed_layers(model: Any) -> None:
-    """Log which part of a model's layers is kept as it is, if any."""
-    compressible = compressible_layers(model)
-    if not all(compressible):
-        _log.warning(
-            "%d of the model's %d layers are kept uncompressed: sliding-window, recurrent or latent attention, or "
-            "an architecture not known to use its K/V in attention alone",
-            len(compressible) - sum(compressible),
-            len(compressible),
-        )
+    """Log which of a model's layers are kept as they are, and why, if any."""
+    message = explain(model).message
+    if message:
+        _log.warning("%s", message)

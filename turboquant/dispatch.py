@@ -2,7 +2,8 @@
 
 mlx-lm's model files import ``scaled_dot_product_attention`` by name and call it with the cache. ``enabled(model)``
 rebinds that name, in the modules the model is made of, to a function that asks the cache first: one with a method
-``attend`` computes attention itself, every other goes to mlx-lm's own function. Knows nothing of what ``attend`` does.
+``attend`` computes attention itself, every other goes to mlx-lm's own function. Knows nothing of what ``attend`` does;
+which models can do without K/V handed to them is families.py's.
 """
 
 from __future__ import annotations
@@ -17,21 +18,11 @@ from typing import Any
 import mlx.core as mx
 from mlx.nn.layers.base import Module
 from mlx_lm.models import base
-from mlx_lm.models.cache import KVCache, make_prompt_cache
+
+from turboquant.families import explain
 
 NAME = "scaled_dot_product_attention"
 _stock = base.scaled_dot_product_attention
-
-# Model files of mlx-lm whose K/V go from the cache into scaled_dot_product_attention and nowhere else, so that a
-# cache may keep them compressed. The tests hold the list against the installed sources.
-_FILES = """
-Klear apertus bailing_moe bitnet cohere cohere2 dbrx deepseek dots1 ernie4_5 ernie4_5_moe exaone exaone4
-exaone_moe falcon_h1 gemma gemma3_text glm glm4 glm4_moe gpt2 gpt_bigcode gpt_neox gpt_oss gptj granite
-granitemoe granitemoehybrid helium hunyuan hunyuan_v1_dense internlm2 internlm3 jamba lfm2 lfm2_moe llama mimo
-minicpm minimax ministral3 mixtral nanochat nemotron nemotron_h olmo2 olmo3 olmo_hybrid olmoe openelm phi3
-phimoe qwen qwen2 qwen2_moe qwen3 qwen3_moe qwen3_next seed_oss starcoder2 telechat3
-"""
-COMPRESSIBLE = frozenset(f"mlx_lm.models.{name}" for name in _FILES.split())
 
 
 @contextlib.contextmanager
@@ -42,6 +33,7 @@ def enabled(model: Module) -> Iterator[None]:
     bit-identical.
     """
     rebound = [module for module in _modules(model) if vars(module).get(NAME) is _stock]
+    del model  # a server may drop it, and load another, while the block runs
     for module in rebound:
         setattr(module, NAME, _attention)
     try:
@@ -52,13 +44,8 @@ def enabled(model: Module) -> Iterator[None]:
 
 
 def compressible_layers(model: Module) -> list[bool]:
-    """For each layer's cache, whether its K/V can be kept compressed without changing what the model computes.
-
-    Not compressed are caches that are no plain append-only ``KVCache`` (sliding windows, recurrent states) and all
-    layers of a model that uses K/V outside of attention or whose code is not known not to.
-    """
-    known = _language_model_module(model) in COMPRESSIBLE
-    return [known and type(cache) is KVCache for cache in make_prompt_cache(model)]
+    """For each layer's cache, whether its K/V can be kept compressed; ``families.explain`` says why not."""
+    return list(explain(model).layers)
 
 
 def _attention(
@@ -77,19 +64,7 @@ def _attention(
     return output
 
 
-def _parts(model: Module) -> list[Module]:
-    parts: list[tuple[str, Module]] = model.named_modules()  # type: ignore[no-untyped-call]
-    return [part for _, part in parts]
-
-
 def _modules(model: Module) -> list[ModuleType]:
-    names = {type(part).__module__ for part in _parts(model)}
+    parts: list[Module] = model.modules()  # type: ignore[no-untyped-call]
+    names = {type(part).__module__ for part in parts}
     return [sys.modules[name] for name in sorted(names) if name in sys.modules]
-
-
-def _language_model_module(model: Module) -> str:
-    """The module that defines the attention of the model: wrappers such as vision models hold a language model."""
-    for part in _parts(model):
-        if type(part).__name__.endswith("Attention"):
-            return type(part).__module__
-    return type(model).__module__

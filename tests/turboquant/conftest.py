@@ -30,7 +30,14 @@ SMALL: dict[str, Any] = {
 }
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": SMALL,
+    "qwen2": {  # head_dim is hidden_size over num_attention_heads
+        **{name: value for name, value in SMALL.items() if name != "head_dim"},
+        "hidden_size": 256,
+        "rope_theta": 1e6,
+        "tie_word_embeddings": False,
+    },
     "qwen3": {**SMALL, "max_position_embeddings": 4096, "tie_word_embeddings": False, "rope_theta": 1e4},
+    "gemma2": SMALL,
     "gemma3_text": {**SMALL, "num_hidden_layers": 4, "sliding_window": 32, "sliding_window_pattern": 2},
     "gpt_oss": {
         **{name: value for name, value in SMALL.items() if name != "rms_norm_eps"},
@@ -58,6 +65,42 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "partial_rotary_factor": 0.5,
         "max_position_embeddings": 4096,
         "full_attention_interval": 2,
+    },
+    "phi": {  # head_dim 80
+        "hidden_size": 160,
+        "num_hidden_layers": 2,
+        "intermediate_size": 96,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "vocab_size": VOCABULARY,
+    },
+    "phi3": {  # head_dim 96
+        **{name: value for name, value in SMALL.items() if name != "head_dim"},
+        "hidden_size": 192,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    },
+    "deepseek_v2": {  # keys of 48 coordinates, values of 32
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "intermediate_size": 96,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "kv_lora_rank": 32,
+        "q_lora_rank": 32,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 32,
+        "qk_nope_head_dim": 32,
+        "vocab_size": VOCABULARY,
+        "rope_scaling": {
+            "beta_fast": 32,
+            "beta_slow": 1,
+            "factor": 40,
+            "mscale": 1.0,
+            "mscale_all_dim": 1.0,
+            "original_max_position_embeddings": 4096,
+            "type": "yarn",
+        },
     },
     "deepseek_v3": {
         "hidden_size": 64,
@@ -95,6 +138,9 @@ def build_model() -> Callable[[str], Any]:
         module = importlib.import_module(f"mlx_lm.models.{family}")
         model = module.Model(module.ModelArgs(model_type=family, **CONFIGS[family]))
         model.update(tree_map_with_path(_sharpened, model.parameters()))
+        if family == "qwen2":
+            for layer in model.layers:
+                layer.self_attn.k_proj.bias = _dominant_bias(layer.self_attn)
         model.eval()
         mx.eval(model.parameters())
         return model
@@ -109,6 +155,18 @@ def _sharpened(path: str, weight: mx.array) -> mx.array:
     if any(name in path for name in ("q_proj.weight", "k_proj.weight")):
         return weight * 3
     return weight * 2 if weight.ndim > 1 else weight
+
+
+def _dominant_bias(attention: Any) -> mx.array:
+    """A key bias of 20 times the norm of the rest of each head's keys, as Qwen2.5's: in few channels, those that RoPE
+    turns so slowly that the bias is the same for all tokens of a context.
+    """
+    heads, head_dim = attention.n_kv_heads, attention.k_proj.weight.shape[0] // attention.n_kv_heads
+    rest = mx.linalg.norm(attention.k_proj.weight.reshape(heads, -1), axis=1)  # of keys of inputs of unit variance
+    slow = mx.arange(head_dim) % (head_dim // 2) >= head_dim // 2 - 3
+    bias = mx.random.normal((heads, head_dim)) * slow
+    bias *= (20 * rest / mx.linalg.norm(bias, axis=1))[:, None]
+    return bias.reshape(-1)
 
 
 @pytest.fixture(scope="session")

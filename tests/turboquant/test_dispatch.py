@@ -16,7 +16,7 @@ from turboquant import enabled
 from turboquant.dispatch import NAME, compressible_layers
 
 STOCK = base.scaled_dot_product_attention
-FAMILIES = ["llama", "qwen3", "gemma3_text", "gpt_oss", "qwen3_next", "deepseek_v3"]
+FAMILIES = ["llama", "qwen3", "gemma3_text", "gpt_oss", "qwen3_next", "phi", "deepseek_v2", "deepseek_v3"]
 Build = Callable[[str], Any]
 
 

@@ -1,21 +1,24 @@
-"""The list of model files whose K/V go nowhere but into attention, held against the installed sources."""
+"""The lists of model files, and the documentation's table of them, held against the installed sources."""
 
 from __future__ import annotations
 
 import ast
-import importlib.util
 from pathlib import Path
 
 import pytest
+from model_table import called, document, row, tree
 
-from turboquant.dispatch import COMPRESSIBLE, NAME
+from turboquant.dispatch import NAME
+from turboquant.families import COMPRESSIBLE, PACKAGE, USES
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "models.md"
 
 
-def uses_outside_attention(source: str) -> list[str] | None:
+def uses_outside_attention(source: ast.AST) -> list[str] | None:
     """Names bound to fetched K/V that are used otherwise than as arguments of attention; None where nothing fetches."""
-    offending: list[str] = []
+    offending = [name for name, _ in called(source) if name == "keys_and_values"]
     fetches = False
-    for function in ast.walk(ast.parse(source)):
+    for function in ast.walk(source):
         if not isinstance(function, ast.FunctionDef):
             continue
         assignments = [node for node in ast.walk(function) if isinstance(node, ast.Assign) and is_fetch(node.value)]
@@ -23,14 +26,14 @@ def uses_outside_attention(source: str) -> list[str] | None:
         if not assignments:
             continue
         fetched = {name.id for node in assignments for name in ast.walk(node.targets[0]) if isinstance(name, ast.Name)}
-        harmless = attention_arguments(function) | other_branches(function)
+        harmless = attention_arguments(function) | other_branches(function) | about_types(function)
         offending += [
             name.id
             for name in ast.walk(function)
             if isinstance(name, ast.Name)
             and isinstance(name.ctx, ast.Load)
             and name.id in fetched
-            and name.lineno > assignments[0].lineno
+            and name.lineno > (assignments[0].end_lineno or 0)
             and id(name) not in harmless
         ]
     return offending if fetches else None
@@ -49,6 +52,23 @@ def attention_arguments(function: ast.FunctionDef) -> set[int]:
     }
 
 
+def about_types(function: ast.FunctionDef) -> set[int]:
+    """``keys.dtype``, and ``keys = keys.astype(...)``, after which they are still the keys."""
+    harmless = set()
+    for node in ast.walk(function):
+        if isinstance(node, ast.Attribute) and node.attr == "dtype":
+            harmless.add(id(node.value))
+        elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
+            target, method = node.targets[0], node.value.func
+            if isinstance(method, ast.Attribute) and method.attr == "astype" and same_name(target, method.value):
+                harmless.add(id(method.value))
+    return harmless
+
+
+def same_name(a: ast.AST, b: ast.AST) -> bool:
+    return isinstance(a, ast.Name) and isinstance(b, ast.Name) and a.id == b.id
+
+
 def other_branches(function: ast.FunctionDef) -> set[int]:
     """What runs only where nothing is fetched: the else of an if whose body fetches."""
     return {
@@ -60,18 +80,55 @@ def other_branches(function: ast.FunctionDef) -> set[int]:
     }
 
 
-def source_of(module: str) -> str:
-    spec = importlib.util.find_spec(module)
-    assert spec is not None
-    assert spec.origin is not None
-    return Path(spec.origin).read_text(encoding="utf-8")
-
-
 @pytest.mark.parametrize("module", sorted(COMPRESSIBLE))
 def test_the_model_uses_fetched_keys_and_values_in_attention_alone(module: str) -> None:
-    assert uses_outside_attention(source_of(module)) == []
+    assert uses_outside_attention(tree(module.removeprefix(f"{PACKAGE}."))) == []
 
 
-@pytest.mark.parametrize("module", ["deepseek_v3", "gemma2", "phixtral"])
-def test_the_check_finds_other_uses(module: str) -> None:
-    assert uses_outside_attention(source_of(f"mlx_lm.models.{module}")) != []
+@pytest.mark.parametrize("file", sorted(USES))
+def test_no_model_is_left_out_without_need(file: str) -> None:
+    assert uses_outside_attention(tree(file)) != []
+
+
+@pytest.mark.parametrize(
+    ("use", "harmless"),
+    [
+        ("output = scaled_dot_product_attention(q, k, v, cache=cache).astype(v.dtype)", True),
+        ("k = k.astype(mx.float32)", True),
+        ("w = k.astype(mx.float32)", False),
+        ("scores = q @ k.swapaxes(-1, -2)", False),
+        ("return output, (k, v)", False),
+        ("output = mx.fast.scaled_dot_product_attention(q, k, v)", False),
+        ("k, v = other.keys_and_values()", False),
+    ],
+)
+def test_the_check_tells_uses_apart(use: str, harmless: bool) -> None:
+    source = ast.parse(f"def attend(q, k, v, cache):\n    k, v = cache.update_and_fetch(k, v)\n    {use}")
+    assert (uses_outside_attention(source) == []) is harmless
+
+
+def test_a_model_that_keeps_a_latent_vector_says_so() -> None:
+    latent = {file for file, use in USES.items() if "latent" in use}
+    assert latent
+    assert all("kv_lora_rank" in ast.unparse(tree(file)) for file in latent)
+
+
+@pytest.mark.parametrize(
+    ("file", "status", "kept"),
+    [
+        ("qwen2", "compressed", ""),
+        ("pixtral", "compressed", ""),  # its language model
+        ("solar_open", "compressed", ""),  # another file's model under its own name
+        ("qwen3_5", "partial", "recurrent state (ArraysCache)"),  # attention of another file, caches of its own
+        ("gemma3", "partial", "sliding-window attention (RotatingKVCache)"),
+        ("baichuan_m1", "none", "several caches in one layer (CacheList)"),
+        ("glm_moe_dsa", "none", "deepseek_v32 keeps a latent vector (MLA) instead of keys and values (CacheList)"),
+        ("mistral3", "as its language model", "llama, ministral3, mistral4"),
+    ],
+)
+def test_the_table_reads_a_file_for_what_it_is(file: str, status: str, kept: str) -> None:
+    assert row(file)[1:] == (status, kept)
+
+
+def test_the_documentation_s_table_is_that_of_the_installed_mlx_lm() -> None:
+    assert DOCUMENT.read_text(encoding="utf-8") == document()

@@ -1,0 +1,121 @@
+"""Which of mlx-lm's model families can keep their keys and values compressed, and why the others cannot.
+
+Knows the model files of mlx-lm by name and the kinds of cache they make. The lists are kept by hand; the tests hold
+them against the installed sources and write docs/models.md from both.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal
+
+from mlx.nn.layers.base import Module
+from mlx_lm.models.cache import KVCache, make_prompt_cache
+
+PACKAGE = "mlx_lm.models"
+
+# K/V go from the cache into scaled_dot_product_attention and nowhere else, so that a cache may keep them compressed.
+_COMPRESSIBLE = """
+Klear afmoe apertus bailing_moe bailing_moe_linear bitnet cohere cohere2 dbrx deepseek deepseek_v2 dots1 ernie4_5
+ernie4_5_moe exaone exaone4 exaone_moe falcon_h1 gemma gemma3_text glm glm4 glm4_moe gpt2 gpt_bigcode gpt_neox gpt_oss
+gptj granite granitemoe granitemoehybrid helium hunyuan hunyuan_v1_dense internlm2 internlm3 jamba laguna lfm2
+lfm2_moe lille-130m llama llama4 llama4_text mellum mimo mimo_v2_flash minicpm minicpm3 minimax ministral3 mixtral
+muse_glimmer nanbeige nanochat nemotron nemotron-nas nemotron_h olmo2 olmo3 olmo_hybrid olmoe openelm phi phi3 phimoe
+phixtral plamo3 qwen qwen2 qwen2_moe qwen3 qwen3_moe qwen3_next seed_oss spark2_5 stablelm starcoder2 step3p5 talkie
+telechat3 youtu_llm
+"""
+COMPRESSIBLE = frozenset(f"{PACKAGE}.{file}" for file in _COMPRESSIBLE.split())
+
+_LATENT = "keeps a latent vector (MLA) instead of keys and values"
+_LATENT_FILES = """
+bailing_hybrid bailing_moe_v3 deepseek_v3 deepseek_v32 glm4_moe_lite kimi_k3 kimi_linear longcat_flash mistral4
+"""
+_SHARED = "passes keys and values on to other layers"
+# What other files do with K/V, completing a sentence that starts with the file's name.
+USES = {
+    **dict.fromkeys(_LATENT_FILES.split(), _LATENT),
+    "afm7": _SHARED,
+    "gear": "computes soft-capped attention itself",
+    "gemma2": "computes soft-capped attention itself",
+    "gemma3n": _SHARED,
+    "gemma4_text": _SHARED,
+    "iquestloopcoder": _SHARED,
+    "minimax_m3_vl": "selects blocks of keys before attention",
+    "olmo": "computes attention itself",
+    "phi3small": "computes block-sparse attention itself",
+    "plamo": "repeats keys and values before attention",
+    "plamo2": "computes attention itself",
+}
+_NOT_VERIFIED = "is not verified to use its keys and values in attention alone"
+
+# Caches of mlx-lm's that are no plain, append-only KVCache.
+KINDS = {
+    "ArraysCache": "recurrent state",
+    "ChunkedKVCache": "chunked attention",
+    "RotatingKVCache": "sliding-window attention",
+}
+
+
+@dataclass(frozen=True)
+class Support:
+    """What of a model's cache can be kept compressed, and why the rest is kept as it is.
+
+    layers: for each layer's cache, whether its K/V can be compressed without changing what the model computes.
+    reasons: one for each kind of layer that cannot, with the number of such layers.
+    """
+
+    layers: tuple[bool, ...]
+    reasons: tuple[str, ...]
+
+    @property
+    def status(self) -> Literal["compressed", "partial", "none"]:
+        """Whether all layers can be compressed, some, or none."""
+        if all(self.layers):
+            return "compressed"
+        return "partial" if any(self.layers) else "none"
+
+    @property
+    def message(self) -> str:
+        """A sentence that says which layers are kept uncompressed and why; empty where none is.
+
+        >>> Support((True, False), ("sliding-window attention (1 RotatingKVCache)",)).message
+        '1 of 2 layers are kept uncompressed: sliding-window attention (1 RotatingKVCache)'
+        """
+        total = len(self.layers)
+        kept = f"{total - sum(self.layers)} of {total}" if any(self.layers) else f"all {total}"
+        return f"{kept} layers are kept uncompressed: {', '.join(self.reasons)}" if self.reasons else ""
+
+
+def explain(model: Module) -> Support:
+    """What of the cache of a model loaded by mlx-lm can be kept compressed, and why the rest cannot.
+
+    Not compressed are caches that are no plain append-only ``KVCache`` (sliding windows, recurrent states) and all
+    layers of a model that uses K/V outside of attention or whose code is not known not to.
+    """
+    module = _attention_module(model)
+    caches = make_prompt_cache(model)
+    layers = tuple(module in COMPRESSIBLE and type(cache) is KVCache for cache in caches)
+    kept = Counter(type(cache).__name__ for cache, yes in zip(caches, layers, strict=True) if not yes)
+    file = module.removeprefix(f"{PACKAGE}.")
+    return Support(layers, tuple(f"{reason(file, kind)} ({count} {kind})" for kind, count in kept.items()))
+
+
+def reason(file: str, kind: str) -> str:
+    """Why a cache of class ``kind`` that a model defined by ``file`` makes is kept as it is."""
+    if kind in KINDS:
+        return KINDS[kind]
+    if kind == "KVCache" or file in USES:
+        return f"{file} {USES.get(file, _NOT_VERIFIED)}"
+    return "several caches in one layer" if kind == "CacheList" else "a cache of the model's own"
+
+
+def _attention_module(model: Module) -> str:
+    """The module that defines the model's attention: wrappers such as vision models hold a language model.
+
+    Where several do, one that is not known to be compressible speaks for all.
+    """
+    parts: list[Module] = model.modules()  # type: ignore[no-untyped-call]
+    modules = [type(part).__module__ for part in parts if type(part).__name__.endswith("Attention")]
+    modules = modules or [type(model).__module__]
+    return next((module for module in modules if module not in COMPRESSIBLE), modules[0])
