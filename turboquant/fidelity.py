@@ -1,0 +1,294 @@
+"""``python -m turboquant.fidelity``: what a compressed cache does to a model of yours on a text of yours.
+
+    python -m turboquant.fidelity --model MODEL --text FILE --bits 4 3 4/3
+    python -m turboquant.fidelity --model MODEL --text CONTRACT --question "When does it end?" --json
+
+The model reads the text with its full-precision cache and with compressed ones, and its predictions are compared,
+token by token. Knows the command line, texts and tables; the measuring is drift.py's, for use from Python too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from turboquant import plot
+from turboquant.codebook import SUPPORTED_BITS
+
+if TYPE_CHECKING:
+    from turboquant.drift import Contender, Fidelity, Sample
+
+LONGEST = 4096  # tokens of context, unless --context says otherwise
+SHORTEST = 64
+MARGIN = 256  # tokens left free behind a context for a question and the template around it
+PROBES = ("What", "1", "(x)", "\n-")  # questions that show where the context ends for any question
+_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+class UsageError(Exception):
+    """The command line asks for what cannot be done; the message says what to change."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code: 0, 2 for a wrong command line, 1 for anything else."""
+    options = _parser().parse_args(_shielded(sys.argv[1:] if arguments is None else arguments))
+    try:
+        _run(options)
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if options.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def load_model(name: str) -> tuple[Any, Any]:
+    """A model and its tokenizer, by mlx-lm, from a folder or a Hugging Face repo id.
+
+    On a CPU the weights become float32, quantised ones too: MLX is a hundred times slower there with others. Raises
+    UsageError where there is no such folder.
+    """
+    if not Path(name).is_dir() and (Path(name).exists() or not _REPO_ID.fullmatch(name)):
+        raise UsageError(f"--model {name}: neither a model's folder nor a Hugging Face repo id (owner/name)")
+    import mlx.core as mx
+    from mlx_lm import load
+    from mlx_lm.utils import dequantize_model
+
+    from turboquant.device import on_cpu
+
+    model, tokenizer = load(name, lazy=True)[:2]
+    if on_cpu():
+        model.set_dtype(mx.float32)  # scales before weights: dequantising in half precision would round
+        dequantize_model(model)
+        model.set_dtype(mx.float32)  # some formats dequantise to bfloat16 whatever their scales
+    mx.eval(model.parameters())
+    return model, tokenizer
+
+
+def text_sample(tokenizer: Any, text: str, context: int, continuation: int) -> Sample:
+    """The text's first ``context`` tokens, continued by its next ones."""
+    from turboquant.drift import Sample
+
+    tokens = tokenizer.encode(text)
+    return Sample(tuple(tokens[:context]), (tuple(tokens[context : context + continuation]),))
+
+
+def chat_sample(tokenizer: Any, text: str, context: int, questions: Sequence[str], system: str | None = None) -> Sample:
+    """The chat template's rendering of the text's first ``context`` tokens, continued by each of the questions.
+
+    The context is what the prompts of all questions start with. Raises UsageError where there is no chat template.
+    """
+    from turboquant.drift import Sample
+
+    if not getattr(tokenizer, "has_chat_template", True):
+        raise UsageError("--question: this model has no chat template")
+    document = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)[:context])
+    prompts = [_prompt(tokenizer, system, document, question) for question in (*questions, *PROBES)]
+    columns = zip(*prompts, strict=False)
+    shared = next((i for i, column in enumerate(columns) if len(set(column)) > 1), min(map(len, prompts)) - 1)
+    return Sample(tuple(prompts[0][:shared]), tuple(tuple(p[shared:]) for p in prompts[: len(questions)]))
+
+
+def table(rows: Sequence[Fidelity]) -> str:
+    """The figures as aligned text."""
+    columns = [[title, *map(render, rows)] for title, render in _COLUMNS]
+    lines = list(zip(*(column for column in columns if any(column[1:])), strict=True))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    text = "\n".join(
+        "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        for line in lines
+    )
+    return f"{text}\n\n{_legend(rows)}"
+
+
+def as_json(rows: Sequence[Fidelity]) -> str:
+    """The figures as a JSON list of objects."""
+    return json.dumps([{**asdict(row), "perplexity_change": row.perplexity_change} for row in rows], indent=1)
+
+
+# ---- the command line
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m turboquant.fidelity",
+        description="Compare a model's predictions over compressed caches with those over its full-precision cache.",
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="a folder, or a Hugging Face repo id")
+    add("--text", required=True, action="append", type=Path, metavar="FILE", help="a text file; may be repeated")
+    add("--context", type=_count, metavar="N", help=f"tokens of context (default: what fits, at most {LONGEST})")
+    add("--continuation", type=_count, default=256, metavar="N", help="tokens after it that are fed (default: 256)")
+    add("--question", action="append", metavar="TEXT", help="feed this and the model's answer instead; may be repeated")
+    add("--system", metavar="TEXT", help="system text before the document, with --question")
+    add("--answer-tokens", type=_count, default=32, metavar="N", help="longest answer to a question (default: 32)")
+    add("--answers-only", action="store_true", help="with --question: score the answers, not the questions")
+    add("--bits", nargs="+", type=_pair, default=[(8, 8), (4, 4), (3, 3), (2, 2)], metavar="BITS",
+        help="bits of keys and values: 4, or 4/3 (default: 8 4 3 2)")  # fmt: skip
+    add("--all-pairs", action="store_true", help="every pair of bits for keys and values")
+    add("--layer-bits", nargs="+", type=_layer, default=[], metavar="LAYER:BITS", help="such as 0:8 -1:8/4")
+    add("--sinks", type=int, metavar="N", help="first tokens kept in full precision")
+    add("--window", type=int, metavar="N", help="last tokens kept finer, in full precision by a streaming cache")
+    add("--extra-bits", type=float, metavar="BITS", help="most that finer tokens may cost, in bits a value")
+    add("--prefill", choices=("exact", "streaming", "both"), default="exact",
+        help="compress the finished context, or while it is read (default: exact)")  # fmt: skip
+    add("--mlx-kv-bits", nargs="*", type=int, choices=(2, 3, 4, 5, 6, 8), default=[8, 4], metavar="BITS",
+        help="mlx-lm's own quantised cache beside them (default: 8 4; nothing for none)")  # fmt: skip
+    add("--plot", type=Path, metavar="FILE", help="draw divergence against effective bits (needs matplotlib)")
+    add("--json", action="store_true", help="print JSON instead of a table")
+    add("--debug", action="store_true", help="show tracebacks")
+    return parser
+
+
+def _shielded(arguments: Sequence[str]) -> list[str]:
+    """argparse takes ``-1:8`` for an option, but nothing that has a space in it."""
+    return [f" {argument}" if re.match(r"-\d+:", argument) else argument for argument in arguments]
+
+
+def _count(text: str) -> int:
+    if (count := int(text)) < 2:
+        raise argparse.ArgumentTypeError("must be at least 2")
+    return count
+
+
+def _pair(text: str) -> tuple[int, int]:
+    keys, *values = text.split("/")
+    pair = (keys, *(values or [keys]))
+    if len(pair) != 2 or not all(bits in map(str, SUPPORTED_BITS) for bits in pair):
+        raise argparse.ArgumentTypeError(f"{text}: give one of {', '.join(map(str, SUPPORTED_BITS))}, or two with a /")
+    return int(pair[0]), int(pair[1])
+
+
+def _layer(text: str) -> tuple[int, int, int]:
+    layer, _, bits = text.strip().partition(":")
+    if not re.fullmatch(r"-?\d+", layer):
+        raise argparse.ArgumentTypeError(f"{text.strip()}: give LAYER:BITS, such as 0:8 or -1:8/4")
+    return (int(layer), *_pair(bits))
+
+
+# ---- what it does
+
+
+def _run(options: argparse.Namespace) -> None:
+    texts = [_read(path) for path in options.text]
+    if options.plot and (reason := plot.why_not(options.plot)):
+        raise UsageError(reason)
+    model, tokenizer = load_model(options.model)
+    from turboquant.drift import measure
+    from turboquant.families import explain
+
+    if message := explain(model).message:
+        _say(message)
+    rows = measure(
+        model,
+        [_sample(options, model, tokenizer, path, text) for path, text in zip(options.text, texts, strict=True)],
+        _contenders(options),
+        answer_tokens=options.answer_tokens if options.question else 0,
+        stop=tokenizer.eos_token_ids,
+        answers_only=options.answers_only and bool(options.question),
+        on_step=_say,
+    )
+    if options.plot:
+        plot.write_picture(options.plot, rows)
+    print(as_json(rows) if options.json else table(rows))
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--text {path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+
+
+def _sample(options: argparse.Namespace, model: Any, tokenizer: Any, path: Path, text: str) -> Sample:
+    behind = options.answer_tokens + MARGIN if options.question else options.continuation
+    within = 0 if options.question else options.continuation  # tokens of the text itself behind the context
+    limit = getattr(getattr(model, "args", None), "max_position_embeddings", None) or sys.maxsize
+    found = len(tokenizer.encode(text))
+    context = options.context or min(LONGEST, found - within, limit - behind)
+    if context + behind > limit:
+        raise UsageError(f"--context {context}: with {behind} tokens behind it more than the model's {limit}")
+    needed = (options.context or SHORTEST) + within
+    if found < needed:
+        raise UsageError(f"--text {path}: too short, {found} tokens found and {needed} needed")
+    if options.question:
+        return chat_sample(tokenizer, text, context, options.question, options.system)
+    return text_sample(tokenizer, text, context, options.continuation)
+
+
+def _contenders(options: argparse.Namespace) -> list[Contender]:
+    from turboquant.codec import CacheCodec
+    from turboquant.contenders import affine, exact, streaming
+
+    pairs = [(k, v) for k in SUPPORTED_BITS for v in SUPPORTED_BITS] if options.all_pairs else options.bits
+    names = ("sinks", "window", "extra_bits")
+    kept = {name: value for name in names if (value := getattr(options, name)) is not None}
+    try:
+        codecs = [CacheCodec(k, v, layer_bits=tuple(options.layer_bits), **kept) for k, v in dict.fromkeys(pairs)]
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    modes = ("exact", "streaming") if options.prefill == "both" else (options.prefill,)
+    rows = []
+    for mode in modes:
+        rows += [affine(bits, mode) for bits in options.mlx_kv_bits]
+        rows += [exact(codec) if mode == "exact" else streaming(codec) for codec in codecs]
+    return rows
+
+
+def _prompt(tokenizer: Any, system: str | None, document: str, question: str) -> list[int]:
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": f"{document}\n\n{question}"})
+    rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    tokens: list[int] = tokenizer.encode(rendered, add_special_tokens=False)
+    return tokens
+
+
+# ---- the table
+
+_COLUMNS: list[tuple[str, Callable[[Fidelity], str]]] = [
+    ("cache", lambda row: row.cache),
+    ("prefill", lambda row: row.prefill),
+    ("bits K/V", lambda row: f"{row.key_bits:g}/{row.value_bits:g}"),
+    ("effective", lambda row: f"{row.effective_bits:.2f}"),
+    ("ratio", lambda row: f"{row.compression:.1f}x"),
+    ("B/token", lambda row: f"{row.bytes_per_token:.0f}"),
+    ("KL", lambda row: f"{row.kl:.2g}"),
+    ("+-", lambda row: "" if row.kl_stderr is None else f"{row.kl_stderr:.1g}"),
+    ("p99", lambda row: f"{row.kl_p99:.2g}"),
+    ("worst", lambda row: f"{row.kl_worst:.2g}"),
+    ("top-1", lambda row: f"{row.top1:.1%}"),
+    ("perplexity", lambda row: f"{row.perplexity:.4g}"),
+    ("change", lambda row: f"{row.perplexity_change:+.2%}"),
+    ("cosine", lambda row: f"{row.cosine:.5f}"),
+]
+
+
+def _legend(rows: Sequence[Fidelity]) -> str:
+    lines = [
+        f"{rows[0].positions} positions; perplexity in full precision {rows[0].perplexity_full:.4g}.",
+        "KL in nats from full precision's predictions: mean, standard error, 99th percentile, worst.",
+        "Effective bits count everything that is held of the context; ratio is to 16 bits.",
+    ]
+    differences = [row.batch_difference for row in rows if row.batch_difference is not None]
+    if differences:
+        lines.append(f"Exact ones: saved and loaded, every logit the same; in a batch, within {max(differences):.2g}.")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
