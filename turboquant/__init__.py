@@ -1,7 +1,37 @@
 """TurboQuant: K/V-cache compression for MLX, by rotation and Lloyd-Max codes, with attention on the codes.
 
-The names below are imported when first used: those that need mlx-lm take two seconds to come, and a program that
-only wants a codec or a key should not wait for them.
+A codec compresses vectors; ``CacheCodec`` says how keys and values are:
+
+    >>> encoded = Codec(head_dim=128, bits=4).encode(mx.random.normal((2, 100, 128)))
+    >>> codec = CacheCodec(key_bits=4, value_bits=3)
+
+A cache that compresses itself as it grows, for a model loaded by ``mlx_lm.load``. Inside of ``enabled`` the model
+attends to what is compressed; afterwards it is as it was:
+
+    >>> cache = make_prompt_cache(model, codec)
+    >>> with enabled(model):
+    ...     answer = [token for token, _ in generate_step(prompt, model, prompt_cache=cache, max_tokens=8)]
+
+A cache of mlx-lm's that is filled already:
+
+    >>> cache = compress(filled, codec, model)
+
+A context that many queries share, in one batch: each costs its own tokens only:
+
+    >>> prefix = prefill(model, context, codec)
+    >>> with enabled(model):
+    ...     batch = BatchGenerator(model, max_tokens=4)
+    ...     numbers = batch.insert([[5], [6, 7]], caches=[prefix.fork(), prefix.fork()])
+    ...     responses = batch.next_generated()
+
+Files, written durably and verified when loaded (PromptCacheError); ``save_prompt_cache`` takes forks too:
+
+    >>> save_prompt_cache("cache.safetensors", cache, {"model": "a name"})
+    >>> cache, metadata = load_prompt_cache("cache.safetensors", return_metadata=True)
+
+The commands of mlx-lm with compressed caches are ``python -m turboquant.generate``, ``.chat`` and ``.server``, and
+``python -m turboquant.fidelity`` tells what compression does to a model. The names below are imported when first used:
+those that need mlx-lm take two seconds to come, and a program that only wants a codec should not wait for them.
 """
 
 from __future__ import annotations
@@ -15,6 +45,13 @@ if TYPE_CHECKING:
     from turboquant.dispatch import enabled
     from turboquant.layer import EncodedLayer
     from turboquant.prefix import Prefix, prefill
+    from turboquant.prompt_cache import (
+        PromptCacheError,
+        compress,
+        load_prompt_cache,
+        make_prompt_cache,
+        save_prompt_cache,
+    )
     from turboquant.streaming import TurboQuantKVCache
 
 _HOMES = {
@@ -24,9 +61,14 @@ _HOMES = {
     "EncodedLayer": "layer",
     "Fork": "cache",
     "Prefix": "prefix",
+    "PromptCacheError": "prompt_cache",
     "TurboQuantKVCache": "streaming",
+    "compress": "prompt_cache",
     "enabled": "dispatch",
+    "load_prompt_cache": "prompt_cache",
+    "make_prompt_cache": "prompt_cache",
     "prefill": "prefix",
+    "save_prompt_cache": "prompt_cache",
 }
 
 __all__ = [
@@ -36,9 +78,14 @@ __all__ = [
     "EncodedLayer",
     "Fork",
     "Prefix",
+    "PromptCacheError",
     "TurboQuantKVCache",
+    "compress",
     "enabled",
+    "load_prompt_cache",
+    "make_prompt_cache",
     "prefill",
+    "save_prompt_cache",
 ]
 
 

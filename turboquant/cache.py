@@ -24,7 +24,26 @@ from turboquant.layer import DenseLayer, EncodedLayer
 Mask = mx.array | str | None
 
 
-class Fork:
+class _Watched:
+    """Notices a model that is run without ``enabled``: it asks for masks and adds tokens, but calls no ``attend``."""
+
+    _asked = _missed = False
+
+    def _mask_asked(self, compressed: bool) -> None:
+        if self._missed:
+            raise RuntimeError(
+                "attention missed the compressed past: run the model inside `with turboquant.enabled(model):`"
+            )
+        self._asked = compressed
+
+    def _tokens_added(self) -> None:
+        self._missed = self._asked
+
+    def _attention_called(self) -> None:
+        self._asked = self._missed = False
+
+
+class Fork(_Watched):
     """One layer of one query's cache: encoded past, shared and immutable, and a full-precision suffix.
 
     ``layer`` is None while nothing is compressed (in a ``TurboQuantKVCache`` that is still short).
@@ -45,6 +64,7 @@ class Fork:
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append (1, n_kv_heads, L, head_dim) to the suffix and return the suffix."""
+        self._tokens_added()
         fetched: tuple[mx.array, mx.array] = self.suffix.update_and_fetch(keys, values)
         return fetched
 
@@ -58,15 +78,20 @@ class Fork:
         sinks: mx.array | None,
     ) -> mx.array:
         """Attention of queries (1, n_heads, L, head_dim) over the encoded past and the suffix given."""
+        self._attention_called()
         parts = [backend().attend_dense(queries, keys, values, scale, mask)]
         if self.layer is not None:
             parts.append(attend_past(queries, self.layer, scale))
         return finish(merge(parts), sinks, queries.dtype)
 
     def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> Mask:
-        """A mask over the suffix; every query sees the whole encoded past."""
+        """A mask over the suffix; every query sees the whole encoded past.
+
+        Raises RuntimeError where the model that asks has not called ``attend`` for the tokens added last.
+        """
         if window_size is not None:
             raise ValueError("a sliding-window layer cannot run on a compressed cache")
+        self._mask_asked(self.layer is not None)
         mask: Mask = self.suffix.make_mask(length, return_array=return_array, window_size=None)
         return mask
 
@@ -103,12 +128,14 @@ class Fork:
         return copied
 
     @classmethod
-    def merge(cls, forks: Sequence[Fork]) -> BatchForks:
-        """A batch whose rows are the forks'."""
-        return BatchForks([fork.layer for fork in forks], BatchKVCache.merge([fork.suffix for fork in forks]))
+    def merge(cls, caches: Sequence[Fork]) -> BatchForks:
+        """A batch whose rows are the forks'. Raises TypeError where a cache is no fork."""
+        if any(type(cache) is not Fork for cache in caches):
+            raise TypeError("only forks can share a batch with forks")
+        return BatchForks([cache.layer for cache in caches], BatchKVCache.merge([cache.suffix for cache in caches]))
 
 
-class BatchForks:
+class BatchForks(_Watched):
     """One layer of a batch: each row's encoded past, shared where rows have the same, and a batched suffix."""
 
     def __init__(self, layers: list[EncodedLayer | DenseLayer | None], suffix: BatchKVCache) -> None:
@@ -124,6 +151,7 @@ class BatchForks:
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append (B, n_kv_heads, L, head_dim) to the suffixes and return them."""
+        self._tokens_added()
         fetched: tuple[mx.array, mx.array] = self.suffix.update_and_fetch(keys, values)
         return fetched
 
@@ -137,17 +165,19 @@ class BatchForks:
         sinks: mx.array | None,
     ) -> mx.array:
         """Attention of queries (B, n_heads, L, head_dim): each distinct past is read once, for all its rows."""
+        self._attention_called()
         suffix = backend().attend_dense(queries, keys, values, scale, mask)
-        return finish(merge([suffix, self._attend_past(queries, scale)]), sinks, queries.dtype)
+        past = self._attend_past(queries, scale, values.shape[-1])
+        return finish(merge([suffix, past]), sinks, queries.dtype)
 
-    def _attend_past(self, queries: mx.array, scale: float) -> Partial:
+    def _attend_past(self, queries: mx.array, scale: float, value_dim: int) -> Partial:
         groups = self._rows_by_layer()
         if len(groups) == 1 and self.layers[0] is not None:
             return attend_past(queries, self.layers[0], scale)
         parts, order = [], []
         for rows in groups:
             layer, some = self.layers[rows[0]], queries[mx.array(rows)]
-            parts.append(_nothing(some) if layer is None else attend_past(some, layer, scale))
+            parts.append(_nothing(some, value_dim) if layer is None else attend_past(some, layer, scale))
             order += rows
         back = mx.array(sorted(range(len(order)), key=order.__getitem__))
         return Partial(
@@ -162,15 +192,25 @@ class BatchForks:
         return list(groups.values())
 
     def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
-        """A mask (B, 1, L, T) over the suffixes; every query sees its row's whole encoded past."""
+        """A mask (B, 1, L, T) over the suffixes; every query sees its row's whole encoded past.
+
+        Raises RuntimeError where the model that asks has not called ``attend`` for the tokens added last.
+        """
         if window_size is not None:
             raise ValueError("a sliding-window layer cannot run on a compressed cache")
+        self._mask_asked(any(layer is not None for layer in self.layers))
         mask: mx.array = self.suffix.make_mask(length)
         return mask
 
-    def prepare(self, **lengths: Any) -> None:
+    def prepare(
+        self,
+        *,
+        left_padding: list[int] | None = None,
+        lengths: list[int] | None = None,
+        right_padding: list[int] | None = None,
+    ) -> None:
         """Announce padding; see mlx-lm's BatchKVCache."""
-        self.suffix.prepare(**lengths)
+        self.suffix.prepare(left_padding=left_padding, lengths=lengths, right_padding=right_padding)
 
     def finalize(self) -> None:
         """Move right padding to the left; see mlx-lm's BatchKVCache."""
@@ -220,7 +260,10 @@ class BatchForks:
         return int(self.suffix.trim(n))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BatchForks:
-        return BatchForks(list(self.layers), copy.deepcopy(self.suffix, memo))
+        copied = type(self).__new__(type(self))
+        copied.__dict__.update(self.__dict__)
+        copied.layers, copied.suffix = list(self.layers), copy.deepcopy(self.suffix, memo)
+        return copied
 
 
 def finish(part: Partial, sinks: mx.array | None, dtype: mx.Dtype) -> mx.array:
@@ -230,6 +273,6 @@ def finish(part: Partial, sinks: mx.array | None, dtype: mx.Dtype) -> mx.array:
     return part.output.astype(dtype)
 
 
-def _nothing(queries: mx.array) -> Partial:
+def _nothing(queries: mx.array, value_dim: int) -> Partial:
     """Attention over no tokens at all."""
-    return Partial(mx.zeros(queries.shape), mx.full(queries.shape[:-1], -mx.inf))
+    return Partial(mx.zeros((*queries.shape[:-1], value_dim)), mx.full(queries.shape[:-1], -mx.inf))

@@ -249,6 +249,7 @@ def test_another_format_version_is_said_to_be_one(version: Any, folder: Path) ->
         '{"identity": {}, "format_version": ' + "9" * 5000 + "}",
         '{"identity": {}, "format_version": NaN}',
         '{"identity": {}, "format_version": 1}',
+        '{"identity": {}, "format_version": 1, "format_version": 1}',
         " " * ((16 << 20) + 1),
     ],
     ids=lambda text: f"{text[:24]}...{len(text)}",
@@ -282,6 +283,7 @@ FORGERIES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "a kind that is a number": set_kind(3),
     "a kind that is a list": set_kind(["KVCache"]),
     "a kind that is null": set_kind(None),
+    "layers swapped": lambda m: m["layers"].insert(0, m["layers"].pop(1)),
     "another class on the list": set_kind("RotatingKVCache"),
     "encoded where it is not": set_kind("encoded"),
     "a layer that is a string": lambda m: m["layers"].__setitem__(0, "encoded"),
@@ -321,6 +323,13 @@ FORGERIES: dict[str, Callable[[dict[str, Any]], Any]] = {
     "an offset that is not the tokens": set_item(1, 2, {"value": TOKENS - 1}),
     "an offset that is text": set_item(1, 2, {"value": "70"}),
     "a sliding layer's offset moved": set_item(2, 2, {"value": TOKENS + 1}),
+    "a sliding layer that keeps more than it holds": set_item(2, 3, {"value": 16}),
+    "a sliding layer of no size": set_item(2, 4, {"value": 0}),
+    "a sliding layer larger than its tensors": set_item(2, 4, {"value": 1 << 40}),
+    "a sliding layer that goes on behind its end": set_item(2, 5, {"value": 1 << 40}),
+    "a sliding layer that goes on before its beginning": set_item(2, 5, {"value": -1}),
+    "one tensor for keys and values": set_item(1, 1, {"tensor": "1.state.0"}),
+    "another layer's tensor": set_item(1, 0, {"tensor": "2.state.0"}),
     "an item without content": set_item(2, 3, {}),
 }
 
@@ -376,6 +385,8 @@ def safetensors(header: Any, body: bytes = b"") -> bytes:
         safetensors({"0.key_codes": {"dtype": "U32", "shape": [-1], "data_offsets": [0, 4]}}, b"1234"),
         safetensors({"0.key_codes": {"dtype": "U32", "shape": [2], "data_offsets": [0, 1 << 50]}}, b"1234"),
         safetensors({"0.key_codes": {"dtype": "U32", "shape": [1], "data_offsets": [9, 13]}}, b"1234"),
+        safetensors({"0.key_codes": {"dtype": "U32", "shape": [1], "data_offsets": [0, 4]}}, b"1234 and a gap"),
+        safetensors('{"x": {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]}, "x": 1}'),
         b"PK\x03\x04 a zip archive",
         b"\x93NUMPY\x01\x00",
     ],
@@ -386,14 +397,36 @@ def test_forged_tensors_are_refused(content: bytes, folder: Path) -> None:
     assert_refused(folder)
 
 
-@pytest.mark.parametrize(
-    "name", ["0.sink_keys", "0.key_codes", "0.value_mean", "1.state.0", "2.state.1", "3.state.0.0"]
-)
-def test_a_tensor_left_out_is_noticed(name: str, folder: Path) -> None:
+def set_tensor(name: str, change: Callable[[mx.array], mx.array]) -> Callable[[dict[str, mx.array]], Any]:
+    return lambda tensors: tensors.update({name: mx.contiguous(change(tensors[name]))})
+
+
+OTHER_TENSORS: dict[str, Callable[[dict[str, mx.array]], Any]] = {
+    **{
+        f"no {name}": lambda tensors, name=name: tensors.pop(name)  # type: ignore[misc]
+        for name in ("0.sink_keys", "0.key_codes", "0.value_mean", "1.state.0", "2.state.1", "3.state.0.0")
+    },
+    "a tensor of no layer": lambda tensors: tensors.update({"5.key_mean": mx.zeros(3)}),
+    "a tensor that its layer has no use for": lambda tensors: tensors.update({"0.more": mx.zeros(3)}),
+    "a scale that is no number": set_tensor("0.key_scales", lambda x: x * float("nan")),
+    "a mean without end": set_tensor("4.value_mean", lambda x: x + float("inf")),
+    "codes of another dtype": set_tensor("0.key_codes", lambda x: x.astype(mx.int32)),
+    "codes a token short": set_tensor("0.key_codes", lambda x: x[:, 1:]),
+    "two layers' codes of other lengths": set_tensor("4.value_scales", lambda x: x[:, 1:]),
+    "keys of five dimensions": set_tensor("1.state.0", lambda x: x[..., None]),
+    "values of five dimensions": set_tensor("1.state.1", lambda x: x[..., None]),
+    "keys of integers": set_tensor("1.state.0", lambda x: x.astype(mx.int32)),
+    "keys of more heads than values": set_tensor("2.state.0", lambda x: mx.concatenate([x, x], axis=1)),
+    "keys of fewer tokens than there are": set_tensor("1.state.0", lambda x: x[:, :, 1:]),
+}
+
+
+@pytest.mark.parametrize("change", OTHER_TENSORS.values(), ids=OTHER_TENSORS.keys())
+def test_other_tensors_are_noticed(change: Callable[[dict[str, mx.array]], Any], folder: Path) -> None:
     tensors = mx.load(str(folder / TENSORS))
     assert isinstance(tensors, dict)
     mx.eval(tensors)
-    del tensors[name]
+    change(tensors)
     mx.save_safetensors(str(folder / "new.safetensors"), tensors)
     replace_tensors(folder, (folder / "new.safetensors").read_bytes())
     assert_refused(folder)
@@ -569,7 +602,7 @@ def test_no_field_runs_into_the_next(text: str, cuts: tuple[int, int]) -> None:
 def test_the_key_is_pinned_since_stores_depend_on_it() -> None:
     assert (
         Identity("w", "t", "c", "p").key([1, 2, 3], parent="q")
-        == "102bc9cf63bc646e466627dd7c88def47771ceb0e2f2b8c5e1f422e5b5b2c689"
+        == "aea2bd74e755fed3bbe38481efe82dcfd7a458b75cc6be19e20079efc69c3cc1"
     )
 
 

@@ -1,0 +1,22 @@
+"""``python -m turboquant.chat``: mlx_lm.chat with a compressed K/V cache.
+
+python -m turboquant.chat --model MODEL --turbo-kv-bits 4
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from turboquant import commands
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command until the user leaves; returns its exit code."""
+    options, rest = commands.parse("chat", arguments)
+    commands.run("chat", rest, commands.codec_of(options))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

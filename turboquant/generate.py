@@ -1,0 +1,72 @@
+"""``python -m turboquant.generate``: mlx_lm.generate with a compressed K/V cache.
+
+    python -m turboquant.generate --model MODEL --prompt "..." --turbo-kv-bits 3
+
+Takes every flag of mlx_lm.generate but those for caches of other kinds, and prints what it prints, and a line on the
+cache. ``--prompt-cache-file`` is a file of ``turboquant.save_prompt_cache``, with the metadata that mlx-lm reads from
+its own: the model's name, and the tokenizer's configuration as JSON ("{}" for none).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from mlx_lm.generate import setup_arg_parser
+
+from turboquant import commands
+from turboquant.prompt_cache import PromptCacheError, load_prompt_cache, make_prompt_cache
+from turboquant.streaming import TurboQuantKVCache
+
+METADATA = ("model", "tokenizer_config")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code, 2 for a prompt cache or flags that cannot be used."""
+    options, rest = commands.parse("generate", arguments)
+    codec = commands.codec_of(options)
+    used: list[list[Any]] = []
+
+    def make(model: Any, max_kv_size: None = None) -> list[Any]:
+        used.append(make_prompt_cache(model, codec))
+        return used[-1]
+
+    def load(path: str, return_metadata: bool) -> tuple[list[Any], dict[str, str]]:
+        if options.turbo_kv_bits or options.turbo_key_bits or options.turbo_value_bits:
+            raise PromptCacheError("--prompt-cache-file has bits of its own: leave the --turbo flags out")
+        cache, metadata = load_prompt_cache(path, return_metadata=return_metadata)
+        if missing := [name for name in METADATA if name not in metadata]:
+            raise PromptCacheError(f"{path}: save the cache with {' and '.join(missing)} in its metadata")
+        used.append(cache)
+        return cache, metadata
+
+    try:
+        commands.run("generate", rest, codec, make_prompt_cache=make, load_prompt_cache=load)
+    except (PromptCacheError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    if setup_arg_parser().parse_args(rest).verbose:
+        print(f"Cache: {describe(used[0])}")  # a draft model's comes second
+    return 0
+
+
+def describe(caches: Sequence[Any]) -> str:
+    """What the compressed layers of a cache take, and what they would in full precision.
+
+    >>> describe([])
+    'no layer is compressed'
+    """
+    compressed = [cache for cache in caches if isinstance(cache, TurboQuantKVCache)]
+    if not compressed:
+        return "no layer is compressed"
+    held, full = sum(x.nbytes for x in compressed), sum(x.full_precision_nbytes for x in compressed)
+    numbers = sum(x.numbers for x in compressed)
+    return (
+        f"{held / 1e6:.3f} MB, {8 * held / max(1, numbers):.2f} bits a value; in full precision {full / 1e6:.3f} MB "
+        f"({len(compressed)} of {len(caches)} layers, {compressed[0].offset} tokens)"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

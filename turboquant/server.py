@@ -1,0 +1,22 @@
+"""``python -m turboquant.server``: mlx_lm.server with a compressed K/V cache.
+
+python -m turboquant.server --model MODEL --turbo-kv-bits 4
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from turboquant import commands
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command until it is interrupted; returns its exit code."""
+    options, rest = commands.parse("server", arguments)
+    commands.run("server", rest, commands.codec_of(options))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

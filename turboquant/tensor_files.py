@@ -1,0 +1,281 @@
+"""Files of tensors: written so that a crash leaves nothing half, read as if by a stranger's hand.
+
+Knows safetensors files, their checksums, and how encoded layers and mlx-lm's caches are taken apart for them. What a
+file is for is files.py's and prompt_cache.py's. What kinds of cache a file may hold is a fixed list here, never a name
+taken from the file. What reads raises ValueError, or one of MALFORMED, with the reason in a few words.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.models import cache as mlx_lm_cache
+from mlx_lm.models.cache import ArraysCache
+
+from turboquant.codec import CacheCodec
+from turboquant.layer import EncodedLayer
+
+STOCK_CACHES = {
+    name: getattr(mlx_lm_cache, name) for name in ("KVCache", "RotatingKVCache", "ArraysCache", "ChunkedKVCache")
+}
+DTYPES = {  # safetensors' name of a dtype, MLX's, bytes
+    "BOOL": (mx.bool_, 1),
+    "U8": (mx.uint8, 1),
+    "I8": (mx.int8, 1),
+    "U16": (mx.uint16, 2),
+    "I16": (mx.int16, 2),
+    "F16": (mx.float16, 2),
+    "BF16": (mx.bfloat16, 2),
+    "U32": (mx.uint32, 4),
+    "I32": (mx.int32, 4),
+    "F32": (mx.float32, 4),
+    "U64": (mx.uint64, 8),
+    "I64": (mx.int64, 8),
+}
+LARGEST_HEADER = 16 << 20
+MALFORMED = (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError, OverflowError)
+
+
+class FileError(Exception):
+    """A file cannot be used; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor is in a file: bytes ``start`` to ``stop``."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+# --- writing
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file to write, which durably takes the place of ``path`` unless an exception is raised."""
+    temporary = path.parent / f".{uuid.uuid4().hex}.safetensors"
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file durably: temporary file, fsync, rename, fsync of the folder."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- checksums
+
+
+def seal(manifest: Mapping[str, Any]) -> str:
+    """The checksum of a manifest, over everything in it but ``manifest_sha256``."""
+    content = {name: value for name, value in manifest.items() if name != "manifest_sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def digest_file(file: BinaryIO) -> str:
+    """The checksum of a file's bytes from where it stands."""
+    digest = hashlib.sha256()
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def digest_tensors(tensors: Mapping[str, mx.array]) -> str:
+    """A checksum over the names, dtypes, shapes and bytes of all tensors."""
+    names = {dtype: name for name, (dtype, _) in DTYPES.items()}
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        x = tensors[name]
+        digest.update(json.dumps([name, names[x.dtype], x.shape]).encode())
+        if x.size:
+            digest.update(np.asarray(x.reshape(-1).view(mx.uint8)).data)
+    return digest.hexdigest()
+
+
+def digest_stored(file: BinaryIO, header: Mapping[str, Stored]) -> str:
+    """What ``digest_tensors`` gave for the tensors, computed from the file's bytes."""
+    digest = hashlib.sha256()
+    for name in sorted(header):
+        stored = header[name]
+        digest.update(json.dumps([name, stored.dtype, stored.shape]).encode())
+        file.seek(stored.start)
+        left = stored.stop - stored.start
+        while chunk := file.read(min(left, 1 << 20)):
+            digest.update(chunk)
+            left -= len(chunk)
+    return digest.hexdigest()
+
+
+# --- reading
+
+
+def read_header(file: BinaryIO) -> tuple[dict[str, Stored], dict[str, str]]:
+    """The tensors of a safetensors file and its metadata.
+
+    Raises ValueError unless every tensor is of a known dtype and as long as its shape says, and the tensors fill
+    the file without gaps: only such a file is given to MLX, which would believe any header.
+    """
+    size = os.fstat(file.fileno()).st_size
+    file.seek(0)
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or not 2 <= length <= min(size - 8, LARGEST_HEADER):
+        raise ValueError(f"a header of {length} bytes in a file of {size}")
+    header = parse_json(file.read(length))
+    if not isinstance(header, dict):
+        raise ValueError("the header is no mapping")
+    metadata = header.pop("__metadata__", None) or {}  # MLX writes null for none
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("the header's metadata is no mapping of text")
+    tensors = {name: _stored(name, entry, 8 + length) for name, entry in header.items()}
+    end = 8 + length
+    for stored in sorted(tensors.values(), key=lambda stored: (stored.start, stored.stop)):
+        if stored.start != end:
+            raise ValueError("the tensors overlap, or there are gaps between them")
+        end = stored.stop
+    if end != size:
+        raise ValueError(f"the tensors end at byte {end} of {size}")
+    return tensors, metadata
+
+
+def parse_json(text: bytes) -> Any:
+    """Parse JSON from a stranger. Raises ValueError for a key twice in a mapping too, or for too deep a nesting."""
+
+    def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        parsed = dict(pairs)
+        if len(parsed) != len(pairs):
+            raise ValueError("a key is there twice")
+        return parsed
+
+    try:
+        return json.loads(text.decode("utf-8"), object_pairs_hook=mapping)
+    except RecursionError:
+        raise ValueError("too deep a nesting") from None
+
+
+def load_tensors(file: BinaryIO) -> dict[str, mx.array]:
+    """All tensors of a file whose header was checked, in memory."""
+    file.seek(0)
+    tensors = mx.load(file, format="safetensors")
+    assert isinstance(tensors, dict)
+    mx.eval(tensors)
+    return tensors
+
+
+def _stored(name: str, entry: Any, data: int) -> Stored:
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"tensor {name!r} is malformed")
+    dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not _are_sizes(shape) or len(shape) > 8 or not _are_sizes(offsets) or len(offsets) != 2:
+        raise ValueError(f"tensor {name!r} has no shape, or no place")
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ValueError(f"tensor {name!r} is of the unknown dtype {dtype!r}")
+    if offsets[1] - offsets[0] != math.prod(shape) * DTYPES[dtype][1]:
+        raise ValueError(f"tensor {name!r} is not as long as its shape says")
+    return Stored(dtype, tuple(shape), data + offsets[0], data + offsets[1])
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and 0 <= item < 1 << 48 for item in value)
+
+
+# --- layers and caches, taken apart and put together
+
+
+def freeze(state: Any, name: str, tensors: dict[str, mx.array]) -> Any:
+    """A cache's state as JSON; arrays go to ``tensors`` and leave their names. Raises TypeError for anything else."""
+    if isinstance(state, mx.array):
+        tensors[name] = state
+        return {"tensor": name}
+    if isinstance(state, (list, tuple)):
+        return {"items": [freeze(item, f"{name}.{i}", tensors) for i, item in enumerate(state)]}
+    if state is None or isinstance(state, (bool, int, float, str)):
+        return {"value": state}
+    raise TypeError(f"{name} is a {type(state).__name__}, which cannot be stored")
+
+
+def thaw(state: Mapping[str, Any], tensors: dict[str, mx.array]) -> Any:
+    """Undo ``freeze``. Takes out of ``tensors`` what it uses."""
+    if "tensor" in state:
+        return tensors.pop(state["tensor"])
+    if "items" in state:
+        return [thaw(item, tensors) for item in state["items"]]
+    return state["value"]
+
+
+def take(prefix: str, tensors: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Take the tensors out whose names start with ``prefix``, under their whole names."""
+    return {name: tensors.pop(name) for name in list(tensors) if name.startswith(prefix)}
+
+
+def restore_layer(prefix: str, tensors: dict[str, mx.array], codec: CacheCodec) -> EncodedLayer:
+    """The encoded layer whose tensors' names start with ``prefix``; takes them out of ``tensors``."""
+    own = {name.removeprefix(prefix): x for name, x in take(prefix, tensors).items()}
+    layer = EncodedLayer.from_tensors(own, codec)
+    if layer.tensors().keys() != own.keys():
+        raise ValueError(f"an encoded layer has no tensors {sorted(own.keys() - layer.tensors().keys())}")
+    numbers = [x for name, x in own.items() if name.endswith(("scales", "mean")) and x.size]
+    if not all(mx.isfinite(x).all().item() for x in numbers):
+        raise ValueError("a scale or a mean is no finite number")
+    return layer
+
+
+def restore_stock(kind: Any, state: Mapping[str, Any], tensors: dict[str, mx.array]) -> Any:
+    """A cache of mlx-lm's from its frozen state. Raises ValueError where it could not be gone on with."""
+    cache = STOCK_CACHES[kind].from_state(thaw(state, tensors))
+    if isinstance(cache, ArraysCache):
+        arrays = [*cache.cache, cache.left_padding, cache.lengths]
+        if not all(x is None or isinstance(x, mx.array) for x in arrays):
+            raise ValueError(f"the state of a {kind} is no arrays")
+        return cache
+    counts = [value for name, value in vars(cache).items() if name not in ("keys", "values")]
+    if not all(type(count) is int and count >= 0 for count in counts):
+        raise ValueError(f"the state of a {kind} does not count its tokens")
+    capacity = check_kv(cache.keys, cache.values)
+    largest = getattr(cache, "max_size", cache.offset)
+    held = min(cache.offset, largest) - getattr(cache, "start_position", 0)
+    if not 0 <= held <= capacity or getattr(cache, "_idx", 0) > capacity or getattr(cache, "keep", -1) >= largest:
+        raise ValueError(f"the state of a {kind} counts more tokens than it holds")
+    return cache
+
+
+def check_kv(keys: Any, values: Any) -> int:
+    """How many tokens keys and values have room for. Raises ValueError unless they are arrays that fit, or None."""
+    if keys is None and values is None:
+        return 0
+    if not isinstance(keys, mx.array) or not isinstance(values, mx.array):
+        raise ValueError("keys and values are no arrays")
+    if not keys.ndim == values.ndim == 4 or keys.shape[:3] != values.shape[:3] or keys.dtype != values.dtype:
+        raise ValueError(f"keys {keys.shape} and values {values.shape} don't fit together")
+    if not mx.issubdtype(keys.dtype, mx.floating):
+        raise ValueError(f"keys are {keys.dtype}, no floating-point numbers")
+    return int(keys.shape[2])
