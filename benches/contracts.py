@@ -21,7 +21,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.blas import load_tuned_blas
 from turboquant.fidelity import chat_sample, load_model, table
 
 if TYPE_CHECKING:
@@ -93,7 +92,6 @@ def main() -> None:
     parser.add_argument("--half", action="store_true", help="keep the weights as they are, not float32")
     parser.add_argument("--json", type=Path, help="also write all figures to this file")
     arguments = parser.parse_args()
-    load_tuned_blas()
     model, tokenizer = load_model(arguments.model)
     if not arguments.half:
         import mlx.core as mx

@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 
 from contracts import contract_samples, measure_contracts
 
-from pipeline.blas import load_tuned_blas
 from turboquant.fidelity import load_model, table
 
 if TYPE_CHECKING:
@@ -91,7 +90,6 @@ _WORKERS = {OURS: _ours, "turboquant-mlx-full": _turboquant_mlx_full, "mlx-turbo
 
 def _work(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure one package's caches, in the environment that has it."""
-    load_tuned_blas()
     model, tokenizer = load_model(arguments.model)
     samples = contract_samples(
         tokenizer, arguments.data, arguments.tokens, arguments.tokens, arguments.contracts, arguments.questions

@@ -138,8 +138,8 @@ def _load(job_file: Path, overrides: list[str] | None) -> Job:
 @contextmanager
 def _errors_explained(debug: bool, quiet: bool = False) -> Iterator[None]:
     """Turn what is raised into one line on stderr and an exit code."""
-    from pipeline.blas import load_tuned_blas
     from pipeline.errors import PipelineError, one_line
+    from turboquant.blas import load_tuned_blas
 
     load_tuned_blas()  # before anything imports NumPy or MLX: it sets what OpenBLAS reads when it is loaded
 

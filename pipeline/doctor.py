@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
-from pipeline.blas import Blas, load_tuned_blas, measure_gflops, usable_cpus
+from turboquant.blas import Blas, load_tuned_blas, measure_gflops, usable_cpus
 
 DISTRIBUTION = "turboquant-pipeline"
 DEPENDENCIES = ("mlx", "mlx-lm", "numpy", "pyarrow")

@@ -14,10 +14,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.blas import load_tuned_blas
 from pipeline.job import Cache, Job, Settings
 from pipeline.model import resolve_model, tokenizer_fingerprint, weights_fingerprint
 from pipeline.prompts import Rendered
+from turboquant.blas import load_tuned_blas
 from turboquant.identity import Identity
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pipeline.blas import load_tuned_blas
 from pipeline.errors import ModelError, one_line
+from turboquant.blas import load_tuned_blas
 
 WEIGHTS = "model*.safetensors"  # what mlx-lm loads; a folder may hold other copies of the weights besides
 
@@ -69,8 +69,10 @@ def load_model(name: str | Path) -> LoadedModel:
     load_tuned_blas()
     from mlx_lm import load
 
+    from turboquant.device import settle_weights
+
     model, tokenizer, config = _explain_failure(path, lambda: load(str(path), lazy=True, return_config=True))
-    _explain_failure(path, lambda: _settle_weights(model))
+    _explain_failure(path, lambda: settle_weights(model))
     return LoadedModel(model, tokenizer, config, path)
 
 
@@ -235,18 +237,6 @@ def _explain_failure(path: Path, load: Callable[[], Loaded]) -> Loaded:
         return load()
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise ModelError(f"model {path}: mlx-lm can't load it ({one_line(error)})") from error
-
-
-def _settle_weights(model: Any) -> None:
-    """Read the weights from disk, on a CPU as float32."""
-    import mlx.core as mx
-    from mlx_lm.utils import dequantize_model
-
-    if mx.default_device() == mx.Device(mx.cpu):
-        model.set_dtype(mx.float32)  # scales before weights: dequantizing in half precision would round
-        dequantize_model(model)
-        model.set_dtype(mx.float32)  # some formats dequantize to bfloat16 whatever their scales
-    mx.eval(model.parameters())
 
 
 # ---- fingerprints

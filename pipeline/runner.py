@@ -147,11 +147,11 @@ class _Engine:
     """The model, its tokenizer and the store: everything that is slow to load."""
 
     def __init__(self, job: Job) -> None:
-        from pipeline.blas import load_tuned_blas
         from pipeline.model import load_model, max_context
         from pipeline.prefill import warn_of_uncompressed_layers
         from pipeline.prompts import PromptTokenizer
         from pipeline.store import Store
+        from turboquant.blas import load_tuned_blas
 
         if hint := load_tuned_blas().hint:
             _log.warning("MLX computes with a slow BLAS here: %s", hint)

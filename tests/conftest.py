@@ -10,6 +10,6 @@ import os
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-from pipeline.blas import load_tuned_blas
+from turboquant.blas import load_tuned_blas
 
 load_tuned_blas()

@@ -17,6 +17,7 @@ from typing import Any
 
 from turboquant.codebook import SUPPORTED_BITS
 from turboquant.codec import CacheCodec
+from turboquant.device import settle_weights
 from turboquant.dispatch import enabled
 from turboquant.families import explain
 from turboquant.prompt_cache import make_prompt_cache
@@ -83,6 +84,7 @@ def _compressing(modules: Sequence[ModuleType], codec: CacheCodec) -> Iterator[N
             @functools.wraps(load)
             def load_and_enable(*arguments: Any, **options: Any) -> Any:
                 loaded = load(*arguments, **options)
+                settle_weights(loaded[0])
                 stack.enter_context(enabled(loaded[0]))
                 if message := explain(loaded[0]).message:
                     print(f"[turboquant] {message}", file=sys.stderr)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from turboquant import plot
+from turboquant.blas import load_tuned_blas
 from turboquant.codebook import SUPPORTED_BITS
 
 if TYPE_CHECKING:
@@ -56,23 +57,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def load_model(name: str) -> tuple[Any, Any]:
     """A model and its tokenizer, by mlx-lm, from a folder or a Hugging Face repo id.
 
-    On a CPU the weights become float32, quantised ones too: MLX is a hundred times slower there with others. Raises
-    UsageError where there is no such folder.
+    In a form that suits the device, see ``settle_weights``. Raises UsageError where there is no such folder.
     """
     if not Path(name).is_dir() and (Path(name).exists() or not _REPO_ID.fullmatch(name)):
         raise UsageError(f"--model {name}: neither a model's folder nor a Hugging Face repo id (owner/name)")
-    import mlx.core as mx
+    load_tuned_blas()
     from mlx_lm import load
-    from mlx_lm.utils import dequantize_model
 
-    from turboquant.device import on_cpu
+    from turboquant.device import settle_weights
 
     model, tokenizer = load(name, lazy=True)[:2]
-    if on_cpu():
-        model.set_dtype(mx.float32)  # scales before weights: dequantising in half precision would round
-        dequantize_model(model)
-        model.set_dtype(mx.float32)  # some formats dequantise to bfloat16 whatever their scales
-    mx.eval(model.parameters())
+    settle_weights(model)
     return model, tokenizer
 
 

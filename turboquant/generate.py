@@ -13,17 +13,19 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from mlx_lm.generate import setup_arg_parser
-
-from turboquant import commands
-from turboquant.prompt_cache import PromptCacheError, load_prompt_cache, make_prompt_cache
-from turboquant.streaming import TurboQuantKVCache
+from turboquant.blas import load_tuned_blas
 
 METADATA = ("model", "tokenizer_config")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code, 2 for a prompt cache or flags that cannot be used."""
+    load_tuned_blas()
+    from mlx_lm.generate import setup_arg_parser
+
+    from turboquant import commands
+    from turboquant.prompt_cache import PromptCacheError, load_prompt_cache, make_prompt_cache
+
     options, rest = commands.parse("generate", arguments)
     codec = commands.codec_of(options)
     used: list[list[Any]] = []
@@ -57,6 +59,8 @@ def describe(caches: Sequence[Any]) -> str:
     >>> describe([])
     'no layer is compressed'
     """
+    from turboquant.streaming import TurboQuantKVCache
+
     compressed = [cache for cache in caches if isinstance(cache, TurboQuantKVCache)]
     if not compressed:
         return "no layer is compressed"

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from pipeline import doctor
-from pipeline.blas import Blas
 from pipeline.doctor import Check, as_json, examine, render
+from turboquant.blas import Blas
 
 
 @pytest.fixture

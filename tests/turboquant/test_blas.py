@@ -29,7 +29,7 @@ THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "PIPELINE_BLAS", 
 LOAD = """
 import json, os, sys
 from dataclasses import asdict
-from pipeline.blas import load_tuned_blas
+from turboquant.blas import load_tuned_blas
 blas = load_tuned_blas()
 """
 REPORT = """
@@ -174,7 +174,7 @@ def test_a_library_that_multiplies_wrongly_is_refused():
     """Swap in a function that does nothing: it must not become the process's BLAS."""
     code = """
 import ctypes, json
-from pipeline import blas
+from turboquant import blas
 nothing = ctypes.CDLL(None).getpid
 address = ctypes.cast(nothing, ctypes.c_void_p).value
 refused = not blas._export({name: address for name in blas._FUNCTIONS})
@@ -199,7 +199,7 @@ print(json.dumps([blas.threads, ctypes.CDLL(blas.path).scipy_openblas_get_num_th
 def test_threads_default_to_the_usable_cpus():
     code = """
 import json, os
-from pipeline.blas import set_threads, usable_cpus
+from turboquant.blas import set_threads, usable_cpus
 print(json.dumps([set_threads(), usable_cpus(), int(os.environ["OPENBLAS_NUM_THREADS"])]))
 """
     threads, usable, variable = run_python(code)
@@ -211,4 +211,4 @@ def test_load_twice_is_the_same_object():
 
 
 def test_measure_gflops():
-    assert run_python(LOAD + "from pipeline.blas import measure_gflops\nprint(measure_gflops(64, 0.01))") > 0
+    assert run_python(LOAD + "from turboquant.blas import measure_gflops\nprint(measure_gflops(64, 0.01))") > 0

@@ -253,7 +253,7 @@ def _export(addresses: dict[str, int | None]) -> bool:
 
 
 def _memory_file(content: bytes) -> tuple[int, str]:
-    descriptor = os.memfd_create("pipeline-cblas")
+    descriptor = os.memfd_create("turboquant-cblas")
     os.write(descriptor, content)
     return descriptor, f"/proc/self/fd/{descriptor}"
 
@@ -279,7 +279,7 @@ def _shared_object() -> bytes:
     One page holds headers, tables and code; the next the dynamic section and the slots, which are writable.
     """
     page, headers, symbol_size, dynamic_size = 0x1000, 64 + 4 * 56, 24, 7 * 16
-    names = [*_FUNCTIONS, *(f"{name}_target" for name in _FUNCTIONS), "libpipeline-cblas.so"]
+    names = [*_FUNCTIONS, *(f"{name}_target" for name in _FUNCTIONS), "libturboquant-cblas.so"]
     strings = b"\0" + b"".join(name.encode() + b"\0" for name in names)
     string_offset = {name: strings.index(b"\0" + name.encode() + b"\0") + 1 for name in names}
     count = 1 + 2 * len(_FUNCTIONS)
@@ -300,7 +300,7 @@ def _shared_object() -> bytes:
     text = chain + bytes(symbol_size) + functions + slots + strings + code
 
     dynamic = {4: headers, 5: strings_at, 6: symbols_at, 10: len(strings), 11: symbol_size}
-    dynamic |= {14: string_offset["libpipeline-cblas.so"], 0: 0}
+    dynamic |= {14: string_offset["libturboquant-cblas.so"], 0: 0}
     data = b"".join(struct.pack("<QQ", *entry) for entry in dynamic.items()) + bytes(8 * len(_FUNCTIONS))
     segments = _segment(1, 5, 0, headers + len(text), page) + _segment(1, 6, page, len(data), page)
     segments += _segment(2, 6, page, dynamic_size, 8) + _segment(0x6474E551, 6, 0, 0, 16)
