@@ -76,8 +76,8 @@ def log_probabilities(model: Any, tokens: list[int], cache: list[Any]) -> mx.arr
     return found
 
 
-# About twice what was measured: .0012, .0078 and .000005.
-@pytest.mark.parametrize(("bits", "most"), [(4, 0.0025), (3, 0.016), (8, 0.00002)])
+# About twice what was measured: .00046, .0019 and .0000085.
+@pytest.mark.parametrize(("bits", "most"), [(4, 0.001), (3, 0.004), (8, 0.00002)])
 def test_compression_hardly_moves_what_the_model_says(
     loaded: LoadedModel, tokens: list[int], filled: list[Any], exact: mx.array, bits: int, most: float
 ) -> None:

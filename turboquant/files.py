@@ -34,6 +34,7 @@ from turboquant.tensor_files import (
     replacing,
     restore_layer,
     restore_stock,
+    tokens_held,
     seal,
     take,
     write_text,
@@ -147,14 +148,14 @@ def _assemble(
         own = take(f"{index}.", tensors)
         if layer["kind"] == "encoded":
             encoded = restore_layer(f"{index}.", own, codec.for_layer(index, len(layers)))
-            held = encoded.tokens
+            held = {encoded.tokens}
             assembled.append(encoded)
         else:
             stock = restore_stock(layer["kind"], layer["state"], own)
-            held = getattr(stock, "offset", tokens)  # recurrent states don't count their tokens
+            held = tokens_held(stock)
             assembled.append(stock)
-        if held != tokens:
-            raise ValueError(f"layer {index} holds {held} tokens, expected {tokens}")
+        if held - {tokens}:
+            raise ValueError(f"layer {index} holds {held - {tokens}} tokens, expected {tokens}")
         if own:
             raise ValueError(f"layer {index} has no use for {sorted(own)}")
     if tensors:

@@ -26,7 +26,7 @@ from turboquant.device import on_cpu
 
 SWEEPS = 2
 DAMPING = 0.08  # of the metric's mean diagonal, added to its diagonal: queries to come are not those of the context
-BINS, REACH = 4096, 4.0  # coordinates are looked up in bins over -REACH .. REACH
+BINS, REACH = 4096, 5.0  # coordinates are looked up in bins over -REACH .. REACH
 FEWEST_FOR_FEEDBACK = 3  # bits
 
 

@@ -21,13 +21,14 @@ from typing import Any, BinaryIO
 import mlx.core as mx
 import numpy as np
 from mlx_lm.models import cache as mlx_lm_cache
-from mlx_lm.models.cache import ArraysCache
+from mlx_lm.models.cache import ArraysCache, CacheList
 
 from turboquant.codec import CacheCodec
 from turboquant.layer import EncodedLayer
 
 STOCK_CACHES = {
-    name: getattr(mlx_lm_cache, name) for name in ("KVCache", "RotatingKVCache", "ArraysCache", "ChunkedKVCache")
+    name: getattr(mlx_lm_cache, name)
+    for name in ("KVCache", "RotatingKVCache", "ArraysCache", "ChunkedKVCache", "CacheList")
 }
 DTYPES = {  # safetensors' name of a dtype, MLX's, bytes
     "BOOL": (mx.bool_, 1),
@@ -251,7 +252,20 @@ def restore_layer(prefix: str, tensors: dict[str, mx.array], codec: CacheCodec) 
 
 def restore_stock(kind: Any, state: Mapping[str, Any], tensors: dict[str, mx.array]) -> Any:
     """A cache of mlx-lm's from its frozen state. Raises ValueError where it could not be gone on with."""
-    cache = STOCK_CACHES[kind].from_state(thaw(state, tensors))
+    return _from_state(kind, thaw(state, tensors))
+
+
+def tokens_held(cache: Any) -> set[int]:
+    """The number of tokens that a cache of mlx-lm's counts; of recurrent states, which don't, none."""
+    if isinstance(cache, CacheList):
+        return set().union(*map(tokens_held, cache.caches))
+    return {cache.offset} if hasattr(cache, "offset") else set()
+
+
+def _from_state(kind: Any, state: Any) -> Any:
+    if kind == "CacheList":  # its own loader would take any name in mlx-lm's module for a class
+        return CacheList(*(_from_state(name, own) for own, name in state))
+    cache = STOCK_CACHES[kind].from_state(state)
     if isinstance(cache, ArraysCache):
         arrays = [*cache.cache, cache.left_padding, cache.lengths]
         if not all(x is None or isinstance(x, mx.array) for x in arrays):

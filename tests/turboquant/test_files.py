@@ -18,11 +18,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache
+from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
 
 from turboquant import CacheCodec, EncodedLayer, Prefix
 from turboquant.files import MANIFEST, TENSORS, SegmentError, read_manifest, read_segment, write_segment
 from turboquant.identity import FORMAT_VERSION, Identity
+from turboquant.tensor_files import seal
 
 CODEC = CacheCodec(3, 4, window=8)
 IDENTITY = Identity(weights="w", tokenizer="t", codec=CODEC.identity, prefill="exact")
@@ -609,3 +610,38 @@ def test_the_key_is_pinned_since_stores_depend_on_it() -> None:
 def test_lists_tuples_and_arrays_of_tokens_have_the_same_key() -> None:
     base = Identity("w", "t", "c", "p")
     assert base.key([1, 2]) == base.key((1, 2)) == base.key(np.array([1, 2]))  # type: ignore[arg-type]
+
+
+def paired_prefix() -> Prefix:
+    """As falcon_h1's: each layer a list of a recurrent state and keys and values."""
+    plain, arrays = KVCache(), ArraysCache(2)
+    plain.update_and_fetch(mx.random.normal((1, 2, TOKENS, 32)), mx.random.normal((1, 2, TOKENS, 32)))
+    arrays[0] = mx.random.normal((1, 4, 8))
+    return Prefix((CacheList(arrays, plain),), TOKENS)
+
+
+def test_lists_of_caches_come_back(tmp_path: Path) -> None:
+    prefix = paired_prefix()
+    write_segment(tmp_path, KEY, prefix, IDENTITY)
+    restored = read_segment(tmp_path, KEY, CODEC)
+    assert [type(cache) for cache in restored.layers[0].caches] == [ArraysCache, KVCache]
+    assert contents(restored) == contents(prefix)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda state: state["items"][1]["items"].__setitem__(1, {"value": "subprocess"}), "subprocess"),
+        (lambda state: state["items"][1]["items"].__setitem__(1, {"value": "CacheList"}), "fit together"),
+        (lambda state: state["items"].pop(), "has no use for"),
+        (lambda state: state["items"][1]["items"][0]["items"].__setitem__(2, {"value": 3}), r"holds \{3\} tokens"),
+    ],
+)
+def test_lists_of_other_things_do_not(change: Callable[[Any], Any], reason: str, tmp_path: Path) -> None:
+    write_segment(tmp_path, KEY, paired_prefix(), IDENTITY)
+    manifest = json.loads((tmp_path / MANIFEST).read_text())
+    change(manifest["layers"][0]["state"])
+    manifest["manifest_sha256"] = seal(manifest)
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.raises(SegmentError, match=reason):
+        read_segment(tmp_path, KEY, CODEC)
