@@ -25,7 +25,7 @@ from turboquant.codebook import SUPPORTED_BITS
 if TYPE_CHECKING:
     from turboquant.drift import Contender, Fidelity, Sample
 
-LONGEST = 4096  # tokens of context, unless --context says otherwise
+LONGEST = 8192  # tokens of context, unless --context says otherwise
 SHORTEST = 64
 MARGIN = 256  # tokens left free behind a context for a question and the template around it
 PROBES = ("What", "1", "(x)", "\n-")  # questions that show where the context ends for any question
@@ -221,6 +221,8 @@ def _sample(options: argparse.Namespace, model: Any, tokenizer: Any, path: Path,
     needed = (options.context or SHORTEST) + within
     if found < needed:
         raise UsageError(f"--text {path}: too short, {found} tokens found and {needed} needed")
+    if context < found and options.question:
+        _say(f"{path}: the first {context} of its {found} tokens are the context")
     if options.question:
         return chat_sample(tokenizer, text, context, options.question, options.system)
     return text_sample(tokenizer, text, context, options.continuation)

@@ -34,9 +34,9 @@ from turboquant.tensor_files import (
     replacing,
     restore_layer,
     restore_stock,
-    tokens_held,
     seal,
     take,
+    tokens_held,
     write_text,
 )
 
