@@ -92,7 +92,7 @@ class QueryCollector:
         self._sampled.append(queries[0, :, first :: self._stride])
         self._positions += range(offset + first, offset + queries.shape[2], self._stride)
         self._scale = scale
-        mx.eval(self._moment, self._sampled[-1])
+        mx.async_eval(self._moment, self._sampled[-1])  # not kept waiting for, nor the queries kept until then
 
     def collected(self) -> ContextQueries | None:
         """What was gathered; None before anything was."""

@@ -203,6 +203,14 @@ def test_answers_are_full_precisions_up_to_a_stop_token(
     assert (whole.positions, stopped.positions) == (30 + 5, 30 + 2)
 
 
+def test_questions_need_not_be_scored(build_model: Callable[[str], Any], samples: list[Sample]) -> None:
+    model, rows = build_model("llama"), [exact(CacheCodec(4, 4))]
+    (whole,) = measure(model, samples, rows, answer_tokens=5)
+    (answers,) = measure(model, samples, rows, answer_tokens=5, answers_only=True)
+    assert whole.positions == 30 + 17 + 30 + 3 * 5
+    assert answers.positions == 3 * (1 + 5)  # the question's last token predicts the answer's first
+
+
 def test_samples_that_are_too_short(build_model: Callable[[str], Any]) -> None:
     for sample in (Sample((), ((1, 2),)), Sample((1, 2), ((1,),))):
         with pytest.raises(ValueError, match="needs"):
