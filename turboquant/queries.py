@@ -89,7 +89,7 @@ class QueryCollector:
         moment = flat.swapaxes(1, 2) @ flat
         self._moment = moment if self._moment is None else self._moment + moment
         first = -(offset + 1) % self._stride
-        self._sampled.append(queries[0, :, first :: self._stride])
+        self._sampled.append(mx.contiguous(queries[0, :, first :: self._stride]))  # a view would keep all of them
         self._positions += range(offset + first, offset + queries.shape[2], self._stride)
         self._scale = scale
         mx.async_eval(self._moment, self._sampled[-1])  # not kept waiting for, nor the queries kept until then

@@ -49,6 +49,15 @@ def test_samples_are_spread_over_the_context(asked: mx.array) -> None:
     assert set(np.diff(positions)) == {3}
 
 
+def test_queries_are_not_kept() -> None:
+    collector, before = QueryCollector(8 * 2048), mx.get_active_memory()
+    for chunk in range(8):
+        collector.add(mx.random.normal((1, 4, 2048, DIM)), HEADS, chunk * 2048, 1.0)
+    assert collector.collected() is not None
+    mx.synchronize()
+    assert mx.get_active_memory() - before < 4 * 2048 * DIM * 4  # an eighth of them
+
+
 def test_nothing_asked_is_nothing_collected() -> None:
     assert QueryCollector(100).collected() is None
 
