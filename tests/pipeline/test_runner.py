@@ -333,12 +333,12 @@ def test_another_model_under_the_same_name_misses(
     assert len(workplace.segments()) == 6
 
 
-@pytest.mark.parametrize("override", ["cache.value_bits=3", "cache.window=0"])
+@pytest.mark.parametrize("override", ["cache.value_bits=3", "cache.extra_bits=0", "cache.layer_bits={0: 8}"])
 def test_another_codec_misses(workplace: Workplace, caplog: pytest.LogCaptureFixture, override: str) -> None:
     workplace.run()
     with caplog.at_level(logging.INFO, "pipeline"):
         assert counts(workplace.run(override)) == (0, 9, 0, 3, 0)
-    assert "not in the store: codec was 'turboquant-1 keys=4" in caplog.text
+    assert "not in the store: codec was 'turboquant-2 keys=4" in caplog.text
     # The first codec's segments are still there.
     assert counts(workplace.run()) == (0, 9, 0, 0, 3)
 

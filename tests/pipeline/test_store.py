@@ -8,7 +8,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from mlx_lm.models.cache import CacheList, KVCache
+from mlx_lm.models.cache import QuantizedKVCache
 
 from pipeline.errors import StoreError
 from pipeline.store import Store
@@ -107,8 +107,8 @@ def test_leftovers_of_a_killed_run_are_removed(store: Store, tmp_path: Path) -> 
 
 
 def test_what_cannot_be_stored_is_one_kind_of_error(store: Store, tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="CacheList, which cannot be stored"):
-        store.save(KEY, Prefix((CacheList(KVCache()),), 300), IDENTITY, "label")
+    with pytest.raises(StoreError, match="QuantizedKVCache, which cannot be stored"):
+        store.save(KEY, Prefix((QuantizedKVCache(),), 300), IDENTITY, "label")
     assert not store.contains(KEY)
     (tmp_path / "cache" / KEY[:2] / KEY).rmdir()
     (tmp_path / "cache" / KEY[:2]).rmdir()
