@@ -92,7 +92,8 @@ class QueryCollector:
         self._sampled.append(mx.contiguous(queries[0, :, first :: self._stride]))  # a view would keep all of them
         self._positions += range(offset + first, offset + queries.shape[2], self._stride)
         self._scale = scale
-        mx.async_eval(self._moment, self._sampled[-1])  # not kept waiting for, nor the queries kept until then
+        # Neither waited for, nor are all queries kept until it is needed.
+        mx.async_eval(self._moment, self._sampled[-1])  # type: ignore[no-untyped-call]
 
     def collected(self) -> ContextQueries | None:
         """What was gathered; None before anything was."""
