@@ -75,7 +75,7 @@ def _contender(
     name: str, keys: int, values: int, make: Callable[[Context], list[Any]], count: Callable[[Any], int]
 ) -> Contender:
     from turboquant.drift import Contender, Filled
-    from turboquant.forced import feed
+    from turboquant.prefix import feed
 
     def fill(context: Context) -> Filled:
         caches = make(context)

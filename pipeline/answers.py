@@ -18,7 +18,7 @@ from mlx_lm.sample_utils import apply_top_p
 from pipeline.job import Settings
 from pipeline.model import LoadedModel
 from turboquant import Prefix, enabled
-from turboquant.kernels import on_cpu
+from turboquant.device import on_cpu
 
 DENSE_BYTES = 2 << 30
 Sampler = Callable[[mx.array], mx.array]

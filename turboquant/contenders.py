@@ -15,9 +15,9 @@ from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache
 
 from turboquant.codec import CacheCodec
 from turboquant.drift import CannotRun, Contender, Filled
-from turboquant.forced import Context, feed
+from turboquant.forced import Context
 from turboquant.layer import EncodedLayer
-from turboquant.prefix import Prefix
+from turboquant.prefix import Prefix, feed
 from turboquant.streaming import TurboQuantKVCache
 
 GROUP_SIZES = (64, 32)  # mlx-lm's default, and one for heads that it does not divide

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import make_prompt_cache
 
-from turboquant.prefix import PrefillCache
+from turboquant.prefix import feed, prefill_caches
 
 CHUNK = 128  # tokens of a continuation fed at a time
 
@@ -41,18 +40,9 @@ class Context:
 
 def prefilled(model: Any, tokens: Sequence[int], compressible: list[bool], chunk: int = 512) -> Context:
     """A context in full precision."""
-    stock = make_prompt_cache(model)
-    caches = [PrefillCache(len(tokens)) if yes else cache for yes, cache in zip(compressible, stock, strict=True)]
+    caches = prefill_caches(model, len(tokens), compressible)
     feed(model, caches, tokens, chunk)
     return Context(model, tuple(tokens), caches, compressible, chunk)
-
-
-def feed(model: Any, caches: list[Any], tokens: Sequence[int], chunk: int) -> None:
-    """Fill caches with a context, ``chunk`` tokens at a time."""
-    for start in range(0, len(tokens), chunk):
-        model(mx.array(list(tokens[start : start + chunk]))[None], cache=caches)
-        mx.eval([cache.state for cache in caches])  # the logits are never needed, so never computed
-        mx.clear_cache()
 
 
 def answered(context: Context, run: Sequence[int], tokens: int, stop: Collection[int]) -> list[int]:

@@ -2,7 +2,7 @@
 
     Prefix        the compressed K/V of a context, immutable; forked once for each query
     PrefillCache  full precision, for building a prefix
-    prefill       tokens through a model into a prefix
+    prefill       tokens through a model into a prefix; feed, into caches of any kind
 
 Every chunk of an ``exact`` prefill attends to its past in full precision, and the finished context is encoded at
 once. Knows mlx-lm's caches and tokens, not what they say or where a prefix is kept.
@@ -20,8 +20,9 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from turboquant.cache import Fork, Mask, finish
 from turboquant.codec import CacheCodec
+from turboquant.device import on_cpu
 from turboquant.dispatch import compressible_layers, enabled
-from turboquant.kernels import backend, on_cpu
+from turboquant.kernels import backend
 from turboquant.layer import DenseLayer, EncodedLayer
 from turboquant.queries import QueryCollector
 
@@ -134,16 +135,32 @@ def prefill(
     on_progress: called with the tokens of each chunk done; what it raises ends the prefill.
     """
     compressible = compressible_layers(model)
-    caches = make_prompt_cache(model)
-    caches = [PrefillCache(len(tokens)) if yes else c for yes, c in zip(compressible, caches, strict=True)]
+    caches = prefill_caches(model, len(tokens), compressible)
     with enabled(model):
-        for start in range(0, len(tokens), chunk):
-            some = tokens[start : start + chunk]
-            model(mx.array(list(some))[None], cache=caches)
-            mx.eval([cache.state for cache in caches])  # the logits are never needed, so never computed
-            mx.clear_cache()
-            on_progress(len(some))
+        feed(model, caches, tokens, chunk, on_progress)
     return Prefix.encode(caches, len(tokens), codec, compressible)
+
+
+def prefill_caches(model: Any, tokens: int, compressible: Sequence[bool]) -> list[Any]:
+    """Empty full-precision caches for a context of ``tokens`` tokens: ``PrefillCache`` where it will be encoded."""
+    stock = make_prompt_cache(model)
+    return [PrefillCache(tokens) if yes else cache for yes, cache in zip(compressible, stock, strict=True)]
+
+
+def feed(
+    model: Any,
+    caches: Sequence[Any],
+    tokens: Sequence[int],
+    chunk: int,
+    on_progress: Callable[[int], None] = lambda _: None,
+) -> None:
+    """Run a context through a model into caches, ``chunk`` tokens a step; see ``prefill`` for ``on_progress``."""
+    for start in range(0, len(tokens), chunk):
+        some = tokens[start : start + chunk]
+        model(mx.array(list(some))[None], cache=caches)
+        mx.eval([cache.state for cache in caches])  # the logits are never needed, so never computed
+        mx.clear_cache()
+        on_progress(len(some))
 
 
 def _trimmed(cache: KVCache) -> KVCache:

@@ -23,7 +23,7 @@ from pipeline.prompts import PromptTokenizer, Rendered
 from turboquant import CacheCodec, Prefix, enabled
 from turboquant.files import read_segment, write_segment
 from turboquant.identity import Identity
-from turboquant.prefix import PrefillCache
+from turboquant.prefix import PrefillCache, feed
 
 JOBS = Path(__file__).parents[2] / "jobs"
 DEPTHS = (0.05, 0.27, 0.5, 0.73, 0.95)
@@ -60,9 +60,7 @@ def filled(loaded: LoadedModel, prompts: tuple[list[int], list[list[int]]]) -> l
     """The context in full precision; to be copied, not used up."""
     context, caches = prompts[0], [PrefillCache(len(prompts[0])) for _ in loaded.model.layers]
     with enabled(loaded.model):
-        for start in range(0, len(context), 512):
-            loaded.model(mx.array(context[start : start + 512])[None], cache=caches)
-            mx.eval([cache.state for cache in caches])
+        feed(loaded.model, caches, context, 512)
     return caches
 
 

@@ -17,7 +17,8 @@ from turboquant import CacheCodec, EncodedLayer, attention
 from turboquant.attention import Partial, add_sink_logits, fold_queries, merge, unfold_part
 from turboquant.codebook import SUPPORTED_BITS
 from turboquant.codec import Encoded
-from turboquant.kernels import attend_past, backend, cpu, on_cpu
+from turboquant.device import on_cpu
+from turboquant.kernels import attend_past, backend, cpu
 from turboquant.packing import pack
 
 SCALE = 0.125

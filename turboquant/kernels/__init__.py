@@ -50,6 +50,3 @@ def attend_past(queries: mx.array, layer: EncodedLayer | DenseLayer, scale: floa
         parts.append(backend().attend_dense(block, keys, values, scale, None))
     part = attention.merge(parts)
     return attention.unfold_part(Partial(part.output[0], part.logsumexp[0]), queries.shape)
-
-
-__all__ = ["Backend", "attend_past", "backend", "on_cpu"]
