@@ -19,7 +19,7 @@ import typer
 
 if TYPE_CHECKING:
     from pipeline.job import Job
-    from pipeline.runner import Report
+    from pipeline.work import Report
 
 SOME_ROWS_FAILED = 3
 

@@ -279,13 +279,13 @@ def test_bad_input_as_a_user_sees_it(workplace: Workplace) -> None:
 
 INTERRUPTIBLE = """
 import time
-from pipeline import runner
-real = runner._Work._answered
+from pipeline import work
+real = work.Work._answered
 def slowly(self):
     real(self)
     print("answered", flush=True)
     time.sleep(0.3)
-runner._Work._answered = slowly
+work.Work._answered = slowly
 from pipeline.cli import main
 main()
 """

@@ -545,10 +545,10 @@ def run_python(*arguments: str, code: str = DIE) -> subprocess.CompletedProcess[
 @pytest.mark.parametrize(
     ("target", "when", "count"),
     [
-        ("pipeline.runner:_Work._prefilled", "before", 2),  # amid a prefill
+        ("pipeline.work:Work._prefilled", "before", 2),  # amid a prefill
         ("mlx.core:save_safetensors", "half", 2),  # amid a segment's tensors
         ("turboquant.files:write_text", "before", 2),  # tensors without a manifest
-        ("pipeline.runner:_Work._answered", "after", 4),  # amid a document's answers
+        ("pipeline.work:Work._answered", "after", 4),  # amid a document's answers
         ("pipeline.results:Results.commit", "after", 3),  # all parts, no result
         ("shutil:rmtree", "before", 1),  # the result is in place, and the parts are
     ],
@@ -575,9 +575,9 @@ def test_a_killed_run_is_resumed(workplace: Workplace, tmp_path: Path, target: s
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, target: str, call: int) -> None:
     """SIGINT to this process at the given call of a function."""
-    from pipeline import runner
+    from pipeline import work
 
-    real, calls = getattr(runner._Work, target), []
+    real, calls = getattr(work.Work, target), []
 
     def interrupting(*args: Any) -> Any:
         calls.append(1)
@@ -585,7 +585,7 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, target: str, call: int) -> Non
             signal.raise_signal(signal.SIGINT)
         return real(*args)
 
-    monkeypatch.setattr(runner._Work, target, interrupting)
+    monkeypatch.setattr(work.Work, target, interrupting)
 
 
 def test_an_interrupted_run_finishes_the_rows_in_hand(
