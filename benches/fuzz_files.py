@@ -10,7 +10,6 @@ file of other content is counted as such once it has been used.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import random
 import sys
@@ -23,13 +22,15 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import xxhash
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache
 
-from turboquant import CacheCodec, EncodedLayer, Fork, Prefix, TurboQuantKVCache, load_prompt_cache, save_prompt_cache
+from turboquant import CacheCodec, EncodedLayer, Fork, TurboQuantKVCache, load_prompt_cache, save_prompt_cache
 from turboquant.files import MANIFEST, TENSORS, read_segment, write_segment
 from turboquant.identity import Identity
 from turboquant.prompt_cache import MANIFEST as MANIFEST_KEY
+from turboquant.segments import Segment, join
 from turboquant.tensor_files import FileError, Stored, digest_stored, seal
 
 CODEC = CacheCodec(3, 4, window=8)
@@ -71,16 +72,16 @@ class Target:
             (self.folder / name).write_bytes(content)
 
 
-class Segment(Target):
+class SegmentFile(Target):
     """A segment, as the store keeps it."""
 
     def write(self) -> None:
         """Write the good files."""
-        write_segment(self.folder, KEY, Prefix((encoded(), *stock_caches()), TOKENS), IDENTITY)
+        write_segment(self.folder, KEY, Segment((encoded(), *stock_caches()), 0, TOKENS), IDENTITY)
 
     def read(self) -> list[Any]:
         """What the files hold, or a FileError."""
-        return list(read_segment(self.folder, KEY, CODEC).fork())
+        return list(join([read_segment(self.folder, KEY, CODEC)]).fork())
 
     def forge(self, rng: random.Random) -> dict[str, bytes]:
         """The manifest changed, or the tensors' header or numbers, with all checksums right."""
@@ -89,7 +90,7 @@ class Segment(Target):
             manifest = change(manifest, rng)
         else:
             tensors = forge_tensors(tensors, rng)
-            manifest |= {"bytes": len(tensors), "sha256": hashlib.sha256(tensors).hexdigest()}
+            manifest |= {"bytes": len(tensors), "checksum": xxhash.xxh3_128_hexdigest(tensors)}
         return {MANIFEST: dump(sealed(manifest)).encode(), TENSORS: tensors}
 
 
@@ -121,8 +122,8 @@ class PromptCache(Target):
         manifest = json.loads(header["__metadata__"][MANIFEST_KEY])
         if content is self.files[self.NAME]:
             manifest = change(manifest, rng)
-        if isinstance(manifest, dict) and "sha256" in manifest:
-            manifest["sha256"] = self._digest(header, data) or manifest["sha256"]
+        if isinstance(manifest, dict) and "checksum" in manifest:
+            manifest["checksum"] = self._digest(header, data) or manifest["checksum"]
         header["__metadata__"][MANIFEST_KEY] = dump(sealed(manifest))
         return {self.NAME: joined(header, data)}
 
@@ -147,7 +148,7 @@ def fuzz(mutations: int, seed: int, folder: Path) -> Counter[str]:
     """Read ``mutations`` spoilt files; counts what came of it, and prints what should not have."""
     rng, counts = random.Random(seed), Counter[str]()
     mx.random.seed(seed)
-    targets = [Segment(folder / "segment"), PromptCache(folder / "prompt_cache")]
+    targets = [SegmentFile(folder / "segment"), PromptCache(folder / "prompt_cache")]
     for number in range(mutations):
         target = targets[number % 2]
         forged = rng.random() < 0.6
@@ -315,7 +316,7 @@ def joined(header: Any, data: bytes) -> bytes:
 
 def sealed(manifest: Any) -> Any:
     """A manifest with its checksum right."""
-    return {**manifest, "manifest_sha256": seal(manifest)} if isinstance(manifest, dict) else manifest
+    return {**manifest, "manifest_checksum": seal(manifest)} if isinstance(manifest, dict) else manifest
 
 
 def dump(content: Any) -> str:

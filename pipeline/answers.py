@@ -18,9 +18,7 @@ from mlx_lm.sample_utils import apply_top_p
 from pipeline.job import Settings
 from pipeline.model import LoadedModel
 from turboquant import Prefix, enabled
-from turboquant.device import on_cpu
 
-DENSE_BYTES = 2 << 30
 Sampler = Callable[[mx.array], mx.array]
 
 
@@ -40,19 +38,6 @@ class Answer:
     text: str
     finish_reason: str
     tokens: int
-
-
-def make_resident(prefix: Prefix, resident: str) -> Prefix:
-    """The prefix as it is attended: ``packed``, its codes decoded anew at every step, or ``dense``, decoded once.
-
-    ``auto`` is dense on a CPU, where looking up levels takes most of a step, while that fits in ``DENSE_BYTES``. The
-    choice depends on the prefix alone, not on what memory happens to be free: rounding differs between the two.
-    """
-    element = mx.float32 if on_cpu() else mx.float16
-    fits = prefix.dense_elements * element.size <= DENSE_BYTES
-    if resident == "dense" or (resident == "auto" and on_cpu() and fits):
-        return prefix.dense(element)
-    return prefix
 
 
 def answer(

@@ -9,21 +9,21 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import turboquant
 from pipeline.identity import PREFILL_CHUNK
-from turboquant import CacheCodec, Prefix
+from turboquant import CacheCodec
 from turboquant.families import explain
+from turboquant.segments import Segment, prefill_segment
 
 _log = logging.getLogger(__name__)
 
 
 def prefill(
     model: Any, tokens: Sequence[int], codec: CacheCodec, on_progress: Callable[[int], None] = lambda _: None
-) -> Prefix:
+) -> Segment:
     """Build the prefix of a context. ``on_progress`` is called with the tokens of each chunk done; what it raises
     ends the prefill.
     """
-    return turboquant.prefill(model, tokens, codec, PREFILL_CHUNK, on_progress)
+    return prefill_segment(model, tokens, codec, None, PREFILL_CHUNK, on_progress)
 
 
 def warn_of_uncompressed_layers(model: Any) -> None:

@@ -17,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import StoreError, one_line
-from turboquant import CacheCodec, Prefix
+from turboquant import CacheCodec
 from turboquant.files import MANIFEST, SegmentError, read_manifest, read_segment, write_segment
 from turboquant.identity import Identity
+from turboquant.segments import Segment
 
 REJECTED = "rejected"
 _log = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ class Store:
         self._folder = folder
         self._labels: dict[str, list[dict[str, Any]]] | None = None
 
-    def load(self, key: str, codec: CacheCodec, identity: Identity, label: str) -> Prefix | None:
+    def load(self, key: str, codec: CacheCodec, identity: Identity, label: str) -> Segment | None:
         """The prefix stored under ``key``, verified, or None; why not is logged."""
         folder = self._path(key)
         try:
@@ -47,14 +48,14 @@ class Store:
                 self._set_aside(folder, key)
         return None
 
-    def save(self, key: str, prefix: Prefix, identity: Identity, label: str) -> int:
+    def save(self, key: str, segment: Segment, identity: Identity, label: str) -> int:
         """Store a prefix durably; returns its bytes on disk. Raises StoreError where the disk refuses."""
         folder = self._path(key)
         try:
             if folder.exists():
                 for leftover in folder.glob(".*"):  # of a run that was killed while it wrote
                     leftover.unlink()
-            return write_segment(folder, key, prefix, identity, label)
+            return write_segment(folder, key, segment, identity, label=label)
         except (OSError, RuntimeError, TypeError) as error:
             # MLX raises RuntimeError where the disk is full, turboquant TypeError for layers it cannot store.
             raise StoreError(f"{folder}: a prefix cannot be stored: {one_line(error)}") from error

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from pipeline.store import Store
     from turboquant import Prefix
     from turboquant.identity import Identity
+    from turboquant.segments import Segment
 
 _log = logging.getLogger(__name__)
 
@@ -169,7 +170,7 @@ class Work:
         queries: Sequence[Query],
         suffixes: dict[str, list[int]],
     ) -> list[Answer]:
-        from pipeline.answers import Request, answer, make_resident
+        from pipeline.answers import Request, answer
 
         prefix = self._prefix(document_id, rendered, context)
         requests = [
@@ -182,10 +183,9 @@ class Work:
         ]
         with _timed(self._report, "answer_seconds"):
             try:
-                prefix = make_resident(prefix, self._job.cache.resident)
                 return answer(
                     self._engine.loaded,
-                    prefix,
+                    prefix.resident(self._job.cache.resident),
                     requests,
                     self._job.generation.batch_size,
                     self._answered,
@@ -196,27 +196,29 @@ class Work:
     def _prefix(self, document_id: str, rendered: Rendered, context: list[int]) -> Prefix:
         """The document's prefix, restored or built and stored."""
         from pipeline.prefill import prefill
+        from turboquant.segments import join
 
         key, label = self._identity.key(context), context_label(rendered)
         report, store = self._report, self._engine.store
         report.context_tokens += len(context)
         with _timed(report, "restore_seconds"):
-            prefix = store.load(key, self._codec, self._identity, label)
-        if prefix is not None:
+            segment = store.load(key, self._codec, self._identity, label)
+        if segment is not None:
             report.prefixes_restored += 1
         else:
             self._check()
             self._progress.start_prefill(document_id, len(context))
             with _timed(report, "prefill_seconds"):
                 try:
-                    prefix = prefill(self._engine.loaded.model, context, self._codec, self._prefilled)
+                    segment = prefill(self._engine.loaded.model, context, self._codec, self._prefilled)
                 except (RuntimeError, ValueError, MemoryError) as error:
                     raise GenerationFailed(f"the prefill failed: {one_line(error)}") from error
                 finally:
                     self._progress.end_prefill()
             report.prefixes_built += 1
             report.prefilled_tokens += len(context)
-            self._save(key, prefix, label)
+            self._save(key, segment, label)
+        prefix = join([segment])
         report.prefix_bytes += prefix.nbytes
         prefixes = report.prefixes_built + report.prefixes_restored
         report.effective_bits += (prefix.effective_bits - report.effective_bits) / prefixes
@@ -230,10 +232,10 @@ class Work:
         self._shown += 1
         self._progress.rows_done(1)
 
-    def _save(self, key: str, prefix: Prefix, label: str) -> None:
+    def _save(self, key: str, segment: Segment, label: str) -> None:
         """Store a prefix; where the disk refuses, the job goes on without."""
         try:
-            self._engine.store.save(key, prefix, self._identity, label)
+            self._engine.store.save(key, segment, self._identity, label)
         except StoreError as error:
             if self._can_store:
                 _log.warning("%s; the job goes on without storing prefixes where that fails", error)

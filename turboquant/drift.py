@@ -29,6 +29,7 @@ from turboquant.forced import Context, answered, batch_logits, logits_of, prefil
 from turboquant.identity import Identity
 from turboquant.prefix import Prefix
 from turboquant.scores import Scores, clustered_error, perplexity, score
+from turboquant.segments import Segment, join
 
 NO_DRIFT = 1e-9  # nats: well above what another order of float32 additions comes to (1e-11), well below 8 bits (1e-5)
 BATCH_TOKENS = 64  # tokens of each row that batch and single are compared over
@@ -242,8 +243,8 @@ def _saved_and_loaded(prefix: Prefix, codec: CacheCodec) -> Prefix:
     identity = Identity(weights="", tokenizer="", codec=codec.identity, prefill="exact")
     key = identity.key([])
     with tempfile.TemporaryDirectory() as folder:
-        write_segment(Path(folder), key, prefix, identity)
-        return read_segment(Path(folder), key, codec)
+        write_segment(Path(folder), key, Segment(prefix.layers, 0, prefix.tokens), identity)
+        return join([read_segment(Path(folder), key, codec)])
 
 
 def _run(context: Context, filled: Filled, runs: Sequence[Sequence[int]], batched: bool) -> list[mx.array]:

@@ -1,7 +1,7 @@
 """Segments on disk: written so that a crash leaves nothing half, read as if by a stranger's hand.
 
 A segment is a folder with ``segment.safetensors`` (all tensors) and ``segment.json`` (its manifest, written last: a
-folder without one holds nothing). Knows a ``Prefix`` and its bytes; knows neither where segments live nor when they
+folder without one holds nothing). Knows a ``Segment`` and its bytes; knows neither where segments live nor when they
 are wanted.
 """
 
@@ -17,23 +17,23 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from mlx_lm.models.cache import KVCache
 
 from turboquant.codec import CacheCodec
 from turboquant.identity import FORMAT_VERSION, Identity
 from turboquant.layer import EncodedLayer
-from turboquant.prefix import Prefix
+from turboquant.segments import Segment
 from turboquant.tensor_files import (
     MALFORMED,
     STOCK_CACHES,
     FileError,
-    digest_file,
     freeze,
     load_tensors,
     parse_json,
-    read_header,
     replacing,
     restore_layer,
     restore_stock,
+    save_tensors,
     seal,
     take,
     tokens_held,
@@ -48,31 +48,33 @@ class SegmentError(FileError):
     """A segment on disk cannot be used; the message is the reason, in a few words."""
 
 
-def write_segment(folder: Path, key: str, prefix: Prefix, identity: Identity, label: str = "") -> int:
-    """Write a prefix into ``folder``, durably and all or nothing; returns the bytes written.
+def write_segment(
+    folder: Path, key: str, segment: Segment, identity: Identity, parent: str | None = None, label: str = ""
+) -> int:
+    """Write a segment into ``folder``, durably and all or nothing; returns the bytes written.
 
-    label: what the segment was made from, kept to explain misses. Raises OSError as the disk does.
+    parent: the key of the segment before it. label: what the segment was made from, kept to explain misses.
+    Raises OSError as the disk does.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tensors, layers = _disassemble(prefix)
+    tensors, layers = _disassemble(segment)
     with replacing(folder / TENSORS) as temporary:
-        mx.save_safetensors(str(temporary), tensors)
-        with temporary.open("rb") as file:
-            checksum, size = digest_file(file), file.tell()
+        checksum, size = save_tensors(temporary, tensors)
     manifest = {
         "format_version": FORMAT_VERSION,
         "key": key,
-        "parent": None,
-        "tokens": prefix.tokens,
+        "parent": parent,
+        "start": segment.start,
+        "tokens": segment.tokens,
         "identity": dataclasses.asdict(identity),
         "label": label,
         "layers": layers,
         "bytes": size,
-        "sha256": checksum,
+        "checksum": checksum,
         "versions": {name: importlib.metadata.version(name) for name in ("mlx", "mlx-lm")},
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-    write_text(folder / MANIFEST, json.dumps({**manifest, "manifest_sha256": seal(manifest)}, indent=1))
+    write_text(folder / MANIFEST, json.dumps({**manifest, "manifest_checksum": seal(manifest)}, indent=1))
     return size + (folder / MANIFEST).stat().st_size
 
 
@@ -93,40 +95,44 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     version = manifest.get("format_version")
     if version != FORMAT_VERSION:
         raise SegmentError(f"format version {version}, expected {FORMAT_VERSION}")
-    if manifest.get("manifest_sha256") != checksum:
+    if manifest.get("manifest_checksum") != checksum:
         raise SegmentError("the manifest's checksum")
     return manifest
 
 
-def read_segment(folder: Path, key: str, codec: CacheCodec) -> Prefix:
-    """Load a prefix, every byte verified. Raises SegmentError with the reason where anything is wrong."""
+def read_segment(folder: Path, key: str, codec: CacheCodec, start: int = 0) -> Segment:
+    """Load the segment that stands behind ``start`` tokens, every byte verified.
+
+    Raises SegmentError with the reason where anything is wrong.
+    """
     manifest = read_manifest(folder)
     if manifest.get("key") != key:
         raise SegmentError("the manifest holds another segment's key")
+    if manifest.get("start") != start:
+        raise SegmentError(f"it stands behind {manifest.get('start')} tokens, expected {start}")
     try:
         with (folder / TENSORS).open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if size != manifest.get("bytes"):
                 raise SegmentError(f"{size} bytes of tensors, expected {manifest.get('bytes')}")
-            if digest_file(file) != manifest.get("sha256"):
+            tensors, checksum = load_tensors(file)
+            if checksum != manifest.get("checksum"):
                 raise SegmentError("checksum")
-            read_header(file)
-            tensors = load_tensors(file)
     except FileNotFoundError:
         raise SegmentError("the tensors are missing") from None
     except (OSError, RuntimeError, ValueError) as error:
         raise SegmentError(f"the tensors cannot be read: {error}") from None
     try:
-        return _assemble(tensors, manifest["layers"], manifest["tokens"], codec)
+        return _assemble(tensors, manifest["layers"], manifest["start"], manifest["tokens"], codec)
     except MALFORMED as error:
         raise SegmentError(f"the layers don't fit together: {error}") from None
 
 
-def _disassemble(prefix: Prefix) -> tuple[dict[str, mx.array], list[dict[str, Any]]]:
+def _disassemble(segment: Segment) -> tuple[dict[str, mx.array], list[dict[str, Any]]]:
     """All tensors by name, and for each layer what is needed to put them together again."""
     tensors: dict[str, mx.array] = {}
     layers: list[dict[str, Any]] = []
-    for index, layer in enumerate(prefix.layers):
+    for index, layer in enumerate(segment.layers):
         if isinstance(layer, EncodedLayer):
             tensors |= {f"{index}.{name}": x for name, x in layer.tensors().items()}
             layers.append({"kind": "encoded"})
@@ -139,25 +145,25 @@ def _disassemble(prefix: Prefix) -> tuple[dict[str, mx.array], list[dict[str, An
 
 
 def _assemble(
-    tensors: dict[str, mx.array], layers: Sequence[Mapping[str, Any]], tokens: int, codec: CacheCodec
-) -> Prefix:
-    if type(tokens) is not int or not isinstance(layers, list):
-        raise TypeError("tokens is no number, or layers no list")
+    tensors: dict[str, mx.array], layers: Sequence[Mapping[str, Any]], start: int, tokens: int, codec: CacheCodec
+) -> Segment:
+    if type(start) is not int or type(tokens) is not int or not isinstance(layers, list):
+        raise TypeError("start or tokens is no number, or layers no list")
     assembled: list[Any] = []
     for index, layer in enumerate(layers):
         own = take(f"{index}.", tensors)
         if layer["kind"] == "encoded":
             encoded = restore_layer(f"{index}.", own, codec.for_layer(index, len(layers)))
-            held = {encoded.tokens}
+            held, expected = {encoded.tokens}, tokens
             assembled.append(encoded)
         else:
             stock = restore_stock(layer["kind"], layer["state"], own)
-            held = tokens_held(stock)
+            held, expected = tokens_held(stock), tokens if type(stock) is KVCache else start + tokens
             assembled.append(stock)
-        if held - {tokens}:
-            raise ValueError(f"layer {index} holds {held - {tokens}} tokens, expected {tokens}")
+        if held - {expected}:
+            raise ValueError(f"layer {index} holds {held - {expected}} tokens, expected {expected}")
         if own:
             raise ValueError(f"layer {index} has no use for {sorted(own)}")
     if tensors:
         raise ValueError(f"no layer has a use for {sorted(tensors)}")
-    return Prefix(tuple(assembled), tokens)
+    return Segment(tuple(assembled), start, tokens)

@@ -7,8 +7,8 @@ is of no account. Knows nothing of prompts, batches or files; ``tensors`` and ``
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
@@ -54,18 +54,28 @@ class EncodedLayer:
 
     @classmethod
     def encode(
-        cls, keys: mx.array, values: mx.array, codec: CacheCodec, queries: ContextQueries | None = None
+        cls,
+        keys: mx.array,
+        values: mx.array,
+        codec: CacheCodec,
+        queries: ContextQueries | None = None,
+        parent: EncodedLayer | None = None,
     ) -> EncodedLayer:
         """Compress keys (n_kv_heads, T, head_dim) and values (n_kv_heads, T, value_dim) of a finished context.
 
         queries: the context's own; they decide which tokens are kept finer and how keys are rounded.
+        parent: of the tokens before these, whose means are used again, so that the two can be joined.
         """
+        codec = codec if parent is None else replace(codec, sinks=max(0, codec.sinks - parent.tokens))
         first = min(codec.sinks, keys.shape[1])
         metric, order, fine = _plan(keys, codec, queries)
         parts = []
-        for x, of, in_metric in ((keys, CacheCodec.keys, metric), (values, CacheCodec.values, None)):
+        for x, of, in_metric, frozen in (
+            (keys, CacheCodec.keys, metric, None if parent is None else parent.key_mean),
+            (values, CacheCodec.values, None, None if parent is None else parent.value_mean),
+        ):
             rest = x[:, first:]
-            mean = _mean(rest)
+            mean = _mean(rest) if frozen is None else frozen
             if order is not None:
                 rest = mx.take_along_axis(rest, order[..., None], axis=1)
             split = rest.shape[1] - fine
@@ -85,6 +95,28 @@ class EncodedLayer:
         )
         mx.eval(list(layer.tensors().values()))
         return layer
+
+    @classmethod
+    def join(cls, layers: Sequence[EncodedLayer]) -> EncodedLayer:
+        """The tokens of all layers, each encoded behind the ones before it. Raises ValueError unless they fit."""
+        first = layers[0]
+        if len(layers) == 1:
+            return first
+        for other in layers[1:]:
+            same = mx.array_equal(other.key_mean, first.key_mean) & mx.array_equal(other.value_mean, first.value_mean)
+            if not same.item():
+                raise ValueError("layers that were encoded about different means cannot be joined")
+        joined = replace(
+            first,
+            sink_keys=mx.concatenate([layer.sink_keys for layer in layers], axis=1),
+            sink_values=mx.concatenate([layer.sink_values for layer in layers], axis=1),
+            keys=Encoded.concatenate([layer.keys for layer in layers]),
+            values=Encoded.concatenate([layer.values for layer in layers]),
+            fine_keys=Encoded.concatenate([layer.fine_keys for layer in layers]),
+            fine_values=Encoded.concatenate([layer.fine_values for layer in layers]),
+        )
+        mx.eval(list(joined.tensors().values()))
+        return joined
 
     @property
     def key_codec(self) -> Codec:

@@ -26,6 +26,8 @@ from turboquant.kernels import backend
 from turboquant.layer import DenseLayer, EncodedLayer
 from turboquant.queries import QueryCollector
 
+DENSE_BYTES = 2 << 30  # of a prefix decoded once
+
 
 @dataclass(frozen=True)
 class Prefix:
@@ -65,7 +67,7 @@ class Prefix:
                 layers.append(EncodedLayer.encode(keys[0], values[0], own, queries))
                 cache.keys = cache.values = None
             else:
-                layers.append(_trimmed(cache) if plain else cache)
+                layers.append(plain_cache([cache]) if plain else cache)
         return cls(tuple(layers), tokens)
 
     def fork(self) -> list[Any]:
@@ -76,6 +78,17 @@ class Prefix:
         """The same prefix with its encoded layers decoded once: faster to attend, several times larger."""
         layers = [x.dense(dtype) if isinstance(x, EncodedLayer) else x for x in self.layers]
         return Prefix(tuple(layers), self.tokens)
+
+    def resident(self, how: str = "auto") -> Prefix:
+        """The prefix as it is attended: ``packed``, decoded anew at every step, or ``dense``, decoded once.
+
+        ``auto`` is dense on a CPU, where looking up levels takes most of a step, while that fits in ``DENSE_BYTES``.
+        The choice depends on the prefix alone, not on what memory happens to be free: rounding differs between the
+        two.
+        """
+        element = mx.float32 if on_cpu() else mx.float16
+        fits = self.dense_elements * element.size <= DENSE_BYTES
+        return self.dense(element) if how == "dense" or (how == "auto" and on_cpu() and fits) else self
 
     @property
     def dense_elements(self) -> int:
@@ -163,9 +176,12 @@ def feed(
         on_progress(len(some))
 
 
-def _trimmed(cache: KVCache) -> KVCache:
-    """A plain cache without the unused end of its buffers."""
-    keys, values = cache.keys_and_values()
-    trimmed = KVCache()
-    trimmed.state = (mx.contiguous(keys), mx.contiguous(values), cache.offset)
-    return trimmed
+def plain_cache(caches: Sequence[KVCache], start: int = 0) -> KVCache:
+    """The tokens of plain caches one behind the other, from ``start`` on, without the unused end of their buffers."""
+    keys, values = (
+        mx.contiguous(mx.concatenate(list(parts), axis=2)[:, :, start:])
+        for parts in zip(*(cache.keys_and_values() for cache in caches), strict=True)
+    )
+    whole = KVCache()
+    whole.state = (keys, values, keys.shape[2])
+    return whole

@@ -112,10 +112,10 @@ def save_prompt_cache(
         "format_version": FORMAT_VERSION,
         "layers": layers,
         "metadata": dict(metadata),
-        "sha256": digest_tensors(tensors),
+        "checksum": digest_tensors(tensors),
         "versions": {name: importlib.metadata.version(name) for name in ("mlx", "mlx-lm")},
     }
-    text = json.dumps({**manifest, "manifest_sha256": seal(manifest)})
+    text = json.dumps({**manifest, "manifest_checksum": seal(manifest)})
     with replacing(Path(path)) as temporary:
         mx.save_safetensors(str(temporary), tensors, {MANIFEST: text, **FOR_MLX_LM})
 
@@ -193,14 +193,14 @@ def _read(file: BinaryIO) -> tuple[dict[str, Any], dict[str, mx.array]]:
     version = manifest.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
         raise ValueError(f"format version {version}, expected {FORMAT_VERSION}: prefill the prompt again")
-    if texts != FOR_MLX_LM or manifest.get("manifest_sha256") != seal(manifest):
+    if texts != FOR_MLX_LM or manifest.get("manifest_checksum") != seal(manifest):
         raise ValueError("the manifest's checksum is wrong: the file is damaged, prefill the prompt again")
     metadata = manifest.get("metadata")
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise ValueError("the metadata is no mapping of text")
-    if digest_stored(file, header) != manifest.get("sha256"):
+    if digest_stored(file, header) != manifest.get("checksum"):
         raise ValueError("the tensors' checksum is wrong: the file is damaged, prefill the prompt again")
-    return manifest, load_tensors(file)
+    return manifest, load_tensors(file)[0]
 
 
 def _assemble(layers: Any, tensors: dict[str, mx.array]) -> list[Any]:

@@ -26,14 +26,16 @@ class ContextQueries:
 
     moment: (n_kv_heads, head_dim, head_dim) float32, the sum of q q' over all queries that share a KV head.
     sampled: (n_heads, N, head_dim), spread evenly over the context.
-    positions: N of them, ascending.
+    positions: N of them, ascending, counted from the first of the keys that are looked at.
     scale: of the scores.
+    past: (n_heads, N) float32, the log-sum-exp of each sampled query's scores of tokens before those keys, if any.
     """
 
     moment: mx.array
     sampled: mx.array
     positions: tuple[int, ...]
     scale: float
+    past: mx.array | None = None
 
     def look_at(self, keys: mx.array) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
         """Where queries look among keys (n_kv_heads, T, head_dim).
@@ -53,17 +55,23 @@ class ContextQueries:
         xp = array_module()
         n_kv_heads, tokens, dim = self.moment.shape[0], keys.shape[0], keys.shape[1]
         repeats = self.sampled.shape[0] // n_kv_heads
-        sampled = to_module(xp, self.sampled[head * repeats : (head + 1) * repeats])
+        own = slice(head * repeats, (head + 1) * repeats)
+        sampled = to_module(xp, self.sampled[own])
+        past = None if self.past is None else to_module(xp, self.past[own])[..., None]
         turned = to_module(xp, keys).T
         position, token = xp.array(self.positions)[:, None], xp.arange(tokens)
         sharp, look = xp.zeros((dim, dim)), xp.zeros(tokens)
         for start in range(0, len(self.positions), max(1, SCORES // (repeats * tokens))):
             rows = slice(start, start + max(1, SCORES // (repeats * tokens)))
             seen = token <= position[rows]
-            far = (token <= position[rows] - NEAR) & (token >= SINKS)
+            far = (token <= position[rows] - NEAR) & (token >= (SINKS if past is None else 0))
             scores = xp.where(seen, (sampled[:, rows] * self.scale) @ turned, -1e30)
-            weights = xp.exp(scores - scores.max(axis=-1, keepdims=True))
-            weights = weights / weights.sum(axis=-1, keepdims=True)
+            highest = scores.max(axis=-1, keepdims=True)
+            if past is not None:
+                highest = xp.maximum(highest, past[:, rows])
+            weights = xp.exp(scores - highest)
+            total = weights.sum(axis=-1, keepdims=True)
+            weights = weights / (total if past is None else total + xp.exp(past[:, rows] - highest))
             squares = xp.where(far, weights * weights, 0.0)
             some = sampled[:, rows].reshape(-1, dim)
             sharp = sharp + (some * squares.sum(axis=-1).reshape(-1, 1)).T @ some
@@ -81,16 +89,22 @@ class QueryCollector:
         self._moment: mx.array | None = None
         self._sampled: list[mx.array] = []
         self._positions: list[int] = []
+        self._past: list[mx.array] = []
         self._scale = 1.0
 
-    def add(self, queries: mx.array, n_kv_heads: int, offset: int, scale: float) -> None:
-        """Take in queries (1, n_heads, L, head_dim) at positions offset .. offset + L."""
+    def add(self, queries: mx.array, n_kv_heads: int, offset: int, scale: float, past: mx.array | None = None) -> None:
+        """Take in queries (1, n_heads, L, head_dim) at positions offset .. offset + L.
+
+        past: (1, n_heads, L), the log-sum-exp of their scores of tokens before position 0, where there are any.
+        """
         flat = queries[0].astype(mx.float32).reshape(n_kv_heads, -1, queries.shape[-1])
         moment = flat.swapaxes(1, 2) @ flat
         self._moment = moment if self._moment is None else self._moment + moment
         first = -(offset + 1) % self._stride
         self._sampled.append(mx.contiguous(queries[0, :, first :: self._stride]))  # a view would keep all of them
         self._positions += range(offset + first, offset + queries.shape[2], self._stride)
+        if past is not None:
+            self._past.append(mx.contiguous(past[0, :, first :: self._stride]))
         self._scale = scale
         # Neither waited for, nor are all queries kept until it is needed.
         mx.async_eval(self._moment, self._sampled[-1])  # type: ignore[no-untyped-call]
@@ -100,7 +114,8 @@ class QueryCollector:
         if self._moment is None or not self._positions:
             return None
         sampled = mx.concatenate(self._sampled, axis=1)
-        return ContextQueries(self._moment, sampled, tuple(self._positions), self._scale)
+        past = mx.concatenate(self._past, axis=1) if self._past else None
+        return ContextQueries(self._moment, sampled, tuple(self._positions), self._scale, past)
 
 
 def _normalised(moment: NDArray[np.float64]) -> NDArray[np.float64]:

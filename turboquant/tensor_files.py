@@ -8,7 +8,6 @@ taken from the file. What reads raises ValueError, or one of MALFORMED, with the
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -20,6 +19,7 @@ from typing import Any, BinaryIO
 
 import mlx.core as mx
 import numpy as np
+import xxhash
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import ArraysCache, CacheList
 
@@ -44,6 +44,7 @@ DTYPES = {  # safetensors' name of a dtype, MLX's, bytes
     "U64": (mx.uint64, 8),
     "I64": (mx.int64, 8),
 }
+_NUMPY = {name: np.dtype(str(dtype).removeprefix("mlx.core.")) for name, (dtype, _) in DTYPES.items() if name != "BF16"}
 LARGEST_HEADER = 16 << 20
 MALFORMED = (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError, OverflowError)
 
@@ -97,24 +98,20 @@ def _sync_folder(folder: Path) -> None:
 # --- checksums
 
 
+# Against accidents: whoever wants to forge a file can compute any checksum. XXH3 is as fast as memory, and SHA-256 as
+# fast as a disk, on one core.
+
+
 def seal(manifest: Mapping[str, Any]) -> str:
-    """The checksum of a manifest, over everything in it but ``manifest_sha256``."""
-    content = {name: value for name, value in manifest.items() if name != "manifest_sha256"}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def digest_file(file: BinaryIO) -> str:
-    """The checksum of a file's bytes from where it stands."""
-    digest = hashlib.sha256()
-    while chunk := file.read(1 << 20):
-        digest.update(chunk)
-    return digest.hexdigest()
+    """The checksum of a manifest, over everything in it but ``manifest_checksum``."""
+    content = {name: value for name, value in manifest.items() if name != "manifest_checksum"}
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
 def digest_tensors(tensors: Mapping[str, mx.array]) -> str:
     """A checksum over the names, dtypes, shapes and bytes of all tensors."""
     names = {dtype: name for name, (dtype, _) in DTYPES.items()}
-    digest = hashlib.sha256()
+    digest = xxhash.xxh3_128()
     for name in sorted(tensors):
         x = tensors[name]
         digest.update(json.dumps([name, names[x.dtype], x.shape]).encode())
@@ -125,7 +122,7 @@ def digest_tensors(tensors: Mapping[str, mx.array]) -> str:
 
 def digest_stored(file: BinaryIO, header: Mapping[str, Stored]) -> str:
     """What ``digest_tensors`` gave for the tensors, computed from the file's bytes."""
-    digest = hashlib.sha256()
+    digest = xxhash.xxh3_128()
     for name in sorted(header):
         stored = header[name]
         digest.update(json.dumps([name, stored.dtype, stored.shape]).encode())
@@ -183,13 +180,59 @@ def parse_json(text: bytes) -> Any:
         raise ValueError("too deep a nesting") from None
 
 
-def load_tensors(file: BinaryIO) -> dict[str, mx.array]:
-    """All tensors of a file whose header was checked, in memory."""
+def save_tensors(path: Path, tensors: Mapping[str, mx.array]) -> tuple[str, int]:
+    """Write a safetensors file; returns its checksum and size. Raises OSError as the disk does."""
+    with path.open("wb") as file:
+        writer = _Digesting(file)
+        mx.save_safetensors(writer, dict(tensors))  # type: ignore[arg-type]
+        return writer.digest.hexdigest(), file.tell()
+
+
+class _Digesting:
+    """A file for MLX to write to that takes the checksum of what it is given."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.digest = file, xxhash.xxh3_128()
+        self.closed = False  # MLX asks
+
+    def write(self, data: memoryview) -> int:
+        self.digest.update(data)
+        return self._file.write(data)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+
+def load_tensors(file: BinaryIO) -> tuple[dict[str, mx.array], str]:
+    """All tensors of a safetensors file, in memory, and the checksum of its bytes.
+
+    Reads the file once, and holds one tensor twice at a time. Raises ValueError as ``read_header`` does.
+    """
+    header, _ = read_header(file)
+    in_order = sorted(header.items(), key=lambda item: (item[1].start, item[1].stop))
+    buffer = bytearray(max((stored.stop - stored.start for stored in header.values()), default=0))
+    digest, tensors = xxhash.xxh3_128(), {}
     file.seek(0)
-    tensors = mx.load(file, format="safetensors")
-    assert isinstance(tensors, dict)
-    mx.eval(tensors)
-    return tensors
+    digest.update(file.read(in_order[0][1].start if in_order else -1))
+    for name, stored in in_order:
+        view = memoryview(buffer)[: stored.stop - stored.start]
+        if file.readinto(view) != len(view):  # type: ignore[attr-defined]
+            raise ValueError("the file ends early")
+        digest.update(view)
+        tensors[name] = _to_array(view, stored)
+    return tensors, digest.hexdigest()
+
+
+def _to_array(data: memoryview, stored: Stored) -> mx.array:
+    dtype = DTYPES[stored.dtype][0]
+    if not data:
+        return mx.zeros(stored.shape, dtype)
+    raw = np.frombuffer(data, np.uint16 if stored.dtype == "BF16" else _NUMPY[stored.dtype])
+    x = mx.array(raw.reshape(stored.shape))  # copies
+    return x.view(dtype) if stored.dtype == "BF16" else x
 
 
 def _stored(name: str, entry: Any, data: int) -> Stored:

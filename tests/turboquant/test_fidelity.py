@@ -30,6 +30,7 @@ from turboquant.drift import (
 )
 from turboquant.fidelity import main
 from turboquant.forced import Context
+from turboquant.segments import Segment
 
 ROOT = Path(__file__).parent.parent.parent
 MODEL = str(ROOT / "jobs" / "demo" / "model")
@@ -160,7 +161,7 @@ def test_a_prefix_changed_by_saving_is_an_error(
     other = exact(CacheCodec(5, 4))
 
     def read_other(*_: Any) -> Any:
-        return made.cache
+        return Segment(made.cache.layers, 0, made.cache.tokens)
 
     made = Filled([], 0)
 

@@ -257,7 +257,7 @@ class Forgery:
         return json.dumps(self.manifest)
 
     def seal(self) -> None:
-        self.manifest["manifest_sha256"] = seal(self.manifest)
+        self.manifest["manifest_checksum"] = seal(self.manifest)
 
 
 def file_of(header: str, data: bytes = b"") -> bytes:
@@ -456,8 +456,8 @@ MANIFESTS: dict[str, Callable[[Forgery], Any]] = {
     "metadata that is a number": lambda f: f.manifest.update(metadata=3),
     "metadata with a number in it": lambda f: f.manifest.update(metadata={"model": 3}),
     "no metadata": lambda f: f.manifest.pop("metadata"),
-    "another checksum": lambda f: f.manifest.update(sha256="0" * 64),
-    "a checksum that is null": lambda f: f.manifest.update(sha256=None),
+    "another checksum": lambda f: f.manifest.update(checksum="0" * 64),
+    "a checksum that is null": lambda f: f.manifest.update(checksum=None),
 }
 
 
@@ -483,7 +483,7 @@ def with_tensors(good: bytes, folder: Path, change: Callable[[dict[str, mx.array
     mx.eval(tensors)
     change(tensors)
     forgery = Forgery(good)
-    forgery.manifest["sha256"] = digest_tensors(tensors)
+    forgery.manifest["checksum"] = digest_tensors(tensors)
     forgery.seal()
     mx.save_safetensors(str(folder / "new.safetensors"), tensors, forgery.texts | {MANIFEST: forgery.text()})
     return (folder / "new.safetensors").read_bytes()
