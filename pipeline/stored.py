@@ -20,7 +20,7 @@ _CHECKED_LATER = 16  # one in so many
 
 def label_number(label: str) -> int:
     """Enough of a label to tell contexts apart, in eight bytes."""
-    return int.from_bytes(blake2b(label.encode(), digest_size=8).digest(), "little")
+    return int.from_bytes(blake2b(label.encode(errors="replace"), digest_size=8).digest(), "little")
 
 
 class StoredContexts:
@@ -34,7 +34,7 @@ class StoredContexts:
         order = np.argsort(np.asarray(labels, dtype=np.uint64), kind="stable")
         self._labels = np.asarray(labels, dtype=np.uint64)[order]
         self._tokens = np.asarray(tokens, dtype=np.uint32)[order]
-        self._asked = 0
+        self._asked = self._confirmed = 0
         self._trusted = True
 
     def expected(self, label: int) -> tuple[int | None, bool]:
@@ -43,7 +43,8 @@ class StoredContexts:
         if not stored or not self._trusted:
             return None, False
         self._asked += 1
-        return stored[0], len(stored) > 1 or self._asked <= _CHECKED_FIRST or self._asked % _CHECKED_LATER == 0
+        unsure = len(stored) > 1 or self._confirmed < _CHECKED_FIRST  # many may be asked of before one is confirmed
+        return stored[0], unsure or self._asked % _CHECKED_LATER == 0
 
     def holds(self, label: int, tokens: int, estimated: bool = False) -> bool:
         """Whether a context of so many tokens is stored. A count that isn't the stored one ends the trust."""
@@ -52,6 +53,7 @@ class StoredContexts:
             return self._trusted and bool(stored)
         if stored and stored != [tokens]:
             self._trusted = False
+        self._confirmed += stored == [tokens]
         return tokens in stored
 
     def _stored(self, label: int) -> list[int]:

@@ -114,17 +114,19 @@ def test_a_stored_context_that_ends_elsewhere_is_no_hit(
     workplace: Workplace, run: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workplace.queries = workplace.queries[:1]
+    workplace.queries[0]["max_tokens"] = 1
+    workplace.documents = {str(number): f"Paper {number}." for number in range(40)}
     with monkeypatch.context() as patch:
         patch.setattr("pipeline.prompts._PROBES", ())
         run()
-        assert plan_job(job(workplace)).hits == 3
+        assert plan_job(job(workplace)).hits == 40
     workplace.queries.append({"id": "new", "text": "Why?"})
     plan = plan_job(job(workplace))
-    assert (plan.hits, plan.misses, plan.tokens_to_prefill) == (0, 3, plan.tokens)
+    assert (plan.hits, plan.misses, plan.tokens_to_prefill) == (0, 40, plan.tokens)
     run()
-    assert len(workplace.segments()) == 6
+    assert len(workplace.segments()) == 80
     again = plan_job(job(workplace))
-    assert (again.hits, again.misses, again.tokens) == (3, 0, plan.tokens)
+    assert (again.hits, again.misses, again.tokens) == (40, 0, plan.tokens)
 
 
 def test_contexts_of_another_identity_are_no_hits(workplace: Workplace, run: Callable[[], None]) -> None:
