@@ -77,7 +77,8 @@ def plan(job_file: JobFile, set_: Overrides = None, as_json: AsJson = False, deb
         from pipeline.survey import plan_job
 
         job = _load(job_file, set_)
-        found = plan_job(job)
+        found = plan_job(job, quiet=as_json)
+        about = "about " if found.estimated else ""
         if as_json:
             print(json.dumps(asdict(found), indent=1))
             return
@@ -85,16 +86,16 @@ def plan(job_file: JobFile, set_: Overrides = None, as_json: AsJson = False, deb
             _table(
                 (
                     "documents",
-                    f"{found.status.documents:,} ({found.tokens:,} tokens, the longest {found.longest:,})",
+                    f"{found.status.documents:,} ({about}{found.tokens:,} tokens, the longest {found.longest:,})",
                 ),
                 ("queries", f"{len(job.queries):,} a document"),
                 ("rows", f"{found.status.rows:,}: {found.status.done:,} done, {found.status.left:,} to do"),
                 ("will fail", _will_fail(found.too_long, found.unreadable)),
                 ("prefixes", f"{found.hits:,} in the store, {found.misses:,} to build"),
-                ("prefill", f"{found.tokens_to_prefill:,} tokens"),
+                ("prefill", f"{about}{found.tokens_to_prefill:,} tokens"),
                 (
                     "disk",
-                    f"{_size(found.bytes_to_store)} to store, {_size(found.free_bytes)} free at {job.cache.dir}",
+                    f"{about}{_size(found.bytes_to_store)} to store, {_size(found.free_bytes)} free at {job.cache.dir}",
                 ),
             )
         )
@@ -106,7 +107,7 @@ def status(job_file: JobFile, set_: Overrides = None, as_json: AsJson = False, d
     with _errors_explained(debug):
         from pipeline.survey import job_status
 
-        found = job_status(_load(job_file, set_))
+        found = job_status(_load(job_file, set_), quiet=as_json)
         if as_json:
             print(json.dumps({**asdict(found), "left": found.left}, indent=1))
         else:

@@ -14,7 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.job import Cache, Job, Settings
+from pipeline.job import Cache, Job
 from pipeline.model import resolve_model, tokenizer_fingerprint, weights_fingerprint
 from pipeline.prompts import Rendered
 from turboquant.blas import load_tuned_blas
@@ -62,17 +62,20 @@ def context_label(rendered: Rendered) -> str:
     return _digest("context", rendered.system, rendered.context)
 
 
-def row_fingerprint(identity: Identity, rendered: Rendered, query_text: str, settings: Settings) -> str:
-    """Names everything that decides one answer, 32 hex digits."""
-    return _digest("row", asdict(identity), rendered.system, rendered.context, query_text, asdict(settings))[:32]
-
-
 def row_fingerprints(identity: Identity, rendered: Rendered, job: Job) -> dict[str, str]:
-    """The fingerprints of a document's rows, by query id."""
-    return {
-        query.id: row_fingerprint(identity, rendered, query.text, query.settings(job.generation))
-        for query in job.queries
-    }
+    """The fingerprints of a document's rows, by query id: each names everything that decides an answer, in 32 digits.
+
+    A fingerprint is the digest of one JSON list. What comes before the query is the same in all of them, and long.
+    """
+    shared = _json(["row", asdict(identity), rendered.system, rendered.context])
+    beginning = hashlib.sha256(shared.removesuffix("]").encode())
+    fingerprints: dict[str, str] = {}
+    for query in job.queries:
+        digest = beginning.copy()
+        own = _json([query.text, vars(query.settings(job.generation))])
+        digest.update(f", {own.removeprefix('[')}".encode())
+        fingerprints[query.id] = digest.hexdigest()[:32]
+    return fingerprints
 
 
 def kept_rows(known: Mapping[str, Row], fingerprints: Mapping[str, str]) -> dict[str, Row]:
@@ -85,4 +88,8 @@ def kept_rows(known: Mapping[str, Row], fingerprints: Mapping[str, str]) -> dict
 
 
 def _digest(kind: str, *fields: object) -> str:
-    return hashlib.sha256(json.dumps([kind, *fields], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(_json([kind, *fields]).encode()).hexdigest()
+
+
+def _json(fields: list[object]) -> str:
+    return json.dumps(fields, sort_keys=True)

@@ -1,4 +1,4 @@
-"""How far a run is: bars on a terminal, a line every half minute elsewhere.
+"""How far a command is: bars on a terminal, for a run a line every half minute elsewhere.
 
 Knows counts and a clock; nothing of what is counted.
 """
@@ -7,14 +7,34 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 SECONDS_BETWEEN_LINES = 30.0
+SECONDS_BEFORE_BAR = 1.0
+
+
+_Item = TypeVar("_Item")
+
+
+def watched(items: Iterable[_Item], count: int, quiet: bool = False) -> Iterator[_Item]:
+    """The items, with a bar on a terminal once they take more than a moment."""
+    hidden = quiet or not sys.stderr.isatty()
+    yield from tqdm(
+        items,
+        total=count,
+        desc="documents",
+        unit="doc",
+        leave=False,
+        delay=SECONDS_BEFORE_BAR,
+        dynamic_ncols=True,
+        disable=hidden,
+    )
 
 
 class Progress:

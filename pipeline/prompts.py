@@ -103,6 +103,10 @@ class PromptTokenizer:
         suffixes = [first[end:shared] + tail for shared, tail in tails[: len(query_texts)]]
         return TokenisedDocument(first[:end], suffixes)
 
+    def count(self, prompts: Sequence[str]) -> list[int]:
+        """How many tokens each whole prompt has; best asked of many at once."""
+        return [len(tokens) for tokens in self._encode(list(prompts))]
+
     def prompt_text(self, rendered: Rendered, query_text: str) -> str:
         """The whole prompt of one query as the model reads it. Raises PromptFailed."""
         system, user = rendered.system, f"{rendered.context}\n\n{query_text}"

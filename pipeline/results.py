@@ -115,12 +115,15 @@ class Results:
         self._read_only = read_only
         self._lock = FileLock(f"{output}.lock")
         self._finished: _FinishedFile | None = None
+        self._listed: frozenset[int] | None = None  # parts there are, where nothing is going to be written
 
     def __enter__(self) -> Results:
         if self.output.is_dir():
             raise OutputError(f"{self.output}: is a folder; output.path must name a file")
         try:
-            if not self._read_only:
+            if self._read_only:
+                self._listed = _list_parts(self.parts)  # first: a run that ends now moves them to the finished file
+            else:
                 self._acquire()
             self._finished = _open_finished(self.output)
         except BaseException:
@@ -198,10 +201,12 @@ class Results:
             leftover.unlink(missing_ok=True)
 
     def _part(self, document_id: str) -> Path:
-        name = sha256(document_id.encode()).hexdigest()[:32]
-        return self.parts / name[:2] / f"{name}.parquet"
+        name = _part_name(document_id)
+        return self.parts / name[:2] / name
 
     def _part_rows(self, document_id: str) -> list[Row] | None:
+        if self._listed is not None and hash(_part_name(document_id)) not in self._listed:
+            return None
         part = self._part(document_id)
         try:
             with _open(part) as file:
@@ -245,6 +250,16 @@ class Results:
                     f"{self.output}: document '{document_id}' has no row for query '{missing[0]}'; run the job again"
                 )
             yield [rows[query_id] for query_id in query_ids]
+
+
+def _part_name(document_id: str) -> str:
+    return f"{sha256(document_id.encode()).hexdigest()[:32]}.parquet"
+
+
+def _list_parts(parts: Path) -> frozenset[int]:
+    """The parts that are there, as hashes of their names: to look for a file a document takes far longer."""
+    names = (name for _, _, files in os.walk(parts) for name in files if name.endswith(".parquet"))
+    return frozenset(map(hash, names))
 
 
 class _FinishedFile:

@@ -64,6 +64,16 @@ class Store:
         """Whether a complete segment seems to be there; it is verified only when loaded."""
         return (self._path(key) / MANIFEST).is_file()
 
+    def contexts(self, identity: Identity) -> Iterator[tuple[str, int]]:
+        """Label and tokens of every context stored under an identity, as its manifest says; none is loaded."""
+        wanted = asdict(identity)
+        for manifest in self._manifests():
+            label, tokens = manifest.get("label"), manifest.get("tokens")
+            if manifest["identity"] != wanted or not label:
+                continue
+            if isinstance(label, str) and type(tokens) is int and tokens > 0:
+                yield label, tokens
+
     def used_bytes(self) -> int:
         """The size of every file in the folder."""
         return sum(path.stat().st_size for path in self._folder.rglob("*") if path.is_file())

@@ -6,18 +6,26 @@ Reads what a run would read and changes nothing.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
+from pipeline.counting import Asked, Counter, Effort, Lengths
 from pipeline.documents import check_documents, stream_documents
 from pipeline.errors import RowError
-from pipeline.identity import cache_codec, job_identity, kept_rows, row_fingerprints
+from pipeline.identity import cache_codec, context_label, job_identity, kept_rows, row_fingerprints
 from pipeline.job import Job
 from pipeline.model import load_tokenizer, max_context, read_config, resolve_model
+from pipeline.progress import watched
 from pipeline.prompts import PromptTokenizer, Rendered, Renderer, template_columns
 from pipeline.results import Results
+from pipeline.stored import StoredContexts, label_number
 from turboquant.identity import Identity
+
+_DOCUMENTS_PER_BATCH = 256
+_CHARACTERS_PER_BATCH = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -37,8 +45,11 @@ class Status:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would cost. ``unreadable`` and ``too_long`` count documents of which some rows will fail; ``hits``
-    counts the documents' prefixes that are in the store, ``misses`` those that a run would build.
+    """What a run would cost.
+
+    ``unreadable`` and ``too_long`` count documents of which some rows will fail; ``hits`` counts the documents'
+    prefixes that are in the store, ``misses`` those that a run would build. Documents of the same text share one. Where
+    there is too much to count, tokens and bytes are ``estimated``, and so is which documents are too long.
     """
 
     status: Status
@@ -51,63 +62,119 @@ class Plan:
     tokens_to_prefill: int
     bytes_to_store: int
     free_bytes: int
+    estimated: bool = False
 
 
-def job_status(job: Job) -> Status:
+def job_status(job: Job, quiet: bool = True) -> Status:
     """Count a job's rows; a row answered under other settings, weights or text counts as left."""
-    check_documents(job.documents, template_columns(job.prompt))
-    documents = _documents(job, job_identity(job, remember=False))
-    return _count(job, [(len(document.pending), document.failed) for document in documents])
+    count = check_documents(job.documents, template_columns(job.prompt)).count
+    rows = _Rows(len(job.queries))
+    for document in watched(_documents(job, job_identity(job, remember=False)), count, quiet):
+        rows.add(document)
+    return rows.status()
 
 
-def plan_job(job: Job) -> Plan:
-    """Tokenise everything and look each prefix up in the store. Raises JobError for what is wrong."""
+def plan_job(job: Job, quiet: bool = True, effort: Effort | None = None) -> Plan:
+    """Count everything and look each prefix up in the store. Raises JobError for what is wrong."""
     from pipeline.store import Store
 
-    check_documents(job.documents, template_columns(job.prompt))
+    count = check_documents(job.documents, template_columns(job.prompt)).count
     path = resolve_model(job.model)
     config, identity = read_config(path), job_identity(job, remember=False)
     tokenizer = load_tokenizer(path)
-    prompts, store, limit = PromptTokenizer(tokenizer), Store(job.cache.dir), max_context(config, tokenizer)
-    query_texts = [query.text for query in job.queries]
-    left_and_failed: list[tuple[int, int]] = []
-    lengths: list[int] = []
-    stored: set[str] = set()
-    missing: dict[str, int] = {}  # tokens by key: documents with the same text share a prefix
-    unreadable = too_long = 0
-    for document in _documents(job, identity):
-        left_and_failed.append((len(document.pending), document.failed))
-        try:
-            tokens = prompts.tokenise(document.rendered, query_texts) if document.rendered else None
-        except RowError:
-            tokens = None
-        if tokens is None:
-            unreadable += 1
-            continue
-        lengths.append(len(tokens.context))
-        fitting = {
-            query.id
-            for query, suffix in zip(job.queries, tokens.suffixes, strict=True)
-            if limit is None or len(tokens.context) + len(suffix) + query.settings(job.generation).max_tokens <= limit
-        }
-        too_long += len(fitting) < len(job.queries)
-        key = identity.key(tokens.context)
-        if store.contains(key):
-            stored.add(key)
-        elif fitting & document.pending:
-            missing[key] = len(tokens.context)
-    return Plan(
-        status=_count(job, left_and_failed),
-        unreadable=unreadable,
-        too_long=too_long,
-        tokens=sum(lengths),
-        longest=max(lengths, default=0),
-        hits=len(stored),
-        misses=len(missing),
-        tokens_to_prefill=sum(missing.values()),
-        bytes_to_store=sum(_prefix_bytes(job, config, length) for length in missing.values()),
-        free_bytes=shutil.disk_usage(_existing(job.cache.dir)).free,
-    )
+    limit = max_context(config, tokenizer)
+    rooms = [] if limit is None else [limit - query.settings(job.generation).max_tokens for query in job.queries]
+    texts = [query.text for query in job.queries]
+    counter = Counter(PromptTokenizer(tokenizer), texts, rooms, count, effort or Effort())
+    survey = _Survey(job, config, rooms, StoredContexts(Store(job.cache.dir).contexts(identity)))
+    for batch in _batches(watched(_documents(job, identity), count, quiet)):
+        survey.add(batch, counter)
+    return survey.plan()
+
+
+class _Rows:
+    """Counts rows by what has become of them."""
+
+    def __init__(self, queries: int) -> None:
+        self._queries = queries
+        self._documents = self._left = self._failed = 0
+
+    def add(self, document: _Document) -> None:
+        self._documents += 1
+        self._left += len(document.pending)
+        self._failed += document.failed
+
+    def status(self) -> Status:
+        rows = self._documents * self._queries
+        return Status(self._documents, rows, rows - self._left, self._failed)
+
+
+class _Survey:
+    """Adds documents up to a plan, in a few dozen bytes for each text."""
+
+    def __init__(self, job: Job, config: Mapping[str, Any], rooms: Sequence[int], stored: StoredContexts) -> None:
+        self._job, self._rooms, self._stored = job, rooms, stored
+        self._bytes = _prefix_bytes(job, config)
+        self._rows = _Rows(len(job.queries))
+        self._unreadable = self._too_long = self._tokens = self._longest = 0
+        self._tokens_to_prefill = self._bytes_to_store = 0
+        self._hits: set[int] = set()
+        self._misses: set[int] = set()  # documents with the same text share a prefix
+        self._estimated = False
+
+    def add(self, batch: Sequence[_Document], counter: Counter) -> None:
+        """Count a batch of documents."""
+        readable: list[tuple[_Document, int]] = []
+        asked: list[Asked] = []
+        for document in batch:
+            self._rows.add(document)
+            if document.rendered is None:
+                self._unreadable += 1
+                continue
+            label = label_number(context_label(document.rendered))
+            readable.append((document, label))
+            asked.append(Asked(document.rendered, *self._stored.expected(label)))
+        for (document, label), lengths in zip(readable, counter.count(asked), strict=True):
+            if lengths is None:
+                self._unreadable += 1
+            else:
+                self._add_counted(document, label, lengths)
+
+    def plan(self) -> Plan:
+        """What all documents come to."""
+        return Plan(
+            status=self._rows.status(),
+            unreadable=self._unreadable,
+            too_long=self._too_long,
+            tokens=self._tokens,
+            longest=self._longest,
+            hits=len(self._hits),
+            misses=len(self._misses),
+            tokens_to_prefill=self._tokens_to_prefill,
+            bytes_to_store=self._bytes_to_store,
+            free_bytes=shutil.disk_usage(_existing(self._job.cache.dir)).free,
+            estimated=self._estimated,
+        )
+
+    def _add_counted(self, document: _Document, label: int, lengths: Lengths) -> None:
+        self._tokens += lengths.context
+        self._longest = max(self._longest, lengths.context)
+        self._estimated |= lengths.estimated
+        fitting = self._fitting(lengths)
+        self._too_long += len(fitting) < len(self._job.queries)
+        if self._stored.holds(label, lengths.context, lengths.estimated):
+            self._hits.add(label)
+        elif label not in self._misses and fitting & document.pending:
+            self._misses.add(label)
+            self._tokens_to_prefill += lengths.context
+            self._bytes_to_store += self._bytes(lengths.context)
+
+    def _fitting(self, lengths: Lengths) -> set[str]:
+        """The queries for which the model reads far enough."""
+        if not self._rooms:
+            return {query.id for query in self._job.queries}
+        each = zip(self._job.queries, lengths.suffixes, self._rooms, strict=True)
+        return {query.id for query, suffix, room in each if lengths.context + suffix <= room}
 
 
 @dataclass(frozen=True)
@@ -121,33 +188,42 @@ class _Document:
 
 def _documents(job: Job, identity: Identity) -> Iterator[_Document]:
     renderer = Renderer(job.prompt)
+    every = frozenset(query.id for query in job.queries)
     with Results(job.output.path, read_only=True) as results:
         for document in stream_documents(job.documents, template_columns(job.prompt)):
             rows = results.rows(document.id)
-            failed = sum(rows[query.id].status == "error" for query in job.queries if query.id in rows)
+            failed = sum(row.status == "error" for query_id, row in rows.items() if query_id in every)
             try:
                 rendered = renderer.render(document)
             except RowError:
-                yield _Document(None, frozenset(query.id for query in job.queries), failed)
+                yield _Document(None, every, failed)
                 continue
-            fingerprints = row_fingerprints(identity, rendered, job)
-            yield _Document(rendered, frozenset(fingerprints) - kept_rows(rows, fingerprints).keys(), failed)
+            kept = kept_rows(rows, row_fingerprints(identity, rendered, job)) if rows else {}
+            yield _Document(rendered, every - kept.keys(), failed)
 
 
-def _count(job: Job, left_and_failed: Sequence[tuple[int, int]]) -> Status:
-    rows = len(left_and_failed) * len(job.queries)
-    left, failed = (sum(counts) for counts in zip(*left_and_failed, strict=True))
-    return Status(len(left_and_failed), rows, rows - left, failed)
+def _batches(documents: Iterable[_Document]) -> Iterator[list[_Document]]:
+    """Documents to be tokenised together: enough to keep a tokenizer's threads busy, few enough to be held."""
+    batch: list[_Document] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.rendered.context) if document.rendered else 0
+        if len(batch) >= _DOCUMENTS_PER_BATCH or characters >= _CHARACTERS_PER_BATCH:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
 
 
-def _prefix_bytes(job: Job, config: dict[str, object], tokens: int) -> int:
-    """About what a prefix takes on disk, were all layers of the model compressed."""
+def _prefix_bytes(job: Job, config: Mapping[str, Any]) -> Callable[[int], int]:
+    """About what a prefix of so many tokens takes on disk, were all layers of the model compressed."""
     text = config.get("text_config") or config
-    assert isinstance(text, dict)
     layers, heads = int(text["num_hidden_layers"]), int(text["num_attention_heads"])
     kv_heads = int(text.get("num_key_value_heads") or heads)
     head_dim = int(text.get("head_dim") or text["hidden_size"] // heads)
-    return layers * kv_heads * cache_codec(job.cache).nbytes(tokens, head_dim)
+    codec = cache_codec(job.cache)
+    return lru_cache(maxsize=4096)(lambda tokens: layers * kv_heads * codec.nbytes(tokens, head_dim))
 
 
 def _existing(path: Path) -> Path:

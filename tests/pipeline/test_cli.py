@@ -245,6 +245,20 @@ def test_plan_and_status_print_tables_or_json(workplace: Workplace) -> None:
     assert counted == {"documents": 4, "rows": 12, "done": 0, "failed": 0, "left": 12}
 
 
+def test_an_estimated_plan_says_so(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline.counting import Effort
+
+    monkeypatch.setattr("pipeline.survey.Effort", lambda: Effort(0, 0, 0))
+    monkeypatch.setattr("pipeline.survey._DOCUMENTS_PER_BATCH", 1)
+    shown = invoke("plan", workplace.job_file).stdout
+    assert "3 (about " in shown
+    assert "prefill    about " in shown
+    assert "disk       about " in shown
+    assert json.loads(invoke("plan", workplace.job_file, "--json").stdout)["estimated"] is True
+    monkeypatch.undo()
+    assert "about" not in invoke("plan", workplace.job_file).stdout
+
+
 def test_a_result_that_another_run_writes(workplace: Workplace) -> None:
     from pipeline.results import Results
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from pipeline import progress
-from pipeline.progress import Progress
+from pipeline.progress import Progress, watched
 
 
 class Clock:
@@ -107,3 +107,17 @@ def test_log_lines_stand_on_lines_of_their_own(monkeypatch: pytest.MonkeyPatch) 
     assert "prefix rejected" in lines
     assert "and after" in lines
     assert handler not in root.handlers
+
+
+def test_a_bar_over_documents_only_where_somebody_watches(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "SECONDS_BEFORE_BAR", 0)
+    assert list(watched("abc", 3)) == ["a", "b", "c"]
+    assert capsys.readouterr().err == ""
+    terminal = Terminal(monkeypatch)
+    assert list(watched("abc", 3, quiet=True)) == ["a", "b", "c"]
+    assert terminal.getvalue() == ""
+    assert list(watched("abc", 3)) == ["a", "b", "c"]
+    assert "documents:" in terminal.getvalue()
+    assert "/3" in terminal.getvalue()

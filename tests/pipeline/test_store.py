@@ -51,6 +51,18 @@ def test_a_prefix_comes_back_bit_by_bit(store: Store, tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "cache" / KEY[:2]).iterdir()] == [KEY]
 
 
+def test_the_contexts_of_one_identity(store: Store, tmp_path: Path) -> None:
+    assert list(store.contexts(IDENTITY)) == []
+    other = replace(IDENTITY, weights="w2")
+    for identity, label in (IDENTITY, "a"), (other, "b"), (IDENTITY, ""), (replace(IDENTITY, tokenizer="t2"), "c"):
+        store.save(identity.key(TOKENS, label), make_prefix(), identity, label)
+    assert list(store.contexts(IDENTITY)) == [("a", 300)]
+    assert list(store.contexts(other)) == [("b", 300)]
+    manifest = tmp_path / "cache" / (key := other.key(TOKENS, "b"))[:2] / key / "segment.json"
+    manifest.write_text("broken")
+    assert list(store.contexts(other)) == []
+
+
 def test_looking_makes_no_folder(store: Store, tmp_path: Path) -> None:
     assert store.load(KEY, CODEC, IDENTITY, "label") is None
     assert store.used_bytes() == 0

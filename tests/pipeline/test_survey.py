@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 from workplace import Workplace
 
+from pipeline.counting import Effort
 from pipeline.errors import JobError
 from pipeline.job import Job, load_job
+from pipeline.prompts import PromptTokenizer
 from pipeline.survey import job_status, plan_job
 
 
@@ -77,6 +79,92 @@ def test_documents_of_the_same_text_are_prefilled_once(workplace: Workplace) -> 
     plan = plan_job(job(workplace))
     assert plan.misses == 2
     assert plan.tokens_to_prefill < plan.tokens
+
+
+def test_the_tokens_are_a_runs_however_a_document_ends(workplace: Workplace, run: Callable[[], None]) -> None:
+    endings = ["", ".", "...", "\n", ".\n\n\n", " ", "(x)", "1", "é", "<|end|>", "end|>", "\n- ", "日本", "!?"]
+    workplace.documents = {str(number): f"The board met{ending}" for number, ending in enumerate(endings)}
+    plan = plan_job(job(workplace))
+    run()
+    contexts = [row["context_tokens"] for row in workplace.rows().values() if row["query_id"] == "what"]
+    assert (plan.tokens, plan.longest) == (sum(contexts), max(contexts))
+    # Two texts share a prefix where they differ in what is no longer context; a plan cannot tell from the text.
+    assert plan.misses == len(endings) == len(workplace.segments()) + 1
+
+
+def test_what_is_stored_is_not_tokenised_again(
+    workplace: Workplace, run: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workplace.documents["d2"] = workplace.documents["d0"]
+    before = plan_job(job(workplace))
+    run()
+    workplace.documents["new"] = "A new one."
+    counted: list[str] = []
+    count = PromptTokenizer.count
+    monkeypatch.setattr(PromptTokenizer, "count", lambda self, texts: counted.extend(texts) or count(self, texts))
+    monkeypatch.setattr("pipeline.stored._CHECKED_FIRST", 0)
+    plan = plan_job(job(workplace))
+    assert (plan.hits, plan.misses) == (2, 1)
+    assert plan.tokens - plan.tokens_to_prefill == before.tokens
+    assert len(counted) == 1
+    assert "A new one." in counted[0]
+
+
+def test_a_stored_context_that_ends_elsewhere_is_no_hit(
+    workplace: Workplace, run: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workplace.queries = workplace.queries[:1]
+    workplace.queries[0]["max_tokens"] = 1
+    workplace.documents = {str(number): f"Paper {number}." for number in range(40)}
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.prompts._PROBES", ())
+        run()
+        assert plan_job(job(workplace)).hits == 40
+    workplace.queries.append({"id": "new", "text": "Why?"})
+    plan = plan_job(job(workplace))
+    assert (plan.hits, plan.misses, plan.tokens_to_prefill) == (0, 40, plan.tokens)
+    run()
+    assert len(workplace.segments()) == 80
+    again = plan_job(job(workplace))
+    assert (again.hits, again.misses, again.tokens) == (40, 0, plan.tokens)
+
+
+def test_contexts_of_another_identity_are_no_hits(workplace: Workplace, run: Callable[[], None]) -> None:
+    run()
+    plan = plan_job(job(workplace, "cache.key_bits=3"))
+    assert (plan.hits, plan.misses) == (0, 3)
+    (workplace.segments()[0] / "segment.json").write_text("broken")
+    assert plan_job(job(workplace)).hits == 2
+
+
+def test_a_plan_beyond_the_effort_is_estimated(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.survey._DOCUMENTS_PER_BATCH", 1)
+    for number in range(8):
+        workplace.documents[f"e{number}"] = f"Paper {number}. The board met and decided the budget. " * (9 + number)
+    workplace.documents |= {"long": "The board met. " * 1900, "blank": " "}
+    exact = plan_job(job(workplace))
+    about = plan_job(job(workplace), effort=Effort(0, 0, 0))
+    assert (exact.estimated, about.estimated) == (False, True)
+    assert about.status == exact.status
+    assert (about.misses, about.too_long, about.unreadable) == (exact.misses, 1, 1) == (11, 1, 1)
+    assert about.tokens == pytest.approx(exact.tokens, rel=0.5)
+    assert about.tokens != exact.tokens
+
+
+@pytest.mark.parametrize("effort", [Effort(), Effort(0, 0, 1 << 20)], ids=["counted", "estimated"])
+def test_the_last_token_that_fits(
+    workplace: Workplace, run: Callable[[], None], monkeypatch: pytest.MonkeyPatch, effort: Effort
+) -> None:
+    monkeypatch.setattr("pipeline.survey._DOCUMENTS_PER_BATCH", 1)
+    workplace.queries = workplace.queries[:1]
+    workplace.documents = {"first": "The board met; twice! " * 20, "near": "The board met; twice! " * 100}
+    run()
+    row = workplace.rows()["near", "what"]
+    shutil.rmtree(workplace.cache)
+    most = 2048 - row["context_tokens"] - row["query_tokens"]
+    for max_tokens, too_long in (most, 0), (most + 1, 1):
+        workplace.queries[0]["max_tokens"] = max_tokens
+        assert plan_job(job(workplace), effort=effort).too_long == too_long
 
 
 @pytest.mark.parametrize("cache", [{}, {"key_bits": 3, "value_bits": 2}, {"window": 0}, {"key_bits": 8, "sinks": 0}])
