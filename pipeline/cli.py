@@ -19,7 +19,7 @@ import typer
 
 if TYPE_CHECKING:
     from pipeline.job import Job
-    from pipeline.work import Report
+    from pipeline.report import Report
 
 SOME_ROWS_FAILED = 3
 
@@ -54,11 +54,11 @@ def run(
     debug: Debug = False,
 ) -> None:
     """Run a job, or resume it: the same command. Rows that are answered already are kept."""
-    with _errors_explained(debug, quiet):
-        from pipeline.runner import Runner
+    with _errors_explained(debug, quiet, computes=False):
+        from pipeline.supervisor import supervise
 
         job = _load(job_file, set_)
-        report = Runner(job, quiet=quiet or as_json).run()
+        report = supervise(job, quiet=quiet or as_json)
         if as_json:
             print(json.dumps(asdict(report), indent=1))
         elif not quiet:
@@ -137,13 +137,14 @@ def _load(job_file: Path, overrides: list[str] | None) -> Job:
 
 
 @contextmanager
-def _errors_explained(debug: bool, quiet: bool = False) -> Iterator[None]:
-    """Turn what is raised into one line on stderr and an exit code."""
+def _errors_explained(debug: bool, quiet: bool = False, computes: bool = True) -> Iterator[None]:
+    """Turn what is raised into one line on stderr and an exit code. ``computes``: MLX may be used in this process."""
     from pipeline.errors import PipelineError, one_line
-    from turboquant.blas import load_tuned_blas
 
-    load_tuned_blas()  # before anything imports NumPy or MLX: it sets what OpenBLAS reads when it is loaded
+    if computes:
+        from turboquant.blas import load_tuned_blas
 
+        load_tuned_blas()  # before anything imports NumPy or MLX: it sets what OpenBLAS reads when it is loaded
     level = logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO
     logging.basicConfig(format="%(message)s", stream=sys.stderr)
     logging.getLogger("pipeline").setLevel(level)
@@ -179,6 +180,8 @@ def _summary(job: Job, report: Report) -> str:
         rows.append(("prefill", _rate(report.prefilled_tokens, report.prefill_seconds)))
     if report.answer_tokens:
         rows.append(("answers", _rate(report.answer_tokens, report.answer_seconds)))
+    if report.restarts:
+        rows.append(("restarts", f"{report.restarts:,} of the model's process, which had died"))
     rows.append(("seconds", f"{report.seconds:.1f}"))
     rows.append(("result", str(job.output.path) if not report.interrupted else f"{job.output.path}.parts"))
     return _table(*rows)

@@ -11,7 +11,8 @@
         ├── EmptyDocument                row's `error_type`, the message its `error`
         ├── ContextTooLong
         ├── PromptFailed
-        └── GenerationFailed
+        ├── GenerationFailed
+        └── ModelProcessDied
 
 A message is one line that names what is wrong, where, and how to put it right. That a job finished with
 failed rows (exit 3) is an outcome, not an error. This module knows how errors read, not who raises them.
@@ -80,6 +81,10 @@ class PromptFailed(RowError):
 
 class GenerationFailed(RowError):
     """The model failed while answering."""
+
+
+class ModelProcessDied(RowError):
+    """The process that runs the model died, twice, with this row's document in hand."""
 
 
 def suggestion(word: str, choices: Collection[str]) -> str:

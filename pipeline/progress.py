@@ -1,6 +1,6 @@
 """How far a command is: bars on a terminal, for a run a line every half minute elsewhere.
 
-Knows counts and a clock; nothing of what is counted.
+Knows counts and a clock; nothing of what is counted, nor which process counts.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
+
+from pipeline.report import Report
 
 SECONDS_BETWEEN_LINES = 30.0
 SECONDS_BEFORE_BAR = 1.0
@@ -35,6 +37,28 @@ def watched(items: Iterable[_Item], count: int, quiet: bool = False) -> Iterator
         dynamic_ncols=True,
         disable=hidden,
     )
+
+
+class Watcher(Protocol):
+    """Who is told how a run goes on."""
+
+    def start_document(self, document_id: str) -> None:
+        """The model begins on a document."""
+
+    def end_document(self, report: Report) -> None:
+        """A document is done and committed; the report covers it, and changes later."""
+
+    def rows_done(self, count: int) -> None:
+        """So many more rows are answered, failed or were done before."""
+
+    def start_prefill(self, name: str, tokens: int) -> None:
+        """A document's prefill begins."""
+
+    def prefilled(self, tokens: int) -> None:
+        """So many more tokens are prefilled."""
+
+    def end_prefill(self) -> None:
+        """A document's prefill is over, well or not."""
 
 
 class Progress:
@@ -62,8 +86,14 @@ class Progress:
             self._bar.close()
         self._logs.close()
 
+    def start_document(self, document_id: str) -> None:
+        """Show nothing: a document's bar is its prefill's."""
+
+    def end_document(self, report: Report) -> None:
+        """Show nothing: what is counted are rows."""
+
     def rows_done(self, count: int) -> None:
-        """Count rows that are answered, failed or were done before."""
+        """Count rows that are answered, failed or were done before; fewer than none where they are to be done again."""
         self._rows_done += count
         if self._bar is not None:
             self._bar.update(count)

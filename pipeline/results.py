@@ -55,6 +55,8 @@ _SET_ASIDE = ".bad-"
 _DOCUMENTS_PER_GROUP = 1000
 _BYTES_PER_GROUP = 8 << 20
 _IDS_PER_BATCH = 8192
+# How long to wait for the lock: what held it may be the process of a run that was killed, which ends an instant later.
+SECONDS_FOR_LOCK = 3.0
 _BROKEN = (OSError, ValueError, pa.ArrowException)
 _log = logging.getLogger(__name__)
 
@@ -179,7 +181,7 @@ class Results:
         with _disk_errors(self.output, "cannot be written"):
             _make_folder(self.output.parent)
             try:
-                self._lock.acquire(timeout=0)
+                self._lock.acquire(timeout=SECONDS_FOR_LOCK)
             except Timeout:
                 raise OutputError(
                     f"{self.output}: another run is writing this result; wait for it, or set another output.path"

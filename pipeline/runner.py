@@ -9,10 +9,12 @@ import json
 import logging
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
+from functools import partial
 from importlib import metadata
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from pipeline import __version__
@@ -20,10 +22,11 @@ from pipeline.documents import check_documents, stream_documents
 from pipeline.errors import Interrupted
 from pipeline.identity import job_identity
 from pipeline.job import Job
-from pipeline.progress import Progress
+from pipeline.progress import Progress, Watcher
 from pipeline.prompts import template_columns
+from pipeline.report import Report
 from pipeline.results import Results, atomic_file
-from pipeline.work import Report, Work
+from pipeline.work import Work
 
 if TYPE_CHECKING:
     from turboquant.identity import Identity
@@ -32,21 +35,34 @@ _log = logging.getLogger(__name__)
 
 
 class Runner:
-    """One run of one job.
+    """One run of one job, in this process.
 
     ``run`` answers what is not answered yet and writes the result file. Raises JobError and its kin for what is wrong
     before anything is run, OutputError where the result cannot be written.
+
+    ``watch`` makes, for a number of rows, who is told how the run goes on: bars and lines unless given. With
+    ``report`` the run is the rest of one that was cut off: its documents done are passed over and its counts go on.
+    ``condemned`` are documents that get error rows in place of answers, each with what the rows are to say.
     """
 
-    def __init__(self, job: Job, quiet: bool = False) -> None:
+    def __init__(
+        self,
+        job: Job,
+        quiet: bool = False,
+        *,
+        watch: Callable[[int], AbstractContextManager[Watcher]] | None = None,
+        report: Report | None = None,
+        condemned: Mapping[str, str] | None = None,
+    ) -> None:
         self._job = job
-        self._quiet = quiet
+        self._watch = watch or partial(Progress, quiet=quiet)
         self._stop = Interruption()
-        self.report = Report()
+        self.report = report or Report()
+        self._condemned = condemned or {}
 
     def run(self) -> Report:
         """Run, or resume. Returns the report, whose ``interrupted`` says that the user stopped the run early."""
-        started = time.monotonic()
+        started = time.monotonic() - self.report.seconds
         columns = template_columns(self._job.prompt)
         summary = check_documents(self._job.documents, columns)
         identity = job_identity(self._job)
@@ -54,14 +70,16 @@ class Runner:
         report.documents, report.rows = summary.count, summary.count * len(self._job.queries)
         with (
             Results(self._job.output.path, _metadata(self._job, identity)) as results,
-            Progress(report.rows, self._quiet) as progress,
+            self._watch(report.rows) as progress,
             self._stop.listening(),
         ):
-            work = Work(self._job, identity, results, progress, report, self._stop.check)
+            work = Work(self._job, identity, results, progress, report, self._stop.check, self._condemned)
             try:
-                for document in stream_documents(self._job.documents, columns):
+                for document in islice(stream_documents(self._job.documents, columns), report.documents_done, None):
                     self._stop.check()
                     work.do(document)
+                    report.documents_done += 1
+                    progress.end_document(report)
                 query_ids = [query.id for query in self._job.queries]
                 ids = (document.id for document in stream_documents(self._job.documents, ()))
                 results.finish((document_id, query_ids) for document_id in ids)

@@ -10,17 +10,18 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from pipeline.documents import Document
-from pipeline.errors import ContextTooLong, GenerationFailed, RowError, StoreError, one_line
+from pipeline.errors import ContextTooLong, GenerationFailed, ModelProcessDied, RowError, StoreError, one_line
 from pipeline.identity import cache_codec, context_label, kept_rows, row_fingerprints
 from pipeline.job import Job, Query
-from pipeline.progress import Progress
+from pipeline.progress import Watcher
 from pipeline.prompts import Rendered, Renderer, TokenisedDocument
+from pipeline.report import Report
 from pipeline.results import Results, Row
 
 if TYPE_CHECKING:
@@ -35,44 +36,26 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
-@dataclass
-class Report:
-    """What a run did: counts, tokens, bytes and seconds; written to ``<output>.run.json``."""
-
-    documents: int = 0
-    rows: int = 0
-    rows_kept: int = 0
-    rows_answered: int = 0
-    rows_failed: int = 0
-    failures: dict[str, int] = field(default_factory=dict)  # by error_type; no Counter, which asdict spoils
-    prefixes_built: int = 0
-    prefixes_restored: int = 0
-    context_tokens: int = 0
-    prefilled_tokens: int = 0
-    answer_tokens: int = 0
-    prefix_bytes: int = 0
-    effective_bits: float = 0.0  # mean over the prefixes
-    seconds: float = 0.0
-    prefill_seconds: float = 0.0
-    restore_seconds: float = 0.0
-    answer_seconds: float = 0.0
-    interrupted: bool = False
-
-
 class Work:
-    """What is done with each document of a run. ``check`` raises Interrupted where the user asked to stop."""
+    """What is done with each document of a run.
+
+    ``check`` raises Interrupted where the user asked to stop. ``condemned`` are the documents that the model is not to
+    see again, each with what happened.
+    """
 
     def __init__(
         self,
         job: Job,
         identity: Identity,
         results: Results,
-        progress: Progress,
+        progress: Watcher,
         report: Report,
         check: Callable[[], None],
+        condemned: Mapping[str, str],
     ) -> None:
         self._job, self._identity, self._results = job, identity, results
         self._progress, self._report, self._check = progress, report, check
+        self._condemned = condemned
         self._renderer = Renderer(job.prompt)
         self._codec = cache_codec(job.cache)
         self._loaded: _Engine | None = None
@@ -116,8 +99,13 @@ class Work:
         self, document_id: str, rendered: Rendered, pending: Sequence[Query], fingerprints: dict[str, str]
     ) -> list[Row]:
         """One row for each pending query."""
+        if document_id in self._condemned:
+            died = ModelProcessDied(self._condemned[document_id])
+            return [_failed(document_id, query, fingerprints[query.id], died) for query in pending]
+        engine = self._engine  # loaded before the document is begun, which is not to blame where loading fails
+        self._progress.start_document(document_id)
         try:
-            tokens = self._engine.tokenizer.tokenise(rendered, [query.text for query in self._job.queries])
+            tokens = engine.tokenizer.tokenise(rendered, [query.text for query in self._job.queries])
         except RowError as error:
             return [_failed(document_id, query, fingerprints[query.id], error) for query in pending]
         suffixes = {query.id: suffix for query, suffix in zip(self._job.queries, tokens.suffixes, strict=True)}

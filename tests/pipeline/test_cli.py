@@ -184,8 +184,8 @@ def test_an_unforeseen_error_is_one_line(workplace: Workplace, monkeypatch: pyte
     def fail(*_: Any) -> None:
         raise LookupError("on\ntwo lines")
 
-    monkeypatch.setattr("pipeline.runner.check_documents", fail)
-    result = invoke("run", workplace.job_file)
+    monkeypatch.setattr("pipeline.survey.plan_job", fail)
+    result = invoke("plan", workplace.job_file)
     assert result.exit_code == 1
     assert result.stderr == "error: LookupError: on two lines (--debug shows where)\n"
 
@@ -272,13 +272,14 @@ def test_a_result_that_another_run_writes(workplace: Workplace) -> None:
 # ---- as processes
 
 
-def start(*arguments: str | Path, code: str = "from pipeline.cli import main; main()") -> subprocess.Popen[str]:
+def start(*arguments: str | Path, main: tuple[str, ...] = ("-m", "pipeline.cli")) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, arguments)],
+        [sys.executable, *main, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
+        start_new_session=True,
     )
 
 
@@ -291,8 +292,11 @@ def test_bad_input_as_a_user_sees_it(workplace: Workplace) -> None:
     assert error.startswith("error: model ")
 
 
+# The model's process imports this too, so it answers as slowly.
 INTERRUPTIBLE = """
 import time
+from turboquant.blas import load_tuned_blas
+load_tuned_blas()
 from pipeline import work
 real = work.Work._answered
 def slowly(self):
@@ -300,17 +304,21 @@ def slowly(self):
     print("answered", flush=True)
     time.sleep(0.3)
 work.Work._answered = slowly
-from pipeline.cli import main
-main()
+if __name__ == "__main__":
+    from pipeline.cli import main
+    main()
 """
 
 
-def test_an_interrupted_run_says_how_to_resume(workplace: Workplace) -> None:
-    process = start("run", workplace.job_file, code=INTERRUPTIBLE)
+@pytest.mark.parametrize("send", [os.kill, os.killpg])  # from a program, and from a terminal
+def test_an_interrupted_run_says_how_to_resume(workplace: Workplace, send: Callable[[int, int], None]) -> None:
+    main = workplace.folder / "main.py"
+    main.write_text(INTERRUPTIBLE)
+    process = start("run", workplace.job_file, main=(str(main),))
     assert process.stdout is not None
     for _ in range(4):
         assert process.stdout.readline() == "answered\n"
-    process.send_signal(signal.SIGINT)
+    send(process.pid, signal.SIGINT)
     out, error = process.communicate()
     assert process.returncode == 130, error
     misses = [line for line in error.splitlines() if "not in the store: absent" in line]

@@ -91,6 +91,14 @@ def test_bars_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "rows, " not in screen
 
 
+def test_rows_to_be_done_again_are_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal(monkeypatch)
+    with Progress(3) as shown:
+        shown.rows_done(2)
+        shown.rows_done(-1)
+    assert "1/3" in terminal.getvalue().rsplit("\r", 1)[-1]
+
+
 def test_log_lines_stand_on_lines_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal(monkeypatch)
     log = logging.getLogger("pipeline.test")

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
+from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -161,7 +162,8 @@ def test_pairs_are_expected_and_committed_once(output: Path) -> None:
             results.finish([("1", ["a", "a"])])
 
 
-def test_two_runs_cannot_write_one_result(output: Path) -> None:
+def test_two_runs_cannot_write_one_result(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.results.SECONDS_FOR_LOCK", 0)
     with Results(output) as results:
         with pytest.raises(OutputError, match=f"{output}: another run is writing"), Results(output):
             pass
@@ -170,6 +172,14 @@ def test_two_runs_cannot_write_one_result(output: Path) -> None:
             assert set(looking.rows("1")) == {"a", "b"}
     with Results(output):
         pass
+
+
+def test_a_lock_that_is_let_go_is_waited_for(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output.parent.mkdir()
+    with FileLock(f"{output}.lock") as held:
+        monkeypatch.setattr("time.sleep", lambda _: held.release())  # what the lock does between two tries
+        with Results(output) as results:
+            results.commit("1", rows("1"))
 
 
 def test_read_only_changes_nothing(output: Path) -> None:

@@ -521,7 +521,7 @@ def dying(*args, **kwargs):
     calls += 1
     here = calls == int(count)
     if here and when == "half":
-        Path(args[0]).write_bytes(b"half a file")
+        args[0].write(b"half a file")
     if here and when in ("before", "half"):
         os.kill(os.getpid(), signal.SIGKILL)
     if here and when == "signal":
@@ -649,6 +649,7 @@ def test_two_runs_on_one_result(workplace: Workplace, monkeypatch: pytest.Monkey
         return real(*args)
 
     monkeypatch.setattr(pipeline.answers, "answer", meanwhile)
+    monkeypatch.setattr("pipeline.results.SECONDS_FOR_LOCK", 0)
     assert workplace.run().rows_answered == 9
     expected = f"{workplace.output}: another run is writing this result; wait for it, or set another output.path"
     assert messages == [expected] * 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -14,6 +15,7 @@ from pipeline.errors import StoreError
 from pipeline.store import Store
 from turboquant import CacheCodec, Prefix
 from turboquant.identity import Identity
+from turboquant.segments import Segment
 
 TOKENS = list(range(300))
 CODEC = CacheCodec()
@@ -21,15 +23,15 @@ IDENTITY = Identity("w1", "t1", CODEC.identity, "exact 512")
 KEY = IDENTITY.key(TOKENS)
 
 
-def make_prefix(seed: int = 0) -> Prefix:
+def make_segment(seed: int = 0) -> Segment:
     mx.random.seed(seed)
     cache = KVCache()
     cache.update_and_fetch(mx.random.normal((1, 1, 300, 64)), mx.random.normal((1, 1, 300, 64)))
-    return Prefix.encode([cache], 300, CODEC)
+    return Segment(Prefix.encode([cache], 300, CODEC).layers, 0, 300)
 
 
-def tensors(prefix: Prefix) -> dict[str, bytes]:
-    return {name: bytes(memoryview(x)) for name, x in prefix.layers[0].tensors().items()}
+def tensors(segment: Segment) -> dict[str, bytes]:
+    return {name: bytes(memoryview(x)) for name, x in segment.layers[0].tensors().items()}
 
 
 @pytest.fixture
@@ -38,16 +40,16 @@ def store(tmp_path: Path) -> Store:
 
 
 def test_a_prefix_comes_back_bit_by_bit(store: Store, tmp_path: Path) -> None:
-    prefix = make_prefix()
+    segment = make_segment()
     assert not store.contains(KEY)
-    size = store.save(KEY, prefix, IDENTITY, "label")
+    size = store.save(KEY, segment, IDENTITY, "label")
     assert store.contains(KEY)
     assert store.used_bytes() == size
-    assert prefix.nbytes < size < prefix.nbytes + 5000
+    assert segment.nbytes < size < segment.nbytes + 5000
     restored = store.load(KEY, CODEC, IDENTITY, "label")
     assert restored is not None
     assert restored.tokens == 300
-    assert tensors(restored) == tensors(prefix)
+    assert tensors(restored) == tensors(segment)
     assert [path.name for path in (tmp_path / "cache" / KEY[:2]).iterdir()] == [KEY]
 
 
@@ -55,7 +57,7 @@ def test_the_contexts_of_one_identity(store: Store, tmp_path: Path) -> None:
     assert list(store.contexts(IDENTITY)) == []
     other = replace(IDENTITY, weights="w2")
     for identity, label in (IDENTITY, "a"), (other, "b"), (IDENTITY, ""), (replace(IDENTITY, tokenizer="t2"), "c"):
-        store.save(identity.key(TOKENS, label), make_prefix(), identity, label)
+        store.save(identity.key(TOKENS, label), make_segment(), identity, label)
     assert list(store.contexts(IDENTITY)) == [("a", 300)]
     assert list(store.contexts(other)) == [("b", 300)]
     manifest = tmp_path / "cache" / (key := other.key(TOKENS, "b"))[:2] / key / "segment.json"
@@ -82,7 +84,7 @@ def test_looking_makes_no_folder(store: Store, tmp_path: Path) -> None:
 def test_a_miss_names_what_changed(
     store: Store, caplog: pytest.LogCaptureFixture, change: dict[str, str], reason: str
 ) -> None:
-    store.save(KEY, make_prefix(), IDENTITY, "label")
+    store.save(KEY, make_segment(), IDENTITY, "label")
     identity = replace(IDENTITY, **change)
     with caplog.at_level(logging.INFO, "pipeline"):
         assert store.load(identity.key(TOKENS[:-1]), CODEC, identity, "label") is None
@@ -93,14 +95,14 @@ def test_a_miss_names_what_changed(
 
 
 def test_a_broken_manifest_elsewhere_explains_nothing(store: Store, tmp_path: Path) -> None:
-    store.save(KEY, make_prefix(), IDENTITY, "label")
+    store.save(KEY, make_segment(), IDENTITY, "label")
     (tmp_path / "cache" / KEY[:2] / KEY / "segment.json").write_text("[]")
     assert store.load(IDENTITY.key(TOKENS[:-1]), CODEC, IDENTITY, "label") is None
 
 
 def test_bad_segments_are_numbered(store: Store, tmp_path: Path) -> None:
     for _ in range(2):
-        store.save(KEY, make_prefix(), IDENTITY, "label")
+        store.save(KEY, make_segment(), IDENTITY, "label")
         (tmp_path / "cache" / KEY[:2] / KEY / "segment.safetensors").write_bytes(b"x")
         assert store.load(KEY, CODEC, IDENTITY, "label") is None
         assert not store.contains(KEY)
@@ -113,33 +115,33 @@ def test_leftovers_of_a_killed_run_are_removed(store: Store, tmp_path: Path) -> 
     (folder / ".half.safetensors").write_bytes(b"half")
     (folder / "segment.safetensors").write_bytes(b"without a manifest")
     assert store.load(KEY, CODEC, IDENTITY, "label") is None
-    store.save(KEY, make_prefix(), IDENTITY, "label")
+    store.save(KEY, make_segment(), IDENTITY, "label")
     assert sorted(path.name for path in folder.iterdir()) == ["segment.json", "segment.safetensors"]
     assert store.load(KEY, CODEC, IDENTITY, "label") is not None
 
 
 def test_what_cannot_be_stored_is_one_kind_of_error(store: Store, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="QuantizedKVCache, which cannot be stored"):
-        store.save(KEY, Prefix((QuantizedKVCache(),), 300), IDENTITY, "label")
+        store.save(KEY, Segment((QuantizedKVCache(),), 0, 300), IDENTITY, "label")
     assert not store.contains(KEY)
     (tmp_path / "cache" / KEY[:2] / KEY).rmdir()
     (tmp_path / "cache" / KEY[:2]).rmdir()
     (tmp_path / "cache" / KEY[:2]).write_text("in the way")
     with pytest.raises(StoreError, match="cannot be stored"):
-        store.save(KEY, make_prefix(), IDENTITY, "label")
+        store.save(KEY, make_segment(), IDENTITY, "label")
     assert store.load(KEY, CODEC, IDENTITY, "label") is None
 
 
 def test_a_full_disk(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """MLX says RuntimeError, not OSError."""
 
-    def write_half(path: str, *_: object) -> None:
-        Path(path).write_bytes(b"half")
+    def write_half(file: Any, *_: object) -> None:
+        file.write(b"half")
         raise RuntimeError("[write] Unable to write 8 bytes to file.")
 
     monkeypatch.setattr(mx, "save_safetensors", write_half)
     with pytest.raises(StoreError, match="Unable to write"):
-        store.save(KEY, make_prefix(), IDENTITY, "label")
+        store.save(KEY, make_segment(), IDENTITY, "label")
     assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
 
 

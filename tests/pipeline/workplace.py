@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import yaml
 
 if TYPE_CHECKING:
-    from pipeline.work import Report
+    from pipeline.report import Report
 
 _TEXTS = [
     "The board met on the third of May and decided the budget for the year.",

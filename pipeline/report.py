@@ -1,0 +1,31 @@
+"""What a run did, as numbers. Knows nothing of how they come about, and imports nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class Report:
+    """What a run did: counts, tokens, bytes and seconds; written to ``<output>.run.json``."""
+
+    documents: int = 0
+    documents_done: int = 0  # the first so many of the input; a run that goes on from this report passes over them
+    rows: int = 0
+    rows_kept: int = 0
+    rows_answered: int = 0
+    rows_failed: int = 0
+    failures: dict[str, int] = field(default_factory=dict)  # by error_type; no Counter, which asdict spoils
+    prefixes_built: int = 0
+    prefixes_restored: int = 0
+    context_tokens: int = 0
+    prefilled_tokens: int = 0
+    answer_tokens: int = 0
+    prefix_bytes: int = 0
+    effective_bits: float = 0.0  # mean over the prefixes
+    seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    restore_seconds: float = 0.0
+    answer_seconds: float = 0.0
+    restarts: int = 0  # of the model's process, which had died
+    interrupted: bool = False

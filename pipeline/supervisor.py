@@ -1,0 +1,252 @@
+"""A run whose model lives in a process of its own, which may die without taking the run along.
+
+A model that needs more memory than there is does not raise: its process is killed, or aborts. So this side, which
+needs no memory to speak of and never imports MLX, shows the progress and starts the process again. A document in whose
+hands it dies twice gets error rows, and the run goes on behind it.
+
+Knows processes, signals and whose turn it was; nothing of how a run is done.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
+from multiprocessing.context import SpawnProcess
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from pipeline import errors
+from pipeline.errors import PipelineError
+from pipeline.progress import Progress
+from pipeline.report import Report
+from pipeline.worker import (
+    STOP_SIGNALS,
+    DocumentDone,
+    DocumentStarted,
+    Failed,
+    Finished,
+    Logged,
+    Message,
+    Prefilled,
+    PrefillEnded,
+    PrefillStarted,
+    RowsDone,
+    RunStarted,
+    Task,
+    work,
+)
+
+if TYPE_CHECKING:
+    from pipeline.job import Job
+
+DEATHS = 2  # of the process, in one place, after which it is not tried there again
+_SPAWN = multiprocessing.get_context("spawn")  # not fork, which neither Metal nor CUDA survives
+_MEMORY_SIGNALS = (signal.SIGKILL, signal.SIGABRT)  # the kernel's way and Metal's
+_log = logging.getLogger(__name__)
+
+
+def supervise(job: Job, quiet: bool = False) -> Report:
+    """Run a job, or resume it, in a process of its own, with bars and lines unless ``quiet``.
+
+    Returns and raises what `Runner.run` does, and KeyboardInterrupt where the user had the run stopped at once. Raises
+    PipelineError where the process keeps dying and no document is to blame. To be called from the main thread.
+    """
+    return _Supervisor(job, quiet).run()
+
+
+class _Supervisor:
+    def __init__(self, job: Job, quiet: bool) -> None:
+        self._job = job
+        self._started = time.monotonic()
+        self._report = Report()  # as of the last document that is done
+        self._deaths: Counter[str | None] = Counter()  # since then, by the document in hand
+        self._condemned: dict[str, str] = {}
+        self._in_hand: str | None = None  # the document the process has begun on
+        self._view = _View(quiet)
+        self._pid: int | None = None
+        self._stops_asked = 0
+
+    def run(self) -> Report:
+        with self._view, self._passing_signals_on():
+            while True:
+                outcome = self._run_process()
+                if isinstance(outcome, Finished):
+                    return outcome.report
+                if isinstance(outcome, Failed):
+                    _raise(outcome)
+                if self._stops_asked:
+                    raise KeyboardInterrupt
+                self._bury(_cause_of_death(outcome))
+
+    def _run_process(self) -> Finished | Failed | int:
+        """Start the process and listen until it ends: its last message, or its exit code where there is none."""
+        self._in_hand = None
+        with self._process() as (process, connection):
+            while (message := _receive(connection)) is not None:
+                if isinstance(message, Finished | Failed):
+                    return message
+                if isinstance(message, DocumentStarted):
+                    self._in_hand = message.document_id
+                elif isinstance(message, DocumentDone):
+                    self._in_hand, self._report = None, message.report
+                    self._deaths.clear()
+                self._view.show(message)
+            process.join()
+            assert process.exitcode is not None
+            return process.exitcode
+
+    @contextmanager
+    def _process(self) -> Iterator[tuple[SpawnProcess, Connection]]:
+        """The process, started; gone when the block is left."""
+        report = replace(self._report, seconds=time.monotonic() - self._started)
+        level = logging.getLogger("pipeline").getEffectiveLevel()
+        receiver, sender = _SPAWN.Pipe(duplex=False)
+        task = Task(self._job, report, self._condemned, level)
+        process = _SPAWN.Process(target=work, args=(sender, task), name="model")
+        with receiver:
+            with sender, _signals_held_back():  # also from the new process, which lets them in when it is ready
+                if self._stops_asked:
+                    raise KeyboardInterrupt
+                process.start()
+                self._pid = process.pid
+            try:
+                yield process, receiver
+            except BaseException:
+                process.kill()
+                raise
+            finally:
+                process.join()
+                self._pid = None
+
+    def _bury(self, cause: str) -> None:
+        """Decide what becomes of the document in hand; raises PipelineError where going on is no use."""
+        self._view.forget_rows_in_hand()
+        self._report = replace(self._report, restarts=self._report.restarts + 1)
+        document_id = self._in_hand
+        self._deaths[document_id] += 1
+        where = self._stage() if document_id is None else f"with document '{document_id}' in hand"
+        if self._deaths[document_id] < DEATHS:
+            _log.warning("the model's process %s, %s; starting it again", cause, where)
+        elif document_id is None:
+            raise PipelineError(
+                f"the model's process {cause}, twice, {where}; what was committed is kept, and the same command resumes"
+            )
+        else:
+            _log.warning("the model's process %s, %s again; its rows become errors", cause, where)
+            self._condemned[document_id] = (
+                f"the model's process {cause}, twice, while this document was prefilled or answered; try a shorter "
+                "document, a smaller generation.batch_size or max_tokens, or fewer cache.key_bits and cache.value_bits"
+            )
+
+    def _stage(self) -> str:
+        report = self._report
+        if report.documents and report.documents_done == report.documents:
+            return "while the result was written"
+        return "before a document was in hand, most likely while the model was loaded"
+
+    @contextmanager
+    def _passing_signals_on(self) -> Iterator[None]:
+        """While the block runs, what asks this process to stop asks the other; the third time it is killed."""
+
+        def pass_on(number: int, frame: Any) -> None:
+            self._stops_asked += 1
+            if self._pid is not None:
+                with suppress(ProcessLookupError):
+                    os.kill(self._pid, number if self._stops_asked < 3 else signal.SIGKILL)
+
+        before = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class _View:
+    """What the user sees of the process: its progress, over restarts, and its log."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._quiet = quiet
+        self._progress: Progress | None = None
+        self._open = ExitStack()
+        self._rows_in_hand = 0  # shown as done, and not committed yet
+
+    def __enter__(self) -> _View:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._open.close()
+
+    def show(self, message: Message) -> None:
+        if isinstance(message, Logged):
+            logging.getLogger(message.logger).log(message.level, "%s", message.text)
+        elif isinstance(message, RunStarted) and self._progress is None:
+            self._progress = self._open.enter_context(Progress(message.rows, self._quiet))
+        elif isinstance(message, DocumentDone):
+            self._rows_in_hand = 0
+        elif self._progress is not None:
+            self._count(self._progress, message)
+
+    def forget_rows_in_hand(self) -> None:
+        """The process died, so what it had in hand is to be done again."""
+        if self._progress is not None:
+            self._progress.end_prefill()
+            self._progress.rows_done(-self._rows_in_hand)
+        self._rows_in_hand = 0
+
+    def _count(self, progress: Progress, message: Message) -> None:
+        if isinstance(message, RowsDone):
+            self._rows_in_hand += message.count
+            progress.rows_done(message.count)
+        elif isinstance(message, PrefillStarted):
+            progress.start_prefill(message.name, message.tokens)
+        elif isinstance(message, Prefilled):
+            progress.prefilled(message.tokens)
+        elif isinstance(message, PrefillEnded):
+            progress.end_prefill()
+
+
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    # Python's resource tracker is started with the first process and lets the signals in again, so it comes first.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _receive(connection: Connection) -> Message | None:
+    """The next message; None when there will be none."""
+    try:
+        message: Message = connection.recv()
+    except (EOFError, OSError):  # OSError: amid a message
+        return None
+    return message
+
+
+def _cause_of_death(exit_code: int) -> str:
+    if exit_code >= 0:
+        return f"ended with exit status {exit_code}"
+    number = -exit_code
+    name = signal.Signals(number).name if number in set(signal.Signals) else "unknown"
+    guess = ", probably out of memory" if number in _MEMORY_SIGNALS else ""
+    return f"was killed by signal {number} ({name}){guess}"
+
+
+def _raise(failed: Failed) -> NoReturn:
+    error: PipelineError = getattr(errors, failed.error)(failed.message)
+    raise error from _InTheProcess(f"\n{failed.trace}")
+
+
+class _InTheProcess(Exception):
+    """The traceback of what was raised in the model's process, to be shown above this process's own."""
