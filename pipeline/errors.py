@@ -5,6 +5,8 @@
     │   ├── DocumentsError               ... the documents' files or columns are
     │   └── ModelError                   ... the model cannot be found, loaded or used
     ├── StoreError             exit 1    the cache folder cannot be used
+    │   ├── DiskFull                     ... nor anything be written on its disk
+    │   └── BudgetTooSmall               ... what a job needs does not fit into its budget
     ├── OutputError            exit 1    the result cannot be written, or another run is writing it
     ├── Interrupted            exit 130  stopped by the user; the same command resumes
     └── RowError                         one row failed and the job goes on: the class's name becomes the
@@ -47,6 +49,14 @@ class ModelError(JobError):
 
 class StoreError(PipelineError):
     """The cache folder cannot be used."""
+
+
+class DiskFull(StoreError):
+    """There is no space left for what is to be stored."""
+
+
+class BudgetTooSmall(StoreError):
+    """The budget has no room, and nothing in it may be removed."""
 
 
 class OutputError(PipelineError):

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from pipeline.job import Cache, Job
 from pipeline.model import resolve_model, tokenizer_fingerprint, weights_fingerprint
-from pipeline.prompts import Rendered
+from pipeline.prompts import Rendered, Renderer
 from turboquant.blas import load_tuned_blas
 from turboquant.identity import Identity
 
@@ -49,11 +49,16 @@ def job_identity(job: Job, remember: bool = True) -> Identity:
     ``remember`` writes the weights' digests to the cache folder, so that they are hashed once.
     """
     path: Path = resolve_model(job.model)
+    prefill = f"{job.cache.prefill} {PREFILL_CHUNK}"
+    if job.cache.prefill == "streaming":
+        prefill += f" {job.cache.segment}"
+    if shared := Renderer(job.prompt).shared:
+        prefill += f" shared={_digest('shared', shared.system, shared.context)[:16]}"
     return Identity(
         weights=weights_fingerprint(path, job.cache.dir / MEMO, remember),
         tokenizer=tokenizer_fingerprint(path),
         codec=cache_codec(job.cache).identity,
-        prefill=f"{job.cache.prefill} {PREFILL_CHUNK}",
+        prefill=prefill,
     )
 
 

@@ -18,6 +18,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from pipeline.budget import checked_budget
 from pipeline.errors import JobError, one_line, suggestion
 
 DEFAULT_SYSTEM = "Answer from the document only. If the document does not say, say so."
@@ -108,7 +109,10 @@ class Cache(_Section):
     sinks: Annotated[int, Field(ge=0)] = 16
     window: Annotated[int, Field(ge=0)] = 128
     extra_bits: Annotated[float, Field(ge=0, le=16)] = 0.2
-    prefill: Literal["exact"] = "exact"
+    prefill: Literal["exact", "streaming"] = "exact"
+    segment: Annotated[int, Field(ge=512)] = 4096  # tokens, of a streaming prefill
+    budget: Annotated[int | str, AfterValidator(checked_budget)] | None = None
+    keep: Literal["always", "job"] = "always"
     resident: Literal["auto", "packed", "dense"] = "auto"
 
 

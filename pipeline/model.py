@@ -16,10 +16,13 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.errors import ModelError, one_line
 from turboquant.blas import load_tuned_blas
+
+if TYPE_CHECKING:
+    from turboquant.codec import CacheCodec
 
 WEIGHTS = "model*.safetensors"  # what mlx-lm loads; a folder may hold other copies of the weights besides
 
@@ -237,6 +240,17 @@ def _explain_failure(path: Path, load: Callable[[], Loaded]) -> Loaded:
         return load()
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
         raise ModelError(f"model {path}: mlx-lm can't load it ({one_line(error)})") from error
+
+
+def prefix_bytes(codec: CacheCodec, config: Mapping[str, Any], tokens: int) -> int:
+    """About what a prefix of so many tokens takes on disk, were all layers of the model compressed."""
+    text = config.get("text_config") or config
+    if not all(name in text for name in ("num_hidden_layers", "num_attention_heads", "hidden_size")):
+        return 0
+    layers, heads = int(text["num_hidden_layers"]), int(text["num_attention_heads"])
+    kv_heads = int(text.get("num_key_value_heads") or heads)
+    head_dim = int(text.get("head_dim") or text["hidden_size"] // heads)
+    return layers * kv_heads * codec.nbytes(tokens, head_dim)
 
 
 # ---- fingerprints

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pipeline.identity import PREFILL_CHUNK
-from turboquant import CacheCodec
+from turboquant import CacheCodec, Prefix
 from turboquant.families import explain
 from turboquant.segments import Segment, prefill_segment
 
@@ -18,12 +18,17 @@ _log = logging.getLogger(__name__)
 
 
 def prefill(
-    model: Any, tokens: Sequence[int], codec: CacheCodec, on_progress: Callable[[int], None] = lambda _: None
+    model: Any,
+    tokens: Sequence[int],
+    codec: CacheCodec,
+    parent: Prefix | None = None,
+    on_progress: Callable[[int], None] = lambda _: None,
 ) -> Segment:
-    """Build the prefix of a context. ``on_progress`` is called with the tokens of each chunk done; what it raises
-    ends the prefill.
+    """Build the segment of tokens behind a parent.
+
+    ``on_progress`` is called with the tokens of each chunk done; what it raises ends the prefill.
     """
-    return prefill_segment(model, tokens, codec, None, PREFILL_CHUNK, on_progress)
+    return prefill_segment(model, tokens, codec, parent, PREFILL_CHUNK, on_progress)
 
 
 def warn_of_uncompressed_layers(model: Any) -> None:

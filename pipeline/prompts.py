@@ -16,13 +16,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import StrictUndefined, Template, TemplateSyntaxError, meta
+from jinja2 import StrictUndefined, Template, TemplateSyntaxError, meta, nodes
 from jinja2.sandbox import SandboxedEnvironment
 
 from pipeline.documents import Document
 from pipeline.errors import EmptyDocument, JobError, ModelError, PromptFailed, one_line
 from pipeline.job import Prompt
 
+SHARED_CHARACTERS = 1000  # from which on a beginning that all documents have is prefilled by itself
 _PROBES = ("What", "1", "(x)", "\n-", " é")
 # Bounds the tokens held at once; enough to keep a tokenizer's threads busy.
 _PROMPTS_PER_GROUP = 8
@@ -59,12 +60,16 @@ def template_columns(prompt: Prompt) -> set[str]:
 
 
 class Renderer:
-    """Renders the prompt's templates over one document's columns."""
+    """Renders the prompt's templates over one document's columns.
+
+    shared: what every document's prompt begins with, whatever its columns, if that is long; else None.
+    """
 
     def __init__(self, prompt: Prompt) -> None:
         environment = _environment()
         self._context = environment.from_string(_checked("prompt.context", prompt.context))
         self._system = environment.from_string(_checked("prompt.system", prompt.system or ""))
+        self.shared = _shared(environment, prompt)
 
     def render(self, document: Document) -> Rendered:
         """Raises EmptyDocument for a blank text and PromptFailed where a template fails on this row."""
@@ -107,6 +112,12 @@ class PromptTokenizer:
         """How many tokens each whole prompt has; best asked of many at once."""
         return [len(tokens) for tokens in self._encode(list(prompts))]
 
+    def shared_tokens(self, shared: Rendered) -> list[int]:
+        """The tokens that every document's context begins with. Raises PromptFailed."""
+        texts = (Rendered(shared.system, shared.context + probe) for probe in _PROBES)
+        prompts = self._encode([self.prompt_text(text, _PROBES[0]) for text in texts])
+        return prompts[0][: min(_shared_length(prompts[0], other) for other in prompts[1:])]
+
     def prompt_text(self, rendered: Rendered, query_text: str) -> str:
         """The whole prompt of one query as the model reads it. Raises PromptFailed."""
         system, user = rendered.system, f"{rendered.context}\n\n{query_text}"
@@ -143,6 +154,22 @@ class PromptTokenizer:
         except Exception as error:
             raise ModelError(f"the model's chat template fails on a user message: {one_line(error)}") from error
         return False
+
+
+def _shared(environment: SandboxedEnvironment, prompt: Prompt) -> Rendered | None:
+    """System text and the beginning of the context, as far as no column is used in them."""
+    system = prompt.system or ""
+    if meta.find_undeclared_variables(environment.parse(system)):
+        return None
+    first = next(iter(environment.parse(prompt.context).body), None)
+    literal = ""
+    if isinstance(first, nodes.Output) and isinstance(first.nodes[0], nodes.TemplateData):
+        literal = first.nodes[0].data
+    try:
+        system = environment.from_string(system).render()
+    except Exception:  # then it fails for every document, which is told of each
+        return None
+    return Rendered(system or None, literal) if len(system) + len(literal) >= SHARED_CHARACTERS else None
 
 
 def _environment() -> SandboxedEnvironment:

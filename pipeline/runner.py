@@ -83,8 +83,10 @@ class Runner:
                 query_ids = [query.id for query in self._job.queries]
                 ids = (document.id for document in stream_documents(self._job.documents, ()))
                 results.finish((document_id, query_ids) for document_id in ids)
+                work.finish(done=True)
             except Interrupted:
                 report.interrupted = True
+                work.finish(done=False)
             report.seconds = time.monotonic() - started
             self._write_report(identity)
         return report

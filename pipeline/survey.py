@@ -6,18 +6,18 @@ Reads what a run would read and changes nothing.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
+from functools import lru_cache, partial
 from typing import Any
 
+from pipeline.budget import existing
 from pipeline.counting import Asked, Counter, Effort, Lengths
 from pipeline.documents import check_documents, stream_documents
 from pipeline.errors import RowError
 from pipeline.identity import cache_codec, context_label, job_identity, kept_rows, row_fingerprints
 from pipeline.job import Job
-from pipeline.model import load_tokenizer, max_context, read_config, resolve_model
+from pipeline.model import load_tokenizer, max_context, prefix_bytes, read_config, resolve_model
 from pipeline.progress import watched
 from pipeline.prompts import PromptTokenizer, Rendered, Renderer, template_columns
 from pipeline.results import Results
@@ -114,7 +114,7 @@ class _Survey:
 
     def __init__(self, job: Job, config: Mapping[str, Any], rooms: Sequence[int], stored: StoredContexts) -> None:
         self._job, self._rooms, self._stored = job, rooms, stored
-        self._bytes = _prefix_bytes(job, config)
+        self._bytes = lru_cache(maxsize=4096)(partial(prefix_bytes, cache_codec(job.cache), config))
         self._rows = _Rows(len(job.queries))
         self._unreadable = self._too_long = self._tokens = self._longest = 0
         self._tokens_to_prefill = self._bytes_to_store = 0
@@ -152,7 +152,7 @@ class _Survey:
             misses=len(self._misses),
             tokens_to_prefill=self._tokens_to_prefill,
             bytes_to_store=self._bytes_to_store,
-            free_bytes=shutil.disk_usage(_existing(self._job.cache.dir)).free,
+            free_bytes=shutil.disk_usage(existing(self._job.cache.dir)).free,
             estimated=self._estimated,
         )
 
@@ -214,18 +214,3 @@ def _batches(documents: Iterable[_Document]) -> Iterator[list[_Document]]:
             batch, characters = [], 0
     if batch:
         yield batch
-
-
-def _prefix_bytes(job: Job, config: Mapping[str, Any]) -> Callable[[int], int]:
-    """About what a prefix of so many tokens takes on disk, were all layers of the model compressed."""
-    text = config.get("text_config") or config
-    layers, heads = int(text["num_hidden_layers"]), int(text["num_attention_heads"])
-    kv_heads = int(text.get("num_key_value_heads") or heads)
-    head_dim = int(text.get("head_dim") or text["hidden_size"] // heads)
-    codec = cache_codec(job.cache)
-    return lru_cache(maxsize=4096)(lambda tokens: layers * kv_heads * codec.nbytes(tokens, head_dim))
-
-
-def _existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that exists."""
-    return path if path.exists() else _existing(path.parent)

@@ -11,16 +11,19 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from itertools import islice
 from typing import TYPE_CHECKING
 
-from pipeline.documents import Document
-from pipeline.errors import ContextTooLong, GenerationFailed, ModelProcessDied, RowError, StoreError, one_line
+from pipeline.budget import budget_bytes
+from pipeline.documents import Document, stream_documents
+from pipeline.errors import ContextTooLong, GenerationFailed, ModelProcessDied, RowError, one_line
 from pipeline.identity import cache_codec, context_label, kept_rows, row_fingerprints
 from pipeline.job import Job, Query
+from pipeline.needs import Needs, output_digest
 from pipeline.progress import Watcher
-from pipeline.prompts import Rendered, Renderer, TokenisedDocument
+from pipeline.prompts import Rendered, Renderer, TokenisedDocument, template_columns
 from pipeline.report import Report
 from pipeline.results import Results, Row
 
@@ -31,7 +34,6 @@ if TYPE_CHECKING:
     from pipeline.store import Store
     from turboquant import Prefix
     from turboquant.identity import Identity
-    from turboquant.segments import Segment
 
 _log = logging.getLogger(__name__)
 
@@ -58,15 +60,32 @@ class Work:
         self._condemned = condemned
         self._renderer = Renderer(job.prompt)
         self._codec = cache_codec(job.cache)
+        self._needs = Needs(job.cache.dir, job.output.path)
         self._loaded: _Engine | None = None
-        self._can_store = True
         self._shown = 0  # rows in hand that the progress counts already
 
     @property
     def _engine(self) -> _Engine:
         if self._loaded is None:
-            self._loaded = _Engine(self._job)
+            self._needs.start(self._labels_to_come())
+            self._loaded = _Engine(
+                self._job,
+                self._identity,
+                self._needs,
+                self._renderer.shared,
+                self._progress,
+                self._report,
+                self._check,
+            )
         return self._loaded
+
+    def _labels_to_come(self) -> Iterator[str]:
+        if self._renderer.shared:
+            yield context_label(self._renderer.shared)
+        documents = stream_documents(self._job.documents, template_columns(self._job.prompt))
+        for document in islice(documents, self._report.documents_done, None):
+            with suppress(RowError):
+                yield context_label(self._renderer.render(document))
 
     def do(self, document: Document) -> None:
         """Answer and commit what is left of a document."""
@@ -80,9 +99,24 @@ class Work:
         pending = [query for query in self._job.queries if query.id not in kept]
         self._report.rows_kept += len(kept)
         self._progress.rows_done(len(kept))
+        rows: list[Row] = []
         if pending:
             rows = self._answer(document.id, rendered, pending, fingerprints)
             self._commit(document.id, list(kept.values()), rows)
+        if self._loaded is not None and all(row.status == "ok" for row in rows):
+            self._needs.done(context_label(rendered))
+            if pending and self._job.cache.keep == "job":
+                self._loaded.store.drop(self._loaded.prefixes.own_keys)
+
+    def finish(self, done: bool) -> None:
+        """The run is over, and the job as well if ``done``."""
+        if self._loaded is None:
+            return
+        if done and self._renderer.shared:
+            self._needs.done(context_label(self._renderer.shared))
+        if done and self._job.cache.keep == "job":
+            self._loaded.store.drop_all("output", output_digest(self._job.output.path))
+        self._needs.finish()
 
     def _commit(self, document_id: str, kept: Sequence[Row], rows: Sequence[Row]) -> None:
         self._results.commit(document_id, [*kept, *rows])
@@ -182,60 +216,31 @@ class Work:
                 raise GenerationFailed(f"the model failed: {one_line(error)}") from error
 
     def _prefix(self, document_id: str, rendered: Rendered, context: list[int]) -> Prefix:
-        """The document's prefix, restored or built and stored."""
-        from pipeline.prefill import prefill
-        from turboquant.segments import join
-
-        key, label = self._identity.key(context), context_label(rendered)
-        report, store = self._report, self._engine.store
-        report.context_tokens += len(context)
-        with _timed(report, "restore_seconds"):
-            segment = store.load(key, self._codec, self._identity, label)
-        if segment is not None:
-            report.prefixes_restored += 1
-        else:
-            self._check()
-            self._progress.start_prefill(document_id, len(context))
-            with _timed(report, "prefill_seconds"):
-                try:
-                    segment = prefill(self._engine.loaded.model, context, self._codec, self._prefilled)
-                except (RuntimeError, ValueError, MemoryError) as error:
-                    raise GenerationFailed(f"the prefill failed: {one_line(error)}") from error
-                finally:
-                    self._progress.end_prefill()
-            report.prefixes_built += 1
-            report.prefilled_tokens += len(context)
-            self._save(key, segment, label)
-        prefix = join([segment])
-        report.prefix_bytes += prefix.nbytes
-        prefixes = report.prefixes_built + report.prefixes_restored
-        report.effective_bits += (prefix.effective_bits - report.effective_bits) / prefixes
-        return prefix
-
-    def _prefilled(self, tokens: int) -> None:
-        self._check()
-        self._progress.prefilled(tokens)
+        shared, label = self._engine.shared, context_label(rendered)
+        length = len(shared) if context[: len(shared)] == shared else 0
+        return self._engine.prefixes.prefix(document_id, context, length, label)
 
     def _answered(self) -> None:
         self._shown += 1
         self._progress.rows_done(1)
 
-    def _save(self, key: str, segment: Segment, label: str) -> None:
-        """Store a prefix; where the disk refuses, the job goes on without."""
-        try:
-            self._engine.store.save(key, segment, self._identity, label)
-        except StoreError as error:
-            if self._can_store:
-                _log.warning("%s; the job goes on without storing prefixes where that fails", error)
-            self._can_store = False
-
 
 class _Engine:
-    """The model, its tokenizer and the store: everything that is slow to load."""
+    """The model, its tokenizer, the store and what is restored from it: everything that is slow to load."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(
+        self,
+        job: Job,
+        identity: Identity,
+        needs: Needs,
+        shared: Rendered | None,
+        progress: Watcher,
+        report: Report,
+        check: Callable[[], None],
+    ) -> None:
         from pipeline.model import load_model, max_context
         from pipeline.prefill import warn_of_uncompressed_layers
+        from pipeline.prefixes import Prefixes
         from pipeline.prompts import PromptTokenizer
         from pipeline.store import Store
         from turboquant.blas import load_tuned_blas
@@ -245,8 +250,15 @@ class _Engine:
         self.loaded: LoadedModel = load_model(job.model)
         self.tokenizer: PromptTokenizer = PromptTokenizer(self.loaded.tokenizer)
         self.limit = max_context(self.loaded.config, self.loaded.tokenizer)
-        self.store: Store = Store(job.cache.dir)
         warn_of_uncompressed_layers(self.loaded.model)
+        budget = None if job.cache.budget is None else budget_bytes(job.cache.budget, job.cache.dir)
+        self.store: Store = Store(job.cache.dir, budget, needs.wants)
+        self.shared = self.tokenizer.shared_tokens(shared) if shared else []
+        about = {"model": job.model, "output": output_digest(job.output.path)}
+        shared_label = context_label(shared) if shared else ""
+        self.prefixes: Prefixes = Prefixes(
+            job, identity, self.loaded, self.store, about, progress, report, check, shared_label
+        )
 
 
 def _failed(document_id: str, query: Query, fingerprint: str, error: RowError) -> Row:

@@ -49,11 +49,16 @@ class SegmentError(FileError):
 
 
 def write_segment(
-    folder: Path, key: str, segment: Segment, identity: Identity, parent: str | None = None, label: str = ""
+    folder: Path,
+    key: str,
+    segment: Segment,
+    identity: Identity,
+    parent: str | None = None,
+    about: Mapping[str, str | bool] | None = None,
 ) -> int:
     """Write a segment into ``folder``, durably and all or nothing; returns the bytes written.
 
-    parent: the key of the segment before it. label: what the segment was made from, kept to explain misses.
+    parent: the key of the segment before it. about: what it was made from; kept for people, and to explain misses.
     Raises OSError as the disk does.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -67,7 +72,7 @@ def write_segment(
         "start": segment.start,
         "tokens": segment.tokens,
         "identity": dataclasses.asdict(identity),
-        "label": label,
+        "about": dict(about or {}),
         "layers": layers,
         "bytes": size,
         "checksum": checksum,
@@ -76,6 +81,12 @@ def write_segment(
     }
     write_text(folder / MANIFEST, json.dumps({**manifest, "manifest_checksum": seal(manifest)}, indent=1))
     return size + (folder / MANIFEST).stat().st_size
+
+
+def segment_bytes(segment: Segment) -> int:
+    """The most that ``write_segment`` takes on disk for it, without what ``about`` adds."""
+    tensors, layers = _disassemble(segment)
+    return segment.nbytes + 256 * len(tensors) + 2 * len(json.dumps(layers, indent=1)) + 4096
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

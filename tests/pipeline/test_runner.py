@@ -20,7 +20,7 @@ import pytest
 from workplace import Workplace
 
 import pipeline.answers
-import pipeline.prefill
+import pipeline.prefixes
 import pipeline.store
 from pipeline.errors import ModelError, OutputError
 
@@ -29,13 +29,13 @@ from pipeline.errors import ModelError, OutputError
 def prefilled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The lengths of the contexts whose prefill was begun."""
     lengths: list[int] = []
-    real = pipeline.prefill.prefill
+    real = pipeline.prefixes.prefill
 
     def counting(model: Any, tokens: list[int], *args: Any) -> Any:
         lengths.append(len(tokens))
         return real(model, tokens, *args)
 
-    monkeypatch.setattr("pipeline.prefill.prefill", counting)
+    monkeypatch.setattr("pipeline.prefixes.prefill", counting)
     return lengths
 
 
@@ -349,7 +349,7 @@ def test_an_absent_segment_is_called_absent(workplace: Workplace, caplog: pytest
     assert caplog.text.count("not in the store: absent") == 3
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("[write] Unable to write")])
+@pytest.mark.parametrize("error", [OSError(30, "Read-only file system"), RuntimeError("[write] Unable to write")])
 def test_a_store_that_refuses_costs_nothing_but_the_store(
     workplace: Workplace, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
@@ -425,7 +425,7 @@ def test_a_model_that_fails_on_one_document(
     whole = workplace.output.read_bytes()
     workplace.output.unlink()
     shutil.rmtree(workplace.cache)
-    module = getattr(pipeline, "prefill" if where == "prefill" else "answers")
+    module = getattr(pipeline, "prefixes" if where == "prefill" else "answers")
     real, calls = getattr(module, where), []
 
     def failing(*args: Any) -> Any:
@@ -475,7 +475,7 @@ def test_failures_are_counted_once_in_the_progress(workplace: Workplace, monkeyp
 
 def test_one_prefix_is_alive_at_a_time(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[Any] = []
-    real = pipeline.prefill.prefill
+    real = pipeline.prefixes.prefill
 
     def watching(*args: Any) -> Any:
         gc.collect()
@@ -484,7 +484,7 @@ def test_one_prefix_is_alive_at_a_time(workplace: Workplace, monkeypatch: pytest
         alive.extend([weakref.ref(prefix), *map(weakref.ref, prefix.layers)])
         return prefix
 
-    monkeypatch.setattr("pipeline.prefill.prefill", watching)
+    monkeypatch.setattr("pipeline.prefixes.prefill", watching)
     workplace.documents |= {str(n): f"{n} and {n}" for n in range(4)}
     assert workplace.run().prefixes_built == 7
     gc.collect()
@@ -498,16 +498,16 @@ DIE = """
 import importlib, os, signal, sys
 from pathlib import Path
 job, log, target, when, count = sys.argv[1:]
-import pipeline.prefill
+import pipeline.prefixes
 from pipeline.job import load_job
 from pipeline.runner import Runner
 
-prefill = pipeline.prefill.prefill
+prefill = pipeline.prefixes.prefill
 def logging_prefill(model, tokens, *rest):
     with open(log, "a") as file:
         print(len(tokens), file=file)
     return prefill(model, tokens, *rest)
-pipeline.prefill.prefill = logging_prefill
+pipeline.prefixes.prefill = logging_prefill
 
 module, name = target.split(":")
 owner = importlib.import_module(module)
@@ -545,7 +545,7 @@ def run_python(*arguments: str, code: str = DIE) -> subprocess.CompletedProcess[
 @pytest.mark.parametrize(
     ("target", "when", "count"),
     [
-        ("pipeline.work:Work._prefilled", "before", 2),  # amid a prefill
+        ("pipeline.prefixes:Prefixes._prefilled", "before", 2),  # amid a prefill
         ("mlx.core:save_safetensors", "half", 2),  # amid a segment's tensors
         ("turboquant.files:write_text", "before", 2),  # tensors without a manifest
         ("pipeline.work:Work._answered", "after", 4),  # amid a document's answers
@@ -574,10 +574,11 @@ def test_a_killed_run_is_resumed(workplace: Workplace, tmp_path: Path, target: s
 
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, target: str, call: int) -> None:
-    """SIGINT to this process at the given call of a function."""
-    from pipeline import work
+    """SIGINT to this process at the given call of a method."""
+    from pipeline import prefixes, work
 
-    real, calls = getattr(work.Work, target), []
+    owner = prefixes.Prefixes if target == "_prefilled" else work.Work
+    real, calls = getattr(owner, target), []
 
     def interrupting(*args: Any) -> Any:
         calls.append(1)
@@ -585,7 +586,7 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, target: str, call: int) -> Non
             signal.raise_signal(signal.SIGINT)
         return real(*args)
 
-    monkeypatch.setattr(work.Work, target, interrupting)
+    monkeypatch.setattr(owner, target, interrupting)
 
 
 def test_an_interrupted_run_finishes_the_rows_in_hand(

@@ -11,7 +11,7 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
-from pipeline.errors import StoreError
+from pipeline.errors import DiskFull, StoreError
 from pipeline.store import Store
 from turboquant import CacheCodec, Prefix
 from turboquant.identity import Identity
@@ -42,11 +42,11 @@ def store(tmp_path: Path) -> Store:
 def test_a_prefix_comes_back_bit_by_bit(store: Store, tmp_path: Path) -> None:
     segment = make_segment()
     assert not store.contains(KEY)
-    size = store.save(KEY, segment, IDENTITY, "label")
+    size = store.save(KEY, segment, IDENTITY, None, {"label": "label"})
     assert store.contains(KEY)
     assert store.used_bytes() == size
     assert segment.nbytes < size < segment.nbytes + 5000
-    restored = store.load(KEY, CODEC, IDENTITY, "label")
+    restored = store.load(KEY, 0, CODEC, IDENTITY, "label")
     assert restored is not None
     assert restored.tokens == 300
     assert tensors(restored) == tensors(segment)
@@ -57,7 +57,7 @@ def test_the_contexts_of_one_identity(store: Store, tmp_path: Path) -> None:
     assert list(store.contexts(IDENTITY)) == []
     other = replace(IDENTITY, weights="w2")
     for identity, label in (IDENTITY, "a"), (other, "b"), (IDENTITY, ""), (replace(IDENTITY, tokenizer="t2"), "c"):
-        store.save(identity.key(TOKENS, label), make_segment(), identity, label)
+        store.save(identity.key(TOKENS, label), make_segment(), identity, None, {"label": label, "whole": True})
     assert list(store.contexts(IDENTITY)) == [("a", 300)]
     assert list(store.contexts(other)) == [("b", 300)]
     manifest = tmp_path / "cache" / (key := other.key(TOKENS, "b"))[:2] / key / "segment.json"
@@ -66,7 +66,7 @@ def test_the_contexts_of_one_identity(store: Store, tmp_path: Path) -> None:
 
 
 def test_looking_makes_no_folder(store: Store, tmp_path: Path) -> None:
-    assert store.load(KEY, CODEC, IDENTITY, "label") is None
+    assert store.load(KEY, 0, CODEC, IDENTITY, "label") is None
     assert store.used_bytes() == 0
     assert list(tmp_path.iterdir()) == []
 
@@ -84,27 +84,27 @@ def test_looking_makes_no_folder(store: Store, tmp_path: Path) -> None:
 def test_a_miss_names_what_changed(
     store: Store, caplog: pytest.LogCaptureFixture, change: dict[str, str], reason: str
 ) -> None:
-    store.save(KEY, make_segment(), IDENTITY, "label")
+    store.save(KEY, make_segment(), IDENTITY, None, {"label": "label"})
     identity = replace(IDENTITY, **change)
     with caplog.at_level(logging.INFO, "pipeline"):
-        assert store.load(identity.key(TOKENS[:-1]), CODEC, identity, "label") is None
-        assert store.load(identity.key(TOKENS[:-1]), CODEC, identity, "another text") is None
+        assert store.load(identity.key(TOKENS[:-1]), 0, CODEC, identity, "label") is None
+        assert store.load(identity.key(TOKENS[:-1]), 0, CODEC, identity, "another text") is None
     first, second = caplog.messages
     assert reason in first
     assert second.endswith("absent")
 
 
 def test_a_broken_manifest_elsewhere_explains_nothing(store: Store, tmp_path: Path) -> None:
-    store.save(KEY, make_segment(), IDENTITY, "label")
+    store.save(KEY, make_segment(), IDENTITY, None, {"label": "label"})
     (tmp_path / "cache" / KEY[:2] / KEY / "segment.json").write_text("[]")
-    assert store.load(IDENTITY.key(TOKENS[:-1]), CODEC, IDENTITY, "label") is None
+    assert store.load(IDENTITY.key(TOKENS[:-1]), 0, CODEC, IDENTITY, "label") is None
 
 
 def test_bad_segments_are_numbered(store: Store, tmp_path: Path) -> None:
     for _ in range(2):
-        store.save(KEY, make_segment(), IDENTITY, "label")
+        store.save(KEY, make_segment(), IDENTITY, None, {"label": "label"})
         (tmp_path / "cache" / KEY[:2] / KEY / "segment.safetensors").write_bytes(b"x")
-        assert store.load(KEY, CODEC, IDENTITY, "label") is None
+        assert store.load(KEY, 0, CODEC, IDENTITY, "label") is None
         assert not store.contains(KEY)
     assert sorted(path.name for path in (tmp_path / "cache" / "rejected").iterdir()) == [f"{KEY}-0", f"{KEY}-1"]
 
@@ -114,35 +114,44 @@ def test_leftovers_of_a_killed_run_are_removed(store: Store, tmp_path: Path) -> 
     folder.mkdir(parents=True)
     (folder / ".half.safetensors").write_bytes(b"half")
     (folder / "segment.safetensors").write_bytes(b"without a manifest")
-    assert store.load(KEY, CODEC, IDENTITY, "label") is None
-    store.save(KEY, make_segment(), IDENTITY, "label")
+    assert store.load(KEY, 0, CODEC, IDENTITY, "label") is None
+    store.save(KEY, make_segment(), IDENTITY, None, {"label": "label"})
     assert sorted(path.name for path in folder.iterdir()) == ["segment.json", "segment.safetensors"]
-    assert store.load(KEY, CODEC, IDENTITY, "label") is not None
+    assert store.load(KEY, 0, CODEC, IDENTITY, "label") is not None
 
 
 def test_what_cannot_be_stored_is_one_kind_of_error(store: Store, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="QuantizedKVCache, which cannot be stored"):
-        store.save(KEY, Segment((QuantizedKVCache(),), 0, 300), IDENTITY, "label")
+        store.save(KEY, Segment((QuantizedKVCache(),), 0, 300), IDENTITY, None, {"label": "label"})
     assert not store.contains(KEY)
-    (tmp_path / "cache" / KEY[:2] / KEY).rmdir()
-    (tmp_path / "cache" / KEY[:2]).rmdir()
     (tmp_path / "cache" / KEY[:2]).write_text("in the way")
     with pytest.raises(StoreError, match="cannot be stored"):
-        store.save(KEY, make_segment(), IDENTITY, "label")
-    assert store.load(KEY, CODEC, IDENTITY, "label") is None
+        store.save(KEY, make_segment(), IDENTITY, None, {"label": "label"})
+    assert store.load(KEY, 0, CODEC, IDENTITY, "label") is None
 
 
-def test_a_full_disk(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """MLX says RuntimeError, not OSError."""
-
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (RuntimeError("[write] Unable to write 8 bytes to file."), StoreError),
+        (OSError(30, "Read-only file system"), StoreError),
+        (OSError(28, "No space left on device"), DiskFull),
+    ],
+)
+def test_a_write_that_fails_midway(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[StoreError]
+) -> None:
     def write_half(file: Any, *_: object) -> None:
         file.write(b"half")
-        raise RuntimeError("[write] Unable to write 8 bytes to file.")
+        raise error
 
-    monkeypatch.setattr(mx, "save_safetensors", write_half)
-    with pytest.raises(StoreError, match="Unable to write"):
-        store.save(KEY, make_segment(), IDENTITY, "label")
-    assert [path for path in (tmp_path / "cache").rglob("*") if path.is_file()] == []
+    with monkeypatch.context() as patch:
+        patch.setattr(mx, "save_safetensors", write_half)
+        with pytest.raises(StoreError) as raised:
+            store.save(KEY, make_segment(), IDENTITY, None, {"label": "label"})
+    assert type(raised.value) is kind
+    assert list((tmp_path / "cache").glob("??/*/*")) == []
+    store.save(KEY, make_segment(), IDENTITY, None, {"label": "label"})
 
 
 def test_a_cache_that_is_a_file(tmp_path: Path) -> None:

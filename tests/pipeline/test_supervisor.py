@@ -128,7 +128,7 @@ def killed(tmp_path: Path, tiny_model: Path) -> Supervised:
 @pytest.mark.parametrize(
     ("fate", "target", "call", "begun", "how"),
     [
-        ("kill", "pipeline.work:Work._prefilled", "2", "d0 d1 d1 d2", "was killed by signal 9 (SIGKILL)"),
+        ("kill", "pipeline.prefixes:Prefixes._prefilled", "2", "d0 d1 d1 d2", "was killed by signal 9 (SIGKILL)"),
         ("kill", "pipeline.work:Work._answered", "5", "d0 d1 d1 d2", "was killed by signal 9 (SIGKILL)"),
         ("abort", "pipeline.work:Work._answered", "7", "d0 d1 d2 d2", "was killed by signal 6 (SIGABRT)"),
         ("leave", "pipeline.model:load_model", "1", "d0 d1 d2", "ended with exit status 3"),
@@ -176,7 +176,7 @@ def test_rows_that_an_earlier_run_answered_stay_kept(killed: Supervised) -> None
 def test_a_document_that_kills_the_process_twice_becomes_error_rows(
     workplace: Workplace, killed: Supervised, fate: str, how: str
 ) -> None:
-    process = killed.start(fate, "pipeline.work:Work._prefilled", "2 1")
+    process = killed.start(fate, "pipeline.prefixes:Prefixes._prefilled", "2 1")
     out, error = process.communicate()
     assert process.returncode == 3, error
     assert "3 ModelProcessDied" in out

@@ -72,7 +72,7 @@ def prefix() -> Segment:
 @pytest.fixture(scope="module")
 def written(prefix: Segment, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("written")
-    write_segment(folder, KEY, prefix, IDENTITY, label="minutes of May")
+    write_segment(folder, KEY, prefix, IDENTITY, about={"label": "minutes of May"})
     return folder
 
 
@@ -138,7 +138,7 @@ def test_the_manifest_tells_what_the_segment_is(folder: Path) -> None:
     manifest = read_manifest(folder)
     assert manifest["key"] == KEY
     assert manifest["tokens"] == TOKENS
-    assert manifest["label"] == "minutes of May"
+    assert manifest["about"] == {"label": "minutes of May"}
     assert manifest["identity"] == dataclasses.asdict(IDENTITY)
     assert set(manifest["versions"]) == {"mlx", "mlx-lm"}
 

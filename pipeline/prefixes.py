@@ -1,0 +1,197 @@
+"""The prefix of a context: its segments restored as far as the store has them, the others built and stored.
+
+Knows where a context is cut into segments and in which order things are tried; how a segment is prefilled, stored or
+attended to is others' work. The cuts depend on the job alone, so a prefix has the same bytes wherever a run was cut
+off and whatever was in the store.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+
+from pipeline.errors import BudgetTooSmall, DiskFull, GenerationFailed, StoreError, one_line
+from pipeline.identity import cache_codec
+from pipeline.job import Job
+from pipeline.model import LoadedModel, prefix_bytes
+from pipeline.prefill import prefill
+from pipeline.progress import Watcher
+from pipeline.report import Report
+from pipeline.store import Store
+from turboquant import Prefix
+from turboquant.identity import Identity
+from turboquant.segments import Segment, join
+
+_log = logging.getLogger(__name__)
+
+
+def segment_ends(tokens: int, shared: int, length: int | None) -> list[int]:
+    """Where the segments of a context end: ``shared`` tokens are apart; ``length`` cuts what is longer, if not None.
+
+    >>> segment_ends(10_000, 0, None)
+    [10000]
+    >>> segment_ends(10_000, 1500, 4096)
+    [1500, 5596, 9692, 10000]
+    """
+    ends = []
+    for start, stop in pairwise([0, shared, tokens] if 0 < shared < tokens else [0, tokens]):
+        ends += [*range(start + length, stop, length), stop] if length else [stop]
+    return ends
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """The tokens of one segment, ``start`` others before them; its key and its parent's; what the store is told."""
+
+    tokens: Sequence[int]
+    start: int
+    key: str
+    parent: str | None
+    about: Mapping[str, str | bool]
+
+
+class Prefixes:
+    """Gives a job's prefixes, one at a time.
+
+    about: what is to be told in the store of every segment. check: raises Interrupted where the user asked to stop.
+    shared_label: of what all documents have in common.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        identity: Identity,
+        loaded: LoadedModel,
+        store: Store,
+        about: Mapping[str, str],
+        progress: Watcher,
+        report: Report,
+        check: Callable[[], None],
+        shared_label: str = "",
+    ) -> None:
+        self._identity, self._loaded, self._store = identity, loaded, store
+        self._shared_label = shared_label
+        self._codec = cache_codec(job.cache)
+        self._length = job.cache.segment if job.cache.prefill == "streaming" else None
+        self._about, self._progress, self._report, self._check = about, progress, report, check
+        self._can_store = True
+        self.own_keys: set[str] = set()  # of the last prefix's segments that are its document's alone
+
+    def prefix(self, document_id: str, context: Sequence[int], shared: int, label: str) -> Prefix:
+        """The prefix of a context whose first ``shared`` tokens all documents have.
+
+        Raises GenerationFailed where the model fails, DiskFull where there is no room to store it.
+        """
+        self._report.context_tokens += len(context)
+        pieces = self._cut(document_id, context, shared, label)
+        self._store.hold([piece.key for piece in pieces])
+        self.own_keys = {piece.key for piece in pieces if piece.start >= shared}
+        prefix: Prefix | None = None
+        built = False
+        for piece in pieces:
+            segment, was_stored = self._segment(piece, prefix)
+            try:
+                prefix = _extended(prefix, segment)
+            except ValueError as error:  # another parent's, though all its checksums are right
+                self._store.reject(piece.key, one_line(error))
+                segment, was_stored = self._segment(piece, prefix)
+                prefix = _extended(prefix, segment)
+            built |= not was_stored
+        assert prefix is not None
+        self._count(prefix, built)
+        return prefix
+
+    def _cut(self, document_id: str, context: Sequence[int], shared: int, label: str) -> list[_Piece]:
+        pieces: list[_Piece] = []
+        key = ""
+        for start, stop in pairwise([0, *segment_ends(len(context), shared, self._length)]):
+            parent, key = key, self._identity.key(context[start:stop], parent=key)
+            about: dict[str, str | bool] = {
+                **self._about,
+                "label": label if start >= shared else self._shared_label,
+                "document": document_id,
+                "whole": stop == len(context),
+            }
+            pieces.append(_Piece(context[start:stop], start, key, parent or None, about))
+        return pieces
+
+    def _segment(self, piece: _Piece, before: Prefix | None) -> tuple[Segment, bool]:
+        """A segment, and whether it was in the store."""
+        segment = self._load(piece)
+        if segment is not None:
+            return segment, True
+        with self._store.building(piece.key, self._check) as waited:
+            if waited and (segment := self._load(piece)) is not None:
+                return segment, True
+            return self._build(piece, before), False
+
+    def _load(self, piece: _Piece) -> Segment | None:
+        with self._timed("restore_seconds"):
+            return self._store.load(piece.key, piece.start, self._codec, self._identity, str(piece.about["label"]))
+
+    def _build(self, piece: _Piece, before: Prefix | None) -> Segment:
+        """Prefill a segment, and store it where that is possible."""
+        self._check()
+        can_store = self._has_room(len(piece.tokens))
+        self._progress.start_prefill(str(piece.about["document"]), len(piece.tokens))
+        try:
+            with self._timed("prefill_seconds"):
+                segment = prefill(self._loaded.model, piece.tokens, self._codec, before, self._prefilled)
+        except (RuntimeError, ValueError, MemoryError) as error:
+            raise GenerationFailed(f"the prefill failed: {one_line(error)}") from error
+        finally:
+            self._progress.end_prefill()
+        self._report.prefilled_tokens += len(piece.tokens)
+        if can_store:
+            with self._going_on_without():
+                self._store.save(piece.key, segment, self._identity, piece.parent, piece.about)
+        return segment
+
+    def _has_room(self, tokens: int) -> bool:
+        """Whether a segment of so many tokens can be stored, asked before it is prefilled. Raises DiskFull."""
+        with self._going_on_without():
+            self._store.make_room(prefix_bytes(self._codec, self._loaded.config, tokens))
+            return True
+        return False
+
+    @contextmanager
+    def _going_on_without(self) -> Iterator[None]:
+        """Where the folder refuses, the job goes on without storing. A full disk stops it: results need room too."""
+        try:
+            yield
+        except DiskFull:
+            raise
+        except StoreError as error:
+            if self._can_store:
+                kind = "the budget has no room" if isinstance(error, BudgetTooSmall) else "that fails"
+                _log.warning("%s; the job goes on without storing prefixes where %s", error, kind)
+            self._can_store = False
+
+    def _prefilled(self, tokens: int) -> None:
+        self._check()
+        self._progress.prefilled(tokens)
+
+    def _count(self, prefix: Prefix, built: bool) -> None:
+        report = self._report
+        report.prefixes_built += built
+        report.prefixes_restored += not built
+        report.prefix_bytes += prefix.nbytes
+        prefixes = report.prefixes_built + report.prefixes_restored
+        report.effective_bits += (prefix.effective_bits - report.effective_bits) / prefixes
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            setattr(self._report, name, getattr(self._report, name) + time.monotonic() - started)
+
+
+def _extended(prefix: Prefix | None, segment: Segment) -> Prefix:
+    before = [] if prefix is None else [Segment(prefix.layers, 0, prefix.tokens)]
+    return join([*before, segment])
