@@ -124,6 +124,7 @@ def test_what_cannot_be_stored_is_one_kind_of_error(store: Store, tmp_path: Path
     with pytest.raises(StoreError, match="QuantizedKVCache, which cannot be stored"):
         store.save(KEY, Segment((QuantizedKVCache(),), 0, 300), IDENTITY, None, {"label": "label"})
     assert not store.contains(KEY)
+    (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / KEY[:2]).write_text("in the way")
     with pytest.raises(StoreError, match="cannot be stored"):
         store.save(KEY, make_segment(), IDENTITY, None, {"label": "label"})
