@@ -7,15 +7,15 @@ interrupted, resumable; 1 anything else.
 from __future__ import annotations
 
 import json
-import logging
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from pipeline.cache_cli import app as cache_app
+from pipeline.console import AsJson, Debug, errors_explained, size, table
 
 if TYPE_CHECKING:
     from pipeline.job import Job
@@ -34,14 +34,13 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.add_typer(cache_app)
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="The job file (YAML).")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a key of the job file; may be repeated."),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress and no summary.")]
 
 
@@ -54,7 +53,7 @@ def run(
     debug: Debug = False,
 ) -> None:
     """Run a job, or resume it: the same command. Rows that are answered already are kept."""
-    with _errors_explained(debug, quiet, computes=False):
+    with errors_explained(debug, quiet, computes=False):
         from pipeline.supervisor import supervise
 
         job = _load(job_file, set_)
@@ -73,7 +72,7 @@ def run(
 @app.command()
 def plan(job_file: JobFile, set_: Overrides = None, as_json: AsJson = False, debug: Debug = False) -> None:
     """Check everything and say what a run would cost, without loading weights."""
-    with _errors_explained(debug):
+    with errors_explained(debug):
         from pipeline.survey import plan_job
 
         job = _load(job_file, set_)
@@ -83,7 +82,7 @@ def plan(job_file: JobFile, set_: Overrides = None, as_json: AsJson = False, deb
             print(json.dumps(asdict(found), indent=1))
             return
         print(
-            _table(
+            table(
                 (
                     "documents",
                     f"{found.status.documents:,} ({about}{found.tokens:,} tokens, the longest {found.longest:,})",
@@ -95,7 +94,7 @@ def plan(job_file: JobFile, set_: Overrides = None, as_json: AsJson = False, deb
                 ("prefill", f"{about}{found.tokens_to_prefill:,} tokens"),
                 (
                     "disk",
-                    f"{about}{_size(found.bytes_to_store)} to store, {_size(found.free_bytes)} free at {job.cache.dir}",
+                    f"{about}{size(found.bytes_to_store)} to store, {size(found.free_bytes)} free at {job.cache.dir}",
                 ),
             )
         )
@@ -104,7 +103,7 @@ def plan(job_file: JobFile, set_: Overrides = None, as_json: AsJson = False, deb
 @app.command()
 def status(job_file: JobFile, set_: Overrides = None, as_json: AsJson = False, debug: Debug = False) -> None:
     """Count a job's rows: done, failed, left."""
-    with _errors_explained(debug):
+    with errors_explained(debug):
         from pipeline.survey import job_status
 
         found = job_status(_load(job_file, set_), quiet=as_json)
@@ -112,13 +111,13 @@ def status(job_file: JobFile, set_: Overrides = None, as_json: AsJson = False, d
             print(json.dumps({**asdict(found), "left": found.left}, indent=1))
         else:
             counts = f"{found.rows:,}: {found.done:,} done, {found.failed:,} failed, {found.left:,} left"
-            print(_table(("documents", f"{found.documents:,}"), ("rows", counts)))
+            print(table(("documents", f"{found.documents:,}"), ("rows", counts)))
 
 
 @app.command()
 def doctor(as_json: AsJson = False, debug: Debug = False) -> None:
     """Show device, BLAS, versions and measured speed, and what to fix."""
-    with _errors_explained(debug):
+    with errors_explained(debug):
         from pipeline import doctor as module
 
         checks = module.examine()
@@ -136,37 +135,6 @@ def _load(job_file: Path, overrides: list[str] | None) -> Job:
     return load_job(job_file, overrides or [])
 
 
-@contextmanager
-def _errors_explained(debug: bool, quiet: bool = False, computes: bool = True) -> Iterator[None]:
-    """Turn what is raised into one line on stderr and an exit code. ``computes``: MLX may be used in this process."""
-    from pipeline.errors import PipelineError, one_line
-
-    if computes:
-        from turboquant.blas import load_tuned_blas
-
-        load_tuned_blas()  # before anything imports NumPy or MLX: it sets what OpenBLAS reads when it is loaded
-    level = logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    logging.getLogger("pipeline").setLevel(level)
-    try:
-        yield
-    except PipelineError as error:
-        if debug:
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(error.exit_code) from None
-    except KeyboardInterrupt:
-        print("interrupted; the same command resumes", file=sys.stderr)
-        raise typer.Exit(130) from None
-    except typer.Exit:
-        raise
-    except Exception as error:
-        if debug:
-            raise
-        print(f"error: {type(error).__name__}: {one_line(error)} (--debug shows where)", file=sys.stderr)
-        raise typer.Exit(1) from None
-
-
 def _summary(job: Job, report: Report) -> str:
     answered = f"{report.rows_answered:,} answered, {report.rows_kept:,} kept, {report.rows_failed:,} failed"
     rows = [("rows", f"{answered} of {report.rows:,} ({report.documents:,} documents)")]
@@ -175,7 +143,7 @@ def _summary(job: Job, report: Report) -> str:
     if prefixes := report.prefixes_built + report.prefixes_restored:
         built = f"{report.prefixes_built:,} built, {report.prefixes_restored:,} restored"
         bits = f"{report.effective_bits:.2f} bits a value" if report.effective_bits else "uncompressed"
-        rows.append(("prefixes", f"{built}; {_size(report.prefix_bytes / prefixes)} each, {bits}"))
+        rows.append(("prefixes", f"{built}; {size(report.prefix_bytes / prefixes)} each, {bits}"))
     if report.prefilled_tokens:
         rows.append(("prefill", _rate(report.prefilled_tokens, report.prefill_seconds)))
     if report.answer_tokens:
@@ -184,7 +152,7 @@ def _summary(job: Job, report: Report) -> str:
         rows.append(("restarts", f"{report.restarts:,} of the model's process, which had died"))
     rows.append(("seconds", f"{report.seconds:.1f}"))
     rows.append(("result", str(job.output.path) if not report.interrupted else f"{job.output.path}.parts"))
-    return _table(*rows)
+    return table(*rows)
 
 
 def _will_fail(too_long: int, unreadable: int) -> str:
@@ -195,19 +163,6 @@ def _will_fail(too_long: int, unreadable: int) -> str:
 
 def _rate(tokens: int, seconds: float) -> str:
     return f"{tokens:,} tokens in {seconds:.1f} s ({tokens / max(seconds, 1e-9):,.0f} tokens/s)"
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:,.1f} GB"
-
-
-def _table(*rows: tuple[str, str]) -> str:
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
 if __name__ == "__main__":

@@ -6,15 +6,19 @@ Knows manifests, sizes, ages and who stands behind whom; not which contexts a jo
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from turboquant.files import MANIFEST, SegmentError, read_manifest
 
 REJECTED = "rejected"
+_KEY = re.compile(r"[0-9a-f]{64}")
+_SET_ASIDE = re.compile(r"[0-9a-f]{64}-\d+")
 
 
 @dataclass(frozen=True)
@@ -53,16 +57,27 @@ class Entry:
         return str(self.about.get("label", ""))
 
     @property
+    def created(self) -> float | None:
+        """When it was built, in seconds since the epoch."""
+        try:
+            return datetime.fromisoformat(str((self.manifest or {}).get("created"))).timestamp()
+        except ValueError:
+            return None
+
+    @property
     def tokens(self) -> int:
         """How many tokens it holds."""
         return int(self.manifest["tokens"]) if self.manifest else 0
 
 
 def entries(folder: Path) -> Iterator[Entry]:
-    """Everything in a store's folder that is a segment, was one, or was to become one."""
+    """Everything in a store's folder that is a segment, was one or was to become one, by its name; no other file."""
     for path in sorted(folder.glob(f"{REJECTED}/*")):
-        yield Entry(path, size_of(path), 0.0, None, "rejected")
+        if _SET_ASIDE.fullmatch(path.name):
+            yield Entry(path, size_of(path), 0.0, None, "rejected")
     for path in sorted(folder.glob("??/*")):
+        if not _KEY.fullmatch(path.name) or not path.name.startswith(path.parent.name):
+            continue
         try:
             used = (path / MANIFEST).stat().st_mtime
             manifest = read_manifest(path)

@@ -33,11 +33,14 @@ def output_digest(output: Path) -> str:
 
 
 class Needs:
-    """The contexts that one job, and the others that share its store, still need."""
+    """The contexts that one job, and the others that share its store, still need.
 
-    def __init__(self, folder: Path, output: Path) -> None:
+    output: where the job's result goes; None for nobody's, to look at what jobs need.
+    """
+
+    def __init__(self, folder: Path, output: Path | None = None) -> None:
         self._folder, self._output = folder / JOBS, output
-        self._file = self._folder / f"{output_digest(output)}.json"
+        self._file = self._folder / f"{output_digest(output)}.json" if output else None
         self._own: Counter[int] = Counter()
         self._written = 0.0
         self._others: tuple[list[tuple[Path, int]], set[int]] = ([], set())
@@ -62,23 +65,17 @@ class Needs:
             self._write()
             return
         with suppress(OSError):
-            self._file.unlink(missing_ok=True)
+            if self._file is not None:
+                self._file.unlink(missing_ok=True)
 
     def wants(self, label: str) -> bool:
         """Whether a context of this label is needed, by this job or another."""
         number = _number(label)
         return number in self._own or number in self._needed_by_others()
 
-    def wanted_elsewhere(self, label: str) -> bool:
-        """Whether a context of this label is needed by another job."""
-        return _number(label) in self._needed_by_others()
-
-    @property
-    def nbytes(self) -> int:
-        """About the size of the job's file."""
-        return 200 + len(str(self._output)) + (_DIGITS + 4) * len(self._own)
-
     def _write(self) -> None:
+        if self._file is None:
+            return
         self._written = time.monotonic()
         labels = [f"{number:0{_DIGITS}x}" for number in self._own]
         try:

@@ -130,8 +130,9 @@ class Prefixes:
             return self._build(piece, before), False
 
     def _load(self, piece: _Piece) -> Segment | None:
+        label, whole = str(piece.about["label"]), bool(piece.about["whole"])
         with self._timed("restore_seconds"):
-            return self._store.load(piece.key, piece.start, self._codec, self._identity, str(piece.about["label"]))
+            return self._store.load(piece.key, piece.start, self._codec, self._identity, label, whole)
 
     def _build(self, piece: _Piece, before: Prefix | None) -> Segment:
         """Prefill a segment, and store it where that is possible."""

@@ -36,6 +36,7 @@ from turboquant.segments import Segment
 LOCKS = "locks"
 SECONDS_BETWEEN_TRIES = 0.25  # for a lock that another process holds
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_ABSENT = "absent"
 _FOLDER_BYTES = 8192  # for the small files beside the segments
 _log = logging.getLogger(__name__)
 
@@ -54,16 +55,22 @@ class Store:
             raise StoreError(f"cache.dir: {folder} is a file; name a folder")
         self._folder, self._budget, self._is_needed = folder, budget, is_needed
         self._labels: dict[str, list[Mapping[str, Any]]] | None = None
+        self._told: set[str] = set()
         self._held: set[str] = set()  # keys that the caller is at work with
 
-    def load(self, key: str, start: int, codec: CacheCodec, identity: Identity, label: str) -> Segment | None:
-        """The segment stored under ``key``, behind ``start`` tokens, verified, or None; why not is logged."""
+    def load(
+        self, key: str, start: int, codec: CacheCodec, identity: Identity, label: str, whole: bool = True
+    ) -> Segment | None:
+        """The segment stored under ``key``, behind ``start`` tokens, verified, or None; why not is logged.
+
+        label: its context's. whole: whether the context ends with it.
+        """
         folder = self._path(key)
         try:
             segment = read_segment(folder, key, codec, start)
         except SegmentError as error:
             if not (folder / MANIFEST).exists():
-                _log.info("prefix %.12s not in the store: %s", key, self._explain(identity, label))
+                self._tell_why(key, self._explain(identity, label, whole))
             else:
                 self.reject(key, str(error))
             return None
@@ -94,7 +101,7 @@ class Store:
         folder, needed = self._path(key), 0
         try:
             needed = segment_bytes(segment) + len(str(about)) + size_of(folder)
-            with self._writing():
+            with self.changing():
                 self._make_room(needed)
                 if folder.exists():
                     for leftover in folder.glob(".*"):  # of a run that was killed while it wrote
@@ -113,7 +120,7 @@ class Store:
     def make_room(self, needed: int) -> None:
         """Evict until ``needed`` more bytes fit. Raises DiskFull or BudgetTooSmall where they can't."""
         try:
-            with self._writing():
+            with self.changing():
                 self._make_room(needed)
         except OSError as error:
             _log.debug("%s: no room can be made: %s", self._folder, error)
@@ -157,6 +164,14 @@ class Store:
         """Remove all segments about which ``name`` is ``value``, as ``drop`` does."""
         self._drop(lambda entry: entry.about.get(name) == value)
 
+    def remove(self, found: Sequence[Entry]) -> None:
+        """Remove what was found in the folder. Raises StoreError where it refuses."""
+        try:
+            for entry in found:
+                remove(entry)
+        except OSError as error:
+            raise StoreError(f"{self._folder}: cannot be shrunk: {one_line(error)}") from error
+
     def contains(self, key: str) -> bool:
         """Whether a complete segment seems to be there; it is verified only when loaded."""
         return (self._path(key) / MANIFEST).is_file()
@@ -192,7 +207,7 @@ class Store:
         return FileLock(folder / f"{name}.lock")
 
     @contextmanager
-    def _writing(self) -> Iterator[None]:
+    def changing(self) -> Iterator[None]:
         """One process at a time changes what is in the folder."""
         lock = self._lock("write")
         if lock is None:
@@ -231,7 +246,7 @@ class Store:
         self._held.clear()
 
         try:
-            with self._writing():
+            with self.changing():
                 for entry in eviction_order(self.entries(), is_needed):
                     if entry.problem is None:
                         remove(entry)
@@ -248,12 +263,18 @@ class Store:
             "free some or set another cache.dir: what is done is kept, and the same command resumes"
         )
 
-    def _explain(self, identity: Identity, label: str) -> str:
-        """Why a key is absent: the first thing in which a segment of the same text differs."""
+    def _tell_why(self, key: str, reason: str) -> None:
+        """A reason is worth a line once, and that something is not there yet is worth none."""
+        told = reason in self._told or reason == _ABSENT
+        _log.log(logging.DEBUG if told else logging.INFO, "prefix %.12s not in the store: %s", key, reason)
+        self._told.add(reason)
+
+    def _explain(self, identity: Identity, label: str, whole: bool) -> str:
+        """Why a key is absent: the first thing in which a context of the same text differs."""
         if self._labels is None:
             self._labels = {}
             for entry in self.entries():
-                if entry.manifest is not None:
+                if entry.manifest is not None and entry.about.get("whole"):
                     self._labels.setdefault(entry.label, []).append(entry.manifest["identity"])
         wanted = asdict(identity)
         for stored in self._labels.get(label, []):
@@ -262,6 +283,6 @@ class Store:
                 name = differing[0]
                 known = {"weights": "other weights", "tokenizer": "another tokenizer or chat template"}
                 return known.get(name, f"{name} was '{stored.get(name)}', now '{wanted[name]}'")
-        if label in self._labels:
+        if whole and label in self._labels:
             return "the context of this text ends elsewhere: the queries have changed"
-        return "absent"
+        return _ABSENT

@@ -27,9 +27,11 @@ from turboquant.tensor_files import (
     MALFORMED,
     STOCK_CACHES,
     FileError,
+    digest_file,
     freeze,
     load_tensors,
     parse_json,
+    read_header,
     replacing,
     restore_layer,
     restore_stock,
@@ -137,6 +139,22 @@ def read_segment(folder: Path, key: str, codec: CacheCodec, start: int = 0) -> S
         return _assemble(tensors, manifest["layers"], manifest["start"], manifest["tokens"], codec)
     except MALFORMED as error:
         raise SegmentError(f"the layers don't fit together: {error}") from None
+
+
+def verify_segment(folder: Path, key: str) -> None:
+    """Check every byte of a segment, loading none. Raises SegmentError with the reason where anything is wrong."""
+    manifest = read_manifest(folder)
+    if manifest.get("key") != key:
+        raise SegmentError("the manifest holds another segment's key")
+    try:
+        with (folder / TENSORS).open("rb") as file:
+            read_header(file)
+            if digest_file(file) != manifest.get("checksum"):
+                raise SegmentError("checksum")
+    except FileNotFoundError:
+        raise SegmentError("the tensors are missing") from None
+    except (OSError, ValueError) as error:
+        raise SegmentError(f"the tensors cannot be read: {error}") from None
 
 
 def _disassemble(segment: Segment) -> tuple[dict[str, mx.array], list[dict[str, Any]]]:

@@ -108,6 +108,15 @@ def seal(manifest: Mapping[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
+def digest_file(file: BinaryIO) -> str:
+    """The checksum of a whole file's bytes."""
+    digest = xxhash.xxh3_128()
+    file.seek(0)
+    while chunk := file.read(1 << 20):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
 def digest_tensors(tensors: Mapping[str, mx.array]) -> str:
     """A checksum over the names, dtypes, shapes and bytes of all tensors."""
     names = {dtype: name for name, (dtype, _) in DTYPES.items()}

@@ -344,9 +344,10 @@ def test_another_codec_misses(workplace: Workplace, caplog: pytest.LogCaptureFix
 
 
 def test_an_absent_segment_is_called_absent(workplace: Workplace, caplog: pytest.LogCaptureFixture) -> None:
-    with caplog.at_level(logging.INFO, "pipeline"):
+    with caplog.at_level(logging.DEBUG, "pipeline"):
         workplace.run()
     assert caplog.text.count("not in the store: absent") == 3
+    assert {r.levelno for r in caplog.records if "absent" in r.getMessage()} == {logging.DEBUG}
 
 
 @pytest.mark.parametrize("error", [OSError(30, "Read-only file system"), RuntimeError("[write] Unable to write")])

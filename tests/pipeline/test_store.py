@@ -42,7 +42,7 @@ def store(tmp_path: Path) -> Store:
 def test_a_prefix_comes_back_bit_by_bit(store: Store, tmp_path: Path) -> None:
     segment = make_segment()
     assert not store.contains(KEY)
-    size = store.save(KEY, segment, IDENTITY, None, {"label": "label"})
+    size = store.save(KEY, segment, IDENTITY, None, {"label": "label", "whole": True})
     assert store.contains(KEY)
     assert store.used_bytes() == size
     assert segment.nbytes < size < segment.nbytes + 5000
@@ -84,9 +84,9 @@ def test_looking_makes_no_folder(store: Store, tmp_path: Path) -> None:
 def test_a_miss_names_what_changed(
     store: Store, caplog: pytest.LogCaptureFixture, change: dict[str, str], reason: str
 ) -> None:
-    store.save(KEY, make_segment(), IDENTITY, None, {"label": "label"})
+    store.save(KEY, make_segment(), IDENTITY, None, {"label": "label", "whole": True})
     identity = replace(IDENTITY, **change)
-    with caplog.at_level(logging.INFO, "pipeline"):
+    with caplog.at_level(logging.DEBUG, "pipeline"):
         assert store.load(identity.key(TOKENS[:-1]), 0, CODEC, identity, "label") is None
         assert store.load(identity.key(TOKENS[:-1]), 0, CODEC, identity, "another text") is None
     first, second = caplog.messages
@@ -95,14 +95,14 @@ def test_a_miss_names_what_changed(
 
 
 def test_a_broken_manifest_elsewhere_explains_nothing(store: Store, tmp_path: Path) -> None:
-    store.save(KEY, make_segment(), IDENTITY, None, {"label": "label"})
+    store.save(KEY, make_segment(), IDENTITY, None, {"label": "label", "whole": True})
     (tmp_path / "cache" / KEY[:2] / KEY / "segment.json").write_text("[]")
     assert store.load(IDENTITY.key(TOKENS[:-1]), 0, CODEC, IDENTITY, "label") is None
 
 
 def test_bad_segments_are_numbered(store: Store, tmp_path: Path) -> None:
     for _ in range(2):
-        store.save(KEY, make_segment(), IDENTITY, None, {"label": "label"})
+        store.save(KEY, make_segment(), IDENTITY, None, {"label": "label", "whole": True})
         (tmp_path / "cache" / KEY[:2] / KEY / "segment.safetensors").write_bytes(b"x")
         assert store.load(KEY, 0, CODEC, IDENTITY, "label") is None
         assert not store.contains(KEY)
@@ -115,19 +115,19 @@ def test_leftovers_of_a_killed_run_are_removed(store: Store, tmp_path: Path) -> 
     (folder / ".half.safetensors").write_bytes(b"half")
     (folder / "segment.safetensors").write_bytes(b"without a manifest")
     assert store.load(KEY, 0, CODEC, IDENTITY, "label") is None
-    store.save(KEY, make_segment(), IDENTITY, None, {"label": "label"})
+    store.save(KEY, make_segment(), IDENTITY, None, {"label": "label", "whole": True})
     assert sorted(path.name for path in folder.iterdir()) == ["segment.json", "segment.safetensors"]
     assert store.load(KEY, 0, CODEC, IDENTITY, "label") is not None
 
 
 def test_what_cannot_be_stored_is_one_kind_of_error(store: Store, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="QuantizedKVCache, which cannot be stored"):
-        store.save(KEY, Segment((QuantizedKVCache(),), 0, 300), IDENTITY, None, {"label": "label"})
+        store.save(KEY, Segment((QuantizedKVCache(),), 0, 300), IDENTITY, None, {"label": "label", "whole": True})
     assert not store.contains(KEY)
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / KEY[:2]).write_text("in the way")
     with pytest.raises(StoreError, match="cannot be stored"):
-        store.save(KEY, make_segment(), IDENTITY, None, {"label": "label"})
+        store.save(KEY, make_segment(), IDENTITY, None, {"label": "label", "whole": True})
     assert store.load(KEY, 0, CODEC, IDENTITY, "label") is None
 
 
@@ -149,10 +149,10 @@ def test_a_write_that_fails_midway(
     with monkeypatch.context() as patch:
         patch.setattr(mx, "save_safetensors", write_half)
         with pytest.raises(StoreError) as raised:
-            store.save(KEY, make_segment(), IDENTITY, None, {"label": "label"})
+            store.save(KEY, make_segment(), IDENTITY, None, {"label": "label", "whole": True})
     assert type(raised.value) is kind
     assert list((tmp_path / "cache").glob("??/*/*")) == []
-    store.save(KEY, make_segment(), IDENTITY, None, {"label": "label"})
+    store.save(KEY, make_segment(), IDENTITY, None, {"label": "label", "whole": True})
 
 
 def test_a_cache_that_is_a_file(tmp_path: Path) -> None:

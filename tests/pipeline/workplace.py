@@ -61,6 +61,11 @@ class Workplace:
 
         return Runner(load_job(self.save(), overrides), quiet=True).run()
 
+    def run_with(self, **sections: Any) -> Report:
+        """Run the job with other sections."""
+        self.save(**sections)
+        return self.run()
+
     def rows(self) -> dict[tuple[str, str], dict[str, Any]]:
         """The finished file's rows by document and query."""
         return {(row["document_id"], row["query_id"]): row for row in pq.read_table(self.output).to_pylist()}

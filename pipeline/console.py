@@ -1,0 +1,60 @@
+"""What the commands have in common: options, how errors are told, how numbers and tables look."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Annotated
+
+import typer
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")]
+
+
+@contextmanager
+def errors_explained(debug: bool, quiet: bool = False, computes: bool = True) -> Iterator[None]:
+    """Turn what is raised into one line on stderr and an exit code. ``computes``: MLX may be used in this process."""
+    from pipeline.errors import PipelineError, one_line
+
+    if computes:
+        from turboquant.blas import load_tuned_blas
+
+        load_tuned_blas()  # before anything imports NumPy or MLX: it sets what OpenBLAS reads when it is loaded
+    level = logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO
+    logging.basicConfig(format="%(message)s", stream=sys.stderr)
+    logging.getLogger("pipeline").setLevel(level)
+    try:
+        yield
+    except PipelineError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        print("interrupted; the same command resumes", file=sys.stderr)
+        raise typer.Exit(130) from None
+    except typer.Exit:
+        raise
+    except Exception as error:
+        if debug:
+            raise
+        print(f"error: {type(error).__name__}: {one_line(error)} (--debug shows where)", file=sys.stderr)
+        raise typer.Exit(1) from None
+
+
+def size(count: float) -> str:
+    """Bytes, in a unit that suits them."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.1f} GB"
+
+
+def table(*rows: tuple[str, str]) -> str:
+    """Names and values in two columns."""
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
