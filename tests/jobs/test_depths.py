@@ -24,6 +24,7 @@ from turboquant import CacheCodec, Prefix, enabled
 from turboquant.files import read_segment, write_segment
 from turboquant.identity import Identity
 from turboquant.prefix import PrefillCache, feed
+from turboquant.segments import Segment, join
 
 JOBS = Path(__file__).parents[2] / "jobs"
 DEPTHS = (0.05, 0.27, 0.5, 0.73, 0.95)
@@ -103,8 +104,9 @@ def test_answers_are_full_precision_s_at_every_depth(
     assert right == [True] * len(DEPTHS)
     codec = CacheCodec(bits, bits)
     cold = Prefix.encode(copy.deepcopy(filled), len(context), codec)
-    write_segment(tmp_path, "key", cold, Identity("", "", codec.identity, "exact"))
-    warm = read_segment(tmp_path, "key", codec)
+    segment = Segment(cold.layers, 0, cold.tokens)
+    write_segment(tmp_path, "key", segment, Identity("", "", codec.identity, "exact"))
+    warm = join([read_segment(tmp_path, "key", codec)])
     for prefix in (cold, warm):
         assert answers(loaded, prefix, suffixes, 1) == expected
         assert answers(loaded, prefix, suffixes + suffixes[:3], 8) == expected + expected[:3]

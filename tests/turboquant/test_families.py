@@ -18,6 +18,7 @@ from turboquant import CacheCodec, EncodedLayer, Prefix, TurboQuantKVCache, enab
 from turboquant.families import Support, explain
 from turboquant.files import read_segment, write_segment
 from turboquant.identity import Identity
+from turboquant.segments import Segment, join
 
 Build = Callable[[str], Any]
 Tokens = Callable[[int, int], list[int]]
@@ -88,8 +89,9 @@ def test_a_restored_prefix_gives_the_same_logits_and_a_batch_nearly(
     prefix = prefill(model, random_tokens(CONTEXT, 0), codec)
     expected = logits(model, prefix.fork(), query)
 
-    write_segment(tmp_path, "key", prefix, Identity("w", "t", codec.identity, "exact"))
-    restored = read_segment(tmp_path, "key", codec)
+    segment = Segment(prefix.layers, 0, prefix.tokens)
+    write_segment(tmp_path, "key", segment, Identity("w", "t", codec.identity, "exact"))
+    restored = join([read_segment(tmp_path, "key", codec)])
     assert mx.array_equal(logits(model, restored.fork(), query), expected)
 
     forks = [prefix.fork(), restored.fork(), prefix.fork()]
