@@ -30,6 +30,7 @@ SYSTEM = "You answer from the document only."
 ANSWER_TOKENS = 32
 PAIRS = ((5, 4), (4, 4), (4, 3), (3, 3), (3, 2), (2, 2))
 EVEN = (4, 3, 2)
+SEGMENT = 1024
 WITHOUT: dict[str, dict[str, Any]] = {  # what each part of the codec is worth
     "nearest levels": {"query_aware": False},
     "no finer tokens": {"extra_bits": 0},
@@ -72,12 +73,13 @@ def _texts(data: Path) -> Iterator[str]:
 
 def _rows(affine_bits: list[int]) -> list[Contender]:
     from turboquant.codec import CacheCodec
-    from turboquant.contenders import affine, exact, streaming
+    from turboquant.contenders import affine, exact, in_segments, streaming
 
     rows = [affine(bits) for bits in affine_bits]
     rows += [exact(CacheCodec(keys, values)) for keys, values in PAIRS]
     for name, settings in WITHOUT.items():
         rows += [replace(exact(CacheCodec(bits, bits, **settings)), name=name) for bits in EVEN]
+    rows += [in_segments(CacheCodec(bits, bits), SEGMENT) for bits in EVEN]
     return rows + [streaming(CacheCodec(bits, bits)) for bits in EVEN]
 
 

@@ -94,7 +94,8 @@ def plan(job_file: JobFile, set_: Overrides = None, as_json: AsJson = False, deb
                 ("prefill", f"{about}{found.tokens_to_prefill:,} tokens"),
                 (
                     "disk",
-                    f"{about}{size(found.bytes_to_store)} to store, {size(found.free_bytes)} free at {job.cache.dir}",
+                    f"{about}{size(found.bytes_to_store)} to store, {size(found.free_bytes)} free at {job.cache.dir}"
+                    + (f", budget {size(found.budget_bytes)}" if found.budget_bytes else ""),
                 ),
             )
         )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
-from pipeline.budget import existing
+from pipeline.budget import budget_bytes, existing
 from pipeline.counting import Asked, Counter, Effort, Lengths
 from pipeline.documents import check_documents, stream_documents
 from pipeline.errors import RowError
@@ -62,6 +62,7 @@ class Plan:
     tokens_to_prefill: int
     bytes_to_store: int
     free_bytes: int
+    budget_bytes: int | None = None
     estimated: bool = False
 
 
@@ -153,6 +154,7 @@ class _Survey:
             tokens_to_prefill=self._tokens_to_prefill,
             bytes_to_store=self._bytes_to_store,
             free_bytes=shutil.disk_usage(existing(self._job.cache.dir)).free,
+            budget_bytes=_budget(self._job),
             estimated=self._estimated,
         )
 
@@ -175,6 +177,10 @@ class _Survey:
             return {query.id for query in self._job.queries}
         each = zip(self._job.queries, lengths.suffixes, self._rooms, strict=True)
         return {query.id for query, suffix, room in each if lengths.context + suffix <= room}
+
+
+def _budget(job: Job) -> int | None:
+    return None if job.cache.budget is None else budget_bytes(job.cache.budget, job.cache.dir)
 
 
 @dataclass(frozen=True)

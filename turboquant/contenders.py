@@ -18,6 +18,7 @@ from turboquant.drift import CannotRun, Contender, Filled
 from turboquant.forced import Context
 from turboquant.layer import EncodedLayer
 from turboquant.prefix import Prefix, feed
+from turboquant.segments import Segment, join, prefill_segment
 from turboquant.streaming import TurboQuantKVCache
 
 GROUP_SIZES = (64, 32)  # mlx-lm's default, and one for heads that it does not divide
@@ -35,6 +36,12 @@ def streaming(codec: CacheCodec) -> Contender:
     return Contender("turboquant", codec.key_bits, codec.value_bits, "streaming", fill)
 
 
+def in_segments(codec: CacheCodec, length: int) -> Contender:
+    """The context prefilled ``length`` tokens at a time, each segment behind the compressed ones before it."""
+    fill = functools.partial(_chain, codec=codec, length=length)
+    return Contender("turboquant", codec.key_bits, codec.value_bits, f"segments of {length}", fill)
+
+
 def affine(bits: int, prefill: str = "exact") -> Contender:
     """mlx-lm's ``QuantizedKVCache``; to its bits come 32 a group, for scale and bias."""
     fill = functools.partial(_quantize if prefill == "exact" else _stream_quantized, bits=bits)
@@ -43,6 +50,16 @@ def affine(bits: int, prefill: str = "exact") -> Contender:
 
 def _encode(context: Context, codec: CacheCodec) -> Filled:
     prefix = Prefix.encode(copy.deepcopy(context.caches), len(context.tokens), codec, context.compressible)
+    return Filled(prefix, sum(layer.nbytes for layer in prefix.layers if isinstance(layer, EncodedLayer)))
+
+
+def _chain(context: Context, codec: CacheCodec, length: int) -> Filled:
+    prefix: Prefix | None = None
+    for start in range(0, len(context.tokens), length):
+        tokens = context.tokens[start : start + length]
+        segment = prefill_segment(context.model, tokens, codec, prefix, context.chunk)
+        prefix = join([segment] if prefix is None else [Segment(prefix.layers, 0, prefix.tokens), segment])
+    assert prefix is not None
     return Filled(prefix, sum(layer.nbytes for layer in prefix.layers if isinstance(layer, EncodedLayer)))
 
 
