@@ -156,13 +156,16 @@ class Store:
         """These segments are not removed until others are held."""
         self._held = set(keys)
 
-    def drop(self, keys: set[str]) -> None:
-        """Remove segments that nobody needs any more, and that no other segment stands behind."""
-        self._drop(lambda entry: entry.key in keys)
-
-    def drop_all(self, name: str, value: str) -> None:
-        """Remove all segments about which ``name`` is ``value``, as ``drop`` does."""
-        self._drop(lambda entry: entry.about.get(name) == value)
+    def drop(self, matches: Callable[[Entry], bool]) -> None:
+        """Remove the segments that match, which the caller is done with, but for what is needed."""
+        self._held.clear()
+        try:
+            with self.changing():
+                for entry in eviction_order(self.entries(), lambda one: not matches(one) or self._is_needed(one.label)):
+                    if entry.problem is None:
+                        remove(entry)
+        except OSError as error:
+            _log.warning("%s: a prefix cannot be removed: %s", self._folder, one_line(error))
 
     def remove(self, found: Sequence[Entry]) -> None:
         """Remove what was found in the folder. Raises StoreError where it refuses."""
@@ -238,20 +241,6 @@ class Store:
         if self._budget is None:
             return []  # without a budget nothing is removed unasked
         return eviction_order(self.entries(), lambda entry: entry.key in self._held or self._is_needed(entry.label))
-
-    def _drop(self, matches: Callable[[Entry], bool]) -> None:
-        def is_needed(entry: Entry) -> bool:
-            return not matches(entry) or self._is_needed(entry.label)
-
-        self._held.clear()
-
-        try:
-            with self.changing():
-                for entry in eviction_order(self.entries(), is_needed):
-                    if entry.problem is None:
-                        remove(entry)
-        except OSError as error:
-            _log.warning("%s: a prefix cannot be removed: %s", self._folder, one_line(error))
 
     def _free(self) -> int:
         return shutil.disk_usage(existing(self._folder)).free

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from pipeline.budget import budget_bytes
 from pipeline.documents import Document, stream_documents
 from pipeline.errors import ContextTooLong, GenerationFailed, ModelProcessDied, RowError, one_line
-from pipeline.identity import cache_codec, context_label, kept_rows, row_fingerprints
+from pipeline.identity import context_label, kept_rows, row_fingerprints
 from pipeline.job import Job, Query
 from pipeline.needs import Needs, output_digest
 from pipeline.progress import Watcher
@@ -29,6 +29,7 @@ from pipeline.results import Results, Row
 
 if TYPE_CHECKING:
     from pipeline.answers import Answer
+    from pipeline.inventory import Entry
     from pipeline.model import LoadedModel
     from pipeline.prompts import PromptTokenizer
     from pipeline.store import Store
@@ -59,7 +60,6 @@ class Work:
         self._progress, self._report, self._check = progress, report, check
         self._condemned = condemned
         self._renderer = Renderer(job.prompt)
-        self._codec = cache_codec(job.cache)
         self._needs = Needs(job.cache.dir, job.output.path)
         self._loaded: _Engine | None = None
         self._shown = 0  # rows in hand that the progress counts already
@@ -106,7 +106,8 @@ class Work:
         if self._loaded is not None and all(row.status == "ok" for row in rows):
             self._needs.done(context_label(rendered))
             if pending and self._job.cache.keep == "job":
-                self._loaded.store.drop(self._loaded.prefixes.own_keys)
+                keys = self._loaded.prefixes.own_keys
+                self._drop(self._loaded.store, lambda entry: entry.key in keys)
 
     def finish(self, done: bool) -> None:
         """The run is over, and the job as well if ``done``."""
@@ -115,8 +116,13 @@ class Work:
         if done and self._renderer.shared:
             self._needs.done(context_label(self._renderer.shared))
         if done and self._job.cache.keep == "job":
-            self._loaded.store.drop_all("output", output_digest(self._job.output.path))
+            self._drop(self._loaded.store, lambda entry: True)
         self._needs.finish()
+
+    def _drop(self, store: Store, matches: Callable[[Entry], bool]) -> None:
+        """Remove segments that this job built; another may want to keep its own."""
+        own = output_digest(self._job.output.path)
+        store.drop(lambda entry: entry.about.get("output") == own and matches(entry))
 
     def _commit(self, document_id: str, kept: Sequence[Row], rows: Sequence[Row]) -> None:
         self._results.commit(document_id, [*kept, *rows])

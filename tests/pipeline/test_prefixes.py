@@ -264,6 +264,15 @@ def test_what_another_job_needs_is_not_dropped(workplace: Workplace, make_other:
     assert {m["about"]["document"] for m in manifests(other)} == {"d1", "d2"}
 
 
+def test_what_another_job_keeps_is_not_dropped(workplace: Workplace, make_other: Callable[[], Workplace]) -> None:
+    other = make_other()
+    del other.documents["d2"]
+    other.run()
+    workplace.tree["cache"] = {"dir": str(other.cache), "keep": "job"}
+    assert workplace.run().prefixes_restored == 2
+    assert {m["about"]["document"] for m in manifests(other)} == {"d0", "d1"}
+
+
 @pytest.fixture
 def make_other(workplace: Workplace) -> Callable[[], Workplace]:
     def make() -> Workplace:
