@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from workplace import Workplace
 
 import pipeline.prefixes
+from pipeline.job import load_job
 from pipeline.prefixes import segment_ends
 from pipeline.prompts import SHARED_CHARACTERS
+from pipeline.survey import plan_job
 
 EXAMPLES = "Example. Who met? The board met. When? On the third of May. " * 30
 
@@ -137,6 +139,18 @@ def test_a_streaming_prefill_is_stored_in_pieces(streaming: Workplace, prefilled
     streaming.output.unlink()
     assert streaming.run().prefixes_restored == 3
     assert streaming.output.read_bytes() == before
+
+
+def test_a_plan_counts_contexts_not_segments(streaming: Workplace) -> None:
+    streaming.save(prompt={"system": EXAMPLES[:SHARED_CHARACTERS]})
+    streaming.documents = {name: text[:1500] for name, text in streaming.documents.items()} | {"d0": "Short."}
+    before = plan_job(load_job(streaming.save()))
+    streaming.run()
+    after = plan_job(load_job(streaming.save()))
+    assert (before.hits, before.misses, before.tokens_to_prefill) == (0, 3, before.tokens)
+    assert (after.hits, after.misses, after.tokens) == (3, 0, before.tokens)
+    tokens = {row["document_id"]: row["context_tokens"] for row in streaming.rows().values()}
+    assert after.tokens == sum(tokens.values())
 
 
 def test_an_interrupted_streaming_prefill_goes_on_from_its_last_segment(
