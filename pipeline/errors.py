@@ -23,6 +23,7 @@ failed rows (exit 3) is an outcome, not an error. This module knows how errors r
 from __future__ import annotations
 
 import difflib
+import errno
 from collections.abc import Collection
 from typing import ClassVar
 
@@ -109,6 +110,11 @@ def suggestion(word: str, choices: Collection[str]) -> str:
     if nearest:
         return f"; did you mean '{nearest[0]}'?"
     return f"; there are: {', '.join(sorted(choices))}" if choices else ""
+
+
+def is_disk_full(error: OSError) -> bool:
+    """Whether it says that there is no space left, or none for this user or file."""
+    return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def one_line(error: BaseException) -> str:

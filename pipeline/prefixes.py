@@ -124,8 +124,9 @@ class Prefixes:
         segment = self._load(piece)
         if segment is not None:
             return segment, True
-        with self._store.building(piece.key, self._check) as waited:
-            if waited and (segment := self._load(piece)) is not None:
+        with self._store.building(piece.key, self._check):
+            # Another run may have built it meanwhile, and be done with it before there was anything to wait for.
+            if self._store.contains(piece.key) and (segment := self._load(piece)) is not None:
                 return segment, True
             return self._build(piece, before), False
 

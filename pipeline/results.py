@@ -31,7 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
-from pipeline.errors import OutputError, one_line
+from pipeline.errors import OutputError, is_disk_full, one_line
 
 SCHEMA = pa.schema(
     [
@@ -369,7 +369,10 @@ def _disk_errors(path: Path, problem: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise OutputError(f"{path}: {problem}: {one_line(error)}") from error
+        why = one_line(error)
+        if is_disk_full(error):
+            why = "the disk is full; free some space: what is done is kept, and the same command resumes"
+        raise OutputError(f"{path}: {problem}: {why}") from error
 
 
 def _make_folder(folder: Path) -> None:

@@ -12,7 +12,6 @@ wait. Knows keys and folders; what is in a segment is turboquant's.
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import shutil
@@ -26,7 +25,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from pipeline.budget import existing
-from pipeline.errors import BudgetTooSmall, DiskFull, StoreError, one_line
+from pipeline.errors import BudgetTooSmall, DiskFull, StoreError, is_disk_full, one_line
 from pipeline.inventory import REJECTED, Entry, entries, eviction_order, remove, size_of
 from turboquant import CacheCodec
 from turboquant.files import MANIFEST, SegmentError, read_segment, segment_bytes, write_segment
@@ -35,7 +34,6 @@ from turboquant.segments import Segment
 
 LOCKS = "locks"
 SECONDS_BETWEEN_TRIES = 0.25  # for a lock that another process holds
-_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _ABSENT = "absent"
 _FOLDER_BYTES = 8192  # for the small files beside the segments
 _log = logging.getLogger(__name__)
@@ -108,7 +106,7 @@ class Store:
                         leftover.unlink()
                 return write_segment(folder, key, segment, identity, parent, about)
         except OSError as error:
-            if error.errno in _NO_SPACE:
+            if is_disk_full(error):
                 raise self._disk_full() from error
             raise StoreError(f"{folder}: a prefix cannot be stored: {one_line(error)}") from error
         except (RuntimeError, TypeError) as error:
@@ -126,8 +124,8 @@ class Store:
             _log.debug("%s: no room can be made: %s", self._folder, error)
 
     @contextmanager
-    def building(self, key: str, waiting: Callable[[], None] = lambda: None) -> Iterator[bool]:
-        """While the block runs, no other process builds the segment; gives whether there was one to wait for.
+    def building(self, key: str, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """While the block runs, no other process builds the segment.
 
         waiting: called now and then while another builds it; what it raises ends the wait. The lock of a process that
         died is free. Where no lock can be had, there is none.
@@ -147,7 +145,7 @@ class Store:
         except OSError as error:
             _log.debug("%s: no lock: %s", self._folder, error)
         try:
-            yield waited
+            yield
         finally:
             if lock is not None:
                 lock.release()

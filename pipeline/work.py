@@ -111,12 +111,13 @@ class Work:
 
     def finish(self, done: bool) -> None:
         """The run is over, and the job as well if ``done``."""
-        if self._loaded is None:
+        if self._loaded is None and not done:
             return
-        if done and self._renderer.shared:
+        if self._loaded is not None and done and self._renderer.shared:
             self._needs.done(context_label(self._renderer.shared))
-        if done and self._job.cache.keep == "job":
-            self._drop(self._loaded.store, lambda entry: True)
+        if done and self._job.cache.keep == "job":  # a run before this one may have been killed when all was answered
+            store = self._loaded.store if self._loaded is not None else _open_store(self._job, self._needs)
+            self._drop(store, lambda entry: True)
         self._needs.finish()
 
     def _drop(self, store: Store, matches: Callable[[Entry], bool]) -> None:
@@ -248,7 +249,6 @@ class _Engine:
         from pipeline.prefill import warn_of_uncompressed_layers
         from pipeline.prefixes import Prefixes
         from pipeline.prompts import PromptTokenizer
-        from pipeline.store import Store
         from turboquant.blas import load_tuned_blas
 
         if hint := load_tuned_blas().hint:
@@ -257,14 +257,20 @@ class _Engine:
         self.tokenizer: PromptTokenizer = PromptTokenizer(self.loaded.tokenizer)
         self.limit = max_context(self.loaded.config, self.loaded.tokenizer)
         warn_of_uncompressed_layers(self.loaded.model)
-        budget = None if job.cache.budget is None else budget_bytes(job.cache.budget, job.cache.dir)
-        self.store: Store = Store(job.cache.dir, budget, needs.wants)
+        self.store: Store = _open_store(job, needs)
         self.shared = self.tokenizer.shared_tokens(shared) if shared else []
         about = {"model": job.model, "output": output_digest(job.output.path)}
         shared_label = context_label(shared) if shared else ""
         self.prefixes: Prefixes = Prefixes(
             job, identity, self.loaded, self.store, about, progress, report, check, shared_label
         )
+
+
+def _open_store(job: Job, needs: Needs) -> Store:
+    from pipeline.store import Store
+
+    budget = None if job.cache.budget is None else budget_bytes(job.cache.budget, job.cache.dir)
+    return Store(job.cache.dir, budget, needs.wants)
 
 
 def _failed(document_id: str, query: Query, fingerprint: str, error: RowError) -> Row:

@@ -1,0 +1,227 @@
+"""Kills real runs at random moments, over and over, and counts what that costs.
+
+    python -m benches.kills [--kills 200] [--seed 0] [--minutes 60]
+
+A job with a tiny model is run by the command line. At a random moment its process, or the process of the model, is
+killed with SIGKILL; then the same command is given again, and killed again, until a run gets through. Then comes the
+next job, exact and streaming in turn. Moments are random within the seconds in which the job is worked on, and every
+fifth within the whole life of the run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from benches.tiny import QUERIES, Place, text_of
+
+ROOT = Path(__file__).resolve().parent.parent
+MODES: dict[str, dict[str, object]] = {"exact": {}, "streaming": {"prefill": "streaming", "segment": 512}}
+DOCUMENTS, SENTENCES = 6, 60
+MISS = re.compile(r"prefix (\w{12}) not in the store")
+SECONDS_TO_START, SECONDS_OF_WORK = 8.0, 2.5
+
+
+@dataclass
+class Tally:
+    """What kills have cost so far, in one mode."""
+
+    kills: Counter[str] = field(default_factory=Counter)  # of the parent, of the child
+    jobs: int = 0
+    identical: int = 0
+    lost: int = 0
+    duplicated: int = 0
+    lost_segments: int = 0  # that were stored before a kill, and were missed after it
+    again: int = 0  # segments whose prefill was begun once more
+    most_again: int = 0  # by one kill
+
+
+class Mode:
+    """Jobs of one mode, and the bytes that they are to give."""
+
+    def __init__(self, folder: Path, model: Path, cache: dict[str, object]) -> None:
+        self.folder, self.model, self.cache = folder, model, cache
+        self.tally = Tally()
+        whole = self.place("whole")
+        self.seconds = _run(whole)
+        self.expected = whole.output.read_bytes()
+
+    def place(self, name: str) -> Place:
+        """A fresh folder with the job."""
+        place = Place(self.folder / name, self.model, dict(self.cache))
+        place.write({f"d{number}": text_of(number, SENTENCES) for number in range(DOCUMENTS)})
+        return place
+
+
+def kill_at_random(folder: Path, kills: int, seed: int, seconds: float = 3600.0) -> dict[str, Tally]:
+    """Kill so many runs, or as many as the seconds allow; what that cost, by mode."""
+    rng, ends = random.Random(seed), time.monotonic() + seconds
+    model = _forked_model(folder / "model")
+    modes = {name: Mode(folder / name, model, cache) for name, cache in MODES.items()}
+    done = 0
+    while done < kills and time.monotonic() < ends:
+        mode = list(modes.values())[sum(mode.tally.jobs for mode in modes.values()) % len(modes)]
+        done += _kill_until_done(mode, rng, kills - done, ends)
+    return {name: mode.tally for name, mode in modes.items()}
+
+
+def _kill_until_done(mode: Mode, rng: random.Random, kills: int, ends: float) -> int:
+    """Run one job until it is done, with at most so many kills; returns how many there were."""
+    tally, place = mode.tally, mode.place(f"job{mode.tally.jobs}")
+    done, missed = 0, Counter[str]()
+    stored: set[str] = set()
+    rows: set[tuple[str, str]] = set()
+    finished = False
+    while not finished:
+        killer = _Killer(rng, mode.seconds) if done < kills and time.monotonic() < ends else None
+        finished, log = _killed_run(place, killer)
+        misses = MISS.findall(log)
+        before = sum(missed.values()) - len(missed)
+        missed.update(misses)
+        repeated = sum(missed.values()) - len(missed) - before
+        tally.again += repeated
+        tally.most_again = max(tally.most_again, repeated)
+        tally.lost_segments += len({key[:12] for key in stored} & set(misses))
+        left = _rows(place)
+        tally.lost += len(rows - set(left))
+        tally.duplicated += len(left) - len(set(left))
+        stored, rows = place.segments(), set(left)
+        if killer is not None and killer.victim:
+            done += 1
+            tally.kills[killer.victim] += 1
+    expected = {(f"d{number}", f"q{query}") for number in range(DOCUMENTS) for query in range(len(QUERIES))}
+    tally.lost += len(expected - rows)
+    tally.jobs += 1
+    tally.identical += place.output.read_bytes() == mode.expected
+    return done
+
+
+class _Killer:
+    """Picks a victim and a moment; ``victim`` says who was hit."""
+
+    def __init__(self, rng: random.Random, seconds: float) -> None:
+        self.child = rng.random() < 0.5
+        self.from_start = rng.random() < 0.2
+        self.delay = rng.uniform(0, seconds if self.from_start else SECONDS_OF_WORK)
+        self.victim = ""
+
+    def strike(self, process: subprocess.Popen[str], place: Place) -> None:
+        """Wait for the moment, and kill."""
+        if not self.from_start:
+            lock = Path(f"{place.output}.lock")
+            before = lock.stat().st_mtime_ns if lock.exists() else 0
+            _wait_until(lambda: lock.exists() and lock.stat().st_mtime_ns != before, process)
+        _wait_until(lambda: False, process, self.delay)
+        victim = _child_of(process.pid) if self.child else process.pid
+        if process.poll() is None and victim is not None:
+            os.kill(victim, signal.SIGKILL)
+            self.victim = "child" if self.child else "parent"
+
+
+def _wait_until(is_so: Callable[[], bool], process: subprocess.Popen[str], seconds: float = SECONDS_TO_START) -> None:
+    ends = time.monotonic() + seconds
+    while not is_so() and process.poll() is None and time.monotonic() < ends:
+        time.sleep(0.005)
+
+
+def _killed_run(place: Place, killer: _Killer | None) -> tuple[bool, str]:
+    """Run the job, killed by ``killer`` if there is one: whether it got to its end, and its log."""
+    log = place.folder / "log"
+    with log.open("w") as file:
+        process = _start(place, file.fileno())
+        if killer is not None:
+            killer.strike(process, place)
+        code = process.wait()
+    if code not in (0, -signal.SIGKILL):
+        raise SystemExit(f"a run ended with exit code {code}:\n{log.read_text()}")
+    return code == 0, log.read_text()
+
+
+def _start(place: Place, log: int) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "pipeline.cli", "run", str(place.folder / "job.yaml")]
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
+    return subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT, env=environment, text=True)
+
+
+def _run(place: Place) -> float:
+    started = time.monotonic()
+    _killed_run(place, None)
+    return time.monotonic() - started
+
+
+def _child_of(process: int) -> int | None:
+    """The model's process: the child that was spawned to run multiprocessing's main, not the resource tracker."""
+    found = subprocess.run(
+        ["ps", "-o", "pid=,args=", "--ppid", str(process)], capture_output=True, text=True, check=False
+    ).stdout
+    children = [int(line.split()[0]) for line in found.splitlines() if "spawn_main" in line]
+    return children[0] if children else None
+
+
+def _rows(place: Place) -> list[tuple[str, str]]:
+    """The pairs committed: of the parts and, for documents that have none, of the finished file."""
+    parts = [_pairs(file) for file in place.parts.glob("*/[!.]*.parquet")]
+    pairs = [pair for part in parts for pair in part]
+    documents = {document for document, _ in pairs}
+    finished = _pairs(place.output) if place.output.exists() else []
+    return pairs + [pair for pair in finished if pair[0] not in documents]
+
+
+def _pairs(file: Path) -> list[tuple[str, str]]:
+    columns = pq.read_table(file, columns=["document_id", "query_id"]).to_pydict()
+    return list(zip(columns["document_id"], columns["query_id"], strict=True))
+
+
+def _forked_model(folder: Path) -> Path:
+    """Write the model in a process of its own, so that this one has nothing to do with MLX."""
+    code = "import sys; from pathlib import Path; from benches.tiny import write_model; write_model(Path(sys.argv[1]))"
+    subprocess.run([sys.executable, "-c", code, str(folder)], check=True, cwd=ROOT)
+    return folder
+
+
+def table(tallies: dict[str, Tally]) -> str:
+    """A column a mode."""
+    lines = [f"{'':34}" + "".join(f"{name:>12}" for name in tallies)]
+    rows: dict[str, Callable[[Tally], str]] = {
+        "kills": lambda tally: f"{tally.kills.total()}",
+        "  of the parent": lambda tally: f"{tally.kills['parent']}",
+        "  of the model's process": lambda tally: f"{tally.kills['child']}",
+        "jobs": lambda tally: f"{tally.jobs}",
+        "results identical": lambda tally: f"{tally.identical}",
+        "rows lost": lambda tally: f"{tally.lost}",
+        "rows duplicated": lambda tally: f"{tally.duplicated}",
+        "stored segments lost": lambda tally: f"{tally.lost_segments}",
+        "segments prefilled again": lambda tally: f"{tally.again}",
+        "  by one kill at most": lambda tally: f"{tally.most_again}",
+    }
+    for name, show in rows.items():
+        lines.append(f"{name:34}" + "".join(f"{show(tally):>12}" for tally in tallies.values()))
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--minutes", type=float, default=60)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        print(table(kill_at_random(Path(folder), arguments.kills, arguments.seed, arguments.minutes * 60)))
+
+
+if __name__ == "__main__":
+    main()
