@@ -3,8 +3,8 @@
     python benches/memory.py [--documents 10 1000] [--megabytes 300]
 
 Jobs with a tiny model are run by the command line; what is printed is VmHWM of its process and of the model's. The
-documents are short; of the huge row group's, all but a few are blank or too long for the model, so that they are read
-and rendered, and cost no prefill. Linux only.
+documents are short. Those of the huge row group are ten short ones and many of 100 kB of blanks, which are read and
+answered by an error; it is written with pages of 16 rows, as documents.py advises, and of pyarrow's 1,024. Linux only.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT))
 from benches.tiny import SCHEMA, Place, text_of  # noqa: E402
 
 SENTENCES = 8
+BLANKS = 100_000
 SECONDS_BETWEEN_LOOKS = 0.02
 
 
@@ -34,7 +35,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=int, nargs="*", default=[10, 1000])
     parser.add_argument("--megabytes", type=int, nargs="*", default=[300], help="of text in one row group")
-    parser.add_argument("--row-kilobytes", type=int, default=100, help="of text in each of its rows")
     arguments = parser.parse_args()
     print("job                              parent MB  model MB  seconds")
     with tempfile.TemporaryDirectory() as folder:
@@ -44,10 +44,11 @@ def main() -> None:
             place.write({f"d{number}": text_of(number, SENTENCES) for number in range(count)}, max_tokens=2)
             show(f"{count:,} documents", place)
         for megabytes in arguments.megabytes:
-            place = Place(Path(folder) / f"{megabytes}MB", model)
-            place.write(max_tokens=2)
-            write_row_group(place.folder / "documents.parquet", megabytes << 20, arguments.row_kilobytes << 10)
-            show(f"one row group of {megabytes:,} MB", place)
+            for rows_a_page in 16, 1024:
+                place = Place(Path(folder) / f"{megabytes}MB-{rows_a_page}", model)
+                place.write(max_tokens=2)
+                write_row_group(place.folder / "documents.parquet", megabytes << 20, rows_a_page)
+                show(f"{megabytes:,} MB in pages of {rows_a_page:,}", place)
 
 
 def make_model(folder: Path) -> Path:
@@ -57,14 +58,19 @@ def make_model(folder: Path) -> Path:
     return folder
 
 
-def write_row_group(path: Path, size: int, row: int) -> None:
-    """One row group of ten short documents, and long ones up to ``size`` bytes; pages as pyarrow writes them."""
-    texts = [text_of(number, SENTENCES) for number in range(10)]
-    sentence = text_of(0, 50)
-    while sum(map(len, texts)) + row <= size and len(texts) < 10 + size // row:
-        texts.append(f"{len(texts)} " + sentence * (row // len(sentence)))
+def write_row_group(path: Path, size: int, rows_a_page: int) -> None:
+    """One row group of ten short documents and ``size`` bytes of blank ones."""
+    texts = [text_of(number, SENTENCES) for number in range(10)] + [" " * BLANKS] * (size // BLANKS)
     table = pa.table({"id": [f"d{number}" for number in range(len(texts))], "text": texts}, schema=SCHEMA)
-    pq.write_table(table, path, row_group_size=len(texts), compression=None, use_dictionary=False)
+    pq.write_table(
+        table,
+        path,
+        row_group_size=len(texts),
+        compression=None,
+        use_dictionary=False,
+        write_batch_size=rows_a_page,
+        write_statistics=False,
+    )
 
 
 def show(name: str, place: Place) -> None:
@@ -84,7 +90,7 @@ def peaks(place: Place) -> tuple[int, int]:
         for number in (process.pid, *children(process.pid)):
             seen[number] = max(seen.get(number, 0), high_water(number))
         time.sleep(SECONDS_BETWEEN_LOOKS)
-    if process.returncode not in (0, 3):  # 3: the long documents do not fit
+    if process.returncode not in (0, 3):  # 3: blank documents are errors
         raise SystemExit(f"the run ended with exit code {process.returncode}")
     parent = seen.pop(process.pid)
     return parent, max(seen.values())

@@ -1,6 +1,6 @@
 """The demo's documents: seconds to prefill a context against restoring it, and how fast restoring reads.
 
-    python -m benches.restore [--rounds 5]
+    python -m benches.restore [--rounds 5] [--documents 12]
 
 One prefill and the best of several restorations a document, with the files in the page cache; beside it what ``cat``
 of the same files to /dev/null takes, and the rate of either.
@@ -35,8 +35,8 @@ class Measured:
     restore: float
 
 
-def measure(job_file: Path, folder: Path, rounds: int) -> Iterator[Measured]:
-    """Prefill, store and restore every document's context."""
+def measure(job_file: Path, folder: Path, rounds: int, count: int | None = None) -> Iterator[Measured]:
+    """Prefill, store and restore the context of every document, or of the first ``count``."""
     from pipeline.documents import stream_documents
     from pipeline.identity import cache_codec, job_identity
     from pipeline.job import load_job
@@ -49,7 +49,7 @@ def measure(job_file: Path, folder: Path, rounds: int) -> Iterator[Measured]:
     identity, codec, loaded = job_identity(job), cache_codec(job.cache), load_model(job.model)
     tokenizer, renderer = PromptTokenizer(loaded.tokenizer), Renderer(job.prompt)
     queries = [query.text for query in job.queries]
-    documents = list(stream_documents(job.documents, template_columns(job.prompt)))
+    documents = list(stream_documents(job.documents, template_columns(job.prompt)))[:count]
     contexts = [tokenizer.tokenise(renderer.render(document), queries).context for document in documents]
     prefill(loaded.model, contexts[0], codec)  # what is built or compiled once
     for document, context in zip(documents, contexts, strict=True):
@@ -85,6 +85,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--job", type=Path, default=ROOT / "jobs" / "summarize.yaml")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--documents", type=int, help="only so many")
     arguments = parser.parse_args()
     from turboquant.blas import load_tuned_blas
 
@@ -92,7 +93,7 @@ def main() -> None:
     print("document      tokens      bytes  prefill s  restore ms   ratio")
     found: list[Measured] = []
     with tempfile.TemporaryDirectory() as folder:
-        for one in measure(arguments.job, Path(folder), arguments.rounds):
+        for one in measure(arguments.job, Path(folder), arguments.rounds, arguments.documents):
             found.append(one)
             print(
                 f"{one.name:12}{one.tokens:8,}{one.size:11,}{one.prefill:11.3f}{one.restore * 1e3:12.2f}"
