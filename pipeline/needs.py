@@ -13,11 +13,11 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from pipeline.errors import OutputError
+from pipeline.errors import BudgetTooSmall, OutputError
 from pipeline.results import atomic_file
 
 JOBS = "jobs"
@@ -45,10 +45,18 @@ class Needs:
         self._written = 0.0
         self._others: tuple[list[tuple[Path, int]], set[int]] = ([], set())
 
-    def start(self, labels: Iterable[str]) -> None:
-        """The job needs the contexts of these labels, one as often as it is given."""
+    def start(self, labels: Iterable[str], make_room: Callable[[int], None] = lambda _: None) -> None:
+        """The job needs the contexts of these labels, one as often as it is given.
+
+        make_room: called with the bytes that telling others of it takes; what it raises stops that.
+        """
         self._own.update(map(_number, labels))
-        self._write()
+        try:
+            make_room(self.nbytes)
+        except BudgetTooSmall as error:
+            _log.debug("other jobs are not told what this one needs: %s", error)
+        else:
+            self._write()
 
     def done(self, label: str) -> None:
         """A document of this label needs its context no more."""

@@ -218,7 +218,7 @@ class Store:
             yield
 
     def _make_room(self, needed: int) -> None:
-        over = -1 if self._budget is None else self.used_bytes() + needed + _FOLDER_BYTES - self._budget
+        over = -1 if self._budget is None else self.used_bytes() + needed + self._reserve() - self._budget
         short = needed - self._free()
         if over > 0 or short > 0:
             for entry in self._evictable():
@@ -234,6 +234,10 @@ class Store:
                 f"cache.budget: {self._folder} may hold {self._budget:,} bytes, and what unfinished jobs need leaves "
                 f"no room for a prefix of about {needed:,}; raise it"
             )
+
+    def _reserve(self) -> int:
+        """For the small files beside the segments; those that tell what jobs need are written anew beside the old."""
+        return _FOLDER_BYTES + size_of(self._folder / "jobs")
 
     def _evictable(self) -> list[Entry]:
         if self._budget is None:

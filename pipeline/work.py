@@ -67,11 +67,12 @@ class Work:
     @property
     def _engine(self) -> _Engine:
         if self._loaded is None:
-            self._needs.start(self._labels_to_come())
+            store = _open_store(self._job, self._needs)
+            self._needs.start(self._labels_to_come(), store.make_room)
             self._loaded = _Engine(
                 self._job,
                 self._identity,
-                self._needs,
+                store,
                 self._renderer.shared,
                 self._progress,
                 self._report,
@@ -239,7 +240,7 @@ class _Engine:
         self,
         job: Job,
         identity: Identity,
-        needs: Needs,
+        store: Store,
         shared: Rendered | None,
         progress: Watcher,
         report: Report,
@@ -257,7 +258,7 @@ class _Engine:
         self.tokenizer: PromptTokenizer = PromptTokenizer(self.loaded.tokenizer)
         self.limit = max_context(self.loaded.config, self.loaded.tokenizer)
         warn_of_uncompressed_layers(self.loaded.model)
-        self.store: Store = _open_store(job, needs)
+        self.store = store
         self.shared = self.tokenizer.shared_tokens(shared) if shared else []
         about = {"model": job.model, "output": output_digest(job.output.path)}
         shared_label = context_label(shared) if shared else ""
