@@ -81,6 +81,11 @@ class Needs:
         number = _number(label)
         return number in self._own or number in self._needed_by_others()
 
+    @property
+    def nbytes(self) -> int:
+        """About the size of the job's file."""
+        return 200 + len(str(self._output)) + (_DIGITS + 4) * len(self._own)
+
     def _write(self) -> None:
         if self._file is None:
             return

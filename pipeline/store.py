@@ -27,6 +27,7 @@ from filelock import FileLock, Timeout
 from pipeline.budget import existing
 from pipeline.errors import BudgetTooSmall, DiskFull, StoreError, is_disk_full, one_line
 from pipeline.inventory import REJECTED, Entry, entries, eviction_order, remove, size_of
+from pipeline.needs import JOBS
 from turboquant import CacheCodec
 from turboquant.files import MANIFEST, SegmentError, read_segment, segment_bytes, write_segment
 from turboquant.identity import Identity
@@ -237,7 +238,7 @@ class Store:
 
     def _reserve(self) -> int:
         """For the small files beside the segments; those that tell what jobs need are written anew beside the old."""
-        return _FOLDER_BYTES + size_of(self._folder / "jobs")
+        return _FOLDER_BYTES + size_of(self._folder / JOBS)
 
     def _evictable(self) -> list[Entry]:
         if self._budget is None:

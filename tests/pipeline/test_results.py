@@ -298,7 +298,7 @@ def test_a_full_disk_is_one_clear_error_and_leaves_nothing_half_written(output: 
         with (
             mock.patch("os.fsync", side_effect=OSError(28, "No space left on device")),
             pytest.raises(
-                OutputError, match="cannot be written: the disk is full; free some space: .* the same command resumes"
+                OutputError, match=r"cannot be written: the disk is full; free some space: .* the same command resumes"
             ),
         ):
             results.commit("1", rows("1", "f1"))
