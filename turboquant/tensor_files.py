@@ -305,7 +305,7 @@ def _is_finite(x: mx.array) -> bool:
     """Whether no number is infinite or none, told from the exponents: MLX's own test is slow on a CPU."""
     if x.dtype not in (mx.float16, mx.float32):
         return False
-    bits = np.asarray(x.view(mx.uint16 if x.dtype == mx.float16 else mx.uint32))
+    bits = np.asarray(x).view(np.uint16 if x.dtype == mx.float16 else np.uint32)
     exponent = bits.dtype.type(0x7C00 if x.dtype == mx.float16 else 0x7F800000)
     return not ((bits & exponent) == exponent).any()
 
