@@ -1,7 +1,7 @@
-"""Answers: many queries on one prefix, decoded together by mlx-lm's BatchGenerator.
+"""Answers: many queries, on one prefix or several, decoded together by mlx-lm's BatchGenerator.
 
-Knows a loaded model, a prefix and tokens; not documents, files or what becomes of an answer. Every row is a fork of
-the one prefix. A row's samples depend on its own seed alone, never on the rows beside it.
+Knows a loaded model, prefixes and tokens; not documents, files or what becomes of an answer. Every row is a fork of
+its prefix. A row's samples depend on its own seed alone, never on the rows beside it.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from pipeline.model import LoadedModel
 from turboquant import Prefix, enabled
 
 Sampler = Callable[[mx.array], mx.array]
+_MARGIN = 8  # tokens before a stop string, of which the first may be half a character
 
 
 @dataclass(frozen=True)
 class Request:
-    """One query: the tokens behind the prefix, at least one; its settings; and a name that its seed is mixed with."""
+    """One query: its prefix; the tokens behind it, at least one; settings; and a name that its seed is mixed with."""
 
+    prefix: Prefix
     tokens: list[int]
     settings: Settings
     name: str
@@ -33,7 +35,10 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """``finish_reason`` is ``stop`` or ``length``; ``tokens`` counts those generated, without the stop token."""
+    """``finish_reason`` is ``stop`` or ``length``; ``tokens`` counts those generated, without the stop token.
+
+    ``text`` ends before the first of the stop strings, if one was met.
+    """
 
     text: str
     finish_reason: str
@@ -42,7 +47,6 @@ class Answer:
 
 def answer(
     loaded: LoadedModel,
-    prefix: Prefix,
     requests: Sequence[Request],
     batch_size: int,
     on_answer: Callable[[], None] = lambda: None,
@@ -56,36 +60,57 @@ def answer(
             prefill_batch_size=batch_size,
         )
         try:
-            return _generate(generator, loaded.tokenizer, prefix, requests, on_answer)
+            return _generate(generator, loaded.tokenizer, requests, on_answer)
         finally:
             generator.close()
 
 
 def _generate(
-    generator: BatchGenerator,
-    tokenizer: Any,
-    prefix: Prefix,
-    requests: Sequence[Request],
-    on_answer: Callable[[], None],
+    generator: BatchGenerator, tokenizer: Any, requests: Sequence[Request], on_answer: Callable[[], None]
 ) -> list[Answer]:
     numbers = generator.insert(
         [list(request.tokens) for request in requests],
         max_tokens=[request.settings.max_tokens for request in requests],
-        caches=[prefix.fork() for _ in requests],
+        caches=[request.prefix.fork() for request in requests],
         samplers=[_sampler(request) for request in requests],
     )
+    stops = {number: request.settings.stop for number, request in zip(numbers, requests, strict=True)}
     generated: dict[int, list[int]] = {number: [] for number in numbers}
     answers: dict[int, Answer] = {}
     while len(answers) < len(numbers):
         for response in generator.next_generated():
-            tokens = generated[response.uid]
-            if response.finish_reason != "stop":
+            number, reason = response.uid, response.finish_reason
+            tokens = generated[number]
+            if reason != "stop":
                 tokens.append(response.token)
-            if response.finish_reason is not None:
-                text = tokenizer.decode(tokens, skip_special_tokens=True).strip()
-                answers[response.uid] = Answer(text, response.finish_reason, len(tokens))
+            if stops[number] and reason is None and _ends_with_one_of(stops[number], tokens, tokenizer):
+                with mx.stream(generator.stream):
+                    generator.remove([number])
+                reason = "stop"
+            if reason is not None:
+                text, stopped = _cut(_decode(tokens, tokenizer), stops[number])
+                answers[number] = Answer(text.strip(), "stop" if stopped else reason, len(tokens))
                 on_answer()
     return [answers[number] for number in numbers]
+
+
+def _decode(tokens: Sequence[int], tokenizer: Any) -> str:
+    text: str = tokenizer.decode(tokens, skip_special_tokens=True)
+    return text
+
+
+def _ends_with_one_of(stops: Sequence[str], tokens: Sequence[int], tokenizer: Any) -> bool:
+    """Whether the last token completed a stop string; told from few tokens, as each has a byte of text at least."""
+    window = max(len(stop.encode()) for stop in stops) + _MARGIN
+    if _cut(_decode(tokens[-window:], tokenizer), stops)[1]:
+        return _cut(_decode(tokens, tokenizer), stops)[1]  # the beginning of a window may not decode as it does whole
+    return False
+
+
+def _cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:
+    """The text before the first stop string, and whether there is one."""
+    found = [at for stop in stops if (at := text.find(stop)) >= 0]
+    return (text[: min(found)], True) if found else (text, False)
 
 
 def _sampler(request: Request) -> Sampler | None:

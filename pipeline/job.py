@@ -32,6 +32,7 @@ class Settings:
     temperature: float
     top_p: float
     seed: int
+    stop: tuple[str, ...] = ()
 
 
 def _not_blank(text: str) -> str:
@@ -51,6 +52,7 @@ _MaxTokens = Annotated[int, Field(ge=1)]
 _Temperature = Annotated[float, Field(ge=0)]
 _TopP = Annotated[float, Field(gt=0, le=1)]
 _Seed = Annotated[int, Field(ge=0)]
+_Stop = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)]
 _Bits = Literal[2, 3, 4, 5, 6, 8]
 
 
@@ -76,6 +78,7 @@ class Generation(_Section):
     temperature: _Temperature = 0.0
     top_p: _TopP = 1.0
     seed: _Seed = 0
+    stop: _Stop = ()  # texts that end an answer, and are not part of it
     batch_size: Annotated[int, Field(ge=1)] = 8
 
 
@@ -88,6 +91,7 @@ class Query(_Section):
     temperature: _Temperature | None = None
     top_p: _TopP | None = None
     seed: _Seed | None = None
+    stop: _Stop | None = None
 
     def settings(self, defaults: Generation) -> Settings:
         """This query's own settings over the job's defaults."""
@@ -96,6 +100,7 @@ class Query(_Section):
             temperature=defaults.temperature if self.temperature is None else self.temperature,
             top_p=defaults.top_p if self.top_p is None else self.top_p,
             seed=defaults.seed if self.seed is None else self.seed,
+            stop=defaults.stop if self.stop is None else self.stop,
         )
 
 
@@ -295,6 +300,7 @@ _EXPECTED = {
     "less_than_equal": "at most {le:g}",
     "finite_number": "a finite number",
     "too_short": "at least one",
+    "string_too_short": "at least {min_length} character",
 }
 
 

@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
+from pipeline.durable import atomic_file
 from pipeline.errors import BudgetTooSmall, OutputError
-from pipeline.results import atomic_file
 
 JOBS = "jobs"
 SECONDS_BETWEEN_WRITES = 60.0

@@ -12,7 +12,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, zip_longest
+from threading import Lock
 
 from pipeline.errors import BudgetTooSmall, DiskFull, GenerationFailed, StoreError, one_line
 from pipeline.identity import cache_codec
@@ -44,7 +45,7 @@ def segment_ends(tokens: int, shared: int, length: int | None) -> list[int]:
 
 
 @dataclass(frozen=True)
-class _Piece:
+class Piece:
     """The tokens of one segment, ``start`` others before them; its key and its parent's; what the store is told."""
 
     tokens: Sequence[int]
@@ -55,7 +56,7 @@ class _Piece:
 
 
 class Prefixes:
-    """Gives a job's prefixes, one at a time.
+    """Gives a job's prefixes, one at a time; what the store has of the next may be read meanwhile.
 
     about: what is to be told in the store of every segment. check: raises Interrupted where the user asked to stop.
     shared_label: of what all documents have in common.
@@ -74,26 +75,49 @@ class Prefixes:
         shared_label: str = "",
     ) -> None:
         self._identity, self._loaded, self._store = identity, loaded, store
-        self._shared_label = shared_label
+        self.shared_label = shared_label
         self._codec = cache_codec(job.cache)
         self._length = job.cache.segment if job.cache.prefill == "streaming" else None
         self._about, self._progress, self._report, self._check = about, progress, report, check
         self._can_store = True
-        self.own_keys: set[str] = set()  # of the last prefix's segments that are its document's alone
+        self._timing = Lock()
 
-    def prefix(self, document_id: str, context: Sequence[int], shared: int, label: str) -> Prefix:
-        """The prefix of a context whose first ``shared`` tokens all documents have.
+    def cut(self, document_id: str, context: Sequence[int], shared: int, label: str) -> list[Piece]:
+        """The segments of a context whose first ``shared`` tokens all documents have."""
+        pieces: list[Piece] = []
+        key = ""
+        for start, stop in pairwise([0, *segment_ends(len(context), shared, self._length)]):
+            parent, key = key, self._identity.key(context[start:stop], parent=key)
+            about: dict[str, str | bool] = {
+                **self._about,
+                "label": label if start >= shared else self.shared_label,
+                "document": document_id,
+                "whole": stop == len(context),
+            }
+            pieces.append(Piece(context[start:stop], start, key, parent or None, about))
+        return pieces
+
+    def restore(self, pieces: Sequence[Piece]) -> list[Segment]:
+        """The first segments of a context, as far as the store has them; from any thread."""
+        restored: list[Segment] = []
+        for piece in pieces:
+            segment = self._load(piece) if self._store.contains(piece.key) else None
+            if segment is None:
+                break
+            restored.append(segment)
+        return restored
+
+    def prefix(self, pieces: Sequence[Piece], restored: Sequence[Segment] = ()) -> Prefix:
+        """The prefix of a context, cut into pieces of which the first may be restored already.
 
         Raises GenerationFailed where the model fails, DiskFull where there is no room to store it.
         """
-        self._report.context_tokens += len(context)
-        pieces = self._cut(document_id, context, shared, label)
+        self._report.context_tokens += sum(len(piece.tokens) for piece in pieces)
         self._store.hold([piece.key for piece in pieces])
-        self.own_keys = {piece.key for piece in pieces if piece.start >= shared}
         prefix: Prefix | None = None
         built = False
-        for piece in pieces:
-            segment, was_stored = self._segment(piece, prefix)
+        for piece, ready in zip_longest(pieces, restored):
+            segment, was_stored = (ready, True) if ready is not None else self._segment(piece, prefix)
             try:
                 prefix = _extended(prefix, segment)
             except ValueError as error:  # another parent's, though all its checksums are right
@@ -105,21 +129,7 @@ class Prefixes:
         self._count(prefix, built)
         return prefix
 
-    def _cut(self, document_id: str, context: Sequence[int], shared: int, label: str) -> list[_Piece]:
-        pieces: list[_Piece] = []
-        key = ""
-        for start, stop in pairwise([0, *segment_ends(len(context), shared, self._length)]):
-            parent, key = key, self._identity.key(context[start:stop], parent=key)
-            about: dict[str, str | bool] = {
-                **self._about,
-                "label": label if start >= shared else self._shared_label,
-                "document": document_id,
-                "whole": stop == len(context),
-            }
-            pieces.append(_Piece(context[start:stop], start, key, parent or None, about))
-        return pieces
-
-    def _segment(self, piece: _Piece, before: Prefix | None) -> tuple[Segment, bool]:
+    def _segment(self, piece: Piece, before: Prefix | None) -> tuple[Segment, bool]:
         """A segment, and whether it was in the store."""
         segment = self._load(piece)
         if segment is not None:
@@ -130,12 +140,12 @@ class Prefixes:
                 return segment, True
             return self._build(piece, before), False
 
-    def _load(self, piece: _Piece) -> Segment | None:
+    def _load(self, piece: Piece) -> Segment | None:
         label, whole = str(piece.about["label"]), bool(piece.about["whole"])
         with self._timed("restore_seconds"):
             return self._store.load(piece.key, piece.start, self._codec, self._identity, label, whole)
 
-    def _build(self, piece: _Piece, before: Prefix | None) -> Segment:
+    def _build(self, piece: Piece, before: Prefix | None) -> Segment:
         """Prefill a segment, and store it where that is possible."""
         self._check()
         can_store = self._has_room(len(piece.tokens))
@@ -191,7 +201,8 @@ class Prefixes:
         try:
             yield
         finally:
-            setattr(self._report, name, getattr(self._report, name) + time.monotonic() - started)
+            with self._timing:
+                setattr(self._report, name, getattr(self._report, name) + time.monotonic() - started)
 
 
 def _extended(prefix: Prefix | None, segment: Segment) -> Prefix:

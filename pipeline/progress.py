@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
@@ -42,11 +42,11 @@ def watched(items: Iterable[_Item], count: int, quiet: bool = False) -> Iterator
 class Watcher(Protocol):
     """Who is told how a run goes on."""
 
-    def start_document(self, document_id: str) -> None:
-        """The model begins on a document."""
+    def start_documents(self, document_ids: Sequence[str]) -> None:
+        """The model begins on documents, whose work it does together."""
 
-    def end_document(self, report: Report) -> None:
-        """A document is done and committed; the report covers it, and changes later."""
+    def end_documents(self, document_ids: Sequence[str], report: Report) -> None:
+        """Documents are done and committed; the report covers them. Called from any thread."""
 
     def rows_done(self, count: int) -> None:
         """So many more rows are answered, failed or were done before."""
@@ -86,10 +86,10 @@ class Progress:
             self._bar.close()
         self._logs.close()
 
-    def start_document(self, document_id: str) -> None:
+    def start_documents(self, document_ids: Sequence[str]) -> None:
         """Show nothing: a document's bar is its prefill's."""
 
-    def end_document(self, report: Report) -> None:
+    def end_documents(self, document_ids: Sequence[str], report: Report) -> None:
         """Show nothing: what is counted are rows."""
 
     def rows_done(self, count: int) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 
 @dataclass
@@ -21,6 +21,7 @@ class Report:
     context_tokens: int = 0
     prefilled_tokens: int = 0
     answer_tokens: int = 0
+    resident: dict[str, int] = field(default_factory=dict)  # how prefixes were attended: "packed" or "dense", how many
     prefix_bytes: int = 0
     effective_bits: float = 0.0  # mean over the prefixes
     seconds: float = 0.0
@@ -29,3 +30,7 @@ class Report:
     answer_seconds: float = 0.0
     restarts: int = 0  # of the model's process, which had died
     interrupted: bool = False
+
+    def copy(self) -> Report:
+        """The numbers as they are now."""
+        return replace(self, failures=dict(self.failures), resident=dict(self.resident))

@@ -2,11 +2,14 @@
 
     answers.parquet              the finished file, replaced whole
     answers.parquet.parts/ab/…   one file per document with all of its rows, readable as a dataset
+    answers.parquet.parts/.group the rows of several documents, until each of them has its part
     answers.parquet.lock         held while a run writes
 
-A part holds every row of its document and is replaced whole, so a pair is there exactly once whatever
-crashes. A part wins over the finished file, whose rows are what an earlier run answered. A part that cannot
-be read, or holds something else, is set aside and its rows count as not done. Same rows, same bytes.
+A part holds every row of its document and is replaced whole, so a pair is there exactly once whatever crashes.
+Documents that are committed together survive together or not at all: what a crash left of a group is distributed to
+its parts when the result is next opened to write. A part wins over the finished file, whose rows are what an earlier
+run answered. A part that cannot be read, or holds something else, is set aside and its rows count as not done. Same
+rows, same bytes.
 
 It knows rows, files and their order on disk. It does not know what a fingerprint is made of, which rows are
 still good, or how answers come about.
@@ -19,10 +22,9 @@ import os
 import shutil
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from hashlib import blake2b, sha256
-from itertools import accumulate
+from itertools import accumulate, groupby
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
@@ -31,7 +33,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
-from pipeline.errors import OutputError, is_disk_full, one_line
+from pipeline.durable import TEMPORARY, atomic_file, disk_errors, make_folder
+from pipeline.errors import OutputError, one_line
 
 SCHEMA = pa.schema(
     [
@@ -50,8 +53,8 @@ SCHEMA = pa.schema(
 )
 
 # Readers of datasets pass over names that start with a dot.
-_TEMPORARY = ".tmp-"
 _SET_ASIDE = ".bad-"
+_GROUP = ".group"
 _DOCUMENTS_PER_GROUP = 1000
 _BYTES_PER_GROUP = 8 << 20
 _IDS_PER_BATCH = 8192
@@ -78,26 +81,6 @@ class Row:
     answer_tokens: int | None = None
 
 
-@contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`; once the block ends well it takes the place of `path`, all or nothing.
-
-    Raises OutputError where the disk refuses.
-    """
-    temporary = path.with_name(_TEMPORARY + path.name)
-    with _disk_errors(path, "cannot be written"):
-        _make_folder(path.parent)
-        try:
-            yield temporary
-            _flush(temporary)
-            os.replace(temporary, path)
-        except Exception:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
-        _flush(path.parent)
-
-
 class Results:
     """The rows of one result, to be used as a context manager.
 
@@ -106,7 +89,7 @@ class Results:
 
         with Results(output, {"job": fingerprint}) as results:
             if "summary" not in results.rows("doc-1"):
-                results.commit("doc-1", [Row("doc-1", "summary", "ok", fingerprint, answer="Yes.")])
+                results.commit({"doc-1": [Row("doc-1", "summary", "ok", fingerprint, answer="Yes.")]})
             results.finish([("doc-1", ["summary"])])
     """
 
@@ -115,7 +98,7 @@ class Results:
         self.parts = Path(f"{output}.parts")
         self._schema = SCHEMA.with_metadata(dict(metadata or {}))
         self._read_only = read_only
-        self._lock = FileLock(f"{output}.lock")
+        self._lock = FileLock(f"{output}.lock", thread_local=False)  # rows are committed from any thread
         self._finished: _FinishedFile | None = None
         self._listed: frozenset[int] | None = None  # parts there are, where nothing is going to be written
 
@@ -146,17 +129,19 @@ class Results:
             rows = self._finished_rows(document_id)
         return {row.query_id: row for row in rows}
 
-    def commit(self, document_id: str, rows: Iterable[Row]) -> None:
-        """Replace all that is known of a document: `rows` are all of its rows, kept and new.
+    def commit(self, documents: Mapping[str, Sequence[Row]]) -> None:
+        """Replace all that is known of these documents: by id, all of their rows, kept and new.
 
-        Once this returns, they survive a crash. Raises OutputError where the disk refuses.
+        Once this returns, they survive a crash; until then, none or all of them do. Raises OutputError where the disk
+        refuses.
         """
-        rows = list(rows)
-        if {row.document_id for row in rows} - {document_id} or len({row.query_id for row in rows}) < len(rows):
-            raise ValueError(f"the rows of '{document_id}' are another document's, or a query's given twice")
+        for document_id, rows in documents.items():
+            if {row.document_id for row in rows} - {document_id} or len({row.query_id for row in rows}) < len(rows):
+                raise ValueError(f"the rows of '{document_id}' are another document's, or a query's given twice")
         self._require_writable()
-        with atomic_file(self._part(document_id)) as temporary:
-            pq.write_table(_table(rows, SCHEMA), temporary, **_FORMAT)
+        if len(documents) > 1:
+            _write(self._group, [row for rows in documents.values() for row in rows])
+        self._write_parts(documents)
 
     def finish(self, documents: Iterable[tuple[str, Sequence[str]]]) -> None:
         """Write the finished file: each document's rows by the given query ids, in the given order.
@@ -173,13 +158,13 @@ class Results:
         self._close_finished()
         self._finished = _open_finished(self.output)
         # Until the parts are gone they say the same as the finished file, so a crash here does no harm.
-        with _disk_errors(self.parts, "cannot be removed"):
+        with disk_errors(self.parts, "cannot be removed"):
             if self.parts.exists():
                 shutil.rmtree(self.parts)
 
     def _acquire(self) -> None:
-        with _disk_errors(self.output, "cannot be written"):
-            _make_folder(self.output.parent)
+        with disk_errors(self.output, "cannot be written"):
+            make_folder(self.output.parent)
             try:
                 self._lock.acquire(timeout=SECONDS_FOR_LOCK)
             except Timeout:
@@ -198,9 +183,33 @@ class Results:
             raise RuntimeError("results that are not open for writing cannot be changed")
 
     def _clear_leftovers(self) -> None:
-        self.output.with_name(_TEMPORARY + self.output.name).unlink(missing_ok=True)
-        for leftover in self.parts.glob(f"*/{_TEMPORARY}*"):
-            leftover.unlink(missing_ok=True)
+        self.output.with_name(TEMPORARY + self.output.name).unlink(missing_ok=True)
+        for pattern in (f"{TEMPORARY}*", f"*/{TEMPORARY}*"):
+            for leftover in self.parts.glob(pattern):
+                leftover.unlink(missing_ok=True)
+        self._distribute_group()
+
+    def _write_parts(self, documents: Mapping[str, Sequence[Row]]) -> None:
+        for document_id, rows in documents.items():
+            _write(self._part(document_id), rows)
+        with disk_errors(self._group, "cannot be removed"):
+            self._group.unlink(missing_ok=True)
+
+    def _distribute_group(self) -> None:
+        """Write the parts that a run that was cut off had only written the group of."""
+        try:
+            with _open(self._group) as file:
+                rows = _to_rows(file.read(use_threads=False))
+        except FileNotFoundError:
+            return
+        except _BROKEN as error:
+            self._set_aside(self._group, error)
+            return
+        self._write_parts({key: list(own) for key, own in groupby(rows, key=lambda row: row.document_id)})
+
+    @property
+    def _group(self) -> Path:
+        return self.parts / _GROUP
 
     def _part(self, document_id: str) -> Path:
         name = _part_name(document_id)
@@ -225,7 +234,7 @@ class Results:
     def _set_aside(self, part: Path, error: Exception) -> None:
         _log.warning("%s: cannot be used, so its rows count as not done: %s", part, one_line(error))
         if not self._read_only:
-            with _disk_errors(part, "cannot be set aside"):
+            with disk_errors(part, "cannot be set aside"):
                 os.replace(part, part.with_name(_SET_ASIDE + part.name))
 
     def _finished_rows(self, document_id: str) -> list[Row]:
@@ -337,6 +346,11 @@ def _open(path: Path) -> Any:
     return file
 
 
+def _write(path: Path, rows: Sequence[Row]) -> None:
+    with atomic_file(path) as temporary:
+        pq.write_table(_table(rows, SCHEMA), temporary, **_FORMAT)
+
+
 def _table(rows: Sequence[Row], schema: Any) -> Any:
     return pa.Table.from_pylist([asdict(row) for row in rows], schema=schema)
 
@@ -362,30 +376,3 @@ def _row_groups(documents: Iterable[list[Row]]) -> Iterator[list[Row]]:
 
 def _digest(document_id: str) -> bytes:
     return blake2b(document_id.encode(), digest_size=16).digest()
-
-
-@contextmanager
-def _disk_errors(path: Path, problem: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        why = one_line(error)
-        if is_disk_full(error):
-            why = "the disk is full; free some space: what is done is kept, and the same command resumes"
-        raise OutputError(f"{path}: {problem}: {why}") from error
-
-
-def _make_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        _make_folder(folder.parent)
-        folder.mkdir(exist_ok=True)
-        _flush(folder.parent)
-
-
-def _flush(path: Path) -> None:
-    """Make a file's bytes, or a folder's entries, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,23 +9,24 @@ import json
 import logging
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import asdict
 from functools import partial
 from importlib import metadata
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from pipeline import __version__
-from pipeline.documents import check_documents, stream_documents
+from pipeline.documents import Document, check_documents, stream_documents
+from pipeline.durable import atomic_file
 from pipeline.errors import Interrupted
+from pipeline.groups import ahead, groups
 from pipeline.identity import job_identity
 from pipeline.job import Job
 from pipeline.progress import Progress, Watcher
 from pipeline.prompts import template_columns
 from pipeline.report import Report
-from pipeline.results import Results, atomic_file
+from pipeline.results import Results
 from pipeline.work import Work
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ class Runner:
 
     ``watch`` makes, for a number of rows, who is told how the run goes on: bars and lines unless given. With
     ``report`` the run is the rest of one that was cut off: its documents done are passed over and its counts go on.
-    ``condemned`` are documents that get error rows in place of answers, each with what the rows are to say.
+    ``condemned`` are documents that get error rows in place of answers, each with what the rows are to say; those in
+    ``alone`` share no batch with others.
     """
 
     def __init__(
@@ -53,12 +55,13 @@ class Runner:
         watch: Callable[[int], AbstractContextManager[Watcher]] | None = None,
         report: Report | None = None,
         condemned: Mapping[str, str] | None = None,
+        alone: Collection[str] = (),
     ) -> None:
         self._job = job
         self._watch = watch or partial(Progress, quiet=quiet)
         self._stop = Interruption()
         self.report = report or Report()
-        self._condemned = condemned or {}
+        self._condemned, self._alone = condemned or {}, alone
 
     def run(self) -> Report:
         """Run, or resume. Returns the report, whose ``interrupted`` says that the user stopped the run early."""
@@ -75,11 +78,10 @@ class Runner:
         ):
             work = Work(self._job, identity, results, progress, report, self._stop.check, self._condemned)
             try:
-                for document in islice(stream_documents(self._job.documents, columns), report.documents_done, None):
-                    self._stop.check()
-                    work.do(document)
-                    report.documents_done += 1
-                    progress.end_document(report)
+                with work, closing(ahead(self._groups(columns), work.look)) as todos:
+                    for group in todos:
+                        self._stop.check()
+                        work.do(group)
                 query_ids = [query.id for query in self._job.queries]
                 ids = (document.id for document in stream_documents(self._job.documents, ()))
                 results.finish((document_id, query_ids) for document_id in ids)
@@ -90,6 +92,15 @@ class Runner:
             report.seconds = time.monotonic() - started
             self._write_report(identity)
         return report
+
+    def _groups(self, columns: set[str]) -> Iterator[list[Document]]:
+        """Those documents that are not done; a group is done whole."""
+        job, passed = self._job, self.report.documents_done
+        documents = stream_documents(job.documents, columns)
+        for group in groups(documents, len(job.queries), job.generation.batch_size, self._alone):
+            if passed <= 0:
+                yield group
+            passed -= len(group)
 
     def _write_report(self, identity: Identity) -> None:
         versions = {name: metadata.version(name) for name in ("mlx", "mlx-lm")} | {"turboquant-pipeline": __version__}

@@ -157,7 +157,6 @@ class Store:
 
     def drop(self, matches: Callable[[Entry], bool]) -> None:
         """Remove the segments that match, which the caller is done with, but for what is needed."""
-        self._held.clear()
         try:
             with self.changing():
                 for entry in eviction_order(self.entries(), lambda one: not matches(one) or self._is_needed(one.label)):

@@ -15,7 +15,7 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from multiprocessing import resource_tracker
@@ -29,8 +29,8 @@ from pipeline.progress import Progress
 from pipeline.report import Report
 from pipeline.worker import (
     STOP_SIGNALS,
-    DocumentDone,
-    DocumentStarted,
+    DocumentsDone,
+    DocumentsStarted,
     Failed,
     Finished,
     Logged,
@@ -66,10 +66,11 @@ class _Supervisor:
     def __init__(self, job: Job, quiet: bool) -> None:
         self._job = job
         self._started = time.monotonic()
-        self._report = Report()  # as of the last document that is done
-        self._deaths: Counter[str | None] = Counter()  # since then, by the document in hand
+        self._report = Report()  # as of the last documents that are done
+        self._deaths: Counter[tuple[str, ...]] = Counter()  # by the documents in hand
         self._condemned: dict[str, str] = {}
-        self._in_hand: str | None = None  # the document the process has begun on
+        self._alone: set[str] = set()  # documents that share no batch any more
+        self._in_hand: tuple[str, ...] = ()  # the documents the process has begun on
         self._view = _View(quiet)
         self._pid: int | None = None
         self._stops_asked = 0
@@ -88,16 +89,18 @@ class _Supervisor:
 
     def _run_process(self) -> Finished | Failed | int:
         """Start the process and listen until it ends: its last message, or its exit code where there is none."""
-        self._in_hand = None
+        self._in_hand = ()
         with self._process() as (process, connection):
             while (message := _receive(connection)) is not None:
                 if isinstance(message, Finished | Failed):
                     return message
-                if isinstance(message, DocumentStarted):
-                    self._in_hand = message.document_id
-                elif isinstance(message, DocumentDone):
-                    self._in_hand, self._report = None, message.report
-                    self._deaths.clear()
+                if isinstance(message, DocumentsStarted):
+                    self._in_hand = message.document_ids
+                elif isinstance(message, DocumentsDone):
+                    self._report = message.report
+                    self._deaths.pop((), None)
+                    if set(self._in_hand) <= set(message.document_ids):
+                        self._in_hand = ()
                 self._view.show(message)
             process.join()
             assert process.exitcode is not None
@@ -109,7 +112,7 @@ class _Supervisor:
         report = replace(self._report, seconds=time.monotonic() - self._started)
         level = logging.getLogger("pipeline").getEffectiveLevel()
         receiver, sender = _SPAWN.Pipe(duplex=False)
-        task = Task(self._job, report, self._condemned, level)
+        task = Task(self._job, report, self._condemned, self._alone, level)
         process = _SPAWN.Process(target=work, args=(sender, task), name="model")
         with receiver:
             with sender, _signals_held_back():  # also from the new process, which lets them in when it is ready
@@ -130,18 +133,21 @@ class _Supervisor:
         """Decide what becomes of the document in hand; raises PipelineError where going on is no use."""
         self._view.forget_rows_in_hand()
         self._report = replace(self._report, restarts=self._report.restarts + 1)
-        document_id = self._in_hand
-        self._deaths[document_id] += 1
-        where = self._stage() if document_id is None else f"with document '{document_id}' in hand"
-        if self._deaths[document_id] < DEATHS:
+        documents = self._in_hand
+        self._deaths[documents] += 1
+        where = f"with {_named(documents)} in hand" if documents else self._stage()
+        if self._deaths[documents] < DEATHS:
             _log.warning("the model's process %s, %s; starting it again", cause, where)
-        elif document_id is None:
+        elif not documents:
             raise PipelineError(
                 f"the model's process {cause}, twice, {where}; what was committed is kept, and the same command resumes"
             )
+        elif len(documents) > 1:
+            _log.warning("the model's process %s, %s again; each is tried by itself", cause, where)
+            self._alone.update(documents)
         else:
             _log.warning("the model's process %s, %s again; its rows become errors", cause, where)
-            self._condemned[document_id] = (
+            self._condemned[documents[0]] = (
                 f"the model's process {cause}, twice, while this document was prefilled or answered; try a shorter "
                 "document, a smaller generation.batch_size or max_tokens, or fewer cache.key_bits and cache.value_bits"
             )
@@ -190,7 +196,7 @@ class _View:
             logging.getLogger(message.logger).log(message.level, "%s", message.text)
         elif isinstance(message, RunStarted) and self._progress is None:
             self._progress = self._open.enter_context(Progress(message.rows, self._quiet))
-        elif isinstance(message, DocumentDone):
+        elif isinstance(message, DocumentsDone):
             self._rows_in_hand = 0
         elif self._progress is not None:
             self._count(self._progress, message)
@@ -212,6 +218,11 @@ class _View:
             progress.prefilled(message.tokens)
         elif isinstance(message, PrefillEnded):
             progress.end_prefill()
+
+
+def _named(documents: Sequence[str]) -> str:
+    more = f" and {len(documents) - 1} more" if len(documents) > 1 else ""
+    return f"document '{documents[0]}'{more}"
 
 
 @contextmanager

@@ -15,8 +15,8 @@ import sys
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection, wait
 from types import TracebackType
@@ -39,6 +39,7 @@ class Task:
     job: Job
     report: Report
     condemned: Mapping[str, str]
+    alone: Collection[str]
     log_level: int
 
 
@@ -50,16 +51,17 @@ class RunStarted:
 
 
 @dataclass(frozen=True)
-class DocumentStarted:
-    """The model begins on a document."""
+class DocumentsStarted:
+    """The model begins on documents, whose work it does together."""
 
-    document_id: str
+    document_ids: tuple[str, ...]
 
 
 @dataclass(frozen=True)
-class DocumentDone:
-    """A document's rows are committed, and the report covers them."""
+class DocumentsDone:
+    """The rows of documents are committed, and the report covers them."""
 
+    document_ids: tuple[str, ...]
     report: Report
 
 
@@ -117,8 +119,8 @@ class Failed:
 
 Message = (
     RunStarted
-    | DocumentStarted
-    | DocumentDone
+    | DocumentsStarted
+    | DocumentsDone
     | RowsDone
     | PrefillStarted
     | Prefilled
@@ -168,7 +170,8 @@ def _outcome(outbox: _Outbox, task: Task) -> Finished | Failed:
         from pipeline.runner import Runner
 
         watch = partial(_Teller, outbox.send)
-        return Finished(Runner(task.job, watch=watch, report=task.report, condemned=task.condemned).run())
+        runner = Runner(task.job, watch=watch, report=task.report, condemned=task.condemned, alone=task.alone)
+        return Finished(runner.run())
     except PipelineError as error:
         return Failed(type(error).__name__, str(error), traceback.format_exc())
     except Exception as error:
@@ -248,11 +251,11 @@ class _Teller:
     ) -> None:
         pass
 
-    def start_document(self, document_id: str) -> None:
-        self._send(DocumentStarted(document_id))
+    def start_documents(self, document_ids: Sequence[str]) -> None:
+        self._send(DocumentsStarted(tuple(document_ids)))
 
-    def end_document(self, report: Report) -> None:
-        self._send(DocumentDone(replace(report, failures=dict(report.failures))))
+    def end_documents(self, document_ids: Sequence[str], report: Report) -> None:
+        self._send(DocumentsDone(tuple(document_ids), report))
 
     def rows_done(self, count: int) -> None:
         self._send(RowsDone(count))

@@ -26,7 +26,7 @@ from turboquant.kernels import backend
 from turboquant.layer import DenseLayer, EncodedLayer
 from turboquant.queries import QueryCollector
 
-DENSE_BYTES = 2 << 30  # of a prefix decoded once
+DENSE_BYTES = 2 << 30  # of prefixes decoded once
 
 
 @dataclass(frozen=True)
@@ -79,16 +79,10 @@ class Prefix:
         layers = [x.dense(dtype) if isinstance(x, EncodedLayer) else x for x in self.layers]
         return Prefix(tuple(layers), self.tokens)
 
-    def resident(self, how: str = "auto") -> Prefix:
-        """The prefix as it is attended: ``packed``, decoded anew at every step, or ``dense``, decoded once.
-
-        ``auto`` is dense on a CPU, where looking up levels takes most of a step, while that fits in ``DENSE_BYTES``.
-        The choice depends on the prefix alone, not on what memory happens to be free: rounding differs between the
-        two.
-        """
-        element = mx.float32 if on_cpu() else mx.float16
-        fits = self.dense_elements * element.size <= DENSE_BYTES
-        return self.dense(element) if how == "dense" or (how == "auto" and on_cpu() and fits) else self
+    @property
+    def is_dense(self) -> bool:
+        """Whether layers are decoded."""
+        return any(isinstance(layer, DenseLayer) for layer in self.layers)
 
     @property
     def dense_elements(self) -> int:
@@ -107,6 +101,18 @@ class Prefix:
         """Mean bits a coordinate over the encoded layers, everything counted."""
         encoded = [layer for layer in self.layers if isinstance(layer, EncodedLayer)]
         return sum(layer.effective_bits for layer in encoded) / max(1, len(encoded))
+
+
+def resident(prefixes: Sequence[Prefix], how: str = "auto") -> list[Prefix]:
+    """Prefixes as they are attended together: ``packed``, decoded anew at every step, or ``dense``, decoded once.
+
+    ``auto`` is dense on a CPU, where looking up levels takes most of a step, while they all fit in ``DENSE_BYTES``.
+    The choice depends on the prefixes alone, not on what memory happens to be free: rounding differs between the two.
+    """
+    element = mx.float32 if on_cpu() else mx.float16
+    fits = sum(prefix.dense_elements for prefix in prefixes) * element.size <= DENSE_BYTES
+    dense = how == "dense" or (how == "auto" and on_cpu() and fits)
+    return [prefix.dense(element) if dense else prefix for prefix in prefixes]
 
 
 class PrefillCache(KVCache):  # type: ignore[misc]

@@ -22,6 +22,7 @@ import numpy as np
 import xxhash
 from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import ArraysCache, CacheList
+from numpy.typing import NDArray
 
 from turboquant.codec import CacheCodec
 from turboquant.layer import EncodedLayer
@@ -305,9 +306,9 @@ def _is_finite(x: mx.array) -> bool:
     """Whether no number is infinite or none, told from the exponents: MLX's own test is slow on a CPU."""
     if x.dtype not in (mx.float16, mx.float32):
         return False
-    bits = np.asarray(x).view(np.uint16 if x.dtype == mx.float16 else np.uint32)
-    exponent = bits.dtype.type(0x7C00 if x.dtype == mx.float16 else 0x7F800000)
-    return not ((bits & exponent) == exponent).any()
+    exponent = 0x7C00 if x.dtype == mx.float16 else 0x7F800000
+    bits: NDArray[np.unsignedinteger[Any]] = np.asarray(x).view(np.uint16 if x.dtype == mx.float16 else np.uint32)
+    return not ((bits & bits.dtype.type(exponent)) == exponent).any()
 
 
 def restore_stock(kind: Any, state: Mapping[str, Any], tensors: dict[str, mx.array]) -> Any:

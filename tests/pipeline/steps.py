@@ -213,7 +213,7 @@ def import_everything() -> None:
     import mlx_lm.models.llama  # noqa: F401
     import transformers.models.llama  # noqa: F401
 
-    import pipeline.answers
+    import pipeline.engine
     import pipeline.model
     import pipeline.prefixes
     import pipeline.runner

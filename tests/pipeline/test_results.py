@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import OutputError
-from pipeline.results import SCHEMA, Results, Row, atomic_file
+from pipeline.results import SCHEMA, Results, Row
 
 QUERIES = ["a", "b"]
 
@@ -45,7 +45,7 @@ def run(output: Path, document_ids: list[str], fingerprint: str = "f0") -> None:
         for document_id in document_ids:
             known = results.rows(document_id)
             if {key: known[key].fingerprint for key in known} != dict.fromkeys(QUERIES, fingerprint):
-                results.commit(document_id, rows(document_id, fingerprint))
+                results.commit({document_id: rows(document_id, fingerprint)})
         results.finish(expected(*document_ids))
 
 
@@ -62,9 +62,9 @@ def test_rows_come_back_as_committed(output: Path) -> None:
     failed = Row("d", "b", "error", "f1", error_type="ContextTooLong", error="too long", context_tokens=9)
     with Results(output) as results:
         assert results.rows("d") == {}
-        results.commit("d", [row("d", "a"), failed])
+        results.commit({"d": [row("d", "a"), failed]})
         assert results.rows("d") == {"a": row("d", "a"), "b": failed}
-        results.commit("d", [row("d", "a", "f2")])
+        results.commit({"d": [row("d", "a", "f2")]})
         assert results.rows("d") == {"a": row("d", "a", "f2")}
     with Results(output) as results:
         assert results.rows("d") == {"a": row("d", "a", "f2")}
@@ -73,7 +73,7 @@ def test_rows_come_back_as_committed(output: Path) -> None:
 def test_the_finished_file_is_in_the_given_order_and_the_parts_are_gone(output: Path) -> None:
     with Results(output, {"job": "é1"}) as results:
         for document_id in ("1", "2", "3"):
-            results.commit(document_id, [row(document_id, query) for query in ("a", "b", "dropped")])
+            results.commit({document_id: [row(document_id, query) for query in ("a", "b", "dropped")]})
         results.finish([("3", ["b", "a"]), ("1", ["a"])])
         assert results.rows("3") == {"a": row("3", "a"), "b": row("3", "b")}
         assert results.rows("2") == {}
@@ -103,7 +103,7 @@ def test_the_same_rows_give_the_same_bytes(output: Path, tmp_path: Path) -> None
     other = tmp_path / "other.parquet"
     run(other, ["2"], "old")
     with Results(other) as results:
-        results.commit("3", rows("3"))
+        results.commit({"3": rows("3")})
     run(other, ["1", "2", "3"])
     assert other.read_bytes() == first
 
@@ -113,7 +113,7 @@ def test_a_finished_file_is_continued(output: Path) -> None:
     with Results(output) as results:
         assert results.rows("2") == {"a": row("2", "a"), "b": row("2", "b")}
         assert results.rows("3") == {}
-        results.commit("2", [row("2", "a", "new")])
+        results.commit({"2": [row("2", "a", "new")]})
         assert results.rows("2") == {"a": row("2", "a", "new")}
         results.finish([("2", ["a"]), ("1", ["b"])])
     assert pq.read_table(output)["answer"].to_pylist() == ["2/a/new", "1/b/f0"]
@@ -141,7 +141,7 @@ def test_a_missing_row_leaves_the_old_file(output: Path) -> None:
     run(output, ["1"])
     before = output.read_bytes()
     with Results(output) as results:
-        results.commit("2", [row("2", "a")])
+        results.commit({"2": [row("2", "a")]})
         with pytest.raises(OutputError, match="document '2' has no row for query 'b'; run the job again"):
             results.finish(expected("1", "2"))
         assert results.rows("2") == {"a": row("2", "a")}
@@ -152,10 +152,10 @@ def test_a_missing_row_leaves_the_old_file(output: Path) -> None:
 def test_pairs_are_expected_and_committed_once(output: Path) -> None:
     with Results(output) as results:
         with pytest.raises(ValueError, match="given twice"):
-            results.commit("1", [row("1", "a"), row("1", "a")])
+            results.commit({"1": [row("1", "a"), row("1", "a")]})
         with pytest.raises(ValueError, match="another document's"):
-            results.commit("1", [row("2", "a")])
-        results.commit("1", rows("1"))
+            results.commit({"1": [row("2", "a")]})
+        results.commit({"1": rows("1")})
         with pytest.raises(ValueError, match="expected twice"):
             results.finish(expected("1", "1"))
         with pytest.raises(ValueError, match="expected twice"):
@@ -167,7 +167,7 @@ def test_two_runs_cannot_write_one_result(output: Path, monkeypatch: pytest.Monk
     with Results(output) as results:
         with pytest.raises(OutputError, match=f"{output}: another run is writing"), Results(output):
             pass
-        results.commit("1", rows("1"))
+        results.commit({"1": rows("1")})
         with Results(output, read_only=True) as looking:
             assert set(looking.rows("1")) == {"a", "b"}
     with Results(output):
@@ -179,17 +179,17 @@ def test_a_lock_that_is_let_go_is_waited_for(output: Path, monkeypatch: pytest.M
     with FileLock(f"{output}.lock") as held:
         monkeypatch.setattr("time.sleep", lambda _: held.release())  # what the lock does between two tries
         with Results(output) as results:
-            results.commit("1", rows("1"))
+            results.commit({"1": rows("1")})
 
 
 def test_read_only_changes_nothing(output: Path) -> None:
     with Results(output, read_only=True) as results:
         assert results.rows("1") == {}
         with pytest.raises(RuntimeError):
-            results.commit("1", rows("1"))
+            results.commit({"1": rows("1")})
     assert not output.parent.exists()
     with Results(output) as results:
-        results.commit("1", rows("1"))
+        results.commit({"1": rows("1")})
     (part,) = output.parent.glob("*.parts/*/*.parquet")
     part.write_bytes(part.read_bytes()[:-9])
     part.with_name(".tmp-x").write_text("being written")
@@ -221,7 +221,7 @@ def _write_other_columns(part: Path) -> None:
 
 def _write_another_document(part: Path) -> None:
     with Results(part.parents[2] / "other.parquet") as other:
-        other.commit("2", rows("2"))
+        other.commit({"2": rows("2")})
     (source,) = part.parents[2].glob("other.parquet.parts/*/*.parquet")
     shutil.copy(source, part)
 
@@ -229,14 +229,14 @@ def _write_another_document(part: Path) -> None:
 @pytest.mark.parametrize("damage", [_truncate, _empty, _flip_a_bit, _write_other_columns, _write_another_document])
 def test_a_bad_part_is_set_aside_and_not_done(output: Path, caplog: pytest.LogCaptureFixture, damage: Any) -> None:
     with Results(output) as results:
-        results.commit("1", rows("1"))
+        results.commit({"1": rows("1")})
     (part,) = output.parent.glob("answers.parquet.parts/*/*.parquet")
     damage(part)
     with caplog.at_level(logging.WARNING), Results(output) as results:
         assert results.rows("1") == {}
         assert "count as not done" in caplog.text
         assert [path.name for path in part.parent.iterdir()] == [f".bad-{part.name}"]
-        results.commit("1", rows("1"))
+        results.commit({"1": rows("1")})
         assert set(results.rows("1")) == {"a", "b"}
         results.finish(expected("1"))
     assert not Path(f"{output}.parts").exists()
@@ -244,7 +244,7 @@ def test_a_bad_part_is_set_aside_and_not_done(output: Path, caplog: pytest.LogCa
 
 def test_no_flipped_bit_gives_a_wrong_row(output: Path, caplog: pytest.LogCaptureFixture) -> None:
     with Results(output) as results:
-        results.commit("1", rows("1"))
+        results.commit({"1": rows("1")})
     (part,) = output.parent.glob("answers.parquet.parts/*/*.parquet")
     content = part.read_bytes()
     footer = len(content) - 8 - int.from_bytes(content[-8:-4], "little")
@@ -294,14 +294,14 @@ def test_places_that_cannot_be_written(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_one_clear_error_and_leaves_nothing_half_written(output: Path) -> None:
     with Results(output) as results:
-        results.commit("1", rows("1"))
+        results.commit({"1": rows("1")})
         with (
             mock.patch("os.fsync", side_effect=OSError(28, "No space left on device")),
             pytest.raises(
                 OutputError, match=r"cannot be written: the disk is full; free some space: .* the same command resumes"
             ),
         ):
-            results.commit("1", rows("1", "f1"))
+            results.commit({"1": rows("1", "f1")})
         assert results.rows("1")["a"].fingerprint == "f0"
     assert not list(output.parent.rglob(".tmp-*"))
 
@@ -309,22 +309,11 @@ def test_a_full_disk_is_one_clear_error_and_leaves_nothing_half_written(output: 
 def test_parts_are_a_dataset_while_a_run_writes(output: Path) -> None:
     with Results(output) as results:
         for document_id in ("1", "2"):
-            results.commit(document_id, rows(document_id))
+            results.commit({document_id: rows(document_id)})
         for folder in Path(f"{output}.parts").iterdir():
             (folder / ".tmp-x.parquet").write_bytes(b"half")
             (folder / ".bad-x.parquet").write_bytes(b"bad")
         assert ds.dataset(f"{output}.parts", format="parquet").to_table().num_rows == 4
-
-
-def test_atomic_file(tmp_path: Path) -> None:
-    target = tmp_path / "a" / "b" / "run.json"
-    with atomic_file(target) as temporary:
-        temporary.write_text("1")
-        assert not target.exists()
-    with pytest.raises(ZeroDivisionError), atomic_file(target) as temporary:
-        temporary.write_text(str(1 // 0))
-    assert target.read_text() == "1"
-    assert [path.name for path in target.parent.iterdir()] == ["run.json"]
 
 
 class Crash(BaseException):
@@ -395,6 +384,36 @@ def test_a_crash_at_every_step_of_a_run(tmp_path: Path, before: bool) -> None:
         assert _crash_then_resume(tmp_path / str(step), [(step, before)]) == reference
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_documents_committed_together_survive_a_crash_together(tmp_path: Path, before: bool) -> None:
+    seen = set()
+    for step in range(1, 30):
+        output = tmp_path / str(step) / "answers.parquet"
+        with Results(output) as results:
+            results.commit({"1": rows("1", "old")})
+            try:
+                with crash_at(step, before):
+                    results.commit({key: rows(key, "new") for key in _IDS})
+            except Crash:
+                pass
+        with Results(output) as results:
+            known = [list(results.rows(key).values()) for key in _IDS]
+        assert known in ([rows("1", "old"), [], []], [rows(key, "new") for key in _IDS])
+        assert [path.name for path in (tmp_path / str(step)).rglob(".*")] == []
+        seen.add(len(known[1]))
+    assert seen == {0, 2}
+
+
+def test_a_group_that_cannot_be_read_is_set_aside(output: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with Results(output) as results:
+        results.commit({"1": rows("1")})
+    (results.parts / ".group").write_bytes(b"no Parquet")
+    with Results(output) as results:
+        assert set(results.rows("1")) == set(QUERIES)
+    assert (results.parts / ".bad-.group").exists()
+    assert "cannot be used" in caplog.text
+
+
 _COMMIT_FOR_EVER = """
 import sys
 from pathlib import Path
@@ -403,7 +422,7 @@ from pipeline.results import Results, Row
 with Results(Path(sys.argv[1])) as results:
     for number in range(1_000_000):
         text = f"{number} " * 20_000
-        results.commit(str(number % 3), [Row(str(number % 3), q, "ok", str(number), text) for q in "ab"])
+        results.commit({str(number % 3): [Row(str(number % 3), q, "ok", str(number), text) for q in "ab"]})
         print(number, flush=True)
 """
 

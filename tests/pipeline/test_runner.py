@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from workplace import Workplace
 
-import pipeline.answers
+import pipeline.engine
 import pipeline.prefixes
 import pipeline.store
 from pipeline.errors import ModelError, OutputError
@@ -426,7 +426,7 @@ def test_a_model_that_fails_on_one_document(
     whole = workplace.output.read_bytes()
     workplace.output.unlink()
     shutil.rmtree(workplace.cache)
-    module = getattr(pipeline, "prefixes" if where == "prefill" else "answers")
+    module = getattr(pipeline, "prefixes" if where == "prefill" else "engine")
     real, calls = getattr(module, where), []
 
     def failing(*args: Any) -> Any:
@@ -452,16 +452,16 @@ def test_failures_are_counted_once_in_the_progress(workplace: Workplace, monkeyp
 
     done: list[int] = []
     monkeypatch.setattr(Progress, "rows_done", lambda self, count: done.append(count))
-    real = pipeline.answers.answer
+    real = pipeline.engine.answer
 
     def failing(*args: Any) -> Any:
         real(*args)
         raise RuntimeError("after the last answer")
 
-    monkeypatch.setattr(pipeline.answers, "answer", failing)
+    monkeypatch.setattr(pipeline.engine, "answer", failing)
     assert workplace.run().rows_failed == 9
     assert sum(done) == 9
-    monkeypatch.setattr(pipeline.answers, "answer", real)
+    monkeypatch.setattr(pipeline.engine, "answer", real)
     workplace.documents["d0"] = ""
     done.clear()
     workplace.run()
@@ -642,7 +642,7 @@ def test_a_second_interrupt_stops_at_once(workplace: Workplace, monkeypatch: pyt
 
 def test_two_runs_on_one_result(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     messages: list[str] = []
-    real = pipeline.answers.answer
+    real = pipeline.engine.answer
 
     def meanwhile(*args: Any) -> Any:
         with pytest.raises(OutputError) as caught:
@@ -650,7 +650,7 @@ def test_two_runs_on_one_result(workplace: Workplace, monkeypatch: pytest.Monkey
         messages.append(str(caught.value))
         return real(*args)
 
-    monkeypatch.setattr(pipeline.answers, "answer", meanwhile)
+    monkeypatch.setattr(pipeline.engine, "answer", meanwhile)
     monkeypatch.setattr("pipeline.results.SECONDS_FOR_LOCK", 0)
     assert workplace.run().rows_answered == 9
     expected = f"{workplace.output}: another run is writing this result; wait for it, or set another output.path"

@@ -16,7 +16,7 @@ import pytest
 from steps import watching
 from workplace import Workplace
 
-import pipeline.answers
+import pipeline.engine
 import pipeline.prefixes
 from pipeline.inventory import Entry, eviction_order, size_of
 from pipeline.needs import Needs
@@ -117,7 +117,7 @@ def test_what_an_interrupted_job_needs_is_kept_for_a_week(
     needed = {path.name for path in workplace.segments()}
     workplace.output.unlink()
     with monkeypatch.context() as patch:  # all are stored, and none is done
-        patch.setattr(pipeline.answers, "answer", lambda *_: signal.raise_signal(signal.SIGINT) or [])
+        patch.setattr(pipeline.engine, "answer", lambda *_: signal.raise_signal(signal.SIGINT) or [])
         with pytest.raises(BaseException):  # noqa: B017, PT011
             workplace.run()
     other = Workplace(tmp_path / "other", workplace.model)

@@ -76,11 +76,11 @@ if __name__ == "__mp_main__":
             globals()[os.environ["FATE"]]()
         return real(*args, **kwargs)
 
-    def generating(real, self, document_id, *args):
-        note("begun", document_id)
-        return real(self, document_id, *args)
+    def beginning(real, self, todo):
+        note("begun", todo.document_id)
+        return real(self, todo)
 
-    patch("pipeline.work:Work._generate", generating)
+    patch("pipeline.work:Work._prefix", beginning)
     if os.environ["TARGET"]:
         patch(os.environ["TARGET"], fated)
     elif life < len(fates):
@@ -131,7 +131,7 @@ def killed(tmp_path: Path, tiny_model: Path) -> Supervised:
         ("kill", "pipeline.prefixes:Prefixes._prefilled", "2", "d0 d1 d1 d2", "was killed by signal 9 (SIGKILL)"),
         ("kill", "pipeline.work:Work._answered", "5", "d0 d1 d1 d2", "was killed by signal 9 (SIGKILL)"),
         ("abort", "pipeline.work:Work._answered", "7", "d0 d1 d2 d2", "was killed by signal 6 (SIGABRT)"),
-        ("leave", "pipeline.model:load_model", "1", "d0 d1 d2", "ended with exit status 3"),
+        ("leave", "pipeline.model:_explain_failure", "1", "d0 d0 d1 d2", "ended with exit status 3"),
         ("kill", "pipeline.results:Results.finish", "1", "d0 d1 d2", "was killed by signal 9 (SIGKILL)"),
     ],
 )
@@ -214,7 +214,7 @@ def test_every_document_has_its_own_deaths(killed: Supervised) -> None:
 @pytest.mark.parametrize(
     ("target", "where"),
     [
-        ("pipeline.model:load_model", "before a document was in hand"),
+        ("pipeline.model:_explain_failure", "before a document was in hand"),
         ("pipeline.runner:check_documents", "before a document was in hand"),
         ("pipeline.results:Results.finish", "while the result was written"),
     ],

@@ -38,7 +38,7 @@ class Workplace:
         self.tree: dict[str, Any] = {
             "model": str(model),
             "documents": {"path": "docs.parquet"},
-            "generation": {"max_tokens": 5},
+            "generation": {"max_tokens": 5, "batch_size": 3},  # a document's rows, so that none share a batch
             "cache": {"dir": "cache"},
             "output": {"path": "out/a.parquet"},
         }

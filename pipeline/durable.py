@@ -1,0 +1,62 @@
+"""Files that are written whole or not at all, and survive a power cut once written.
+
+Knows paths and what a disk may refuse; nothing of what is in a file.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from pipeline.errors import OutputError, is_disk_full, one_line
+
+TEMPORARY = ".tmp-"  # readers of datasets pass over names that start with a dot
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`; once the block ends well it takes the place of `path`, all or nothing.
+
+    Raises OutputError where the disk refuses.
+    """
+    temporary = path.with_name(TEMPORARY + path.name)
+    with disk_errors(path, "cannot be written"):
+        make_folder(path.parent)
+        try:
+            yield temporary
+            _flush(temporary)
+            os.replace(temporary, path)
+        except Exception:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+        _flush(path.parent)
+
+
+@contextmanager
+def disk_errors(path: Path, problem: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        why = one_line(error)
+        if is_disk_full(error):
+            why = "the disk is full; free some space: what is done is kept, and the same command resumes"
+        raise OutputError(f"{path}: {problem}: {why}") from error
+
+
+def make_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir(exist_ok=True)
+        _flush(folder.parent)
+
+
+def _flush(path: Path) -> None:
+    """Make a file's bytes, or a folder's entries, survive a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

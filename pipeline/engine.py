@@ -1,0 +1,126 @@
+"""What is slow to load and needed only where there is something to answer: model, tokenizer and store.
+
+Knows how a document becomes tokens, a prefix and answers; not what becomes of those.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+
+from pipeline.answers import Request, answer
+from pipeline.errors import ContextTooLong, GenerationFailed, RowError, one_line
+from pipeline.identity import context_label
+from pipeline.job import Job, Query
+from pipeline.model import LoadedModel, load_model, max_context
+from pipeline.needs import output_digest
+from pipeline.prefill import warn_of_uncompressed_layers
+from pipeline.prefixes import Prefixes
+from pipeline.progress import Watcher
+from pipeline.prompts import PromptTokenizer, Rendered
+from pipeline.report import Report
+from pipeline.store import Store
+from pipeline.todo import Todo, Tokenised
+from turboquant import Prefix
+from turboquant.blas import load_tuned_blas
+from turboquant.identity import Identity
+from turboquant.prefix import resident
+
+_log = logging.getLogger(__name__)
+
+
+class Engine:
+    """A job's model and store, loaded.
+
+    shared: what all documents have in common. check: raises Interrupted where the user asked to stop.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        identity: Identity,
+        store: Store,
+        shared: Rendered | None,
+        progress: Watcher,
+        report: Report,
+        check: Callable[[], None],
+    ) -> None:
+        if hint := load_tuned_blas().hint:
+            _log.warning("MLX computes with a slow BLAS here: %s", hint)
+        self._job, self._report = job, report
+        self._model: LoadedModel = load_model(job.model)
+        self._tokenizer = PromptTokenizer(self._model.tokenizer)
+        self._limit = max_context(self._model.config, self._model.tokenizer)
+        warn_of_uncompressed_layers(self._model.model)
+        self._shared = self._tokenizer.shared_tokens(shared) if shared else []
+        about = {"model": job.model, "output": output_digest(job.output.path)}
+        shared_label = context_label(shared) if shared else ""
+        self.store = store
+        self._prefixes = Prefixes(job, identity, self._model, store, about, progress, report, check, shared_label)
+
+    def make_ready(self, todo: Todo) -> None:
+        """Tokenise a document's prompts, and restore what the store has of its prefix; from any thread, once.
+
+        Queries that cannot be answered fail.
+        """
+        if todo.rendered is None or todo.tokenised is not None or not todo.open:
+            return
+        texts = [query.text for query in self._job.queries]
+        try:
+            tokens = self._tokenizer.tokenise(todo.rendered, texts)
+        except RowError as error:
+            todo.fail(error)
+            return
+        context, ids = tokens.context, [query.id for query in self._job.queries]
+        shared = len(self._shared) if context[: len(self._shared)] == self._shared else 0
+        pieces = self._prefixes.cut(todo.document_id, context, shared, context_label(todo.rendered))
+        todo.tokenised = Tokenised(context, dict(zip(ids, tokens.suffixes, strict=True)), pieces)
+        for query in todo.open:
+            if too_long := self._too_long(todo.tokenised, query):
+                todo.fail(too_long, [query])
+        if todo.open:
+            todo.tokenised.restored = self._prefixes.restore(pieces)
+
+    def prefix(self, todo: Todo) -> Prefix:
+        """The prefix of a document that is ready. Raises GenerationFailed or DiskFull."""
+        assert todo.tokenised is not None
+        prefix = self._prefixes.prefix(todo.tokenised.pieces, todo.tokenised.restored)
+        todo.tokenised.restored = ()
+        return prefix
+
+    def own_keys(self, todo: Todo) -> set[str]:
+        """The segments that are the document's alone."""
+        pieces = todo.tokenised.pieces if todo.tokenised is not None else ()
+        return {piece.key for piece in pieces if piece.about["label"] != self._prefixes.shared_label}
+
+    def answer(self, ready: Sequence[tuple[Todo, Prefix]], on_answer: Callable[[], None]) -> None:
+        """Answer all open queries of documents together, into their rows. Raises GenerationFailed."""
+        prefixes = resident([prefix for _, prefix in ready], self._job.cache.resident)
+        requests: list[Request] = []
+        asked: list[tuple[Todo, Query]] = []
+        for (todo, _), prefix in zip(ready, prefixes, strict=True):
+            how = "dense" if prefix.is_dense else "packed"
+            self._report.resident[how] = self._report.resident.get(how, 0) + 1
+            for query in todo.open:
+                assert todo.tokenised is not None
+                settings = query.settings(self._job.generation)
+                name = f"{todo.document_id}\0{query.id}"
+                requests.append(Request(prefix, todo.tokenised.suffixes[query.id], settings, name))
+                asked.append((todo, query))
+        try:
+            answers = answer(self._model, requests, self._job.generation.batch_size, on_answer)
+        except (RuntimeError, ValueError, MemoryError) as error:
+            raise GenerationFailed(f"the model failed: {one_line(error)}") from error
+        for (todo, query), given in zip(asked, answers, strict=True):
+            todo.answer(query, given.text, given.finish_reason, given.tokens)
+
+    def _too_long(self, tokenised: Tokenised, query: Query) -> ContextTooLong | None:
+        context, suffix = len(tokenised.context), len(tokenised.suffixes[query.id])
+        longest = query.settings(self._job.generation).max_tokens
+        needed = context + suffix + longest
+        if self._limit is None or needed <= self._limit:
+            return None
+        return ContextTooLong(
+            f"{context:,} tokens of context, {suffix:,} of the query and up to {longest:,} of the "
+            f"answer are {needed:,}; the model reads {self._limit:,}"
+        )

@@ -1,0 +1,75 @@
+"""What is left to do for one document, and what has come of it so far. Knows rows and tokens; does nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from pipeline.errors import RowError
+from pipeline.job import Query
+from pipeline.prompts import Rendered
+from pipeline.results import Row
+
+if TYPE_CHECKING:
+    from pipeline.prefixes import Piece
+    from turboquant.segments import Segment
+
+
+@dataclass
+class Todo:
+    """A document whose ``queries`` are to be answered; ``rows`` are what became of them, by query id.
+
+    rendered: None where the prompt cannot be rendered. kept: rows that need no new answer. fingerprints: of all rows,
+    by query id.
+    """
+
+    document_id: str
+    rendered: Rendered | None
+    queries: Sequence[Query]
+    kept: Sequence[Row] = ()
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+    rows: dict[str, Row] = field(default_factory=dict)
+    tokenised: Tokenised | None = None
+
+    @property
+    def open(self) -> list[Query]:
+        """The queries of which nothing has become yet."""
+        return [query for query in self.queries if query.id not in self.rows]
+
+    @property
+    def succeeded(self) -> bool:
+        """Whether every query was answered, now or before."""
+        return all(query.id in self.rows and self.rows[query.id].status == "ok" for query in self.queries)
+
+    def row(self, query: Query) -> Row:
+        """The row of a query without what becomes of it."""
+        row = Row(self.document_id, query.id, "ok", self.fingerprints.get(query.id, ""))
+        if self.tokenised is None:
+            return row
+        lengths = len(self.tokenised.context), len(self.tokenised.suffixes[query.id])
+        return replace(row, context_tokens=lengths[0], query_tokens=lengths[1])
+
+    def answer(self, query: Query, text: str, finish_reason: str, tokens: int) -> None:
+        """A query ends as this answer."""
+        self.rows[query.id] = replace(self.row(query), answer=text, finish_reason=finish_reason, answer_tokens=tokens)
+
+    def fail(self, error: RowError, queries: Sequence[Query] | None = None) -> None:
+        """Queries, all open ones unless given, end as this error."""
+        for query in self.open if queries is None else queries:
+            self.rows[query.id] = replace(
+                self.row(query), status="error", error_type=error.error_type, error=str(error)
+            )
+
+
+@dataclass
+class Tokenised:
+    """A document's prompts in tokens: the context, what follows it by query id, and the segments it is cut into.
+
+    restored: those of the first segments that were read ahead.
+    """
+
+    context: list[int]
+    suffixes: Mapping[str, list[int]]
+    pieces: Sequence[Piece]
+    restored: Sequence[Segment] = ()
