@@ -31,7 +31,7 @@ from benches.tiny import QUERIES, Place, text_of
 ROOT = Path(__file__).resolve().parent.parent
 MODES: dict[str, dict[str, object]] = {"exact": {}, "streaming": {"prefill": "streaming", "segment": 512}}
 DOCUMENTS, SENTENCES = 6, 60
-MISS = re.compile(r"prefix (\w{12}) not in the store")
+BUILT = re.compile(r"prefix (\w{12}) is built")
 SECONDS_TO_START, SECONDS_OF_WORK = 8.0, 2.5
 
 
@@ -44,7 +44,7 @@ class Tally:
     identical: int = 0
     lost: int = 0
     duplicated: int = 0
-    lost_segments: int = 0  # that were stored before a kill, and were missed after it
+    lost_segments: int = 0  # that were stored before a kill, and were built again after it
     again: int = 0  # segments whose prefill was begun once more
     most_again: int = 0  # by one kill
 
@@ -81,20 +81,20 @@ def kill_at_random(folder: Path, kills: int, seed: int, seconds: float = 3600.0)
 def _kill_until_done(mode: Mode, rng: random.Random, kills: int, ends: float) -> int:
     """Run one job until it is done, with at most so many kills; returns how many there were."""
     tally, place = mode.tally, mode.place(f"job{mode.tally.jobs}")
-    done, missed = 0, Counter[str]()
+    done, built = 0, Counter[str]()
     stored: set[str] = set()
     rows: set[tuple[str, str]] = set()
     finished = False
     while not finished:
         killer = _Killer(rng, mode.seconds) if done < kills and time.monotonic() < ends else None
         finished, log = _killed_run(place, killer)
-        misses = MISS.findall(log)
-        before = sum(missed.values()) - len(missed)
-        missed.update(misses)
-        repeated = sum(missed.values()) - len(missed) - before
+        begun = BUILT.findall(log)
+        before = sum(built.values()) - len(built)
+        built.update(begun)
+        repeated = sum(built.values()) - len(built) - before
         tally.again += repeated
         tally.most_again = max(tally.most_again, repeated)
-        tally.lost_segments += len({key[:12] for key in stored} & set(misses))
+        tally.lost_segments += len({key[:12] for key in stored} & set(begun))
         left = _rows(place)
         tally.lost += len(rows - set(left))
         tally.duplicated += len(left) - len(set(left))
@@ -151,7 +151,7 @@ def _killed_run(place: Place, killer: _Killer | None) -> tuple[bool, str]:
 
 
 def _start(place: Place, log: int) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "pipeline.cli", "run", str(place.folder / "job.yaml")]
+    command = [sys.executable, "-m", "pipeline.cli", "run", "--debug", str(place.folder / "job.yaml")]
     environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
     return subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT, env=environment, text=True)
 

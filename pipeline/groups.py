@@ -23,7 +23,7 @@ def groups(
 ) -> Iterator[list[Document]]:
     """The documents in groups that fill a batch, or fewer where texts are long; one by one around those in ``alone``.
 
-    >>> texts = [Document(str(i), "a text", {}) for i in range(7)]
+    >>> texts = [Document(i, str(i), "a text", {}) for i in range(7)]
     >>> [[document.id for document in group] for group in groups(texts, 3, 8)]
     [['0', '1', '2'], ['3', '4', '5'], ['6']]
     >>> [[document.id for document in group] for group in groups(texts, 3, 8, alone={"1"})]

@@ -149,6 +149,7 @@ class Prefixes:
         """Prefill a segment, and store it where that is possible."""
         self._check()
         can_store = self._has_room(len(piece.tokens))
+        _log.debug("prefix %.12s is built: %d tokens behind %d", piece.key, len(piece.tokens), piece.start)
         self._progress.start_prefill(str(piece.about["document"]), len(piece.tokens))
         try:
             with self._timed("prefill_seconds"):

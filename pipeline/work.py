@@ -100,6 +100,8 @@ class Work:
 
     def do(self, group: Sequence[Todo]) -> None:
         """Answer what is left of a group, and have it committed."""
+        if self._job.cache.budget is not None or self._job.cache.keep == "job":
+            self._wait()  # until there is room that the group before has no use for any more
         for todo in group:
             self._report.rows_kept += len(todo.kept)
             self._progress.rows_done(len(todo.kept))

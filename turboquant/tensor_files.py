@@ -233,6 +233,7 @@ def load_tensors(file: BinaryIO) -> tuple[dict[str, mx.array], str]:
             raise ValueError("the file ends early")
         digest.update(view)
         tensors[name] = _to_array(view, stored)
+    mx.eval(tensors)  # what is not computed yet could not be in another thread
     return tensors, digest.hexdigest()
 
 

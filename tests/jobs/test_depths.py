@@ -83,10 +83,10 @@ def expected(loaded: LoadedModel, prompts: tuple[list[int], list[list[int]]], fi
 
 def answers(loaded: LoadedModel, prefix: Prefix, suffixes: Sequence[list[int]], batch_size: int) -> list[str]:
     requests = [
-        Request(suffix, Settings(TOKENS, temperature=0.0, top_p=1.0, seed=0), str(i))
+        Request(prefix, suffix, Settings(TOKENS, temperature=0.0, top_p=1.0, seed=0), str(i))
         for i, suffix in enumerate(suffixes)
     ]
-    return [one.text for one in answer(loaded, prefix, requests, batch_size)]
+    return [one.text for one in answer(loaded, requests, batch_size)]
 
 
 @pytest.mark.parametrize("bits", [4, 3])

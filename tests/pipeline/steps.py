@@ -159,11 +159,13 @@ def files_hold(place: Any) -> int:
         read_segment(folder, folder.name, codec, read_manifest(folder)["start"])
     for file in place.cache.glob("jobs/[!.]*"):
         json.loads(file.read_bytes())
-    parts = [pq.read_table(file) for file in Path(f"{place.output}.parts").glob("*/[!.]*.parquet")]
+    folder = Path(f"{place.output}.parts")
+    parts = [pq.read_table(file) for file in folder.glob("*/[!.]*.parquet")]
     assert all(part.num_rows == len(place.queries) for part in parts)
     if place.output.exists():
         return int(pq.read_table(place.output).num_rows)
-    return sum(part.num_rows for part in parts)
+    group = [pq.read_table(file) for file in folder.glob(".group")]
+    return len({row["document_id"] for part in [*parts, *group] for row in part.to_pylist()}) * len(place.queries)
 
 
 def resume(place: Any, overrides: list[str]) -> dict[str, Any]:

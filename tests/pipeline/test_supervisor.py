@@ -200,6 +200,25 @@ def test_a_document_that_kills_the_process_twice_becomes_error_rows(
     assert killed.output.read_bytes() == workplace.output.read_bytes()
 
 
+def test_documents_that_share_a_batch_are_tried_alone_before_one_is_to_blame(
+    workplace: Workplace, killed: Supervised
+) -> None:
+    # Twice amid the answers of all three; then d1, by itself, twice.
+    killed.tree["generation"] = {"max_tokens": 5, "batch_size": 9}
+    process = killed.start("kill", "pipeline.work:Work._answered", "5 2 4 1")
+    _, error = process.communicate()
+    assert process.returncode == 3, error
+    assert "with document 'd0' and 2 more in hand again; each is tried by itself" in error
+    failed = Counter(document for (document, _), row in killed.rows().items() if row["status"] == "error")
+    assert failed == {"d1": 3}
+    assert killed.report()["restarts"] == 4
+    assert sum(map(int, killed.noted("shown"))) == 9
+    workplace.run()
+    killed.tree["generation"] = workplace.tree["generation"]
+    killed.run()
+    assert killed.output.read_bytes() == workplace.output.read_bytes()
+
+
 def test_every_document_has_its_own_deaths(killed: Supervised) -> None:
     # d0 twice, d1 once, and d2 twice again.
     process = killed.start("kill", "pipeline.work:Work._answered", "1 1 2 4 1")
