@@ -17,7 +17,7 @@ from turboquant import CacheCodec, EncodedLayer, Prefix, prefill
 from turboquant.files import read_segment, write_segment
 from turboquant.identity import Identity
 from turboquant.layer import DenseLayer
-from turboquant.prefix import plain_cache
+from turboquant.prefix import plain_cache, resident
 from turboquant.segments import Segment, SegmentCache, join, prefill_segment
 
 CODEC = CacheCodec(8, 8, window=16)
@@ -64,7 +64,7 @@ def test_a_chain_answers_as_the_whole_does(models: dict[str, Any], stops: list[i
         whole = prefill(model, TOKENS, CODEC, 32)
         joined, once = (continue_on(model, p.fork(), NEXT) for p in (prefix, whole))
         assert cosine(joined, once) > 0.999, name
-        dense = continue_on(model, prefix.resident("dense").fork(), NEXT)
+        dense = continue_on(model, resident([prefix], "dense")[0].fork(), NEXT)
         assert cosine(dense, joined) > 0.9999, name
 
 
