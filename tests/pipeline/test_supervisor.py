@@ -77,6 +77,7 @@ if __name__ == "__mp_main__":
         return real(*args, **kwargs)
 
     def beginning(real, self, todo):
+        self._wait()  # for the rows before it, which a kill at once may otherwise cost
         note("begun", todo.document_id)
         return real(self, todo)
 
