@@ -1,6 +1,6 @@
-"""A tiny random model with its tokenizer, and jobs that use it: for benches that measure all but the model.
+"""Random models with their tokenizer, and jobs that use them: for benches that measure all but what is said.
 
-The model answers garbage, and other garbage for other contexts and queries, within milliseconds.
+The tiny one answers garbage, and other garbage for other contexts and queries, within milliseconds.
 """
 
 from __future__ import annotations
@@ -27,8 +27,11 @@ QUERIES = ["What did the board decide?", "When does the lease end?"]
 SCHEMA = pa.schema([("id", pa.string()), ("text", pa.string())])
 
 
-def write_model(folder: Path) -> Path:
-    """Save a random llama of two layers that reads 2,048 tokens of a byte-level vocabulary."""
+def write_model(folder: Path, dtype: str = "float32", **size: int) -> Path:
+    """Save a random llama of a byte-level vocabulary: of two layers that read 2,048 tokens, unless ``size`` says more.
+
+    dtype: MLX's name of it. size: keys of config.json.
+    """
     import mlx.core as mx
     from mlx.utils import tree_flatten
     from mlx_lm.models import llama
@@ -48,12 +51,14 @@ def write_model(folder: Path) -> Path:
         "max_position_embeddings": 2048,
         "tie_word_embeddings": False,
         "eos_token_id": tokenizer.eos_token_id,
+        **size,
     }
     folder.mkdir(parents=True, exist_ok=True)
     mx.random.seed(0)
     leaves: Any = tree_flatten(llama.Model(llama.ModelArgs.from_dict(settings)).parameters())
     # Attention must count, or every context would give the same answer.
     weights = {name: x * 4 if name.endswith("_proj.weight") else x for name, x in leaves}
+    weights = {name: x.astype(getattr(mx, dtype)) for name, x in weights.items()}
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
     (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")
     tokenizer.save_pretrained(folder)

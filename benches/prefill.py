@@ -1,0 +1,100 @@
+"""Prefill on this machine: mlx-lm's own caches and attention against ours, on the same BLAS and threads.
+
+    python -m benches.prefill --model smollm2 --text CONTRACT [--tokens 4000] [--rounds 3]
+
+Both in turn in one process, the order changing with each round; the best round of each counts. Ours is told without
+and with what encoding the finished context takes. The logits of the last tokens are compared, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+CHECKED = 64  # last tokens whose logits are compared
+
+
+def measure(model: Any, tokens: Sequence[int], rounds: int) -> dict[str, float]:
+    """Best seconds, by what was done."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    from pipeline.identity import PREFILL_CHUNK
+    from turboquant import CacheCodec, enabled, prefill
+    from turboquant.dispatch import compressible_layers
+    from turboquant.prefix import feed, prefill_caches
+
+    def stock(chunk: int) -> None:
+        feed(model, make_prompt_cache(model), tokens, chunk)
+
+    def ours() -> None:
+        caches = prefill_caches(model, len(tokens), compressible_layers(model))
+        with enabled(model):
+            feed(model, caches, tokens, PREFILL_CHUNK)
+
+    contenders: dict[str, Callable[[], Any]] = {
+        "mlx-lm, 2,048 tokens a step (its default)": lambda: stock(2048),
+        f"mlx-lm, {PREFILL_CHUNK} tokens a step": lambda: stock(PREFILL_CHUNK),
+        "ours": ours,
+        "ours, encoded": lambda: prefill(model, tokens, CacheCodec(), PREFILL_CHUNK),
+    }
+    best = dict.fromkeys(contenders, float("inf"))
+    for number in range(rounds):
+        for name in list(contenders)[:: -1 if number % 2 else 1]:
+            started = time.perf_counter()
+            contenders[name]()
+            best[name] = min(best[name], time.perf_counter() - started)
+    return best
+
+
+def logit_difference(model: Any, tokens: Sequence[int]) -> tuple[float, float]:
+    """The greatest difference of the last tokens' logits, and the greatest logit."""
+    import mlx.core as mx
+    from mlx_lm.models.cache import make_prompt_cache
+
+    from turboquant import enabled
+    from turboquant.dispatch import compressible_layers
+    from turboquant.prefix import feed, prefill_caches
+
+    before, last = tokens[:-CHECKED], mx.array(list(tokens[-CHECKED:]))[None]
+    stock = make_prompt_cache(model)
+    feed(model, stock, before, 2048)
+    expected = model(last, cache=stock)
+    caches = prefill_caches(model, len(tokens), compressible_layers(model))
+    with enabled(model):
+        feed(model, caches, before, 512)
+        found = model(last, cache=caches)
+    return mx.abs(found - expected).max().item(), mx.abs(expected).max().item()
+
+
+def main() -> None:
+    """Print seconds, ratios to mlx-lm's default, and the difference of the logits."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4000])
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    from turboquant.blas import load_tuned_blas
+
+    blas = load_tuned_blas()
+    from pipeline.model import load_model
+
+    loaded = load_model(arguments.model)
+    text = loaded.tokenizer.encode(arguments.text.read_text())
+    print(f"{blas.name}, {blas.threads} threads")
+    for count in arguments.tokens:
+        if len(text) < count:
+            parser.error(f"{arguments.text} has only {len(text)} tokens")
+        best = measure(loaded.model, text[:count], arguments.rounds)
+        base = next(iter(best.values()))
+        for name, seconds in best.items():
+            print(f"{count:7,} tokens  {name:44}{seconds:8.2f} s {base / seconds:6.2f}", flush=True)
+        difference, greatest = logit_difference(loaded.model, text[:count])
+        print(f"{count:7,} tokens  greatest difference of a logit {difference:.1e}, greatest logit {greatest:.1f}")
+
+
+if __name__ == "__main__":
+    main()
