@@ -22,7 +22,7 @@ from turboquant.codebook import SUPPORTED_BITS, lloyd_max
 from turboquant.device import array_module, to_module
 from turboquant.packing import pack, packed_words, unpack
 from turboquant.rotation import Rotation
-from turboquant.rounding import round_in_metric
+from turboquant.rounding import RoundingMetric, round_in_metric
 
 SMALLEST_SCALE = 2.0**-24  # float16's smallest positive number
 LARGEST_SCALE = 65504.0  # and its largest
@@ -101,12 +101,17 @@ class Codec:
         """Bits a coordinate with the scale counted."""
         return (32 * self.words + 16) / self.head_dim
 
-    def encode(self, x: mx.array, mean: mx.array | None = None, metric: NDArray[np.float64] | None = None) -> Encoded:
+    def rounding_metric(self, metric: NDArray[np.float64]) -> RoundingMetric:
+        """A metric (H, head_dim, head_dim) of vectors as they are given to ``encode``, made ready for it."""
+        basis = np.array(self.rotation.forward(mx.eye(self.head_dim)), np.float64)
+        return RoundingMetric.of(array_module(), basis.T @ metric @ basis)
+
+    def encode(self, x: mx.array, mean: mx.array | None = None, metric: RoundingMetric | None = None) -> Encoded:
         """Compress x (..., head_dim), any float dtype.
 
         mean: broadcastable to x; removed from each vector that is shorter without it. The same mean must be given
         to ``decode``.
-        metric: (H, head_dim, head_dim) for x (H, T, head_dim); codes are then chosen so that the error is small in
+        metric: of ``rounding_metric``, for x (H, T, head_dim); codes are then chosen so that the error is small in
         it, and else the nearest to each coordinate.
         Raises ValueError where the last axis is not head_dim.
         """
@@ -158,10 +163,10 @@ class Codec:
             codes = codes.astype(mx.uint32)
         return codes, math.sqrt(self.head_dim) / _norm(self.levels[codes])
 
-    def _round_in_metric(self, unit: mx.array, metric: NDArray[np.float64]) -> tuple[mx.array, mx.array]:
-        xp, basis = array_module(), np.array(self.rotation.forward(mx.eye(self.head_dim)), np.float64)
+    def _round_in_metric(self, unit: mx.array, metric: RoundingMetric) -> tuple[mx.array, mx.array]:
+        xp = array_module()
         coordinates = to_module(xp, mx.contiguous(unit.swapaxes(1, 2)))
-        codes, factors = round_in_metric(xp, coordinates, basis.T @ metric @ basis, self.bits)
+        codes, factors = round_in_metric(xp, coordinates, metric, self.bits)
         return mx.array(codes).swapaxes(1, 2), mx.array(factors)
 
 

@@ -15,9 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turboquant.codec import CacheCodec, Codec, Encoded
+from turboquant.device import on_cpu
 from turboquant.queries import ContextQueries
+from turboquant.rounding import RoundingMetric
 
-ENCODE_TILE = 2048  # tokens encoded at a time, so that the encoder's float32 scratch stays small
+# Tokens encoded at a time, so that the encoder's float32 scratch stays small; a GPU needs more to be busy.
+ENCODE_TILE, GPU_ENCODE_TILE = 2048, 1 << 14
 
 
 @dataclass(frozen=True)
@@ -69,9 +72,10 @@ class EncodedLayer:
         codec = codec if parent is None else replace(codec, sinks=max(0, codec.sinks - parent.tokens))
         first = min(codec.sinks, keys.shape[1])
         metric, order, fine = _plan(keys, codec, queries)
+        in_metric = None if metric is None else codec.keys(keys.shape[-1]).rounding_metric(metric)
         parts = []
-        for x, of, in_metric, frozen in (
-            (keys, CacheCodec.keys, metric, None if parent is None else parent.key_mean),
+        for x, of, metric_of, frozen in (
+            (keys, CacheCodec.keys, in_metric, None if parent is None else parent.key_mean),
             (values, CacheCodec.values, None, None if parent is None else parent.value_mean),
         ):
             rest = x[:, first:]
@@ -79,8 +83,8 @@ class EncodedLayer:
             if order is not None:
                 rest = mx.take_along_axis(rest, order[..., None], axis=1)
             split = rest.shape[1] - fine
-            coarse = _encode(rest[:, :split], of(codec, x.shape[-1]), mean, in_metric)
-            parts.append((coarse, _encode(rest[:, split:], of(codec.fine, x.shape[-1]), mean, in_metric), mean))
+            coarse = _encode(rest[:, :split], of(codec, x.shape[-1]), mean, metric_of)
+            parts.append((coarse, _encode(rest[:, split:], of(codec.fine, x.shape[-1]), mean, metric_of), mean))
         (coarse_keys, fine_keys, key_mean), (coarse_values, fine_values, value_mean) = parts
         layer = cls(
             codec=codec,
@@ -272,10 +276,14 @@ def _plan(
     metric, looks = queries.look_at(keys)
     looks = looks[:, codec.sinks :]
     looks[:, looks.shape[1] - window :] = np.inf
-    order = np.argsort(looks, axis=1, kind="stable")
-    split = order.shape[1] - window - looked_at
-    order[:, :split].sort(axis=1)
-    order[:, split:].sort(axis=1)
+    heads, count = looks.shape
+    split = count - window - looked_at
+    if 0 < split < count:
+        order = np.argpartition(looks, split, axis=1)
+        order[:, :split].sort(axis=1)
+        order[:, split:].sort(axis=1)
+    else:
+        order = np.tile(np.arange(count), (heads, 1))
     return metric if codec.query_aware else None, mx.array(order.astype(np.uint32)), window + looked_at
 
 
@@ -286,11 +294,11 @@ def _mean(x: mx.array) -> mx.array:
     return x.astype(mx.float32).mean(axis=1, keepdims=True)
 
 
-def _encode(x: mx.array, codec: Codec, mean: mx.array, metric: NDArray[np.float64] | None) -> Encoded:
+def _encode(x: mx.array, codec: Codec, mean: mx.array, metric: RoundingMetric | None) -> Encoded:
     """Encode (n_kv_heads, E, head_dim), tile by tile."""
-    parts = []
-    for start in range(0, max(1, x.shape[1]), ENCODE_TILE):
-        part = codec.encode(x[:, start : start + ENCODE_TILE], mean, metric)
+    parts, tile = [], ENCODE_TILE if on_cpu() else GPU_ENCODE_TILE
+    for start in range(0, max(1, x.shape[1]), tile):
+        part = codec.encode(x[:, start : start + tile], mean, metric)
         mx.eval(part.codes, part.scales)
         parts.append(part)
     return parts[0] if len(parts) == 1 else Encoded.concatenate(parts)

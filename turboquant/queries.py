@@ -44,41 +44,35 @@ class ContextQueries:
         queries, half from the sampled ones by how sharply they look at tokens far from them; and how much each
         token is looked at, (n_kv_heads, T), summed squares of attention.
         """
-        metrics, looks = [], []
-        for head in range(keys.shape[0]):
-            sharp, look = self._look_at(head, keys[head])
-            metrics.append(_normalised(np.array(self.moment[head], np.float64)) + _normalised(sharp))
-            looks.append(look)
-        return np.stack(metrics), np.stack(looks)
-
-    def _look_at(self, head: int, keys: mx.array) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
         xp = array_module()
-        n_kv_heads, tokens, dim = self.moment.shape[0], keys.shape[0], keys.shape[1]
-        repeats = self.sampled.shape[0] // n_kv_heads
-        own = slice(head * repeats, (head + 1) * repeats)
-        sampled = to_module(xp, self.sampled[own])
-        past = None if self.past is None else to_module(xp, self.past[own])[..., None]
-        turned = to_module(xp, keys).T
+        heads, tokens, dim = keys.shape
+        repeats = self.sampled.shape[0] // heads
+        sampled = to_module(xp, self.sampled).reshape(heads, repeats, -1, dim)
+        past = None if self.past is None else to_module(xp, self.past).reshape(heads, repeats, -1, 1)
+        turned = to_module(xp, keys).swapaxes(-1, -2)[:, None]
         position, token = xp.array(self.positions)[:, None], xp.arange(tokens)
-        sharp, look = xp.zeros((dim, dim)), xp.zeros(tokens)
-        for start in range(0, len(self.positions), max(1, SCORES // (repeats * tokens))):
-            rows = slice(start, start + max(1, SCORES // (repeats * tokens)))
+        sharp, looks = xp.zeros((heads, dim, dim)), xp.zeros((heads, tokens))
+        step = max(1, SCORES // (heads * repeats * tokens))
+        for start in range(0, len(self.positions), step):
+            rows = slice(start, start + step)
             seen = token <= position[rows]
             far = (token <= position[rows] - NEAR) & (token >= (SINKS if past is None else 0))
-            scores = xp.where(seen, (sampled[:, rows] * self.scale) @ turned, -1e30)
+            scores = xp.where(seen, (sampled[:, :, rows] * self.scale) @ turned, -1e30)
             highest = scores.max(axis=-1, keepdims=True)
             if past is not None:
-                highest = xp.maximum(highest, past[:, rows])
+                highest = xp.maximum(highest, past[:, :, rows])
             weights = xp.exp(scores - highest)
             total = weights.sum(axis=-1, keepdims=True)
-            weights = weights / (total if past is None else total + xp.exp(past[:, rows] - highest))
+            weights = weights / (total if past is None else total + xp.exp(past[:, :, rows] - highest))
             squares = xp.where(far, weights * weights, 0.0)
-            some = sampled[:, rows].reshape(-1, dim)
-            sharp = sharp + (some * squares.sum(axis=-1).reshape(-1, 1)).T @ some
-            look = look + squares.sum(axis=(0, 1))
+            some = sampled[:, :, rows].reshape(heads, -1, dim)
+            sharpness = squares.sum(axis=-1).reshape(heads, -1, 1)
+            sharp = sharp + (some * sharpness).swapaxes(-1, -2) @ some
+            looks = looks + squares.sum(axis=(1, 2))
             if xp is mx:
-                mx.eval(sharp, look)
-        return np.array(sharp, np.float64), np.array(look, np.float32)
+                mx.eval(sharp, looks)
+        moment, sharp = np.array(self.moment, np.float64), np.array(sharp, np.float64)
+        return _normalised(moment) + _normalised(sharp), np.array(looks, np.float32)
 
 
 class QueryCollector:
@@ -118,6 +112,8 @@ class QueryCollector:
         return ContextQueries(self._moment, sampled, tuple(self._positions), self._scale, past)
 
 
-def _normalised(moment: NDArray[np.float64]) -> NDArray[np.float64]:
-    trace = float(np.trace(moment))
-    return moment / trace if trace > 0 else moment
+def _normalised(moments: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(H, dim, dim) each with a trace of 1, where it has any."""
+    trace = np.trace(moments, axis1=1, axis2=2)[:, None, None]
+    normalised: NDArray[np.float64] = moments / np.where(trace > 0, trace, 1.0)
+    return normalised

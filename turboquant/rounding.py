@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -30,39 +31,56 @@ BINS, REACH = 4096, 5.0  # coordinates are looked up in bins over -REACH .. REAC
 FEWEST_FOR_FEEDBACK = 3  # bits
 
 
-def round_in_metric(xp: Any, unit: Any, metric: NDArray[np.float64], bits: int) -> tuple[Any, Any]:
+@dataclass(frozen=True)
+class RoundingMetric:
+    """A metric for H heads, made ready once for all the vectors to be rounded in it.
+
+    factor: (H, dim, dim) float32; row i: what coordinate i makes up of each later coordinate's error.
+    pull: (H, dim, dim) float32; row i: how the errors of the others move coordinate i.
+    damped: (H, dim, dim) float32, the metric itself.
+    """
+
+    factor: Any
+    pull: Any
+    damped: Any
+
+    @classmethod
+    def of(cls, xp: Any, metric: NDArray[np.float64]) -> RoundingMetric:
+        """From (H, dim, dim), symmetric and positive semidefinite."""
+        metric = _damped(metric)
+        pull = metric / np.diagonal(metric, axis1=1, axis2=2)[:, :, None] - np.eye(metric.shape[1])
+        return cls(*(xp.array(x.astype(np.float32)) for x in (_feedback(metric), pull, metric)))
+
+
+def round_in_metric(xp: Any, unit: Any, metric: RoundingMetric, bits: int) -> tuple[Any, Any]:
     """Codes (H, dim, T) uint8, and a factor (H, T) for each vector's levels, that are close to ``unit`` in ``metric``.
 
     unit: (H, dim, T) float32, vectors of norm sqrt(dim), coordinate by coordinate.
-    metric: (H, dim, dim) symmetric, positive semidefinite.
 
     The factor makes the product with the queries right on average: it divides by what the levels keep of it.
     """
-    metric = _damped(metric)
-    descent = metric / np.diagonal(metric, axis1=1, axis2=2)[:, :, None] - np.eye(metric.shape[1])
-    factor, pull, damped = (xp.array(x.astype(np.float32)) for x in (_feedback(metric), descent, metric))
     feedback = bits >= FEWEST_FOR_FEEDBACK
     if xp is not np and not on_cpu():
         from turboquant.kernels.rounding_gpu import round_on_gpu
 
         table = xp.array(_code_of_bin(bits))
-        return round_on_gpu(unit, factor, pull, damped, table, REACH, feedback, bits, SWEEPS)
-    return _round(xp, unit, factor if feedback else None, pull, damped, bits)
+        return round_on_gpu(unit, metric.factor, metric.pull, metric.damped, table, REACH, feedback, bits, SWEEPS)
+    return _round(xp, unit, metric, feedback, bits)
 
 
-def _round(xp: Any, unit: Any, factor: Any, pull: Any, metric: Any, bits: int) -> tuple[Any, Any]:
-    levels, scaled = xp.array(lloyd_max(bits).levels), metric @ unit
-    if factor is None:
+def _round(xp: Any, unit: Any, metric: RoundingMetric, feedback: bool, bits: int) -> tuple[Any, Any]:
+    levels, scaled = xp.array(lloyd_max(bits).levels), metric.damped @ unit
+    if not feedback:
         codes = _nearest(xp, unit, bits)
     else:
         one = xp.ones(unit.shape[::2], dtype=xp.float32)
-        codes = _sweep(xp, unit, xp.zeros_like(unit), factor, one, bits, range(unit.shape[1] - 1, -1, -1))
+        codes = _sweep(xp, unit, xp.zeros_like(unit), metric.factor, one, bits, range(unit.shape[1] - 1, -1, -1))
     for _ in range(SWEEPS):
         chosen = levels[codes]
-        fitted = (chosen * scaled).sum(axis=1) / (chosen * (metric @ chosen)).sum(axis=1)
+        fitted = (chosen * scaled).sum(axis=1) / (chosen * (metric.damped @ chosen)).sum(axis=1)
         fitted = xp.clip(fitted, 0.5, 2.0)
         error = fitted[:, None] * chosen - unit
-        codes = _sweep(xp, unit, error, pull, fitted, bits, range(unit.shape[1]))
+        codes = _sweep(xp, unit, error, metric.pull, fitted, bits, range(unit.shape[1]))
     kept = (levels[codes] * scaled).sum(axis=1)
     whole = (unit * scaled).sum(axis=1)
     return codes, xp.clip(whole / xp.maximum(kept, 1e-9), 0.5, 2.0)
