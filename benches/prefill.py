@@ -21,7 +21,7 @@ def measure(model: Any, tokens: Sequence[int], rounds: int) -> dict[str, float]:
     """Best seconds, by what was done."""
     from mlx_lm.models.cache import make_prompt_cache
 
-    from pipeline.identity import PREFILL_CHUNK
+    from pipeline.prefill import CPU_CHUNK
     from turboquant import CacheCodec, enabled, prefill
     from turboquant.dispatch import compressible_layers
     from turboquant.prefix import feed, prefill_caches
@@ -32,13 +32,13 @@ def measure(model: Any, tokens: Sequence[int], rounds: int) -> dict[str, float]:
     def ours() -> None:
         caches = prefill_caches(model, len(tokens), compressible_layers(model))
         with enabled(model):
-            feed(model, caches, tokens, PREFILL_CHUNK)
+            feed(model, caches, tokens, CPU_CHUNK)
 
     contenders: dict[str, Callable[[], Any]] = {
         "mlx-lm, 2,048 tokens a step (its default)": lambda: stock(2048),
-        f"mlx-lm, {PREFILL_CHUNK} tokens a step": lambda: stock(PREFILL_CHUNK),
+        f"mlx-lm, {CPU_CHUNK} tokens a step": lambda: stock(CPU_CHUNK),
         "ours": ours,
-        "ours, encoded": lambda: prefill(model, tokens, CacheCodec(), PREFILL_CHUNK),
+        "ours, encoded": lambda: prefill(model, tokens, CacheCodec(), CPU_CHUNK),
     }
     best = dict.fromkeys(contenders, float("inf"))
     for number in range(rounds):

@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from pipeline.results import Row
     from turboquant.codec import CacheCodec
 
-PREFILL_CHUNK = 512  # tokens a step; part of the identity, since it decides how sums are rounded
 MEMO = "fingerprints.json"
 
 
@@ -49,7 +48,7 @@ def job_identity(job: Job, remember: bool = True) -> Identity:
     ``remember`` writes the weights' digests to the cache folder, so that they are hashed once.
     """
     path: Path = resolve_model(job.model)
-    prefill = f"{job.cache.prefill} {PREFILL_CHUNK}"
+    prefill: str = job.cache.prefill
     if job.cache.prefill == "streaming":
         prefill += f" {job.cache.segment}"
     if shared := Renderer(job.prompt).shared:

@@ -1,4 +1,4 @@
-"""Prefill: the tokens of a context through the model, in the chunks that are part of a segment's identity.
+"""Prefill: the tokens of a context through the model, in chunks that suit the device.
 
 Knows a model and tokens; neither where the prefix goes nor what is asked of it.
 """
@@ -9,10 +9,13 @@ import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pipeline.identity import PREFILL_CHUNK
 from turboquant import CacheCodec, Prefix
+from turboquant.device import on_cpu
 from turboquant.families import explain
 from turboquant.segments import Segment, prefill_segment
+
+# Tokens a step. A GPU is busy with a few thousand; on a CPU a step takes seconds, and Ctrl-C waits for its end.
+CPU_CHUNK, GPU_CHUNK = 512, 2048
 
 _log = logging.getLogger(__name__)
 
@@ -28,7 +31,7 @@ def prefill(
 
     ``on_progress`` is called with the tokens of each chunk done; what it raises ends the prefill.
     """
-    return prefill_segment(model, tokens, codec, parent, PREFILL_CHUNK, on_progress)
+    return prefill_segment(model, tokens, codec, parent, CPU_CHUNK if on_cpu() else GPU_CHUNK, on_progress)
 
 
 def warn_of_uncompressed_layers(model: Any) -> None:

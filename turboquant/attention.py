@@ -12,15 +12,24 @@ Sources: Milakov and Gimelshein, "Online normalizer calculation for softmax" (20
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
 from turboquant.codec import Encoded
+from turboquant.device import on_cpu
 from turboquant.layer import EncodedLayer, EncodedPart
 
-TILE = 2048  # encoded tokens decoded at a time: bounds the memory of scores and decoded keys
+SCORES = 1 << 23  # held at a time, about: bounds the memory of scores and decoded keys
+TILE = 2048  # tokens worked on at a time at least, however many the queries
+
+
+def _fused(f: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """Elementwise operations as one kernel, where starting kernels is what takes time: on a GPU."""
+    compiled: Callable[..., Any] = mx.compile(f, shapeless=True)
+    return lambda *arrays: f(*arrays) if on_cpu() else compiled(*arrays)
 
 
 @dataclass(frozen=True)
@@ -37,17 +46,18 @@ class Partial:
 
 def merge(parts: Sequence[Partial]) -> Partial:
     """Attention over all tokens of the parts, each token being in one part only."""
-    highest = parts[0].logsumexp
+    merged = parts[0]
     for part in parts[1:]:
-        highest = mx.maximum(highest, part.logsumexp)
-    highest = mx.where(mx.isinf(highest), 0.0, highest)
-    weights = [mx.exp(part.logsumexp - highest) for part in parts]
-    total = sum(weights[1:], start=weights[0])
-    output = sum(
-        (w[..., None] * p.output for w, p in zip(weights[1:], parts[1:], strict=True)),
-        start=weights[0][..., None] * parts[0].output,
-    )
-    return Partial(output / mx.maximum(total, 1e-37)[..., None], highest + mx.log(total))
+        total = mx.logaddexp(merged.logsumexp, part.logsumexp)
+        scales = merged.logsumexp[..., None], part.logsumexp[..., None], total[..., None]
+        merged = Partial(_weighted_sum(merged.output, part.output, *scales), total)
+    return merged
+
+
+@_fused
+def _weighted_sum(one: mx.array, other: mx.array, of_one: mx.array, of_other: mx.array, total: mx.array) -> mx.array:
+    finite = mx.where(mx.isinf(total), 0.0, total)
+    return one * mx.exp(of_one - finite) + other * mx.exp(of_other - finite)
 
 
 def add_sink_logits(part: Partial, sinks: mx.array) -> Partial:
@@ -68,22 +78,53 @@ def attend_dense(
     mask: None, "causal" (the last query sees all T tokens), or boolean (B or 1, 1, L, T), true where visible.
     Returns a Partial of (B, n_heads, L, head_dim).
     """
-    batch, n_heads, length, _ = queries.shape
+    batch, n_heads, length, dim = queries.shape
     n_kv_heads, tokens = keys.shape[1], keys.shape[2]
-    q = (queries.astype(mx.float32) * scale).reshape(batch, n_kv_heads, -1, length, queries.shape[-1])
-    scores = q @ keys.astype(mx.float32)[:, :, None].swapaxes(-1, -2)
-    if isinstance(mask, str):
-        positions = mx.arange(tokens - length, tokens)
-        mask = (mx.arange(tokens)[None] <= positions[:, None])[None, None]
-    if mask is not None:
-        scores = mx.where(mask[:, :, None], scores, -mx.inf)
-    highest = scores.max(axis=-1, keepdims=True)
-    highest = mx.where(mx.isinf(highest), 0.0, highest)
-    weights = mx.exp(scores - highest)
-    total = weights.sum(axis=-1, keepdims=True)
-    output = (weights @ values.astype(mx.float32)[:, :, None]) / mx.maximum(total, 1e-37)
-    logsumexp = (highest + mx.log(total)).squeeze(-1)
-    return Partial(output.reshape(batch, n_heads, length, -1), logsumexp.reshape(batch, n_heads, length))
+    block = (queries.astype(mx.float32) * scale).reshape(batch, n_kv_heads, -1, dim)
+    tile, parts = _tile(batch * n_heads * length), list[Partial]()
+    for start in range(0, tokens, tile):
+        some = slice(start, min(start + tile, tokens))
+        k, v = keys[:, :, some], values[:, :, some]
+        if parts:  # MLX is lazy, and would else hold the scores of all tiles
+            block, k, v = mx.depends([block, k, v], [parts[-1].output])
+        parts = [merge([*parts, _attend_tile(block, k, v, _visible(mask, length, tokens, some))])]
+    part = parts[0]
+    return Partial(part.output.reshape(batch, n_heads, length, -1), part.logsumexp.reshape(batch, n_heads, length))
+
+
+def _tile(rows: int) -> int:
+    """Tokens whose scores of so many queries are held at a time."""
+    return max(TILE, SCORES // rows)
+
+
+def _visible(mask: mx.array | str | None, length: int, tokens: int, some: slice) -> mx.array | None:
+    """The mask over some of the tokens, (B or 1, 1, L, some), None where all are visible."""
+    if not isinstance(mask, str):
+        return None if mask is None else mask[..., some]
+    first = tokens - length
+    if some.stop <= first + 1:
+        return None
+    return (mx.arange(some.start, some.stop)[None] <= mx.arange(first, tokens)[:, None])[None, None]
+
+
+def _attend_tile(block: mx.array, keys: mx.array, values: mx.array, visible: mx.array | None) -> Partial:
+    """Attention of scaled queries (B, n_kv_heads, repeats * L, head_dim) over tokens whose scores fit in memory."""
+    scores = block @ keys.astype(mx.float32).swapaxes(-1, -2)
+    if visible is not None:
+        grouped = scores.reshape(*scores.shape[:2], -1, *visible.shape[2:])
+        scores = mx.where(visible[:, :, None], grouped, -mx.inf).reshape(scores.shape)
+    logsumexp = mx.logsumexp(scores, axis=-1, keepdims=True)
+    weights = _weights(scores, logsumexp)
+    if values.dtype == mx.float16:  # as products in half precision are summed in single, and weights sum up to 1
+        output = (weights.astype(mx.float16) @ values).astype(mx.float32)
+    else:
+        output = weights @ values.astype(mx.float32)
+    return Partial(output, logsumexp.squeeze(-1))
+
+
+@_fused
+def _weights(scores: mx.array, logsumexp: mx.array) -> mx.array:
+    return mx.exp(scores - mx.where(mx.isinf(logsumexp), 0.0, logsumexp))
 
 
 def attend_layer(queries: mx.array, layer: EncodedLayer, scale: float) -> Partial:
@@ -95,7 +136,7 @@ def attend_layer(queries: mx.array, layer: EncodedLayer, scale: float) -> Partia
     block = fold_queries(queries.astype(mx.float32), layer.key_mean.shape[0])
     parts = [_attend_encoded(block * scale, part, layer) for part in layer.parts]
     if layer.sink_keys.shape[1]:
-        part = attend_dense(block[None], layer.sink_keys[None], layer.sink_values[None], scale, None)
+        part = attend_dense(block[None], layer.sink_keys[None], layer.sink_values.astype(mx.float32)[None], scale, None)
         parts.append(Partial(part.output[0], part.logsumexp[0]))
     return unfold_part(merge(parts), queries.shape)
 
@@ -127,10 +168,11 @@ def _attend_encoded(block: mx.array, part: EncodedPart, layer: EncodedLayer) -> 
     highest = mx.full((*block.shape[:2], 1), -mx.inf)
     total = mean_share = mx.zeros_like(highest)
     output = mx.zeros((*block.shape[:2], value_codec.head_dim))
-    for start in range(0, part.keys.tokens, TILE):
+    tile = _tile(block.shape[0] * max(block.shape[1:]))  # decoded keys are held, too
+    for start in range(0, part.keys.tokens, tile):
         earlier = [total, mean_share, output]
-        keys = _after(part.keys.slice_tokens(start, start + TILE), earlier)
-        values = _after(part.values.slice_tokens(start, start + TILE), earlier)
+        keys = _after(part.keys.slice_tokens(start, start + tile), earlier)
+        values = _after(part.values.slice_tokens(start, start + tile), earlier)
         scores = rotated @ key_codec.decode_rotated(keys).swapaxes(-1, -2)
         scores = scores + mx.where((keys.scales > 0)[:, None], mean_scores, 0.0)
         new_highest = mx.maximum(highest, scores.max(axis=-1, keepdims=True))

@@ -26,7 +26,8 @@ from turboquant.kernels import backend
 from turboquant.layer import DenseLayer, EncodedLayer
 from turboquant.queries import QueryCollector
 
-DENSE_BYTES = 2 << 30  # of prefixes decoded once
+DENSE_BYTES = 2 << 30  # of prefixes decoded once, on a CPU
+DENSE_SHARE = 8  # elsewhere: one part in so many of the device's memory
 
 
 @dataclass(frozen=True)
@@ -106,13 +107,21 @@ class Prefix:
 def resident(prefixes: Sequence[Prefix], how: str = "auto") -> list[Prefix]:
     """Prefixes as they are attended together: ``packed``, decoded anew at every step, or ``dense``, decoded once.
 
-    ``auto`` is dense on a CPU, where looking up levels takes most of a step, while they all fit in ``DENSE_BYTES``.
-    The choice depends on the prefixes alone, not on what memory happens to be free: rounding differs between the two.
+    ``auto`` is dense while all of them fit in ``DENSE_BYTES``, or a part of a GPU's memory: looking up levels takes
+    most of a step. The choice depends on the prefixes and the machine alone, not on what memory happens to be free:
+    rounding differs between the two.
     """
     element = mx.float32 if on_cpu() else mx.float16
-    fits = sum(prefix.dense_elements for prefix in prefixes) * element.size <= DENSE_BYTES
-    dense = how == "dense" or (how == "auto" and on_cpu() and fits)
+    fits = sum(prefix.dense_elements for prefix in prefixes) * element.size <= _dense_bytes()
+    dense = how == "dense" or (how == "auto" and fits)
     return [prefix.dense(element) if dense else prefix for prefix in prefixes]
+
+
+def _dense_bytes() -> int:
+    if on_cpu():
+        return DENSE_BYTES
+    info = mx.device_info()
+    return int(info.get("memory_size", info.get("total_memory", 0))) // DENSE_SHARE  # Metal's name, and CUDA's
 
 
 class PrefillCache(KVCache):  # type: ignore[misc]

@@ -74,6 +74,7 @@ def test_any_number_of_tokens_and_tiles(
     exact_attention: Any,
 ) -> None:
     monkeypatch.setattr(attention, "TILE", 64)
+    monkeypatch.setattr(attention, "SCORES", 64)
     monkeypatch.setattr(cpu, "BLOCK", 64)
     layer = random_layer(tokens, codec)
     queries = mx.random.normal((3, 4, 2, 64))
@@ -147,6 +148,15 @@ def test_dense_attention_under_every_kind_of_mask(
         part = module.attend_dense(queries, k, v, 0.25, given_mask)
     expected = exact_attention(queries, k, v, 0.25, visible)
     assert_close(part, expected)
+
+
+def test_a_causal_mask_over_tiles(monkeypatch: pytest.MonkeyPatch, exact_attention: Any) -> None:
+    """Tiles that every query sees, one that some do, and one of which the first queries see nothing."""
+    monkeypatch.setattr(attention, "TILE", 16)
+    monkeypatch.setattr(attention, "SCORES", 16)
+    queries, k, v = (mx.random.normal((2, heads, length, 16)) for heads, length in ((4, 40), (2, 90), (2, 90)))
+    visible = np.arange(90) <= np.arange(50, 90)[:, None]
+    assert_close(attention.attend_dense(queries, k, v, 0.25, "causal"), exact_attention(queries, k, v, 0.25, visible))
 
 
 @both
@@ -260,7 +270,7 @@ def test_memory_at_a_long_context_is_bounded(resident: str, monkeypatch: pytest.
     """MLX's operations on tiles: mlx-lm's quantised cache holds all scores at once and peaks above half precision."""
     heads, dim = 2, 64
     monkeypatch.setattr("turboquant.kernels.backend", lambda: attention)
-    monkeypatch.setattr("turboquant.kernels.on_cpu", lambda: False)
+    monkeypatch.setattr(attention, "SCORES", 1 << 18)
     peaks = []
     for tokens in (1 << 14, 1 << 16):
         layer: Any = zeros_layer(tokens, heads, dim)

@@ -41,12 +41,5 @@ def attend_past(queries: mx.array, layer: EncodedLayer | DenseLayer, scale: floa
     if isinstance(layer, EncodedLayer):
         return backend().attend_layer(queries, layer, scale)
     block = attention.fold_queries(queries, layer.keys.shape[0])[None]
-    tile = layer.tokens if on_cpu() else attention.TILE  # on a CPU the backend makes tiles of its own
-    parts: list[Partial] = []
-    for start in range(0, layer.tokens, tile):
-        if parts:  # tile by tile, so that one tile's scores are held at a time
-            (block,) = mx.depends([block], parts[-1].output)
-        keys, values = layer.keys[None, :, start : start + tile], layer.values[None, :, start : start + tile]
-        parts.append(backend().attend_dense(block, keys, values, scale, None))
-    part = attention.merge(parts)
+    part = backend().attend_dense(block, layer.keys[None], layer.values[None], scale, None)
     return attention.unfold_part(Partial(part.output[0], part.logsumexp[0]), queries.shape)
