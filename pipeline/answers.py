@@ -7,7 +7,7 @@ its prefix. A row's samples depend on its own seed alone, never on the rows besi
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +65,41 @@ def answer(
             generator.close()
 
 
+def row_name(document_id: str, query_id: str) -> str:
+    """The name of a row, of which its seed is made."""
+    return f"{document_id}\0{query_id}"
+
+
+def make_sampler(settings: Settings, name: str) -> Sampler | None:
+    """Samples the next token of the row of that name from its log-probabilities, (1, vocabulary).
+
+    None for greedy decoding, which BatchGenerator then does for all rows at once.
+    """
+    if settings.temperature == 0:
+        return None
+    seed = hashlib.sha256(f"{settings.seed}\0{name}".encode()).digest()
+    key = mx.random.key(int.from_bytes(seed[:8], "little"))
+
+    def sample(logprobs: mx.array) -> mx.array:
+        nonlocal key
+        key, now = mx.random.split(key)
+        if settings.top_p < 1:
+            logprobs = apply_top_p(logprobs, settings.top_p)
+        return mx.random.categorical(logprobs / settings.temperature, key=now)
+
+    return sample
+
+
+def read_answer(tokens: Iterable[int], stops: Sequence[str], tokenizer: Any) -> tuple[str, int]:
+    """The text that tokens make, and how many were taken: those up to the first stop string, if there is one."""
+    taken: list[int] = []
+    for token in tokens:
+        taken.append(token)
+        if stops and _ends_with_one_of(stops, taken, tokenizer):
+            break
+    return _cut(_decode(taken, tokenizer), stops)[0].strip(), len(taken)
+
+
 def _generate(
     generator: BatchGenerator, tokenizer: Any, requests: Sequence[Request], on_answer: Callable[[], None]
 ) -> list[Answer]:
@@ -72,7 +107,7 @@ def _generate(
         [list(request.tokens) for request in requests],
         max_tokens=[request.settings.max_tokens for request in requests],
         caches=[request.prefix.fork() for request in requests],
-        samplers=[_sampler(request) for request in requests],
+        samplers=[make_sampler(request.settings, request.name) for request in requests],
     )
     stops = {number: request.settings.stop for number, request in zip(numbers, requests, strict=True)}
     generated: dict[int, list[int]] = {number: [] for number in numbers}
@@ -111,21 +146,3 @@ def _cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:
     """The text before the first stop string, and whether there is one."""
     found = [at for stop in stops if (at := text.find(stop)) >= 0]
     return (text[: min(found)], True) if found else (text, False)
-
-
-def _sampler(request: Request) -> Sampler | None:
-    """None for greedy decoding, which BatchGenerator then does for all rows at once."""
-    settings = request.settings
-    if settings.temperature == 0:
-        return None
-    seed = hashlib.sha256(f"{settings.seed}\0{request.name}".encode()).digest()
-    key = mx.random.key(int.from_bytes(seed[:8], "little"))
-
-    def sample(logprobs: mx.array) -> mx.array:
-        nonlocal key
-        key, now = mx.random.split(key)
-        if settings.top_p < 1:
-            logprobs = apply_top_p(logprobs, settings.top_p)
-        return mx.random.categorical(logprobs / settings.temperature, key=now)
-
-    return sample

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.console import AsJson, Debug, errors_explained, size, table
+from pipeline.console import AsJson, Debug, columns, errors_explained, size, table
 
 if TYPE_CHECKING:
     from pipeline.upkeep import Listed
@@ -113,9 +113,8 @@ def _listing(folder: Path, listed: Iterable[Listed]) -> str:
         ages = (_duration(entry.age), _duration(entry.unused_for))
         rows.append((entry.key[:12], f"{entry.tokens:,}", size(entry.bytes), *ages, note, entry.model, entry.document))
         total, count = total + entry.bytes, count + 1
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join([*(lines if count else []), f"{count:,} segments, {size(total)} in {folder}"])
+    listing = f"{columns(rows)}\n" if count else ""
+    return f"{listing}{count:,} segments, {size(total)} in {folder}"
 
 
 def _duration(seconds: float | None) -> str:

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipeline.bench_cli import bench
 from pipeline.cache_cli import app as cache_app
-from pipeline.console import AsJson, Debug, errors_explained, size, table
+from pipeline.console import AsJson, Debug, JobFile, Overrides, errors_explained, size, table
 
 if TYPE_CHECKING:
     from pipeline.job import Job
@@ -36,11 +37,6 @@ app = typer.Typer(
 )
 app.add_typer(cache_app)
 
-JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="The job file (YAML).")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a key of the job file; may be repeated."),
-]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress and no summary.")]
 
 
@@ -113,6 +109,9 @@ def status(job_file: JobFile, set_: Overrides = None, as_json: AsJson = False, d
         else:
             counts = f"{found.rows:,}: {found.done:,} done, {found.failed:,} failed, {found.left:,} left"
             print(table(("documents", f"{found.documents:,}"), ("rows", counts)))
+
+
+app.command()(bench)
 
 
 @app.command()

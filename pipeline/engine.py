@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 
-from pipeline.answers import Request, answer
+from pipeline.answers import Request, answer, row_name
 from pipeline.errors import ContextTooLong, GenerationFailed, RowError, one_line
 from pipeline.identity import context_label
 from pipeline.job import Job, Query
@@ -76,8 +76,9 @@ class Engine:
         pieces = self._prefixes.cut(todo.document_id, context, shared, context_label(todo.rendered))
         todo.tokenised = Tokenised(context, dict(zip(ids, tokens.suffixes, strict=True)), pieces)
         for query in todo.open:
-            if too_long := self._too_long(todo.tokenised, query):
-                todo.fail(too_long, [query])
+            suffix, longest = todo.tokenised.suffixes[query.id], query.settings(self._job.generation).max_tokens
+            if refused := too_long(len(context), len(suffix), longest, self._limit):
+                todo.fail(refused, [query])
         if todo.open:
             todo.tokenised.restored = self._prefixes.restore(pieces)
 
@@ -104,7 +105,7 @@ class Engine:
             for query in todo.open:
                 assert todo.tokenised is not None
                 settings = query.settings(self._job.generation)
-                name = f"{todo.document_id}\0{query.id}"
+                name = row_name(todo.document_id, query.id)
                 requests.append(Request(prefix, todo.tokenised.suffixes[query.id], settings, name))
                 asked.append((todo, query))
         try:
@@ -114,13 +115,13 @@ class Engine:
         for (todo, query), given in zip(asked, answers, strict=True):
             todo.answer(query, given.text, given.finish_reason, given.tokens)
 
-    def _too_long(self, tokenised: Tokenised, query: Query) -> ContextTooLong | None:
-        context, suffix = len(tokenised.context), len(tokenised.suffixes[query.id])
-        longest = query.settings(self._job.generation).max_tokens
-        needed = context + suffix + longest
-        if self._limit is None or needed <= self._limit:
-            return None
-        return ContextTooLong(
-            f"{context:,} tokens of context, {suffix:,} of the query and up to {longest:,} of the "
-            f"answer are {needed:,}; the model reads {self._limit:,}"
-        )
+
+def too_long(context: int, suffix: int, longest: int, limit: int | None) -> ContextTooLong | None:
+    """What is wrong with a prompt whose context, suffix and longest answer are more tokens than the model reads."""
+    needed = context + suffix + longest
+    if limit is None or needed <= limit:
+        return None
+    return ContextTooLong(
+        f"{context:,} tokens of context, {suffix:,} of the query and up to {longest:,} of the "
+        f"answer are {needed:,}; the model reads {limit:,}"
+    )

@@ -8,6 +8,7 @@
     │   ├── DiskFull                     ... nor anything be written on its disk
     │   └── BudgetTooSmall               ... what a job needs does not fit into its budget
     ├── OutputError            exit 1    the result cannot be written, or another run is writing it
+    ├── NotApplicable          exit 1    a contender of a bench can't do what the job asks
     ├── Interrupted            exit 130  stopped by the user; the same command resumes
     └── RowError                         one row failed and the job goes on: the class's name becomes the
         ├── EmptyDocument                row's `error_type`, the message its `error`
@@ -62,6 +63,10 @@ class BudgetTooSmall(StoreError):
 
 class OutputError(PipelineError):
     """The result cannot be written, or another run is writing it."""
+
+
+class NotApplicable(PipelineError):
+    """A contender of a bench cannot do what the job asks, or not with this model."""
 
 
 class Interrupted(PipelineError):

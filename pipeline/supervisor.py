@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from pipeline.job import Job
 
 DEATHS = 2  # of the process, in one place, after which it is not tried there again
-_SPAWN = multiprocessing.get_context("spawn")  # not fork, which neither Metal nor CUDA survives
+SPAWN = multiprocessing.get_context("spawn")  # not fork, which neither Metal nor CUDA survives
 _MEMORY_SIGNALS = (signal.SIGKILL, signal.SIGABRT)  # the kernel's way and Metal's
 _log = logging.getLogger(__name__)
 
@@ -82,16 +82,16 @@ class _Supervisor:
                 if isinstance(outcome, Finished):
                     return outcome.report
                 if isinstance(outcome, Failed):
-                    _raise(outcome)
+                    reraise(outcome)
                 if self._stops_asked:
                     raise KeyboardInterrupt
-                self._bury(_cause_of_death(outcome))
+                self._bury(cause_of_death(outcome))
 
     def _run_process(self) -> Finished | Failed | int:
         """Start the process and listen until it ends: its last message, or its exit code where there is none."""
         self._in_hand = ()
         with self._process() as (process, connection):
-            while (message := _receive(connection)) is not None:
+            while (message := receive(connection)) is not None:
                 if isinstance(message, Finished | Failed):
                     return message
                 if isinstance(message, DocumentsStarted):
@@ -111,11 +111,11 @@ class _Supervisor:
         """The process, started; gone when the block is left."""
         report = replace(self._report, seconds=time.monotonic() - self._started)
         level = logging.getLogger("pipeline").getEffectiveLevel()
-        receiver, sender = _SPAWN.Pipe(duplex=False)
+        receiver, sender = SPAWN.Pipe(duplex=False)
         task = Task(self._job, report, self._condemned, self._alone, level)
-        process = _SPAWN.Process(target=work, args=(sender, task), name="model")
+        process = SPAWN.Process(target=work, args=(sender, task), name="model")
         with receiver:
-            with sender, _signals_held_back():  # also from the new process, which lets them in when it is ready
+            with sender, signals_held_back():  # also from the new process, which lets them in when it is ready
                 if self._stops_asked:
                     raise KeyboardInterrupt
                 process.start()
@@ -226,7 +226,8 @@ def _named(documents: Sequence[str]) -> str:
 
 
 @contextmanager
-def _signals_held_back() -> Iterator[None]:
+def signals_held_back() -> Iterator[None]:
+    """While the block runs, STOP_SIGNALS wait; a process started in it has them blocked until it lets them in."""
     # Python's resource tracker is started with the first process and lets the signals in again, so it comes first.
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
@@ -236,7 +237,7 @@ def _signals_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _receive(connection: Connection) -> Message | None:
+def receive(connection: Connection) -> Message | None:
     """The next message; None when there will be none."""
     try:
         message: Message = connection.recv()
@@ -245,7 +246,8 @@ def _receive(connection: Connection) -> Message | None:
     return message
 
 
-def _cause_of_death(exit_code: int) -> str:
+def cause_of_death(exit_code: int) -> str:
+    """What a process's exit code says, to follow the process's name."""
     if exit_code >= 0:
         return f"ended with exit status {exit_code}"
     number = -exit_code
@@ -254,7 +256,8 @@ def _cause_of_death(exit_code: int) -> str:
     return f"was killed by signal {number} ({name}){guess}"
 
 
-def _raise(failed: Failed) -> NoReturn:
+def reraise(failed: Failed) -> NoReturn:
+    """Raise here what was raised in the process."""
     error: PipelineError = getattr(errors, failed.error)(failed.message)
     raise error from _InTheProcess(f"\n{failed.trace}")
 

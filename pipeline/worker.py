@@ -116,6 +116,14 @@ class Failed:
     message: str
     trace: str
 
+    @classmethod
+    def of(cls, error: Exception) -> Failed:
+        """What an exception says, to be called where it is handled."""
+        if isinstance(error, PipelineError):
+            return cls(type(error).__name__, str(error), traceback.format_exc())
+        message = f"{type(error).__name__}: {one_line(error)} (--debug shows where)"
+        return cls(PipelineError.__name__, message, traceback.format_exc())
+
 
 Message = (
     RunStarted
@@ -138,7 +146,7 @@ def work(connection: Connection, task: Task) -> None:
     the process starts, so that none is lost before there is somebody to heed it.
     """
     _leave_the_terminal()
-    _end_with_the_parent()
+    end_with_the_parent()
     outbox = _Outbox(connection)
     _log_to(outbox, task.log_level)
     try:
@@ -172,11 +180,8 @@ def _outcome(outbox: _Outbox, task: Task) -> Finished | Failed:
         watch = partial(_Teller, outbox.send)
         runner = Runner(task.job, watch=watch, report=task.report, condemned=task.condemned, alone=task.alone)
         return Finished(runner.run())
-    except PipelineError as error:
-        return Failed(type(error).__name__, str(error), traceback.format_exc())
     except Exception as error:
-        message = f"{type(error).__name__}: {one_line(error)} (--debug shows where)"
-        return Failed(PipelineError.__name__, message, traceback.format_exc())
+        return Failed.of(error)
 
 
 def _leave_the_terminal() -> None:
@@ -184,7 +189,7 @@ def _leave_the_terminal() -> None:
     os.setsid()
 
 
-def _end_with_the_parent() -> None:
+def end_with_the_parent() -> None:
     """End at once when the parent does, however it does: the lock on the result is in the next run's way."""
     if sys.platform == "linux":  # where the kernel sees to it even while a library holds the GIL
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,0 +1,249 @@
+"""A job's own work, done by the pipeline and by plain mlx-lm in turn, each in a process of its own.
+
+Knows which contenders there are, the part of the job that they do, and whether they agree. It does not know how a
+contender does it (contenders.py), and never imports MLX but in the processes. The job's store and output are left
+alone: all is written to a temporary folder beside the store, which is gone at the end.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import tempfile
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pipeline import errors
+from pipeline.budget import existing
+from pipeline.errors import DocumentsError, JobError, NotApplicable, RowError
+from pipeline.supervisor import SPAWN, cause_of_death, receive, reraise, signals_held_back
+from pipeline.worker import Failed, end_with_the_parent
+
+if TYPE_CHECKING:
+    from pipeline.documents import Document
+    from pipeline.job import Job
+
+NAIVE, COPIED, COLD, WARM = "naive", "copied", "pipeline-cold", "pipeline-warm"
+CONTENDERS = (NAIVE, "reloaded", COPIED, "quantized", COLD, WARM)  # in the order in which they run
+_log = logging.getLogger(__name__)
+
+Pair = tuple[str, str]  # the ids of a document and a query
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How much of a job is done: its first documents and queries; by naive the first ``naive_queries`` alone."""
+
+    documents: int
+    queries: int | None = None
+    naive_queries: int | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a contender did, without loading the model: seconds, bytes, and its answers.
+
+    ``left_out`` counts the pairs that no contender can answer, being too long or not fit for the prompt.
+    """
+
+    answers: dict[Pair, str]
+    answer_tokens: int
+    left_out: int
+    seconds: float
+    prefill_seconds: float | None
+    peak_bytes: int
+    extra_bytes: int
+    disk_bytes: int
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender's figures; null where it failed, which ``failed`` gives the reason of, or cannot be told.
+
+    ``applies`` is false where it is no fault that it failed: mlx-lm can't do this with this model or job.
+    ``extra_bytes`` is the peak beyond what was held when the model had been loaded; ``agreement`` the share, 0 to 1, of
+    the pairs answered by naive too that have the same answer.
+    """
+
+    contender: str
+    resident: Literal["packed", "dense"] | None
+    seconds: float | None = None
+    answers: int | None = None
+    answers_per_second: float | None = None
+    answer_tokens: int | None = None
+    tokens_per_second: float | None = None
+    prefill_seconds: float | None = None
+    peak_bytes: int | None = None
+    extra_bytes: int | None = None
+    disk_bytes: int | None = None
+    agreement: float | None = None
+    failed: str | None = None
+    applies: bool = True
+
+    @property
+    def name(self) -> str:
+        """The contender, and how prefixes are resident."""
+        return _named(self.contender, self.resident)
+
+
+def bench(job: Job, extent: Extent, chosen: Collection[str] = CONTENDERS) -> list[Row]:
+    """Have the contenders that are chosen do a part of a job, one after the other.
+
+    Raises JobError where a name is unknown or the job is wrong, and KeyboardInterrupt for SIGTERM too. To be called
+    from the main thread.
+    """
+    if unknown := set(chosen) - set(CONTENDERS):
+        raise JobError(f"--contender {min(unknown)}: there is no such contender; there are: {', '.join(CONTENDERS)}")
+    beside = existing(job.cache.dir.parent)
+    with _sigterm_interrupts(), tempfile.TemporaryDirectory(prefix=".bench-", dir=beside) as temporary:
+        folder = Path(temporary)
+        part = _part(job, extent, folder / "documents.parquet")
+        rows: list[Row] = []
+        truth: dict[Pair, str] | None = None
+        for contender in CONTENDERS:
+            if contender not in chosen and not (contender == COLD and WARM in chosen):  # which needs its store
+                continue
+            for resident in _residents(contender):
+                own = _own_job(part, contender, resident, extent, folder)
+                outcome = _measure(contender, resident, own, folder)
+                if contender == NAIVE and isinstance(outcome, Outcome):
+                    truth = outcome.answers
+                if contender in chosen:
+                    rows.append(_row(contender, resident, outcome, truth))
+        return rows
+
+
+def _named(contender: str, resident: str | None) -> str:
+    return f"{contender} ({resident})" if resident else contender
+
+
+def _residents(contender: str) -> tuple[Literal["packed", "dense"] | None, ...]:
+    return ("packed", "dense") if contender in (COLD, WARM) else (None,)
+
+
+def _part(job: Job, extent: Extent, path: Path) -> Job:
+    """The job on its first documents that can be rendered, written to ``path``, and its first queries."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from pipeline.documents import check_documents
+    from pipeline.prompts import template_columns
+
+    check_documents(job.documents, template_columns(job.prompt))
+    columns = [document.columns for document in islice(_rendering(job), extent.documents)]
+    if not columns:
+        raise DocumentsError("documents.path: there is no document that is fit for the prompt")
+    pq.write_table(pa.Table.from_pylist(columns), path)
+    documents = job.documents.model_copy(update={"path": str(path)})
+    cache = job.cache.model_copy(update={"budget": None, "keep": "always"})  # or there might be nothing to restore
+    return job.model_copy(update={"documents": documents, "cache": cache, "queries": job.queries[: extent.queries]})
+
+
+def _rendering(job: Job) -> Iterator[Document]:
+    from pipeline.documents import stream_documents
+    from pipeline.prompts import Renderer, template_columns
+
+    renderer = Renderer(job.prompt)
+    for document in stream_documents(job.documents, template_columns(job.prompt)):
+        try:
+            renderer.render(document)
+        except RowError as error:
+            _log.warning("document '%s' is left out: %s", document.id, error)
+        else:
+            yield document
+
+
+def _own_job(part: Job, contender: str, resident: str | None, extent: Extent, folder: Path) -> Job:
+    if contender == NAIVE:
+        return part.model_copy(update={"queries": part.queries[: extent.naive_queries]})
+    if resident is None:
+        return part
+    own = folder / f"pipeline-{resident}"  # for cold and warm
+    cache = part.cache.model_copy(update={"dir": own / "cache", "resident": resident})
+    output = part.output.model_copy(update={"path": own / f"{contender}.parquet"})
+    return part.model_copy(update={"cache": cache, "output": output})
+
+
+def _measure(contender: str, resident: str | None, job: Job, folder: Path) -> Outcome | Failed:
+    """Have a contender do a job in a process of its own. Raises JobError where the job turns out to be wrong."""
+    name = _named(contender, resident)
+    _log.info("%s: started", name)
+    receiver, sender = SPAWN.Pipe(duplex=False)
+    process = SPAWN.Process(target=_compete, args=(sender, contender, job, folder), name=contender)
+    with receiver:
+        with sender, signals_held_back():  # from the process for good: it is killed where it is to stop
+            process.start()
+        try:
+            outcome: Outcome | Failed | None = receive(receiver)  # type: ignore[assignment]
+        except BaseException:
+            process.kill()
+            raise
+        finally:
+            process.join()
+    if outcome is None:
+        outcome = Failed(errors.PipelineError.__name__, f"its process {cause_of_death(process.exitcode or 0)}", "")
+    if isinstance(outcome, Failed):
+        if issubclass(getattr(errors, outcome.error), JobError):
+            reraise(outcome)
+        _log.info("%s: %s", name, outcome.message)
+        _log.debug("%s", outcome.trace)
+    else:
+        left_out = f"; {outcome.left_out} left out, too long or not fit for the prompt" if outcome.left_out else ""
+        _log.info("%s: %d answered in %.1f s%s", name, len(outcome.answers), outcome.seconds, left_out)
+    return outcome
+
+
+def _compete(connection: Connection, contender: str, job: Job, folder: Path) -> None:
+    """In a process of its own: do the job, and send what came of it."""
+    end_with_the_parent()
+    try:
+        from turboquant.blas import load_tuned_blas
+
+        load_tuned_blas()  # before anything imports NumPy or MLX: it sets what OpenBLAS reads when it is loaded
+
+        from pipeline.contenders import compete
+
+        connection.send(compete(contender, job, folder))
+    except Exception as error:
+        connection.send(Failed.of(error))
+
+
+def _row(
+    contender: str,
+    resident: Literal["packed", "dense"] | None,
+    outcome: Outcome | Failed,
+    truth: dict[Pair, str] | None,
+) -> Row:
+    if isinstance(outcome, Failed):
+        return Row(contender, resident, failed=outcome.message, applies=outcome.error != NotApplicable.__name__)
+    seconds = max(outcome.seconds, 1e-9)
+    same = [text == truth[pair] for pair, text in outcome.answers.items() if pair in truth] if truth else []
+    return Row(
+        contender,
+        resident,
+        seconds=outcome.seconds,
+        answers=len(outcome.answers),
+        answers_per_second=len(outcome.answers) / seconds,
+        answer_tokens=outcome.answer_tokens,
+        tokens_per_second=outcome.answer_tokens / seconds,
+        prefill_seconds=outcome.prefill_seconds,
+        peak_bytes=outcome.peak_bytes,
+        extra_bytes=outcome.extra_bytes,
+        disk_bytes=outcome.disk_bytes,
+        agreement=sum(same) / len(same) if same else None,
+    )
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """While the block runs, SIGTERM raises KeyboardInterrupt, as SIGINT does, so that it is tidied up after."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
