@@ -54,11 +54,11 @@ class Outcome:
     answers: dict[Pair, str]
     answer_tokens: int
     left_out: int
+    prefill_seconds: float
+    disk_bytes: int
     seconds: float
-    prefill_seconds: float | None
     peak_bytes: int
     extra_bytes: int
-    disk_bytes: int
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
 """What each contender of a bench does, in the process that it is called in: mlx-lm as it comes, and the pipeline.
 
-Knows how mlx-lm is used well, and how a run's time and memory are taken. It does not know whom a contender is
-compared with (bench.py). All load the same weights and read the same tokens; mlx-lm's own contenders touch neither the
-model nor mlx-lm's functions, and prefill in mlx-lm's own steps.
+Knows how mlx-lm is used well; not whom a contender is compared with (bench.py). All load the same weights and read the
+same tokens. In mlx-lm's contenders the model calls mlx-lm's own attention, and prefills in mlx-lm's own steps.
 """
 
 from __future__ import annotations
@@ -45,16 +44,8 @@ def compete(contender: str, job: Job, folder: Path) -> Outcome:
     stock = _Stock(job, folder / f"{contender}.safetensors")
     meter = Meter()
     _STOCK[contender](stock)
-    seconds, peak_bytes, extra_bytes = meter.read()
     return Outcome(
-        stock.answers,
-        stock.answer_tokens,
-        stock.left_out,
-        seconds,
-        stock.prefill_seconds,
-        peak_bytes,
-        extra_bytes,
-        stock.disk_bytes,
+        stock.answers, stock.answer_tokens, stock.left_out, stock.prefill_seconds, stock.disk_bytes, *meter.read()
     )
 
 
@@ -74,7 +65,7 @@ def _pipeline(job: Job, warm: bool) -> Outcome:
     watch = _Watch(len(job.queries), quiet=True)
     report = Runner(job, watch=lambda rows: watch).run()
     assert watch.meter is not None
-    seconds, peak_bytes, extra_bytes = watch.meter.read()
+    measured = watch.meter.read()
     if warm and report.prefixes_built:
         raise PipelineError(f"{report.prefixes_built} prefixes were not in the store, so this was no warm run")
     if broken := report.failures.get("GenerationFailed"):
@@ -84,11 +75,9 @@ def _pipeline(job: Job, warm: bool) -> Outcome:
         {(row["document_id"], row["query_id"]): row["answer"] for row in rows if row["status"] == "ok"},
         report.answer_tokens,
         report.rows_failed,
-        seconds,
         report.prefill_seconds,
-        peak_bytes,
-        extra_bytes,
         sum(file.stat().st_size for file in job.cache.dir.glob("??/*/*")),
+        *measured,
     )
 
 
