@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -173,7 +172,7 @@ class _Stock:
                 self._loaded.model,
                 self._loaded.tokenizer,
                 [question.suffix for question in batch],
-                prompt_caches=[deepcopy(cache) for _ in batch],
+                prompt_caches=[cache] * len(batch),  # of which it makes the copies
                 max_tokens=[question.settings.max_tokens for question in batch],
                 return_token_ids=True,
                 completion_batch_size=size,
