@@ -8,7 +8,7 @@ is of no account. Knows nothing of prompts, batches or files; ``tensors`` and ``
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 import numpy as np
@@ -41,6 +41,7 @@ class EncodedLayer:
     keys, values: ``Encoded`` of (n_kv_heads, E) vectors, in the order of the context.
     fine_keys, fine_values: ``Encoded`` of (n_kv_heads, F) vectors; which tokens they are differs between heads.
     key_mean, value_mean: (n_kv_heads, 1, head_dim) float32, frozen: removed where that shortens a vector.
+    derived: what a backend makes of all that once, and keeps.
 
     The head_dim of values may differ from that of keys.
     """
@@ -54,6 +55,7 @@ class EncodedLayer:
     fine_values: Encoded
     key_mean: mx.array
     value_mean: mx.array
+    derived: dict[str, mx.array] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def encode(

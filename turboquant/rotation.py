@@ -43,6 +43,12 @@ class Rotation:
             x = self._transform(x, start) * signs
         return x
 
+    @property
+    def signs(self) -> mx.array:
+        """(dim,) what coordinates are multiplied by before the transform, where dim is a power of two."""
+        (signs,) = self._signs()
+        return signs
+
     def _signs(self) -> list[mx.array]:
         """One vector of signs for each transform."""
         # PCG64 is pinned by NumPy's stream compatibility policy; `random` itself is not used beyond raw bits.

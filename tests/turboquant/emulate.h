@@ -1,0 +1,179 @@
+// What the GPU kernels' text is written in, for a C++ compiler: a thread-group's threads take turns, each until it waits
+// for others. With METAL_LANES lanes hold blocks as Metal's do, else as CUDA's.
+#include <ucontext.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+typedef uint8_t u8;
+typedef uint16_t u16;
+typedef uint32_t u32;
+typedef long long size_type;
+typedef _Float16 half;
+#define FUNCTION inline
+#define SHARED static
+#define SHARED_POINTER
+#define GLOBAL
+#define THREAD
+#define UNROLL
+#define BARRIER wait(group_gate, thread_count)
+#define THREAD_INDEX current
+#define GROUP_X place[0]
+#define GROUP_Y place[1]
+#define GROUP_Z place[2]
+#define EXP2(x) exp2f(x)
+#define LOG2(x) log2f(x)
+#define ABSOLUTE(x) fabsf(x)
+#define LOW_HALVES(x, y) (((x) & 0xffffu) | ((y) << 16))
+#define HIGH_HALVES(x, y) (((x) >> 16) | ((y) & 0xffff0000u))
+#define READ_8(from, to) memcpy(to, from, 8)
+#define READ_16(from, to) memcpy(to, from, 16)
+#ifdef METAL_LANES
+#define ROW(lane) (((lane) / 4 & 4) + (lane) / 2 % 4)
+#define COLUMN(lane) (((lane) / 4 & 2) * 2 + (lane) % 2 * 2)
+#else
+#define ROW(lane) ((lane) / 4)
+#define COLUMN(lane) ((lane) % 4 * 2)
+#endif
+
+struct Gate {
+    int arrived = 0, opened = 0;
+};
+struct Box {
+    u32 left[4], right[2];
+    float value;
+};
+static ucontext_t scheduler, contexts[256];
+static bool done[256];
+static Gate group_gate, lane_gates[8];
+static Box boxes[256];
+static int current, thread_count, place[3];
+
+static void wait(Gate& gate, int count) {
+    int opened = gate.opened, self = current;
+    if (++gate.arrived == count) {
+        gate.arrived = 0;
+        ++gate.opened;
+    }
+    while (gate.opened == opened) swapcontext(&contexts[self], &scheduler);
+}
+
+static void wait_for_lanes() { wait(lane_gates[current / 32], 32); }
+static Box& box_at(int row, int column) {
+    for (int lane = 0;; ++lane) {
+        if (ROW(lane) == row && COLUMN(lane) == column / 2 * 2) return boxes[current / 32 * 32 + lane];
+    }
+}
+static float half_of(u32 pair, int i) {
+    u16 bits = u16(pair >> (16 * i));
+    half value;
+    memcpy(&value, &bits, 2);
+    return float(value);
+}
+static u32 pack_halves(float low, float high) {
+    half pair[2] = {half(low), half(high)};
+    u32 packed;
+    memcpy(&packed, pair, 4);
+    return packed;
+}
+
+template <class Combine>
+static float over(float x, bool rows, Combine combine) {
+    boxes[current].value = x;
+    wait_for_lanes();
+    float result = NAN;
+    for (int lane = 0; lane < 32; ++lane) {
+        if (rows && COLUMN(lane) != COLUMN(current % 32)) continue;
+        float other = boxes[current / 32 * 32 + lane].value;
+        result = std::isnan(result) ? other : combine(result, other);
+    }
+    wait_for_lanes();
+    return result;
+}
+static float over_rows_max(float x) { return over(x, true, [](float a, float b) { return a > b ? a : b; }); }
+static float over_rows_sum(float x) { return over(x, true, [](float a, float b) { return a + b; }); }
+static float over_lanes_sum(float x) { return over(x, false, [](float a, float b) { return a + b; }); }
+
+static void multiply_add(float (&sums)[4], const u32 (&left)[4], const u32 (&right)[2]) {
+    memcpy(boxes[current].left, left, sizeof left);
+    memcpy(boxes[current].right, right, sizeof right);
+    wait_for_lanes();
+    int row = ROW(current % 32), column = COLUMN(current % 32);
+    for (int i = 0; i < 4; ++i) {
+        for (int k = 0; k < 16; ++k) {
+            float one = half_of(box_at(row, k % 8).left[i / 2 + k / 8 * 2], k % 2);
+#ifdef METAL_LANES
+            float other = half_of(box_at(k % 8, column).right[k / 8], i % 2);
+#else
+            float other = half_of(box_at(column + i % 2, k % 8).right[k / 8], k % 2);
+#endif
+            sums[i] += one * other;
+        }
+    }
+    wait_for_lanes();
+}
+
+static u32 as_right_factor(u32 block) {
+#ifdef METAL_LANES
+    return block;
+#else
+    boxes[current].right[0] = block;
+    wait_for_lanes();
+    int row = ROW(current % 32), column = COLUMN(current % 32);
+    float one = half_of(box_at(column, row).right[0], row % 2), other = half_of(box_at(column + 1, row).right[0], row % 2);
+    wait_for_lanes();
+    return pack_halves(one, other);
+#endif
+}
+
+static u32 right_factor_of(const float* vectors, int stride, int run, int first, float factor, int lane) {
+    int row = ROW(lane), column = COLUMN(lane);
+#ifdef METAL_LANES
+    const float* at = vectors + column * stride + row / 2 * run + first + row % 2;
+    return pack_halves(at[0] * factor, at[stride] * factor);
+#else
+    const float* at = vectors + row * stride + column / 2 * run + first;
+    return pack_halves(at[0] * factor, at[1] * factor);
+#endif
+}
+
+static void body();
+static void enter(int thread) {
+    current = thread;
+    body();
+    done[thread] = true;
+}
+
+// Returns whether all threads came to their end; they don't where some wait for others that never come.
+static bool run_groups(int x, int y, int z, int threads) {
+    static std::vector<char> stacks(256 << 16);
+    thread_count = threads;
+    for (int group = 0; group < x * y * z; ++group) {
+        place[0] = group % x, place[1] = group / x % y, place[2] = group / x / y;
+        group_gate = Gate();
+        for (Gate& gate : lane_gates) gate = Gate();
+        for (int thread = 0; thread < threads; ++thread) {
+            getcontext(&contexts[thread]);
+            contexts[thread].uc_stack.ss_sp = stacks.data() + (size_t(thread) << 16);
+            contexts[thread].uc_stack.ss_size = 1 << 16;
+            contexts[thread].uc_link = &scheduler;
+            done[thread] = false;
+            makecontext(&contexts[thread], (void (*)())enter, 1, thread);
+        }
+        int left = threads;
+        for (long turn = 0; left; ++turn) {
+            if (turn > 1000000) return false;
+            left = 0;
+            for (int thread = 0; thread < threads; ++thread) {
+                if (done[thread]) continue;
+                current = thread;
+                swapcontext(&scheduler, &contexts[thread]);
+                left += !done[thread];
+            }
+        }
+    }
+    return true;
+}

@@ -1,0 +1,196 @@
+"""Attention over encoded layers on a GPU: two kernels, CUDA or Metal, from one text.
+
+The first rotates the queries, looks codes up in tables and multiplies in the matrix units, each thread-group for a
+split of the tokens; the second merges the splits and rotates back. They compute attention.py's ``attend_layer``.
+The text lies in ``text/``: ``codes.h``, ``attend.h`` and ``merge.h`` are plain C++ but for what ``cuda.h`` and
+``metal.h`` define, so a C++ compiler can run them where there is no GPU. Layers that the kernels do not know, of other
+sizes or in other shapes, take attention.py's way.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Mapping
+from importlib import resources
+from typing import Any
+
+import mlx.core as mx
+
+from turboquant import attention
+from turboquant.attention import Partial
+from turboquant.codebook import lloyd_max
+from turboquant.codec import CacheCodec
+from turboquant.layer import EncodedLayer
+
+HEAD_DIMS = (64, 128, 256)
+WARPS = 4  # SIMD-groups a thread-group
+GROUPS = 512  # thread-groups wanted: a few for each core of a large GPU
+MOST_SPLITS = 256
+SHARED_WORDS = {"cuda": 10240, "metal": 6144}  # of tables, four bytes each
+LARGEST_FACTOR = 1024.0
+INPUTS = [
+    "queries",
+    "key_codes",
+    "key_scales",
+    "value_codes",
+    "value_scales",
+    "fine_key_codes",
+    "fine_key_scales",
+    "fine_value_codes",
+    "fine_value_scales",
+    "sink_keys",
+    "sink_values",
+    "key_mean",
+    "value_factors",
+    "signs",
+    "levels",
+    "settings",
+    "sizes",
+]
+MERGE_INPUTS = ["outputs", "sums", "value_mean", "value_factors", "signs", "settings", "sizes"]
+
+attend_dense = attention.attend_dense
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def attend_layer(queries: mx.array, layer: EncodedLayer, scale: float) -> Partial:
+    """See ``attention.attend_layer``."""
+    dim = layer.key_mean.shape[-1]
+    if dim not in HEAD_DIMS or layer.value_mean.shape[-1] != dim:
+        return attention.attend_layer(queries, layer, scale)
+    batch, n_heads, length, _ = queries.shape
+    n_kv_heads = layer.key_mean.shape[0]
+    rows = batch * (n_heads // n_kv_heads) * length
+    tiles = 2 if rows > 8 and dim < 256 else 1
+    blocks = -(-rows // (8 * tiles))
+    splits = max(1, min(GROUPS // (n_kv_heads * blocks), -(-layer.keys.tokens // (32 * WARPS)), MOST_SPLITS))
+    counts = [layer.keys.tokens, layer.fine_keys.tokens, layer.sink_keys.shape[1]]
+    inputs = _constants(layer) | {
+        "queries": queries,
+        "settings": mx.array([scale * math.log2(math.e), dim**-0.5, *[0.0] * 6]),
+        "sizes": mx.array([batch, n_heads, n_kv_heads, length, *counts, splits], mx.int32),
+    }
+    parts = launch(
+        "attend",
+        _defined(layer.codec, dim, tiles),
+        {name: inputs[name] for name in INPUTS},
+        {"outputs": (n_kv_heads, splits, rows, dim), "sums": (n_kv_heads, splits, rows, 3)},
+        (splits, n_kv_heads, blocks),
+        32 * WARPS,
+    )
+    inputs |= dict(zip(("outputs", "sums"), parts, strict=True))
+    output, logsumexp = launch(
+        "merge",
+        (("DIM", dim), ("MOST_SPLITS", MOST_SPLITS)),
+        {name: inputs[name] for name in MERGE_INPUTS},
+        {"output": queries.shape, "logsumexp": queries.shape[:3]},
+        (rows, n_kv_heads, 1),
+        dim,
+    )
+    return Partial(output, logsumexp)
+
+
+def launch(
+    name: str,
+    constants: tuple[tuple[str, int], ...],
+    inputs: Mapping[str, mx.array],
+    outputs: Shapes,
+    groups: tuple[int, int, int],
+    threads: int,
+) -> list[mx.array]:
+    """Run a kernel of ``text/``: ``groups`` thread-groups of so many threads; float32 outputs of the shapes given."""
+    kernel = _kernel(name, constants, tuple(inputs), tuple(outputs))
+    found: list[mx.array] = kernel(
+        inputs=list(inputs.values()),
+        grid=(groups[0] * threads, *groups[1:]),
+        threadgroup=(threads, 1, 1),
+        output_shapes=list(outputs.values()),
+        output_dtypes=[mx.float32] * len(outputs),
+    )
+    return found
+
+
+def text(name: str) -> str:
+    """A file of the kernels' text."""
+    return (resources.files("turboquant.kernels") / "text" / name).read_text(encoding="utf-8")
+
+
+def defines(constants: tuple[tuple[str, int], ...]) -> str:
+    """The constants as the preprocessor takes them."""
+    return "".join(f"#define {name} {value}\n" for name, value in constants)
+
+
+def _backend() -> str:
+    return "metal" if mx.metal.is_available() else "cuda"
+
+
+@functools.cache
+def _kernel(
+    name: str, constants: tuple[tuple[str, int], ...], inputs: tuple[str, ...], outputs: tuple[str, ...]
+) -> Any:
+    make = mx.fast.metal_kernel if _backend() == "metal" else mx.fast.cuda_kernel
+    header = defines(constants) + text(f"{_backend()}.h") + (text("codes.h") if name == "attend" else "")
+    label = "_".join([name, *(str(value) for _, value in constants)])
+    return make(label, list(inputs), list(outputs), text(f"{name}.h"), header=header)
+
+
+def _defined(codec: CacheCodec, dim: int, tiles: int) -> tuple[tuple[str, int], ...]:
+    """What is compiled in."""
+    most = SHARED_WORDS[_backend()]
+    fine = codec.fine
+    copies, fine_copies = (_copies(x.key_bits, x.value_bits, most) for x in (codec, fine))
+    tables = (_entries(x.key_bits, x.value_bits) * n for x, n in ((codec, copies), (fine, fine_copies)))
+    return (
+        ("DIM", dim),
+        ("TILES", tiles),
+        ("ROWS", 8 * tiles),
+        ("WARPS", WARPS),
+        ("THREADS", 32 * WARPS),
+        ("KEY_BITS", codec.key_bits),
+        ("VALUE_BITS", codec.value_bits),
+        ("FINE_KEY_BITS", fine.key_bits),
+        ("FINE_VALUE_BITS", fine.value_bits),
+        ("COPIES", copies),
+        ("FINE_COPIES", fine_copies),
+        ("SHARED_WORDS", max(8 * tiles * dim, *tables)),
+    )
+
+
+def _copies(key_bits: int, value_bits: int, most: int) -> int:
+    """How often a table is held, so that lanes seldom wait for each other: 32 times if it fits, else 16 or 8."""
+    return next(n for n in (32, 16, 8) if _entries(key_bits, value_bits) * n <= most)
+
+
+def _entries(key_bits: int, value_bits: int) -> int:
+    return sum(1 << (2 * bits if bits <= 4 else bits) for bits in {key_bits, value_bits})
+
+
+def _constants(layer: EncodedLayer) -> dict[str, mx.array]:
+    """What the kernels read of a layer, made once; sinks are rotated as codes are."""
+    if not layer.derived:
+        codecs = (layer.codec, layer.codec.fine)
+        levels = mx.zeros((4, 256))
+        for row, bits in enumerate(bits for codec in codecs for bits in (codec.key_bits, codec.value_bits)):
+            levels[row, : 2**bits] = mx.array(lloyd_max(bits).levels)
+        largest = mx.maximum(_largest(layer.values.scales), _largest(layer.fine_values.scales))
+        rotation = layer.key_codec.rotation
+        sinks = (rotation.forward(x) for x in (layer.sink_keys, layer.sink_values))
+        sink_keys, sink_values = (mx.clip(x, -65504.0, 65504.0).astype(mx.float16) for x in sinks)
+        tensors = layer.tensors() | {
+            "sink_keys": sink_keys,
+            "sink_values": sink_values,
+            # Weighted values are halves: as large as can be without overflowing, so that none is lost.
+            "value_factors": mx.minimum(1.0 / mx.maximum(largest, 1e-30), LARGEST_FACTOR),
+            "signs": rotation.signs,
+            "levels": levels,
+        }
+        layer.derived.update({name: x if x.size else mx.zeros(16, x.dtype) for name, x in tensors.items()})
+        mx.eval(list(layer.derived.values()))
+    return dict(layer.derived)
+
+
+def _largest(scales: mx.array) -> mx.array:
+    """(n_kv_heads,) of (n_kv_heads, T), which may hold none."""
+    none = mx.zeros((scales.shape[0], 1))
+    return mx.concatenate([none, mx.abs(scales.astype(mx.float32))], axis=1).max(axis=1)

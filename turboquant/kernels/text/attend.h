@@ -1,0 +1,157 @@
+// Attention of a block of queries over one split of a layer's tokens: a body of a kernel, see attention_gpu.py.
+// A thread-group has WARPS SIMD-groups, which share out the tokens; all attend the same TILES * 8 queries.
+
+const int index = THREAD_INDEX, lane = index % 32, warp = index / 32;
+const int split = GROUP_X, head = GROUP_Y, block = GROUP_Z;
+const int n_heads = sizes[1], n_kv_heads = sizes[2], length = sizes[3], splits = sizes[7];
+const int counts[3] = {sizes[4], sizes[5], sizes[6]};  // tokens encoded, encoded finer, kept as they are
+const int repeats = n_heads / n_kv_heads, rows = sizes[0] * repeats * length;
+const int row = ROW(lane), column = COLUMN(lane);
+
+SHARED u32 shared[SHARED_WORDS];  // the queries at first, then tables, then outputs
+SHARED float statistics[WARPS][ROWS][3];
+SHARED float means[ROWS];
+
+SHARED_POINTER float* vectors = (SHARED_POINTER float*)shared;
+for (int i = index; i < ROWS * DIM; i += THREADS) {
+    int r = block * ROWS + i / DIM, sequence = r / (repeats * length), place = r % length;
+    int at = (sequence * n_heads + head * repeats + r / length % repeats) * length + place;
+    vectors[i] = r < rows ? float(queries[at * DIM + i % DIM]) * settings[0] : 0.0f;
+}
+BARRIER;
+for (int r = warp; r < ROWS; r += WARPS) {
+    float sum = 0;
+    for (int d = lane; d < DIM; d += 32) sum += vectors[r * DIM + d] * key_mean[head * DIM + d];
+    sum = over_lanes_sum(sum);
+    if (lane == 0) means[r] = sum;
+}
+BARRIER;
+for (int i = index; i < ROWS * DIM; i += THREADS) vectors[i] *= signs[i % DIM];
+BARRIER;
+for (int half_span = 1; half_span < DIM; half_span *= 2) {
+    for (int i = index; i < ROWS * DIM / 2; i += THREADS) {
+        int at = i / half_span * 2 * half_span + i % half_span;
+        float one = vectors[at], other = vectors[at + half_span];
+        vectors[at] = one + other;
+        vectors[at + half_span] = one - other;
+    }
+    BARRIER;
+}
+u32 turned[TILES][DIM / 16][2];
+float mean_scores[TILES][2];
+State state;
+UNROLL for (int n = 0; n < TILES; ++n) {
+    UNROLL for (int k = 0; k < DIM / 16; ++k) {
+        UNROLL for (int i = 0; i < 2; ++i) {
+            turned[n][k][i] = right_factor_of(vectors + n * 8 * DIM, DIM, DIM / 4, 4 * k + 2 * i, settings[1], lane);
+        }
+    }
+    UNROLL for (int i = 0; i < 2; ++i) {
+        mean_scores[n][i] = means[n * 8 + column + i];
+        state.highest[n][i] = -INFINITY;
+        state.total[n][i] = state.mean_share[n][i] = 0;
+    }
+    UNROLL for (int m = 0; m < DIM / 16; ++m) {
+        UNROLL for (int i = 0; i < 4; ++i) state.output[n][m][i] = 0;
+    }
+}
+BARRIER;
+
+const float value_factor = value_factors[head];
+SHARED_POINTER const u32* none = shared;
+{
+    const int value_table = VALUE_BITS == KEY_BITS ? 0 : Format<KEY_BITS>::ENTRIES * COPIES;
+    fill_table<KEY_BITS, COPIES>(shared, levels, index);
+    if (value_table) fill_table<VALUE_BITS, COPIES>(shared + value_table, levels + 256, index);
+    BARRIER;
+    const int count = counts[0], share = (count + 16 * splits - 1) / (16 * splits) * 16;
+    const int stop = (split + 1) * share < count ? (split + 1) * share : count;
+    GLOBAL const u8* keys = (GLOBAL const u8*)key_codes + (size_type)head * count * (DIM * KEY_BITS / 8);
+    GLOBAL const u8* values = (GLOBAL const u8*)value_codes + (size_type)head * count * (DIM * VALUE_BITS / 8);
+    for (int first = split * share + 16 * warp; first < stop; first += 16 * WARPS) {
+        attend_tile<KEY_BITS, VALUE_BITS, COPIES>(
+            state, turned, mean_scores, keys, key_scales + head * count, values, value_scales + head * count,
+            shared + lane % COPIES, shared + value_table + lane % COPIES, value_factor, first, stop, lane);
+    }
+    BARRIER;
+}
+{
+    const int value_table = FINE_VALUE_BITS == FINE_KEY_BITS ? 0 : Format<FINE_KEY_BITS>::ENTRIES * FINE_COPIES;
+    const int count = counts[1], share = (count + 16 * splits - 1) / (16 * splits) * 16;
+    const int stop = (split + 1) * share < count ? (split + 1) * share : count;
+    if (split * share < stop) {  // the same for all threads
+        fill_table<FINE_KEY_BITS, FINE_COPIES>(shared, levels + 512, index);
+        if (value_table) fill_table<FINE_VALUE_BITS, FINE_COPIES>(shared + value_table, levels + 768, index);
+        BARRIER;
+        GLOBAL const u8* keys = (GLOBAL const u8*)fine_key_codes + (size_type)head * count * (DIM * FINE_KEY_BITS / 8);
+        GLOBAL const u8* values =
+            (GLOBAL const u8*)fine_value_codes + (size_type)head * count * (DIM * FINE_VALUE_BITS / 8);
+        for (int first = split * share + 16 * warp; first < stop; first += 16 * WARPS) {
+            attend_tile<FINE_KEY_BITS, FINE_VALUE_BITS, FINE_COPIES>(
+                state, turned, mean_scores, keys, fine_key_scales + head * count, values,
+                fine_value_scales + head * count, shared + lane % FINE_COPIES,
+                shared + value_table + lane % FINE_COPIES, value_factor, first, stop, lane);
+        }
+        BARRIER;
+    }
+}
+if (split == splits - 1) {
+    const int count = counts[2];
+    GLOBAL const u8* keys = (GLOBAL const u8*)sink_keys + head * count * DIM * 2;
+    GLOBAL const u8* values = (GLOBAL const u8*)sink_values + head * count * DIM * 2;
+    for (int first = 16 * warp; first < count; first += 16 * WARPS) {
+        attend_tile<16, 16, 1>(
+            state, turned, mean_scores, keys, key_scales, values, value_scales, none, none, value_factor, first, count,
+            lane);
+    }
+}
+
+// What the SIMD-groups found, put together.
+UNROLL for (int n = 0; n < TILES; ++n) {
+    UNROLL for (int i = 0; i < 2; ++i) {
+        float total = over_rows_sum(state.total[n][i]), mean_share = over_rows_sum(state.mean_share[n][i]);
+        if (row == 0) {
+            int r = n * 8 + column + i;
+            statistics[warp][r][0] = state.highest[n][i];
+            statistics[warp][r][1] = total;
+            statistics[warp][r][2] = mean_share;
+        }
+    }
+}
+BARRIER;
+for (int turn = 0; turn < WARPS; ++turn) {
+    if (warp == turn) {
+        UNROLL for (int n = 0; n < TILES; ++n) {
+            UNROLL for (int i = 0; i < 2; ++i) {
+                int r = n * 8 + column + i;
+                float highest = statistics[0][r][0];
+                for (int w = 1; w < WARPS; ++w) {
+                    highest = statistics[w][r][0] > highest ? statistics[w][r][0] : highest;
+                }
+                float factor = state.highest[n][i] == -INFINITY ? 0.0f : EXP2(state.highest[n][i] - highest);
+                UNROLL for (int m = 0; m < DIM / 16; ++m) {
+                    int d = row * (DIM / 8) + 2 * m;
+                    float one = state.output[n][m][i] * factor, other = state.output[n][m][i + 2] * factor;
+                    vectors[r * DIM + d] = turn ? vectors[r * DIM + d] + one : one;
+                    vectors[r * DIM + d + 1] = turn ? vectors[r * DIM + d + 1] + other : other;
+                }
+            }
+        }
+    }
+    BARRIER;
+}
+const int from = (head * splits + split) * rows + block * ROWS;
+const int here = rows - block * ROWS < ROWS ? rows - block * ROWS : ROWS;
+for (int i = index; i < here * DIM; i += THREADS) outputs[(size_type)from * DIM + i] = vectors[i];
+for (int r = index; r < here; r += THREADS) {
+    float highest = statistics[0][r][0], total = 0, mean_share = 0;
+    for (int w = 1; w < WARPS; ++w) highest = statistics[w][r][0] > highest ? statistics[w][r][0] : highest;
+    for (int w = 0; w < WARPS; ++w) {
+        float factor = statistics[w][r][0] == -INFINITY ? 0.0f : EXP2(statistics[w][r][0] - highest);
+        total += statistics[w][r][1] * factor;
+        mean_share += statistics[w][r][2] * factor;
+    }
+    sums[(from + r) * 3] = highest;
+    sums[(from + r) * 3 + 1] = total;
+    sums[(from + r) * 3 + 2] = mean_share;
+}

@@ -1,0 +1,73 @@
+// What the kernels' text is written in, for CUDA (compute capability 8.0 and later: products of halves in registers).
+#define FUNCTION __device__ __forceinline__
+#define SHARED __shared__
+#define SHARED_POINTER
+#define GLOBAL
+#define THREAD
+#define UNROLL _Pragma("unroll")
+#define BARRIER __syncthreads()
+#define THREAD_INDEX int(threadIdx.x)
+#define GROUP_X int(blockIdx.x)
+#define GROUP_Y int(blockIdx.y)
+#define GROUP_Z int(blockIdx.z)
+#define ROW(lane) ((lane) / 4)
+#define COLUMN(lane) ((lane) % 4 * 2)
+#define EXP2(x) exp2f(x)
+#define LOG2(x) log2f(x)
+#define ABSOLUTE(x) fabsf(x)
+#define LOW_HALVES(x, y) __byte_perm(x, y, 0x5410)
+#define HIGH_HALVES(x, y) __byte_perm(x, y, 0x7632)
+#ifndef INFINITY
+#define INFINITY __int_as_float(0x7f800000)
+#endif
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef long long size_type;
+
+#define READ_8(from, to) { uint2 read_ = *(const uint2*)(from); (to)[0] = read_.x; (to)[1] = read_.y; }
+#define READ_16(from, to) \
+    { uint4 read_ = *(const uint4*)(from); (to)[0] = read_.x; (to)[1] = read_.y; (to)[2] = read_.z; (to)[3] = read_.w; }
+
+FUNCTION u32 pack_halves(float low, float high) {
+    u32 packed;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
+    return packed;
+}
+
+FUNCTION float over_rows_max(float x) {
+    UNROLL for (int i = 4; i < 32; i *= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, i));
+    return x;
+}
+
+FUNCTION float over_rows_sum(float x) {
+    UNROLL for (int i = 4; i < 32; i *= 2) x += __shfl_xor_sync(0xffffffffu, x, i);
+    return x;
+}
+
+FUNCTION float over_lanes_sum(float x) {
+    UNROLL for (int i = 1; i < 32; i *= 2) x += __shfl_xor_sync(0xffffffffu, x, i);
+    return x;
+}
+
+// sums (16 rows, 8 columns) += left (16, 16) times right (16, 8), in blocks of 8 x 8; left's go down first.
+FUNCTION void multiply_add(float (&sums)[4], const u32 (&left)[4], const u32 (&right)[2]) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(right[0]), "r"(right[1]));
+}
+
+// A block of sums, as halves, as a block of right factors, which lanes hold by columns.
+FUNCTION u32 as_right_factor(u32 block) {
+    u32 transposed;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(block));
+    return transposed;
+}
+
+// A block of right factors from 8 vectors, `stride` apart: its columns are the vectors, and its rows 2 i and 2 i + 1 the
+// coordinates i * run + first and the next.
+FUNCTION u32 right_factor_of(const float* vectors, int stride, int run, int first, float factor, int lane) {
+    const float* at = vectors + lane / 4 * stride + lane % 4 * run + first;
+    return pack_halves(at[0] * factor, at[1] * factor);
+}

@@ -1,0 +1,72 @@
+// What the kernels' text is written in, for Metal.
+#include <metal_simdgroup_matrix>
+#define FUNCTION inline
+#define SHARED threadgroup
+#define SHARED_POINTER threadgroup
+#define GLOBAL device
+#define THREAD thread
+#define UNROLL _Pragma("unroll")
+#define BARRIER metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup)
+#define THREAD_INDEX int(thread_index_in_threadgroup)
+#define GROUP_X int(threadgroup_position_in_grid.x)
+#define GROUP_Y int(threadgroup_position_in_grid.y)
+#define GROUP_Z int(threadgroup_position_in_grid.z)
+// How a SIMD-group's lanes hold a matrix of 8 x 8.
+#define ROW(lane) (((lane) / 4 & 4) + (lane) / 2 % 4)
+#define COLUMN(lane) (((lane) / 4 & 2) * 2 + (lane) % 2 * 2)
+#define EXP2(x) metal::exp2(x)
+#define LOG2(x) metal::log2(x)
+#define ABSOLUTE(x) metal::fabs(x)
+#define LOW_HALVES(x, y) (((x) & 0xffffu) | ((y) << 16))
+#define HIGH_HALVES(x, y) (((x) >> 16) | ((y) & 0xffff0000u))
+typedef uchar u8;
+typedef ushort u16;
+typedef uint u32;
+typedef long size_type;
+
+#define READ_8(from, to) { uint2 read_ = *(device const uint2*)(from); (to)[0] = read_.x; (to)[1] = read_.y; }
+#define READ_16(from, to) \
+    { uint4 read_ = *(device const uint4*)(from); (to)[0] = read_.x; (to)[1] = read_.y; (to)[2] = read_.z; (to)[3] = read_.w; }
+
+FUNCTION u32 pack_halves(float low, float high) { return as_type<u32>(half2(half(low), half(high))); }
+
+FUNCTION float over_rows_max(float x) {
+    x = metal::max(x, metal::simd_shuffle_xor(x, ushort(2)));
+    x = metal::max(x, metal::simd_shuffle_xor(x, ushort(4)));
+    return metal::max(x, metal::simd_shuffle_xor(x, ushort(16)));
+}
+
+FUNCTION float over_rows_sum(float x) {
+    x += metal::simd_shuffle_xor(x, ushort(2));
+    x += metal::simd_shuffle_xor(x, ushort(4));
+    return x + metal::simd_shuffle_xor(x, ushort(16));
+}
+
+FUNCTION float over_lanes_sum(float x) { return metal::simd_sum(x); }
+
+// sums (16 rows, 8 columns) += left (16, 16) times right (16, 8), in blocks of 8 x 8; left's go down first.
+FUNCTION void multiply_add(thread float (&sums)[4], thread const u32 (&left)[4], thread const u32 (&right)[2]) {
+    for (int i = 0; i < 2; ++i) {
+        metal::simdgroup_matrix<float, 8, 8> sum;
+        sum.thread_elements() = vec<float, 2>(sums[2 * i], sums[2 * i + 1]);
+        for (int k = 0; k < 2; ++k) {
+            metal::simdgroup_matrix<half, 8, 8> one, other;
+            one.thread_elements() = as_type<half2>(left[i + 2 * k]);
+            other.thread_elements() = as_type<half2>(right[k]);
+            metal::simdgroup_multiply_accumulate(sum, one, other, sum);
+        }
+        sums[2 * i] = sum.thread_elements()[0];
+        sums[2 * i + 1] = sum.thread_elements()[1];
+    }
+}
+
+// A block of sums, as halves, as a block of right factors: lanes hold both by rows.
+FUNCTION u32 as_right_factor(u32 block) { return block; }
+
+// A block of right factors from 8 vectors, `stride` apart: its columns are the vectors, and its rows 2 i and 2 i + 1 the
+// coordinates i * run + first and the next.
+FUNCTION u32 right_factor_of(threadgroup const float* vectors, int stride, int run, int first, float factor, int lane) {
+    int k = ROW(lane);
+    threadgroup const float* at = vectors + COLUMN(lane) * stride + k / 2 * run + first + k % 2;
+    return pack_halves(at[0] * factor, at[stride] * factor);
+}
