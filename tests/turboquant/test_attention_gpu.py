@@ -6,7 +6,7 @@ import ctypes
 import functools
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,34 +32,27 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(params=["cuda", "metal"])
 def emulated(request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels run in the emulator, with lanes as one of the backends has them."""
+    attention_gpu._plan.cache_clear()
     monkeypatch.setattr(attention_gpu, "_backend", lambda: request.param)
     monkeypatch.setattr(attention_gpu, "launch", functools.partial(launch, folder, request.param))
 
 
-def launch(
-    folder: Path,
-    backend: str,
-    name: str,
-    constants: tuple[tuple[str, int], ...],
-    inputs: Mapping[str, mx.array],
-    outputs: attention_gpu.Shapes,
-    groups: tuple[int, int, int],
-    threads: int,
-) -> list[mx.array]:
-    types = {**{key: f"const {TYPES[x.dtype]}*" for key, x in inputs.items()}, **dict.fromkeys(outputs, "float*")}
-    source = attention_gpu.defines(constants)
+def launch(folder: Path, backend: str, what: attention_gpu.Launch, inputs: list[mx.array]) -> list[mx.array]:
+    types = {name: f"const {TYPES[x.dtype]}*" for name, x in zip(what.inputs, inputs, strict=True)}
+    types |= {name: "float*" for name, _ in what.outputs}
+    source = attention_gpu.defines(what.constants)
     source += ("#define METAL_LANES\n" if backend == "metal" else "") + EMULATOR
-    source += attention_gpu.text("codes.h") if name == "attend" else ""
+    source += attention_gpu.text("codes.h") if what.name == "attend" else ""
     source += "".join(f"static {kind} {key};\n" for key, kind in types.items())
-    source += "static void body() {\n" + attention_gpu.text(f"{name}.h") + "}\n"
+    source += "static void body() {\n" + attention_gpu.text(f"{what.name}.h") + "}\n"
     source += 'extern "C" bool run(int x, int y, int z, int threads, void** arrays) {\n'
     source += "".join(f"{key} = ({kind})arrays[{i}];\n" for i, (key, kind) in enumerate(types.items()))
     source += "return run_groups(x, y, z, threads);\n}\n"
     library = compiled(folder, source)
-    arrays = [np.ascontiguousarray(np.array(x)) for x in inputs.values()]
-    arrays += [np.full(shape, np.nan, np.float32) for shape in outputs.values()]
+    arrays = [np.ascontiguousarray(np.array(x)) for x in inputs]
+    arrays += [np.full(shape, np.nan, np.float32) for _, shape in what.outputs]
     pointers = (ctypes.c_void_p * len(arrays))(*(array.ctypes.data for array in arrays))
-    assert library.run(*groups, threads, pointers), "threads wait for others that never come"
+    assert library.run(*what.groups, what.threads, pointers), "threads wait for others that never come"
     return [mx.array(array) for array in arrays[len(inputs) :]]
 
 
@@ -77,13 +70,13 @@ def compiled(folder: Path, source: str) -> Any:
     return loaded
 
 
-def assert_equal(queries: mx.array, layer: EncodedLayer) -> None:
+def assert_equal(queries: mx.array, layer: EncodedLayer, tolerance: float = 1e-3) -> None:
     part = attention_gpu.attend_layer(queries, layer, SCALE)
     expected = attention.attend_layer(queries, layer, SCALE)
     assert part.output.shape == expected.output.shape
     found, wanted = np.array(part.output), np.array(expected.output)
-    assert np.linalg.norm(found - wanted) < 1e-3 * np.linalg.norm(wanted)
-    np.testing.assert_allclose(np.array(part.logsumexp), np.array(expected.logsumexp), atol=5e-3)
+    assert np.linalg.norm(found - wanted) < tolerance * np.linalg.norm(wanted)
+    np.testing.assert_allclose(np.array(part.logsumexp), np.array(expected.logsumexp), rtol=3e-4, atol=5e-3)
 
 
 @pytest.mark.usefixtures("emulated")
@@ -120,6 +113,7 @@ def test_any_number_of_splits(
     groups: int, monkeypatch: pytest.MonkeyPatch, random_layer: Callable[..., EncodedLayer]
 ) -> None:
     """Also more than there are tokens for: some then find nothing."""
+    attention_gpu._plan.cache_clear()
     monkeypatch.setattr(attention_gpu, "GROUPS", groups)
     monkeypatch.setattr(attention_gpu, "WARPS", 2)
     assert_equal(mx.random.normal((1, 4, 1, 64)), random_layer(900, CacheCodec()))
@@ -127,8 +121,9 @@ def test_any_number_of_splits(
 
 @pytest.mark.usefixtures("emulated")
 def test_sharp_attention(random_layer: Callable[..., EncodedLayer]) -> None:
+    """What rounding queries to halves costs grows with the scores, which decide between a few tokens here."""
     layer = random_layer(300, CacheCodec())
-    assert_equal(mx.random.normal((1, 4, 1, 64)) * 40, layer)
+    assert_equal(mx.random.normal((1, 4, 1, 64)) * 40, layer, 1e-2)
 
 
 @pytest.mark.usefixtures("emulated")

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
@@ -29,7 +29,7 @@ GROUPS = 512  # thread-groups wanted: a few for each core of a large GPU
 MOST_SPLITS = 256
 SHARED_WORDS = {"cuda": 10240, "metal": 6144}  # of tables, four bytes each
 LARGEST_FACTOR = 1024.0
-INPUTS = [
+INPUTS = (
     "queries",
     "key_codes",
     "key_scales",
@@ -47,11 +47,10 @@ INPUTS = [
     "levels",
     "settings",
     "sizes",
-]
-MERGE_INPUTS = ["outputs", "sums", "value_mean", "value_factors", "signs", "settings", "sizes"]
+)
+MERGE_INPUTS = ("outputs", "sums", "value_mean", "value_factors", "signs", "settings", "sizes")
 
 attend_dense = attention.attend_dense
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 def attend_layer(queries: mx.array, layer: EncodedLayer, scale: float) -> Partial:
@@ -59,54 +58,80 @@ def attend_layer(queries: mx.array, layer: EncodedLayer, scale: float) -> Partia
     dim = layer.key_mean.shape[-1]
     if dim not in HEAD_DIMS or layer.value_mean.shape[-1] != dim:
         return attention.attend_layer(queries, layer, scale)
-    batch, n_heads, length, _ = queries.shape
-    n_kv_heads = layer.key_mean.shape[0]
-    rows = batch * (n_heads // n_kv_heads) * length
-    tiles = 2 if rows > 8 and dim < 256 else 1
-    blocks = -(-rows // (8 * tiles))
-    splits = max(1, min(GROUPS // (n_kv_heads * blocks), -(-layer.keys.tokens // (32 * WARPS)), MOST_SPLITS))
-    counts = [layer.keys.tokens, layer.fine_keys.tokens, layer.sink_keys.shape[1]]
-    inputs = _constants(layer) | {
-        "queries": queries,
-        "settings": mx.array([scale * math.log2(math.e), dim**-0.5, *[0.0] * 6]),
-        "sizes": mx.array([batch, n_heads, n_kv_heads, length, *counts, splits], mx.int32),
-    }
-    parts = launch(
-        "attend",
-        _defined(layer.codec, dim, tiles),
-        {name: inputs[name] for name in INPUTS},
-        {"outputs": (n_kv_heads, splits, rows, dim), "sums": (n_kv_heads, splits, rows, 3)},
-        (splits, n_kv_heads, blocks),
-        32 * WARPS,
-    )
-    inputs |= dict(zip(("outputs", "sums"), parts, strict=True))
-    output, logsumexp = launch(
-        "merge",
-        (("DIM", dim), ("MOST_SPLITS", MOST_SPLITS)),
-        {name: inputs[name] for name in MERGE_INPUTS},
-        {"output": queries.shape, "logsumexp": queries.shape[:3]},
-        (rows, n_kv_heads, 1),
-        dim,
-    )
+    inputs = _constants(layer)
+    counts = (layer.keys.tokens, layer.fine_keys.tokens, layer.sink_keys.shape[1])
+    plan = _plan(queries.shape, layer.key_mean.shape[0], counts, scale, layer.codec)
+    inputs = {**inputs, "queries": queries, "settings": plan.settings, "sizes": plan.sizes}
+    outputs, sums = launch(plan.attend, [inputs[name] for name in INPUTS])
+    inputs["outputs"], inputs["sums"] = outputs, sums
+    output, logsumexp = launch(plan.merge, [inputs[name] for name in MERGE_INPUTS])
     return Partial(output, logsumexp)
 
 
-def launch(
-    name: str,
-    constants: tuple[tuple[str, int], ...],
-    inputs: Mapping[str, mx.array],
-    outputs: Shapes,
-    groups: tuple[int, int, int],
-    threads: int,
-) -> list[mx.array]:
-    """Run a kernel of ``text/``: ``groups`` thread-groups of so many threads; float32 outputs of the shapes given."""
-    kernel = _kernel(name, constants, tuple(inputs), tuple(outputs))
-    found: list[mx.array] = kernel(
-        inputs=list(inputs.values()),
-        grid=(groups[0] * threads, *groups[1:]),
-        threadgroup=(threads, 1, 1),
-        output_shapes=list(outputs.values()),
-        output_dtypes=[mx.float32] * len(outputs),
+@dataclass(frozen=True)
+class Launch:
+    """A kernel of ``text/`` and how it is started: ``groups`` thread-groups of so many threads.
+
+    outputs: names and shapes, all float32. constants: what is compiled in.
+    """
+
+    name: str
+    constants: tuple[tuple[str, int], ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[tuple[str, tuple[int, ...]], ...]
+    groups: tuple[int, int, int]
+    threads: int
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What depends on shapes alone, so that it is worked out once for all layers and steps."""
+
+    attend: Launch
+    merge: Launch
+    settings: mx.array
+    sizes: mx.array
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(
+    shape: tuple[int, int, int, int], n_kv_heads: int, counts: tuple[int, int, int], scale: float, codec: CacheCodec
+) -> _Plan:
+    batch, n_heads, length, dim = shape
+    rows = batch * (n_heads // n_kv_heads) * length
+    tiles = 2 if rows > 8 and dim < 256 else 1
+    blocks = -(-rows // (8 * tiles))
+    splits = max(1, min(GROUPS // (n_kv_heads * blocks), -(-counts[0] // (32 * WARPS)), MOST_SPLITS))
+    attend = Launch(
+        "attend",
+        _defined(codec, dim, tiles),
+        INPUTS,
+        (("outputs", (n_kv_heads, splits, rows, dim)), ("sums", (n_kv_heads, splits, rows, 3))),
+        (splits, n_kv_heads, blocks),
+        32 * WARPS,
+    )
+    merge = Launch(
+        "merge",
+        (("DIM", dim), ("MOST_SPLITS", MOST_SPLITS)),
+        MERGE_INPUTS,
+        (("output", shape), ("logsumexp", shape[:3])),
+        (rows, n_kv_heads, 1),
+        dim,
+    )
+    settings = mx.array([scale * math.log2(math.e), dim**-0.5, *[0.0] * 6])
+    sizes = mx.array([batch, n_heads, n_kv_heads, length, *counts, splits], mx.int32)
+    mx.eval(settings, sizes)
+    return _Plan(attend, merge, settings, sizes)
+
+
+def launch(what: Launch, inputs: list[mx.array]) -> list[mx.array]:
+    """Run a kernel on its inputs; returns its outputs."""
+    found: list[mx.array] = _kernel(what.name, what.constants, what.inputs, tuple(name for name, _ in what.outputs))(
+        inputs=inputs,
+        grid=(what.groups[0] * what.threads, *what.groups[1:]),
+        threadgroup=(what.threads, 1, 1),
+        output_shapes=[shape for _, shape in what.outputs],
+        output_dtypes=[mx.float32] * len(what.outputs),
     )
     return found
 
@@ -175,7 +200,7 @@ def _constants(layer: EncodedLayer) -> dict[str, mx.array]:
             levels[row, : 2**bits] = mx.array(lloyd_max(bits).levels)
         largest = mx.maximum(_largest(layer.values.scales), _largest(layer.fine_values.scales))
         rotation = layer.key_codec.rotation
-        sinks = (rotation.forward(x) for x in (layer.sink_keys, layer.sink_values))
+        sinks = (rotation.forward(x) if x.size else x for x in (layer.sink_keys, layer.sink_values))
         sink_keys, sink_values = (mx.clip(x, -65504.0, 65504.0).astype(mx.float16) for x in sinks)
         tensors = layer.tensors() | {
             "sink_keys": sink_keys,
@@ -187,7 +212,7 @@ def _constants(layer: EncodedLayer) -> dict[str, mx.array]:
         }
         layer.derived.update({name: x if x.size else mx.zeros(16, x.dtype) for name, x in tensors.items()})
         mx.eval(list(layer.derived.values()))
-    return dict(layer.derived)
+    return layer.derived
 
 
 def _largest(scales: mx.array) -> mx.array:

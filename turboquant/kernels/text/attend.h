@@ -57,53 +57,46 @@ UNROLL for (int n = 0; n < TILES; ++n) {
 }
 BARRIER;
 
-const float value_factor = value_factors[head];
-SHARED_POINTER const u32* none = shared;
+Tokens tokens;
+tokens.value_factor = value_factors[head];
 {
-    const int value_table = VALUE_BITS == KEY_BITS ? 0 : Format<KEY_BITS>::ENTRIES * COPIES;
+    const int other = VALUE_BITS == KEY_BITS ? 0 : Format<KEY_BITS>::ENTRIES * COPIES;
     fill_table<KEY_BITS, COPIES>(shared, levels, index);
-    if (value_table) fill_table<VALUE_BITS, COPIES>(shared + value_table, levels + 256, index);
+    if (other) fill_table<VALUE_BITS, COPIES>(shared + other, levels + 256, index);
     BARRIER;
     const int count = counts[0], share = (count + 16 * splits - 1) / (16 * splits) * 16;
     const int stop = (split + 1) * share < count ? (split + 1) * share : count;
-    GLOBAL const u8* keys = (GLOBAL const u8*)key_codes + (size_type)head * count * (DIM * KEY_BITS / 8);
-    GLOBAL const u8* values = (GLOBAL const u8*)value_codes + (size_type)head * count * (DIM * VALUE_BITS / 8);
-    for (int first = split * share + 16 * warp; first < stop; first += 16 * WARPS) {
-        attend_tile<KEY_BITS, VALUE_BITS, COPIES>(
-            state, turned, mean_scores, keys, key_scales + head * count, values, value_scales + head * count,
-            shared + lane % COPIES, shared + value_table + lane % COPIES, value_factor, first, stop, lane);
-    }
+    tokens.key_codes = (GLOBAL const u8*)key_codes + (size_type)head * count * (DIM * KEY_BITS / 8);
+    tokens.value_codes = (GLOBAL const u8*)value_codes + (size_type)head * count * (DIM * VALUE_BITS / 8);
+    tokens.key_scales = key_scales + head * count;
+    tokens.value_scales = value_scales + head * count;
+    tokens.key_table = shared;
+    tokens.value_table = shared + other;
+    attend_tokens<KEY_BITS, VALUE_BITS, COPIES>(
+        state, turned, mean_scores, tokens, split * share + 16 * warp, stop, 16 * WARPS, lane);
     BARRIER;
 }
-{
-    const int value_table = FINE_VALUE_BITS == FINE_KEY_BITS ? 0 : Format<FINE_KEY_BITS>::ENTRIES * FINE_COPIES;
-    const int count = counts[1], share = (count + 16 * splits - 1) / (16 * splits) * 16;
-    const int stop = (split + 1) * share < count ? (split + 1) * share : count;
-    if (split * share < stop) {  // the same for all threads
-        fill_table<FINE_KEY_BITS, FINE_COPIES>(shared, levels + 512, index);
-        if (value_table) fill_table<FINE_VALUE_BITS, FINE_COPIES>(shared + value_table, levels + 768, index);
-        BARRIER;
-        GLOBAL const u8* keys = (GLOBAL const u8*)fine_key_codes + (size_type)head * count * (DIM * FINE_KEY_BITS / 8);
-        GLOBAL const u8* values =
-            (GLOBAL const u8*)fine_value_codes + (size_type)head * count * (DIM * FINE_VALUE_BITS / 8);
-        for (int first = split * share + 16 * warp; first < stop; first += 16 * WARPS) {
-            attend_tile<FINE_KEY_BITS, FINE_VALUE_BITS, FINE_COPIES>(
-                state, turned, mean_scores, keys, fine_key_scales + head * count, values,
-                fine_value_scales + head * count, shared + lane % FINE_COPIES,
-                shared + value_table + lane % FINE_COPIES, value_factor, first, stop, lane);
-        }
-        BARRIER;
-    }
+const int fine = counts[1], fine_share = (fine + 16 * splits - 1) / (16 * splits) * 16;
+if (split * fine_share < fine) {  // the same for all threads
+    const int other = FINE_VALUE_BITS == FINE_KEY_BITS ? 0 : Format<FINE_KEY_BITS>::ENTRIES * FINE_COPIES;
+    fill_table<FINE_KEY_BITS, FINE_COPIES>(shared, levels + 512, index);
+    if (other) fill_table<FINE_VALUE_BITS, FINE_COPIES>(shared + other, levels + 768, index);
+    BARRIER;
+    const int stop = (split + 1) * fine_share < fine ? (split + 1) * fine_share : fine;
+    tokens.key_codes = (GLOBAL const u8*)fine_key_codes + (size_type)head * fine * (DIM * FINE_KEY_BITS / 8);
+    tokens.value_codes = (GLOBAL const u8*)fine_value_codes + (size_type)head * fine * (DIM * FINE_VALUE_BITS / 8);
+    tokens.key_scales = fine_key_scales + head * fine;
+    tokens.value_scales = fine_value_scales + head * fine;
+    tokens.key_table = shared;
+    tokens.value_table = shared + other;
+    attend_tokens<FINE_KEY_BITS, FINE_VALUE_BITS, FINE_COPIES>(
+        state, turned, mean_scores, tokens, split * fine_share + 16 * warp, stop, 16 * WARPS, lane);
+    BARRIER;
 }
 if (split == splits - 1) {
-    const int count = counts[2];
-    GLOBAL const u8* keys = (GLOBAL const u8*)sink_keys + head * count * DIM * 2;
-    GLOBAL const u8* values = (GLOBAL const u8*)sink_values + head * count * DIM * 2;
-    for (int first = 16 * warp; first < count; first += 16 * WARPS) {
-        attend_tile<16, 16, 1>(
-            state, turned, mean_scores, keys, key_scales, values, value_scales, none, none, value_factor, first, count,
-            lane);
-    }
+    tokens.key_codes = (GLOBAL const u8*)sink_keys + head * counts[2] * DIM * 2;
+    tokens.value_codes = (GLOBAL const u8*)sink_values + head * counts[2] * DIM * 2;
+    attend_tokens<16, 16, 1>(state, turned, mean_scores, tokens, 16 * warp, counts[2], 16 * WARPS, lane);
 }
 
 // What the SIMD-groups found, put together.

@@ -27,6 +27,11 @@ FUNCTION void read_bytes(GLOBAL const u8* from, THREAD u32* to) {
     }
 }
 
+// Bits `shift` .. `shift + width` of a word, moved to `to`.
+FUNCTION u32 moved(u32 word, int shift, int width, int to) {
+    return (shift >= to ? word >> (shift - to) : word << (to - shift)) & (((1u << width) - 1) << to);
+}
+
 // A lane's run of one vector: DIM / PARTS coordinates.
 template <int BITS, int PARTS>
 struct Run {
@@ -45,27 +50,23 @@ struct Run {
         }
     }
 
-    // Code i of the low plane's bits, with the high plane's above.
-    FUNCTION u32 code(int i) {
-        const int width = Format<BITS>::LOW, high_width = Format<BITS>::HIGH;
-        u32 bits = (low[i * width / 32] >> (i * width % 32)) & ((1u << width) - 1);
-        if (high_width) bits |= ((high[i * high_width / 32] >> (i * high_width % 32)) & ((1u << high_width) - 1)) << width;
-        return bits;
+    // What a table of N copies says of code i, or, if it is of pairs, of codes 2 i and 2 i + 1. As bytes, entries are
+    // 4 N apart, so a code moved there is an offset; `copy` is that of the lane's own copy.
+    template <int N>
+    FUNCTION u32 entry(SHARED_POINTER const u32* table, u32 copy, int i) {
+        const int codes = Format<BITS>::PAIRED ? 2 : 1, place = N == 32 ? 7 : N == 16 ? 6 : N == 8 ? 5 : 2;
+        const int width = codes * Format<BITS>::LOW, high_width = codes * Format<BITS>::HIGH;
+        u32 offset = moved(low[i * width / 32], i * width % 32, width, place) | copy;
+        if (high_width) offset |= moved(high[i * high_width / 32], i * high_width % 32, high_width, place + width);
+        return *(SHARED_POINTER const u32*)((SHARED_POINTER const u8*)table + offset);
     }
 
-    // The levels of coordinates 2 i and 2 i + 1 as two halves; a table's entries are N words apart.
+    // The levels of coordinates 2 i and 2 i + 1 as two halves.
     template <int N>
-    FUNCTION u32 pair(SHARED_POINTER const u32* table, int i) {
+    FUNCTION u32 pair(SHARED_POINTER const u32* table, u32 copy, int i) {
         if (BITS == 16) return low[i];
-        if (Format<BITS>::PAIRED) {
-            const int width = 2 * Format<BITS>::LOW, high_width = 2 * Format<BITS>::HIGH;
-            u32 entry = (low[i * width / 32] >> (i * width % 32)) & ((1u << width) - 1);
-            if (high_width) {
-                entry |= ((high[i * high_width / 32] >> (i * high_width % 32)) & ((1u << high_width) - 1)) << width;
-            }
-            return table[entry * N];
-        }
-        return LOW_HALVES(table[code(2 * i) * N], table[code(2 * i + 1) * N]);
+        if (Format<BITS>::PAIRED) return entry<N>(table, copy, i);
+        return LOW_HALVES(entry<N>(table, copy, 2 * i), entry<N>(table, copy, 2 * i + 1));
     }
 };
 
@@ -91,48 +92,66 @@ struct State {
     float mean_share[TILES][2];        // of the weights of those values whose mean was removed
 };
 
-// Attention of queries over 16 tokens from `first` on, of which those before `stop` count.
+// A layer's tokens of one kind, and the tables of their levels.
+struct Tokens {
+    GLOBAL const u8* key_codes;
+    GLOBAL const half* key_scales;
+    GLOBAL const u8* value_codes;
+    GLOBAL const half* value_scales;
+    SHARED_POINTER const u32* key_table;
+    SHARED_POINTER const u32* value_table;
+    float value_factor;
+};
+
+// What a lane reads of 16 tokens.
+template <int K_BITS, int V_BITS>
+struct Tile {
+    Run<K_BITS, 4> keys[2];
+    Run<V_BITS, 8> values[4];
+    float key_scale[2], value_scale[2];
+
+    FUNCTION void read(THREAD const Tokens& tokens, int first, int stop, int lane) {
+        const int row = ROW(lane), column = COLUMN(lane), last = stop - 1;
+        UNROLL for (int i = 0; i < 2; ++i) {
+            int token = first + row + 8 * i < last ? first + row + 8 * i : last;
+            keys[i].read(tokens.key_codes, token, column / 2);
+            key_scale[i] = K_BITS == 16 ? -1.0f : float(tokens.key_scales[token]);
+            value_scale[i] = V_BITS == 16 ? -1.0f : float(tokens.value_scales[token]);
+        }
+        UNROLL for (int i = 0; i < 4; ++i) {
+            int token = first + column + (i & 1) + (i & 2) * 4;
+            values[i].read(tokens.value_codes, token < last ? token : last, row);
+        }
+    }
+};
+
+// Attention of queries over a tile of which the first `count` tokens count.
 template <int K_BITS, int V_BITS, int N>
 FUNCTION void attend_tile(
     THREAD State& state, THREAD const u32 (&queries)[TILES][DIM / 16][2], THREAD const float (&mean_scores)[TILES][2],
-    GLOBAL const u8* key_codes, GLOBAL const half* key_scales, GLOBAL const u8* value_codes,
-    GLOBAL const half* value_scales, SHARED_POINTER const u32* key_table, SHARED_POINTER const u32* value_table,
-    float value_factor, int first, int stop, int lane) {
-    const int row = ROW(lane), column = COLUMN(lane), last = stop - 1;
-    const int tokens[2] = {first + row < last ? first + row : last, first + row + 8 < last ? first + row + 8 : last};
-    Run<K_BITS, 4> keys[2];
-    Run<V_BITS, 8> values[4];
-    UNROLL for (int i = 0; i < 2; ++i) keys[i].read(key_codes, tokens[i], column / 2);
-    UNROLL for (int i = 0; i < 4; ++i) {
-        int token = first + column + (i & 1) + (i & 2) * 4;
-        values[i].read(value_codes, token < last ? token : last, row);
-    }
-    float key_scale[2], value_scale[2];
-    UNROLL for (int i = 0; i < 2; ++i) {
-        key_scale[i] = K_BITS == 16 ? -1.0f : float(key_scales[tokens[i]]);
-        value_scale[i] = V_BITS == 16 ? -1.0f : float(value_scales[tokens[i]]);
-    }
+    THREAD const Tokens& tokens, THREAD Tile<K_BITS, V_BITS>& tile, int count, int lane) {
+    const int row = ROW(lane);
+    const u32 copy = lane % N * 4;
     float scores[TILES][4];
     UNROLL for (int n = 0; n < TILES; ++n) {
         UNROLL for (int i = 0; i < 4; ++i) scores[n][i] = 0;
     }
     UNROLL for (int k = 0; k < DIM / 16; ++k) {
         u32 block[4];
-        UNROLL for (int i = 0; i < 4; ++i) block[i] = keys[i & 1].template pair<N>(key_table, 2 * k + (i >> 1));
+        UNROLL for (int i = 0; i < 4; ++i) block[i] = tile.keys[i & 1].template pair<N>(tokens.key_table, copy, 2 * k + (i >> 1));
         UNROLL for (int n = 0; n < TILES; ++n) multiply_add(scores[n], block, queries[n][k]);
     }
     u32 weights[TILES][2];
     UNROLL for (int n = 0; n < TILES; ++n) {
         UNROLL for (int i = 0; i < 4; ++i) {
-            float scale = key_scale[i >> 1], mean_score = scale > 0 ? mean_scores[n][i & 1] : 0.0f;
-            bool counts = first + row + 8 * (i >> 1) < stop;
-            scores[n][i] = counts ? scores[n][i] * ABSOLUTE(scale) + mean_score : -INFINITY;
+            float scale = tile.key_scale[i >> 1], mean_score = scale > 0 ? mean_scores[n][i & 1] : 0.0f;
+            scores[n][i] = row + 8 * (i >> 1) < count ? scores[n][i] * ABSOLUTE(scale) + mean_score : -INFINITY;
         }
         UNROLL for (int i = 0; i < 2; ++i) {
-            float tile = over_rows_max(scores[n][i] > scores[n][i + 2] ? scores[n][i] : scores[n][i + 2]);
-            if (tile > state.highest[n][i]) {
-                float fade = EXP2(state.highest[n][i] - tile);
-                state.highest[n][i] = tile;
+            float highest = over_rows_max(scores[n][i] > scores[n][i + 2] ? scores[n][i] : scores[n][i + 2]);
+            if (highest > state.highest[n][i]) {
+                float fade = EXP2(state.highest[n][i] - highest);
+                state.highest[n][i] = highest;
                 state.total[n][i] *= fade;
                 state.mean_share[n][i] *= fade;
                 UNROLL for (int m = 0; m < DIM / 16; ++m) {
@@ -144,8 +163,8 @@ FUNCTION void attend_tile(
         UNROLL for (int i = 0; i < 4; ++i) {
             float weight = EXP2(scores[n][i] - state.highest[n][i & 1]);
             state.total[n][i & 1] += weight;
-            if (value_scale[i >> 1] > 0) state.mean_share[n][i & 1] += weight;
-            scores[n][i] = weight * ABSOLUTE(value_scale[i >> 1]) * value_factor;
+            if (tile.value_scale[i >> 1] > 0) state.mean_share[n][i & 1] += weight;
+            scores[n][i] = weight * (ABSOLUTE(tile.value_scale[i >> 1]) * tokens.value_factor);
         }
         UNROLL for (int i = 0; i < 2; ++i) {
             weights[n][i] = as_right_factor(pack_halves(scores[n][2 * i], scores[n][2 * i + 1]));
@@ -153,11 +172,25 @@ FUNCTION void attend_tile(
     }
     UNROLL for (int m = 0; m < DIM / 16; ++m) {
         u32 pairs[4], block[4];
-        UNROLL for (int i = 0; i < 4; ++i) pairs[i] = values[i].template pair<N>(value_table, m);
+        UNROLL for (int i = 0; i < 4; ++i) pairs[i] = tile.values[i].template pair<N>(tokens.value_table, copy, m);
         UNROLL for (int i = 0; i < 2; ++i) {
             block[2 * i] = LOW_HALVES(pairs[2 * i], pairs[2 * i + 1]);
             block[2 * i + 1] = HIGH_HALVES(pairs[2 * i], pairs[2 * i + 1]);
         }
         UNROLL for (int n = 0; n < TILES; ++n) multiply_add(state.output[n][m], block, weights[n]);
+    }
+}
+
+// Attention of queries over tokens from `first` on, `step` between tiles; a tile is read while that before is worked on.
+template <int K_BITS, int V_BITS, int N>
+FUNCTION void attend_tokens(
+    THREAD State& state, THREAD const u32 (&queries)[TILES][DIM / 16][2], THREAD const float (&mean_scores)[TILES][2],
+    THREAD const Tokens& tokens, int first, int stop, int step, int lane) {
+    Tile<K_BITS, V_BITS> tile, next;
+    if (first < stop) tile.read(tokens, first, stop, lane);
+    for (; first < stop; first += step) {
+        if (first + step < stop) next.read(tokens, first + step, stop, lane);
+        attend_tile<K_BITS, V_BITS, N>(state, queries, mean_scores, tokens, tile, stop - first, lane);
+        tile = next;
     }
 }
