@@ -93,6 +93,13 @@ static float over(float x, bool rows, Combine combine) {
     wait_for_lanes();
     return result;
 }
+static float from_lane(float x, int bit) {
+    boxes[current].value = x;
+    wait_for_lanes();
+    float other = boxes[current ^ bit].value;
+    wait_for_lanes();
+    return other;
+}
 static float over_rows_max(float x) { return over(x, true, [](float a, float b) { return a > b ? a : b; }); }
 static float over_rows_sum(float x) { return over(x, true, [](float a, float b) { return a + b; }); }
 static float over_lanes_sum(float x) { return over(x, false, [](float a, float b) { return a + b; }); }

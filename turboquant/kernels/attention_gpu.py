@@ -16,12 +16,15 @@ from importlib import resources
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
 
 from turboquant import attention
 from turboquant.attention import Partial
 from turboquant.codebook import lloyd_max
 from turboquant.codec import CacheCodec
 from turboquant.layer import EncodedLayer
+from turboquant.packing import PLANES
 
 HEAD_DIMS = (64, 128, 256)
 WARPS = 4  # SIMD-groups a thread-group
@@ -178,7 +181,8 @@ def _defined(codec: CacheCodec, dim: int, tiles: int) -> tuple[tuple[str, int], 
         ("FINE_VALUE_BITS", fine.value_bits),
         ("COPIES", copies),
         ("FINE_COPIES", fine_copies),
-        ("SHARED_WORDS", max(8 * tiles * dim, *tables)),
+        ("STRIDE", dim + 8),  # so that lanes meet in few banks
+        ("SHARED_WORDS", max(8 * tiles * (dim + 8), *tables)),
     )
 
 
@@ -195,9 +199,10 @@ def _constants(layer: EncodedLayer) -> dict[str, mx.array]:
     """What the kernels read of a layer, made once; sinks are rotated as codes are."""
     if not layer.derived:
         codecs = (layer.codec, layer.codec.fine)
-        levels = mx.zeros((4, 256))
+        levels = np.zeros((4, 256, 2), np.float16)
         for row, bits in enumerate(bits for codec in codecs for bits in (codec.key_bits, codec.value_bits)):
-            levels[row, : 2**bits] = mx.array(lloyd_max(bits).levels)
+            table = _table(bits)
+            levels[row, : len(table)] = table
         largest = mx.maximum(_largest(layer.values.scales), _largest(layer.fine_values.scales))
         rotation = layer.key_codec.rotation
         sinks = (rotation.forward(x) if x.size else x for x in (layer.sink_keys, layer.sink_values))
@@ -208,11 +213,25 @@ def _constants(layer: EncodedLayer) -> dict[str, mx.array]:
             # Weighted values are halves: as large as can be without overflowing, so that none is lost.
             "value_factors": mx.minimum(1.0 / mx.maximum(largest, 1e-30), LARGEST_FACTOR),
             "signs": rotation.signs,
-            "levels": levels,
+            "levels": mx.array(levels).view(mx.uint32),
         }
         layer.derived.update({name: x if x.size else mx.zeros(16, x.dtype) for name, x in tensors.items()})
         mx.eval(list(layer.derived.values()))
     return layer.derived
+
+
+def _table(bits: int) -> NDArray[np.float16]:
+    """The levels of two codes, by the bits of both in the low plane and above them those in the high one; where that
+    would be more than 256, a level twice, by its code.
+    """
+    levels = lloyd_max(bits).levels.astype(np.float16)
+    if bits > 4:
+        return np.stack([levels, levels], axis=-1)
+    width = PLANES[bits][0]
+    entries, low = np.arange(4**bits), (1 << width) - 1
+    one = entries & low | (entries >> 2 * width & 1) << width
+    other = entries >> width & low | (entries >> 2 * width + 1 & 1) << width
+    return np.stack([levels[one & 2**bits - 1], levels[other & 2**bits - 1]], axis=-1)
 
 
 def _largest(scales: mx.array) -> mx.array:

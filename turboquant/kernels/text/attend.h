@@ -1,5 +1,6 @@
 // Attention of a block of queries over one split of a layer's tokens: a body of a kernel, see attention_gpu.py.
-// A thread-group has WARPS SIMD-groups, which share out the tokens; all attend the same TILES * 8 queries.
+// A thread-group has WARPS SIMD-groups, which share out the tokens; all attend the same TILES * 8 queries. Coordinates of
+// outputs are in the order of blocks: 2 neighbours of each row's run, and so on.
 
 const int index = THREAD_INDEX, lane = index % 32, warp = index / 32;
 const int split = GROUP_X, head = GROUP_Y, block = GROUP_Z;
@@ -13,30 +14,22 @@ SHARED float statistics[WARPS][ROWS][3];
 SHARED float means[ROWS];
 
 SHARED_POINTER float* vectors = (SHARED_POINTER float*)shared;
-for (int i = index; i < ROWS * DIM; i += THREADS) {
-    int r = block * ROWS + i / DIM, sequence = r / (repeats * length), place = r % length;
-    int at = (sequence * n_heads + head * repeats + r / length % repeats) * length + place;
-    vectors[i] = r < rows ? float(queries[at * DIM + i % DIM]) * settings[0] : 0.0f;
-}
-BARRIER;
 for (int r = warp; r < ROWS; r += WARPS) {
-    float sum = 0;
-    for (int d = lane; d < DIM; d += 32) sum += vectors[r * DIM + d] * key_mean[head * DIM + d];
-    sum = over_lanes_sum(sum);
-    if (lane == 0) means[r] = sum;
-}
-BARRIER;
-for (int i = index; i < ROWS * DIM; i += THREADS) vectors[i] *= signs[i % DIM];
-BARRIER;
-for (int half_span = 1; half_span < DIM; half_span *= 2) {
-    for (int i = index; i < ROWS * DIM / 2; i += THREADS) {
-        int at = i / half_span * 2 * half_span + i % half_span;
-        float one = vectors[at], other = vectors[at + half_span];
-        vectors[at] = one + other;
-        vectors[at + half_span] = one - other;
+    const int own = block * ROWS + r, sequence = own / (repeats * length);
+    const int at = (sequence * n_heads + head * repeats + own / length % repeats) * length + own % length;
+    float x[DIM / 32], mean_score = 0;
+    UNROLL for (int i = 0; i < DIM / 32; ++i) {
+        const int d = 32 * i + lane;
+        x[i] = own < rows ? float(queries[at * DIM + d]) * settings[0] : 0.0f;
+        mean_score += x[i] * key_mean[head * DIM + d];
+        x[i] *= signs[d];
     }
-    BARRIER;
+    mean_score = over_lanes_sum(mean_score);
+    if (lane == 0) means[r] = mean_score;
+    hadamard(x, lane);
+    UNROLL for (int i = 0; i < DIM / 32; ++i) vectors[r * DIM + 32 * i + lane] = x[i];
 }
+BARRIER;
 u32 turned[TILES][DIM / 16][2];
 float mean_scores[TILES][2];
 State state;
@@ -123,10 +116,10 @@ for (int turn = 0; turn < WARPS; ++turn) {
                 }
                 float factor = state.highest[n][i] == -INFINITY ? 0.0f : EXP2(state.highest[n][i] - highest);
                 UNROLL for (int m = 0; m < DIM / 16; ++m) {
-                    int d = row * (DIM / 8) + 2 * m;
+                    int at = r * STRIDE + m * 16 + row * 2;
                     float one = state.output[n][m][i] * factor, other = state.output[n][m][i + 2] * factor;
-                    vectors[r * DIM + d] = turn ? vectors[r * DIM + d] + one : one;
-                    vectors[r * DIM + d + 1] = turn ? vectors[r * DIM + d + 1] + other : other;
+                    vectors[at] = turn ? vectors[at] + one : one;
+                    vectors[at + 1] = turn ? vectors[at + 1] + other : other;
                 }
             }
         }
@@ -135,7 +128,9 @@ for (int turn = 0; turn < WARPS; ++turn) {
 }
 const int from = (head * splits + split) * rows + block * ROWS;
 const int here = rows - block * ROWS < ROWS ? rows - block * ROWS : ROWS;
-for (int i = index; i < here * DIM; i += THREADS) outputs[(size_type)from * DIM + i] = vectors[i];
+for (int i = index; i < here * DIM; i += THREADS) {
+    outputs[(size_type)from * DIM + i] = vectors[i / DIM * STRIDE + i % DIM];
+}
 for (int r = index; r < here; r += THREADS) {
     float highest = statistics[0][r][0], total = 0, mean_share = 0;
     for (int w = 1; w < WARPS; ++w) highest = statistics[w][r][0] > highest ? statistics[w][r][0] : highest;

@@ -70,17 +70,29 @@ struct Run {
     }
 };
 
-// Fill a table with the levels of codes, N times, so that lanes meet in no bank.
+// Copy a table of levels N times, so that lanes meet in no bank.
 template <int BITS, int N>
-FUNCTION void fill_table(SHARED_POINTER u32* table, GLOBAL const float* levels, int index) {
-    for (int i = index; i < Format<BITS>::ENTRIES * N; i += THREADS) {
-        int entry = i / N, one = entry, other = entry;
-        if (Format<BITS>::PAIRED) {
-            const int low = (1 << Format<BITS>::LOW) - 1, width = Format<BITS>::LOW;
-            one = (entry & low) | ((entry >> (2 * width)) & 1) << width;
-            other = ((entry >> width) & low) | ((entry >> (2 * width + 1)) & 1) << width;
+FUNCTION void fill_table(SHARED_POINTER u32* table, GLOBAL const u32* levels, int index) {
+    UNROLL for (int i = 0; i < Format<BITS>::ENTRIES * N; i += THREADS) {
+        if (i + index < Format<BITS>::ENTRIES * N) table[i + index] = levels[(i + index) / N];
+    }
+}
+
+// The Hadamard transform of a vector, of which a lane has coordinates lane, lane + 32, and so on; not normalised.
+FUNCTION void hadamard(THREAD float (&x)[DIM / 32], int lane) {
+    UNROLL for (int span = 1; span < 32; span *= 2) {
+        UNROLL for (int i = 0; i < DIM / 32; ++i) {
+            float other = from_lane(x[i], span);
+            x[i] = lane & span ? other - x[i] : x[i] + other;
         }
-        table[i] = pack_halves(levels[one], levels[other]);
+    }
+    UNROLL for (int span = 1; span < DIM / 32; span *= 2) {
+        UNROLL for (int i = 0; i < DIM / 32; ++i) {
+            if (i & span) continue;
+            float one = x[i], other = x[i + span];
+            x[i] = one + other;
+            x[i + span] = one - other;
+        }
     }
 }
 

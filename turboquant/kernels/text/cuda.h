@@ -35,6 +35,9 @@ FUNCTION u32 pack_halves(float low, float high) {
     return packed;
 }
 
+// x of the lane whose number differs in one bit.
+FUNCTION float from_lane(float x, int bit) { return __shfl_xor_sync(0xffffffffu, x, bit); }
+
 FUNCTION float over_rows_max(float x) {
     UNROLL for (int i = 4; i < 32; i *= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, i));
     return x;

@@ -1,7 +1,8 @@
 // One query's attention over all splits, rotated back: a body of a kernel, see attention_gpu.py.
 // A thread-group has a thread for each coordinate.
 
-const int d = THREAD_INDEX, r = GROUP_X, head = GROUP_Y;
+const int d = THREAD_INDEX, run = DIM / 8, place_of_d = d % run / 2 * 16 + d / run * 2 + d % 2;
+const int r = GROUP_X, head = GROUP_Y;
 const int n_heads = sizes[1], n_kv_heads = sizes[2], length = sizes[3], splits = sizes[7];
 const int repeats = n_heads / n_kv_heads, rows = sizes[0] * repeats * length;
 
@@ -17,7 +18,7 @@ for (int s = 0; s < splits; ++s) {
     float factor = statistics[s][0] == -INFINITY ? 0.0f : EXP2(statistics[s][0] - highest);
     total += factor * statistics[s][1];
     mean_share += factor * statistics[s][2];
-    sum += factor * outputs[((size_type)(head * splits + s) * rows + r) * DIM + d];
+    sum += factor * outputs[((size_type)(head * splits + s) * rows + r) * DIM + place_of_d];
 }
 vector[d] = sum;
 BARRIER;

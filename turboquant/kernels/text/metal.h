@@ -30,6 +30,9 @@ typedef long size_type;
 
 FUNCTION u32 pack_halves(float low, float high) { return as_type<u32>(half2(half(low), half(high))); }
 
+// x of the lane whose number differs in one bit.
+FUNCTION float from_lane(float x, int bit) { return metal::simd_shuffle_xor(x, ushort(bit)); }
+
 FUNCTION float over_rows_max(float x) {
     x = metal::max(x, metal::simd_shuffle_xor(x, ushort(2)));
     x = metal::max(x, metal::simd_shuffle_xor(x, ushort(4)));
