@@ -30,7 +30,7 @@ HEAD_DIMS = (64, 128, 256)
 WARPS = 4  # SIMD-groups a thread-group
 GROUPS = 512  # thread-groups wanted: a few for each core of a large GPU
 MOST_SPLITS = 256
-SHARED_WORDS = {"cuda": 10240, "metal": 6144}  # of tables, four bytes each
+SHARED_WORDS = {"cuda": 9216, "metal": 4608}  # of tables, four bytes each
 LARGEST_FACTOR = 1024.0
 INPUTS = (
     "queries",
@@ -102,7 +102,7 @@ def _plan(
 ) -> _Plan:
     batch, n_heads, length, dim = shape
     rows = batch * (n_heads // n_kv_heads) * length
-    tiles = 2 if rows > 8 and dim < 256 else 1
+    tiles = 1 if rows <= 8 or dim == 256 else 2 if rows <= 16 else 4
     blocks = -(-rows // (8 * tiles))
     splits = max(1, min(GROUPS // (n_kv_heads * blocks), -(-counts[0] // (32 * WARPS)), MOST_SPLITS))
     attend = Launch(

@@ -12,6 +12,7 @@ const int row = ROW(lane), column = COLUMN(lane);
 SHARED u32 shared[SHARED_WORDS];  // the queries at first, then tables, then outputs
 SHARED float statistics[WARPS][ROWS][3];
 SHARED float means[ROWS];
+SHARED u32 factors[ROWS * DIM / 2];  // the queries as they enter products
 
 SHARED_POINTER float* vectors = (SHARED_POINTER float*)shared;
 for (int r = warp; r < ROWS; r += WARPS) {
@@ -30,15 +31,19 @@ for (int r = warp; r < ROWS; r += WARPS) {
     UNROLL for (int i = 0; i < DIM / 32; ++i) vectors[r * DIM + 32 * i + lane] = x[i];
 }
 BARRIER;
-u32 turned[TILES][DIM / 16][2];
+for (int at = warp; at < TILES * DIM / 16; at += WARPS) {
+    int n = at / (DIM / 16), k = at % (DIM / 16);
+    UNROLL for (int i = 0; i < 2; ++i) {
+        factors[(at * 32 + lane) * 2 + i] =
+            right_factor_of(vectors + n * 8 * DIM, DIM, DIM / 4, 4 * k + 2 * i, settings[1], lane);
+    }
+}
+BARRIER;
+Queries turned;
+turned.set(factors, lane);
 float mean_scores[TILES][2];
 State state;
 UNROLL for (int n = 0; n < TILES; ++n) {
-    UNROLL for (int k = 0; k < DIM / 16; ++k) {
-        UNROLL for (int i = 0; i < 2; ++i) {
-            turned[n][k][i] = right_factor_of(vectors + n * 8 * DIM, DIM, DIM / 4, 4 * k + 2 * i, settings[1], lane);
-        }
-    }
     UNROLL for (int i = 0; i < 2; ++i) {
         mean_scores[n][i] = means[n * 8 + column + i];
         state.highest[n][i] = -INFINITY;
@@ -48,7 +53,6 @@ UNROLL for (int n = 0; n < TILES; ++n) {
         UNROLL for (int i = 0; i < 4; ++i) state.output[n][m][i] = 0;
     }
 }
-BARRIER;
 
 Tokens tokens;
 tokens.value_factor = value_factors[head];
@@ -65,7 +69,7 @@ tokens.value_factor = value_factors[head];
     tokens.value_scales = value_scales + head * count;
     tokens.key_table = shared;
     tokens.value_table = shared + other;
-    attend_tokens<KEY_BITS, VALUE_BITS, COPIES>(
+    attend_tokens<KEY_BITS, VALUE_BITS, COPIES, true>(
         state, turned, mean_scores, tokens, split * share + 16 * warp, stop, 16 * WARPS, lane);
     BARRIER;
 }
@@ -82,14 +86,14 @@ if (split * fine_share < fine) {  // the same for all threads
     tokens.value_scales = fine_value_scales + head * fine;
     tokens.key_table = shared;
     tokens.value_table = shared + other;
-    attend_tokens<FINE_KEY_BITS, FINE_VALUE_BITS, FINE_COPIES>(
+    attend_tokens<FINE_KEY_BITS, FINE_VALUE_BITS, FINE_COPIES, false>(
         state, turned, mean_scores, tokens, split * fine_share + 16 * warp, stop, 16 * WARPS, lane);
     BARRIER;
 }
 if (split == splits - 1) {
     tokens.key_codes = (GLOBAL const u8*)sink_keys + head * counts[2] * DIM * 2;
     tokens.value_codes = (GLOBAL const u8*)sink_values + head * counts[2] * DIM * 2;
-    attend_tokens<16, 16, 1>(state, turned, mean_scores, tokens, 16 * warp, counts[2], 16 * WARPS, lane);
+    attend_tokens<16, 16, 1, false>(state, turned, mean_scores, tokens, 16 * warp, counts[2], 16 * WARPS, lane);
 }
 
 // What the SIMD-groups found, put together.

@@ -39,12 +39,14 @@ struct Run {
         LOW_BYTES = DIM / PARTS * Format<BITS>::LOW / 8,
         HIGH_BYTES = DIM / PARTS * Format<BITS>::HIGH / 8
     };
-    u32 low[LOW_BYTES > 4 ? LOW_BYTES / 4 : 1];
+    u32 low[LOW_BYTES > 4 && BITS < 16 ? LOW_BYTES / 4 : 1];
     u32 high[HIGH_BYTES > 4 ? HIGH_BYTES / 4 : 1];
+    GLOBAL const u32* halves;  // of 16 bits there are few, and they are read when they are needed
 
     FUNCTION void read(GLOBAL const u8* codes, int vector, int part) {
         GLOBAL const u8* first = codes + vector * (DIM * BITS / 8);
-        read_bytes<LOW_BYTES>(first + part * LOW_BYTES, low);
+        halves = (GLOBAL const u32*)(first + part * LOW_BYTES);
+        if (BITS < 16) read_bytes<BITS == 16 ? 4 : LOW_BYTES>(first + part * LOW_BYTES, low);
         if (Format<BITS>::HIGH) {
             read_bytes<HIGH_BYTES == 0 ? 1 : HIGH_BYTES>(first + DIM * Format<BITS>::LOW / 8 + part * HIGH_BYTES, high);
         }
@@ -64,7 +66,7 @@ struct Run {
     // The levels of coordinates 2 i and 2 i + 1 as two halves.
     template <int N>
     FUNCTION u32 pair(SHARED_POINTER const u32* table, u32 copy, int i) {
-        if (BITS == 16) return low[i];
+        if (BITS == 16) return halves[i];
         if (Format<BITS>::PAIRED) return entry<N>(table, copy, i);
         return LOW_HALVES(entry<N>(table, copy, 2 * i), entry<N>(table, copy, 2 * i + 1));
     }
@@ -137,11 +139,38 @@ struct Tile {
     }
 };
 
+// The queries as right factors: of few, a lane keeps its own; more are read from shared memory for each product.
+struct Queries {
+    u32 own[TILES == 1 ? DIM / 16 : 1][2];
+    SHARED_POINTER const u32* shared;
+
+    FUNCTION void set(SHARED_POINTER const u32* factors, int lane) {
+        shared = factors + 2 * lane;
+        if (TILES > 1) return;
+        UNROLL for (int k = 0; k < DIM / 16; ++k) read(0, k, own[TILES == 1 ? k : 0]);
+    }
+
+    FUNCTION void read(int n, int k, THREAD u32 (&factor)[2]) {
+        SHARED_POINTER const u32* at = shared + (n * (DIM / 16) + k) * 64;
+        factor[0] = at[0];
+        factor[1] = at[1];
+    }
+
+    FUNCTION void get(int n, int k, THREAD u32 (&factor)[2]) {
+        if (TILES > 1) {
+            read(n, k, factor);
+        } else {
+            factor[0] = own[TILES == 1 ? k : 0][0];
+            factor[1] = own[TILES == 1 ? k : 0][1];
+        }
+    }
+};
+
 // Attention of queries over a tile of which the first `count` tokens count.
 template <int K_BITS, int V_BITS, int N>
 FUNCTION void attend_tile(
-    THREAD State& state, THREAD const u32 (&queries)[TILES][DIM / 16][2], THREAD const float (&mean_scores)[TILES][2],
-    THREAD const Tokens& tokens, THREAD Tile<K_BITS, V_BITS>& tile, int count, int lane) {
+    THREAD State& state, THREAD Queries& queries, THREAD const float (&mean_scores)[TILES][2], THREAD const Tokens& tokens,
+    THREAD Tile<K_BITS, V_BITS>& tile, int count, int lane) {
     const int row = ROW(lane);
     const u32 copy = lane % N * 4;
     float scores[TILES][4];
@@ -151,7 +180,11 @@ FUNCTION void attend_tile(
     UNROLL for (int k = 0; k < DIM / 16; ++k) {
         u32 block[4];
         UNROLL for (int i = 0; i < 4; ++i) block[i] = tile.keys[i & 1].template pair<N>(tokens.key_table, copy, 2 * k + (i >> 1));
-        UNROLL for (int n = 0; n < TILES; ++n) multiply_add(scores[n], block, queries[n][k]);
+        UNROLL for (int n = 0; n < TILES; ++n) {
+            u32 factor[2];
+            queries.get(n, k, factor);
+            multiply_add(scores[n], block, factor);
+        }
     }
     u32 weights[TILES][2];
     UNROLL for (int n = 0; n < TILES; ++n) {
@@ -193,16 +226,23 @@ FUNCTION void attend_tile(
     }
 }
 
-// Attention of queries over tokens from `first` on, `step` between tiles; a tile is read while that before is worked on.
-template <int K_BITS, int V_BITS, int N>
+// Attention of queries over tokens from `first` on, `step` between tiles; if AHEAD, a tile is read while that before is
+// worked on.
+template <int K_BITS, int V_BITS, int N, bool AHEAD>
 FUNCTION void attend_tokens(
-    THREAD State& state, THREAD const u32 (&queries)[TILES][DIM / 16][2], THREAD const float (&mean_scores)[TILES][2],
-    THREAD const Tokens& tokens, int first, int stop, int step, int lane) {
-    Tile<K_BITS, V_BITS> tile, next;
-    if (first < stop) tile.read(tokens, first, stop, lane);
+    THREAD State& state, THREAD Queries& queries, THREAD const float (&mean_scores)[TILES][2], THREAD const Tokens& tokens,
+    int first, int stop, int step, int lane) {
+    Tile<K_BITS, V_BITS> tile;
+    if (AHEAD && first < stop) tile.read(tokens, first, stop, lane);
     for (; first < stop; first += step) {
-        if (first + step < stop) next.read(tokens, first + step, stop, lane);
-        attend_tile<K_BITS, V_BITS, N>(state, queries, mean_scores, tokens, tile, stop - first, lane);
-        tile = next;
+        if (AHEAD) {
+            Tile<K_BITS, V_BITS> next = tile;
+            if (first + step < stop) next.read(tokens, first + step, stop, lane);
+            attend_tile<K_BITS, V_BITS, N>(state, queries, mean_scores, tokens, tile, stop - first, lane);
+            tile = next;
+        } else {
+            tile.read(tokens, first, stop, lane);
+            attend_tile<K_BITS, V_BITS, N>(state, queries, mean_scores, tokens, tile, stop - first, lane);
+        }
     }
 }
