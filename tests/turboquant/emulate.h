@@ -102,6 +102,9 @@ static float from_lane(float x, int bit) {
 }
 static float over_rows_max(float x) { return over(x, true, [](float a, float b) { return a > b ? a : b; }); }
 static float over_rows_sum(float x) { return over(x, true, [](float a, float b) { return a + b; }); }
+static bool in_any_lane(bool x) {
+    return over(x ? 1.0f : 0.0f, false, [](float a, float b) { return a > b ? a : b; }) > 0;
+}
 static float over_lanes_sum(float x) { return over(x, false, [](float a, float b) { return a + b; }); }
 
 static void multiply_add(float (&sums)[4], const u32 (&left)[4], const u32 (&right)[2]) {

@@ -28,10 +28,12 @@ from turboquant.packing import PLANES
 
 HEAD_DIMS = (64, 128, 256)
 WARPS = 4  # SIMD-groups a thread-group
+TILES = 4
 GROUPS = 512  # thread-groups wanted: a few for each core of a large GPU
 MOST_SPLITS = 256
 SHARED_WORDS = {"cuda": 9216, "metal": 4608}  # of tables, four bytes each
 LARGEST_FACTOR = 1024.0
+HEADROOM = 6  # powers of two that a weight may grow beyond 1 before the highest score is looked for again
 INPUTS = (
     "queries",
     "key_codes",
@@ -102,7 +104,7 @@ def _plan(
 ) -> _Plan:
     batch, n_heads, length, dim = shape
     rows = batch * (n_heads // n_kv_heads) * length
-    tiles = 1 if rows <= 8 or dim == 256 else 2 if rows <= 16 else 4
+    tiles = 1 if rows <= 8 or dim == 256 else 2 if rows <= 16 else TILES
     blocks = -(-rows // (8 * tiles))
     splits = max(1, min(GROUPS // (n_kv_heads * blocks), -(-counts[0] // (32 * WARPS)), MOST_SPLITS))
     attend = Launch(
@@ -182,6 +184,7 @@ def _defined(codec: CacheCodec, dim: int, tiles: int) -> tuple[tuple[str, int], 
         ("COPIES", copies),
         ("FINE_COPIES", fine_copies),
         ("STRIDE", dim + 8),  # so that lanes meet in few banks
+        ("HEADROOM", HEADROOM),
         ("SHARED_WORDS", max(8 * tiles * (dim + 8), *tables)),
     )
 

@@ -186,17 +186,30 @@ FUNCTION void attend_tile(
             multiply_add(scores[n], block, factor);
         }
     }
+    // Of each of this lane's two tokens: its scales, and whether the means count.
+    float key_scale[2], value_scale[2], key_mean[2], value_mean[2], past_end[2];
+    UNROLL for (int i = 0; i < 2; ++i) {
+        key_scale[i] = ABSOLUTE(tile.key_scale[i]);
+        value_scale[i] = ABSOLUTE(tile.value_scale[i]) * tokens.value_factor;
+        key_mean[i] = tile.key_scale[i] > 0 ? 1.0f : 0.0f;
+        value_mean[i] = tile.value_scale[i] > 0 ? 1.0f : 0.0f;
+        past_end[i] = row + 8 * i < count ? 0.0f : -INFINITY;
+    }
     u32 weights[TILES][2];
     UNROLL for (int n = 0; n < TILES; ++n) {
         UNROLL for (int i = 0; i < 4; ++i) {
-            float scale = tile.key_scale[i >> 1], mean_score = scale > 0 ? mean_scores[n][i & 1] : 0.0f;
-            scores[n][i] = row + 8 * (i >> 1) < count ? scores[n][i] * ABSOLUTE(scale) + mean_score : -INFINITY;
+            scores[n][i] = scores[n][i] * key_scale[i >> 1] + (mean_scores[n][i & 1] * key_mean[i >> 1] + past_end[i >> 1]);
         }
-        UNROLL for (int i = 0; i < 2; ++i) {
-            float highest = over_rows_max(scores[n][i] > scores[n][i + 2] ? scores[n][i] : scores[n][i + 2]);
-            if (highest > state.highest[n][i]) {
-                float fade = EXP2(state.highest[n][i] - highest);
-                state.highest[n][i] = highest;
+        // Weights are relative to the highest score so far, or one that is not much lower.
+        float one = scores[n][0] > scores[n][2] ? scores[n][0] : scores[n][2];
+        float other = scores[n][1] > scores[n][3] ? scores[n][1] : scores[n][3];
+        bool higher = one > state.highest[n][0] + HEADROOM || other > state.highest[n][1] + HEADROOM;
+        if (in_any_lane(higher)) {
+            float highest[2] = {over_rows_max(one), over_rows_max(other)};
+            UNROLL for (int i = 0; i < 2; ++i) {
+                if (highest[i] <= state.highest[n][i]) continue;
+                float fade = EXP2(state.highest[n][i] - highest[i]);
+                state.highest[n][i] = highest[i];
                 state.total[n][i] *= fade;
                 state.mean_share[n][i] *= fade;
                 UNROLL for (int m = 0; m < DIM / 16; ++m) {
@@ -208,8 +221,8 @@ FUNCTION void attend_tile(
         UNROLL for (int i = 0; i < 4; ++i) {
             float weight = EXP2(scores[n][i] - state.highest[n][i & 1]);
             state.total[n][i & 1] += weight;
-            if (tile.value_scale[i >> 1] > 0) state.mean_share[n][i & 1] += weight;
-            scores[n][i] = weight * (ABSOLUTE(tile.value_scale[i >> 1]) * tokens.value_factor);
+            state.mean_share[n][i & 1] += weight * value_mean[i >> 1];
+            scores[n][i] = weight * value_scale[i >> 1];
         }
         UNROLL for (int i = 0; i < 2; ++i) {
             weights[n][i] = as_right_factor(pack_halves(scores[n][2 * i], scores[n][2 * i + 1]));

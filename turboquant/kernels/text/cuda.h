@@ -12,7 +12,7 @@
 #define GROUP_Z int(blockIdx.z)
 #define ROW(lane) ((lane) / 4)
 #define COLUMN(lane) ((lane) % 4 * 2)
-#define EXP2(x) exp2f(x)
+#define EXP2(x) fast_exp2(x)
 #define LOG2(x) log2f(x)
 #define ABSOLUTE(x) fabsf(x)
 #define LOW_HALVES(x, y) __byte_perm(x, y, 0x5410)
@@ -46,6 +46,14 @@ FUNCTION float over_rows_max(float x) {
 FUNCTION float over_rows_sum(float x) {
     UNROLL for (int i = 4; i < 32; i *= 2) x += __shfl_xor_sync(0xffffffffu, x, i);
     return x;
+}
+
+FUNCTION bool in_any_lane(bool x) { return __any_sync(0xffffffffu, x); }
+
+FUNCTION float fast_exp2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
 }
 
 FUNCTION float over_lanes_sum(float x) {

@@ -45,6 +45,8 @@ FUNCTION float over_rows_sum(float x) {
     return x + metal::simd_shuffle_xor(x, ushort(16));
 }
 
+FUNCTION bool in_any_lane(bool x) { return metal::simd_any(x); }
+
 FUNCTION float over_lanes_sum(float x) { return metal::simd_sum(x); }
 
 // sums (16 rows, 8 columns) += left (16, 16) times right (16, 8), in blocks of 8 x 8; left's go down first.
