@@ -130,11 +130,20 @@ def _check_device(blas: Blas) -> Iterator[Check]:
         kind = "Metal" if mx.metal.is_available() else "CUDA"
         yield Check("device", f"{kind}, {name}", True)
         yield Check("matmul", f"{measure_gflops(4096):,.0f} GFLOP/s in float32")
+        yield _check_kernels()
         return
     yield Check("device", f"CPU, {name}")
     where = f" ({blas.path})" if blas.path else ""
     yield Check("BLAS", f"{blas.name}, threads: {blas.threads}{where}", blas.tuned, blas.hint)
     yield _check_speed(blas)
+
+
+def _check_kernels() -> Check:
+    from turboquant.kernels import attention_gpu
+
+    ok = attention_gpu.usable()
+    fix = None if ok else "compressed prefixes are decoded by MLX's operations, which is slower: please report it"
+    return Check("attention kernels", "run, and find what MLX's operations find" if ok else "don't run", ok, fix)
 
 
 def _check_speed(blas: Blas) -> Check:

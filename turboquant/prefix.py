@@ -22,7 +22,7 @@ from turboquant.cache import Fork, Mask, finish
 from turboquant.codec import CacheCodec
 from turboquant.device import on_cpu
 from turboquant.dispatch import compressible_layers, enabled
-from turboquant.kernels import backend
+from turboquant.kernels import backend, has_kernel
 from turboquant.layer import DenseLayer, EncodedLayer
 from turboquant.queries import QueryCollector
 
@@ -107,21 +107,28 @@ class Prefix:
 def resident(prefixes: Sequence[Prefix], how: str = "auto") -> list[Prefix]:
     """Prefixes as they are attended together: ``packed``, decoded anew at every step, or ``dense``, decoded once.
 
-    ``auto`` is dense while all of them fit in ``DENSE_BYTES``, or a part of a GPU's memory: looking up levels takes
-    most of a step. The choice depends on the prefixes and the machine alone, not on what memory happens to be free:
-    rounding differs between the two.
+    ``auto`` is packed where a kernel attends codes; where looking up levels takes most of a step, it is dense while all
+    of them fit in ``DENSE_BYTES``, or a part of a GPU's memory. The choice depends on the prefixes and the machine
+    alone, not on what memory happens to be free: rounding differs between the two.
     """
-    element = mx.float32 if on_cpu() else mx.float16
-    fits = sum(prefix.dense_elements for prefix in prefixes) * element.size <= _dense_bytes()
-    dense = how == "dense" or (how == "auto" and fits)
-    return [prefix.dense(element) if dense else prefix for prefix in prefixes]
+    encoded = [layer for prefix in prefixes for layer in prefix.layers if isinstance(layer, EncodedLayer)]
+    if how == "dense" or (how == "auto" and not has_kernel(encoded) and dense_fits(prefixes)):
+        return [prefix.dense(_dense_dtype()) for prefix in prefixes]
+    return list(prefixes)
 
 
-def _dense_bytes() -> int:
+def dense_fits(prefixes: Sequence[Prefix]) -> bool:
+    """Whether the memory set apart for prefixes decoded once is enough for all of these."""
     if on_cpu():
-        return DENSE_BYTES
-    info = mx.device_info()
-    return int(info.get("memory_size", info.get("total_memory", 0))) // DENSE_SHARE  # Metal's name, and CUDA's
+        most = DENSE_BYTES
+    else:
+        info = mx.device_info()
+        most = int(info.get("memory_size", info.get("total_memory", 0))) // DENSE_SHARE  # Metal's name, and CUDA's
+    return sum(prefix.dense_elements for prefix in prefixes) * _dense_dtype().size <= most
+
+
+def _dense_dtype() -> mx.Dtype:
+    return mx.float32 if on_cpu() else mx.float16
 
 
 class PrefillCache(KVCache):  # type: ignore[misc]

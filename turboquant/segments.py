@@ -25,7 +25,7 @@ from turboquant.codec import CacheCodec
 from turboquant.dispatch import compressible_layers, enabled
 from turboquant.kernels import attend_past, backend
 from turboquant.layer import DenseLayer, EncodedLayer
-from turboquant.prefix import Prefix, feed, plain_cache, prefill_caches, resident
+from turboquant.prefix import Prefix, dense_fits, feed, plain_cache, prefill_caches, resident
 from turboquant.queries import QueryCollector
 
 
@@ -101,7 +101,7 @@ def prefill_segment(
     else:
         caches = [
             SegmentCache(layer, count) if isinstance(layer, EncodedLayer | DenseLayer) else copy.deepcopy(layer)
-            for layer in resident([parent])[0].layers
+            for layer in resident([parent], "dense" if dense_fits([parent]) else "packed")[0].layers
         ]
     with enabled(model):
         feed(model, caches, tokens, chunk, on_progress)

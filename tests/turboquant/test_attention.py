@@ -17,8 +17,7 @@ from turboquant import CacheCodec, EncodedLayer, attention
 from turboquant.attention import Partial, add_sink_logits, fold_queries, merge, unfold_part
 from turboquant.codebook import SUPPORTED_BITS
 from turboquant.codec import Encoded
-from turboquant.device import on_cpu
-from turboquant.kernels import attend_past, backend, cpu
+from turboquant.kernels import attend_past, attention_gpu, backend, cpu, has_kernel
 from turboquant.packing import pack
 
 SCALE = 0.125
@@ -252,7 +251,19 @@ def test_inputs_are_read_only_in_effect(random_layer: Callable[..., EncodedLayer
 
 
 def test_the_backend_is_that_of_the_default_device() -> None:
-    assert backend() is (cpu if on_cpu() else attention)
+    assert backend() is cpu
+
+
+@pytest.mark.parametrize("usable", [True, False])
+def test_a_gpu_has_kernels_where_they_run(
+    usable: bool, monkeypatch: pytest.MonkeyPatch, random_layer: Callable[..., EncodedLayer]
+) -> None:
+    monkeypatch.setattr("turboquant.kernels.on_cpu", lambda: False)
+    monkeypatch.setattr(attention_gpu, "usable", lambda: usable)
+    assert backend() is (attention_gpu if usable else attention)
+    known, unknown = random_layer(20, CacheCodec()), random_layer(20, CacheCodec(), key_dim=80)
+    assert has_kernel([known, known]) is usable
+    assert not has_kernel([known, unknown])
 
 
 def zeros_layer(tokens: int, heads: int, dim: int) -> EncodedLayer:

@@ -148,3 +148,26 @@ def test_other_layers_take_the_reference_s_way(random_layer: Callable[..., Encod
         queries = mx.random.normal((1, 2, 1, layer.key_mean.shape[-1]))
         part = attention_gpu.attend_layer(queries, layer, SCALE)
         assert mx.array_equal(part.output, attention.attend_layer(queries, layer, SCALE).output)
+
+
+@pytest.mark.usefixtures("emulated")
+def test_kernels_that_run_are_usable(caplog: pytest.LogCaptureFixture) -> None:
+    attention_gpu.usable.cache_clear()
+    assert attention_gpu.usable()
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("fault", ["raises", "wrong"])
+def test_kernels_that_fail_are_not_used(
+    fault: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def launched(what: attention_gpu.Launch, inputs: list[mx.array]) -> list[mx.array]:
+        if fault == "raises":
+            raise RuntimeError("no such instruction")
+        return [mx.zeros(shape) for _, shape in what.outputs]
+
+    monkeypatch.setattr(attention_gpu, "launch", launched)
+    attention_gpu.usable.cache_clear()
+    assert not attention_gpu.usable()
+    attention_gpu.usable.cache_clear()
+    assert "MLX's operations are used" in caplog.text

@@ -6,6 +6,7 @@ that has no kernels of its own. Chosen when called, so that a change of MLX's de
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Protocol
 
 import mlx.core as mx
@@ -13,7 +14,7 @@ import mlx.core as mx
 from turboquant import attention
 from turboquant.attention import Partial
 from turboquant.device import on_cpu
-from turboquant.kernels import cpu
+from turboquant.kernels import attention_gpu, cpu
 from turboquant.layer import DenseLayer, EncodedLayer
 
 
@@ -33,7 +34,14 @@ class Backend(Protocol):
 
 def backend() -> Backend:
     """The attention functions for MLX's default device."""
-    return cpu if on_cpu() else attention
+    if on_cpu():
+        return cpu
+    return attention_gpu if attention_gpu.usable() else attention
+
+
+def has_kernel(layers: Iterable[EncodedLayer]) -> bool:
+    """Whether encoded layers are attended by a kernel of their own, on MLX's default device."""
+    return backend() is attention_gpu and all(attention_gpu.knows(layer) for layer in layers)
 
 
 def attend_past(queries: mx.array, layer: EncodedLayer | DenseLayer, scale: float) -> Partial:

@@ -10,6 +10,7 @@ sizes or in other shapes, take attention.py's way.
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from dataclasses import dataclass
 from importlib import resources
@@ -55,13 +56,16 @@ INPUTS = (
 )
 MERGE_INPUTS = ("outputs", "sums", "value_mean", "value_factors", "signs", "settings", "sizes")
 
+LARGEST_ERROR = 1e-2  # relative; of halves it is below 1e-3
+_TRIED = ((2, 200, 64), (2, 200, 64), (1, 4, 1, 64))  # keys, values and queries
+
+_log = logging.getLogger(__name__)
 attend_dense = attention.attend_dense
 
 
 def attend_layer(queries: mx.array, layer: EncodedLayer, scale: float) -> Partial:
     """See ``attention.attend_layer``."""
-    dim = layer.key_mean.shape[-1]
-    if dim not in HEAD_DIMS or layer.value_mean.shape[-1] != dim:
+    if not knows(layer):
         return attention.attend_layer(queries, layer, scale)
     inputs = _constants(layer)
     counts = (layer.keys.tokens, layer.fine_keys.tokens, layer.sink_keys.shape[1])
@@ -71,6 +75,29 @@ def attend_layer(queries: mx.array, layer: EncodedLayer, scale: float) -> Partia
     inputs["outputs"], inputs["sums"] = outputs, sums
     output, logsumexp = launch(plan.merge, [inputs[name] for name in MERGE_INPUTS])
     return Partial(output, logsumexp)
+
+
+def knows(layer: EncodedLayer) -> bool:
+    """Whether the kernels are made for a layer's sizes."""
+    dim = layer.key_mean.shape[-1]
+    return dim in HEAD_DIMS and layer.value_mean.shape[-1] == dim
+
+
+@functools.cache
+def usable() -> bool:
+    """Whether the kernels run here and find what attention.py does, tried once: a device may be too old for them."""
+    keys, values, queries = (mx.random.normal(shape, key=mx.random.key(i)) for i, shape in enumerate(_TRIED))
+    layer = EncodedLayer.encode(keys, values, CacheCodec())
+    try:
+        found = attend_layer(queries, layer, 0.125).output
+        expected = attention.attend_layer(queries, layer, 0.125).output
+        error = float(mx.linalg.norm(found - expected) / mx.linalg.norm(expected))
+    except (RuntimeError, ValueError) as failed:
+        _log.warning("the attention kernels don't run on this device, so MLX's operations are used: %s", failed)
+        return False
+    if not error < LARGEST_ERROR:
+        _log.warning("the attention kernels are wrong by %.1g on this device, so MLX's operations are used", error)
+    return error < LARGEST_ERROR
 
 
 @dataclass(frozen=True)
