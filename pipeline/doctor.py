@@ -139,9 +139,10 @@ def _check_device(blas: Blas) -> Iterator[Check]:
 
 
 def _check_kernels() -> Check:
+    from turboquant import CacheCodec
     from turboquant.kernels import attention_gpu
 
-    ok = attention_gpu.usable()
+    ok = attention_gpu.usable(CacheCodec(), 128)
     fix = None if ok else "compressed prefixes are decoded by MLX's operations, which is slower: please report it"
     return Check("attention kernels", "run, and find what MLX's operations find" if ok else "don't run", ok, fix)
 

@@ -259,8 +259,8 @@ def test_a_gpu_has_kernels_where_they_run(
     usable: bool, monkeypatch: pytest.MonkeyPatch, random_layer: Callable[..., EncodedLayer]
 ) -> None:
     monkeypatch.setattr("turboquant.kernels.on_cpu", lambda: False)
-    monkeypatch.setattr(attention_gpu, "usable", lambda: usable)
-    assert backend() is (attention_gpu if usable else attention)
+    monkeypatch.setattr(attention_gpu, "usable", lambda codec, dim: usable)
+    assert backend() is attention_gpu
     known, unknown = random_layer(20, CacheCodec()), random_layer(20, CacheCodec(), key_dim=80)
     assert has_kernel([known, known]) is usable
     assert not has_kernel([known, unknown])

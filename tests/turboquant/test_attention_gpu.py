@@ -71,7 +71,7 @@ def compiled(folder: Path, source: str) -> Any:
 
 
 def assert_equal(queries: mx.array, layer: EncodedLayer, tolerance: float = 1e-3) -> None:
-    part = attention_gpu.attend_layer(queries, layer, SCALE)
+    part = attention_gpu._attend(queries, layer, SCALE)
     expected = attention.attend_layer(queries, layer, SCALE)
     assert part.output.shape == expected.output.shape
     found, wanted = np.array(part.output), np.array(expected.output)
@@ -153,7 +153,7 @@ def test_other_layers_take_the_reference_s_way(random_layer: Callable[..., Encod
 @pytest.mark.usefixtures("emulated")
 def test_kernels_that_run_are_usable(caplog: pytest.LogCaptureFixture) -> None:
     attention_gpu.usable.cache_clear()
-    assert attention_gpu.usable()
+    assert attention_gpu.usable(CacheCodec(), 64)
     assert not caplog.records
 
 
@@ -168,6 +168,6 @@ def test_kernels_that_fail_are_not_used(
 
     monkeypatch.setattr(attention_gpu, "launch", launched)
     attention_gpu.usable.cache_clear()
-    assert not attention_gpu.usable()
+    assert not attention_gpu.usable(CacheCodec(), 64)
     attention_gpu.usable.cache_clear()
     assert "MLX's operations are used" in caplog.text

@@ -34,14 +34,12 @@ class Backend(Protocol):
 
 def backend() -> Backend:
     """The attention functions for MLX's default device."""
-    if on_cpu():
-        return cpu
-    return attention_gpu if attention_gpu.usable() else attention
+    return cpu if on_cpu() else attention_gpu
 
 
 def has_kernel(layers: Iterable[EncodedLayer]) -> bool:
     """Whether encoded layers are attended by a kernel of their own, on MLX's default device."""
-    return backend() is attention_gpu and all(attention_gpu.knows(layer) for layer in layers)
+    return not on_cpu() and all(attention_gpu.knows(layer) for layer in layers)
 
 
 def attend_past(queries: mx.array, layer: EncodedLayer | DenseLayer, scale: float) -> Partial:

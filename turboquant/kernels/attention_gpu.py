@@ -29,7 +29,7 @@ from turboquant.packing import PLANES
 
 HEAD_DIMS = (64, 128, 256)
 WARPS = 4  # SIMD-groups a thread-group
-TILES = 4
+TILES = 4  # of 8 queries a thread-group, where there are more than 8
 GROUPS = 512  # thread-groups wanted: a few for each core of a large GPU
 MOST_SPLITS = 256
 SHARED_WORDS = {"cuda": 9216, "metal": 4608}  # of tables, four bytes each
@@ -57,7 +57,7 @@ INPUTS = (
 MERGE_INPUTS = ("outputs", "sums", "value_mean", "value_factors", "signs", "settings", "sizes")
 
 LARGEST_ERROR = 1e-2  # relative; of halves it is below 1e-3
-_TRIED = ((2, 200, 64), (2, 200, 64), (1, 4, 1, 64))  # keys, values and queries
+_TRIED = ((2, 200), (2, 200), (1, 4, 1))  # keys, values and queries
 
 _log = logging.getLogger(__name__)
 attend_dense = attention.attend_dense
@@ -67,6 +67,10 @@ def attend_layer(queries: mx.array, layer: EncodedLayer, scale: float) -> Partia
     """See ``attention.attend_layer``."""
     if not knows(layer):
         return attention.attend_layer(queries, layer, scale)
+    return _attend(queries, layer, scale)
+
+
+def _attend(queries: mx.array, layer: EncodedLayer, scale: float) -> Partial:
     inputs = _constants(layer)
     counts = (layer.keys.tokens, layer.fine_keys.tokens, layer.sink_keys.shape[1])
     plan = _plan(queries.shape, layer.key_mean.shape[0], counts, scale, layer.codec)
@@ -78,18 +82,18 @@ def attend_layer(queries: mx.array, layer: EncodedLayer, scale: float) -> Partia
 
 
 def knows(layer: EncodedLayer) -> bool:
-    """Whether the kernels are made for a layer's sizes."""
+    """Whether the kernels are made for a layer's sizes, and run."""
     dim = layer.key_mean.shape[-1]
-    return dim in HEAD_DIMS and layer.value_mean.shape[-1] == dim
+    return dim in HEAD_DIMS and layer.value_mean.shape[-1] == dim and usable(layer.codec, dim)
 
 
 @functools.cache
-def usable() -> bool:
+def usable(codec: CacheCodec, dim: int) -> bool:
     """Whether the kernels run here and find what attention.py does, tried once: a device may be too old for them."""
-    keys, values, queries = (mx.random.normal(shape, key=mx.random.key(i)) for i, shape in enumerate(_TRIED))
-    layer = EncodedLayer.encode(keys, values, CacheCodec())
+    keys, values, queries = (mx.random.normal((*shape, dim), key=mx.random.key(i)) for i, shape in enumerate(_TRIED))
+    layer = EncodedLayer.encode(keys, values, codec)
     try:
-        found = attend_layer(queries, layer, 0.125).output
+        found = _attend(queries, layer, 0.125).output
         expected = attention.attend_layer(queries, layer, 0.125).output
         error = float(mx.linalg.norm(found - expected) / mx.linalg.norm(expected))
     except (RuntimeError, ValueError) as failed:
@@ -131,7 +135,7 @@ def _plan(
 ) -> _Plan:
     batch, n_heads, length, dim = shape
     rows = batch * (n_heads // n_kv_heads) * length
-    tiles = 1 if rows <= 8 or dim == 256 else 2 if rows <= 16 else TILES
+    tiles = 1 if rows <= 8 or dim == 256 else TILES
     blocks = -(-rows // (8 * tiles))
     splits = max(1, min(GROUPS // (n_kv_heads * blocks), -(-counts[0] // (32 * WARPS)), MOST_SPLITS))
     attend = Launch(
