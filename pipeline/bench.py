@@ -108,7 +108,7 @@ def bench(job: Job, extent: Extent, chosen: Collection[str] = CONTENDERS) -> lis
         for contender in CONTENDERS:
             if contender not in chosen and not (contender == COLD and WARM in chosen):  # which needs its store
                 continue
-            for resident in _residents(contender):
+            for resident in _residents(contender, job):
                 own = _own_job(part, contender, resident, extent, folder)
                 outcome = _measure(contender, resident, own, folder)
                 if contender == NAIVE and isinstance(outcome, Outcome):
@@ -122,8 +122,11 @@ def _named(contender: str, resident: str | None) -> str:
     return f"{contender} ({resident})" if resident else contender
 
 
-def _residents(contender: str) -> tuple[Literal["packed", "dense"] | None, ...]:
-    return ("packed", "dense") if contender in (COLD, WARM) else (None,)
+def _residents(contender: str, job: Job) -> tuple[Literal["packed", "dense"] | None, ...]:
+    """How the pipeline holds prefixes: both ways, unless the job says how."""
+    if contender not in (COLD, WARM):
+        return (None,)
+    return ("packed", "dense") if job.cache.resident == "auto" else (job.cache.resident,)
 
 
 def _part(job: Job, extent: Extent, path: Path) -> Job:

@@ -139,14 +139,22 @@ class BatchForks(_Watched):
     """One layer of a batch: each row's encoded past, shared where rows have the same, and a batched suffix."""
 
     def __init__(self, layers: list[EncodedLayer | DenseLayer | None], suffix: BatchKVCache) -> None:
-        self.layers = layers
         self.suffix = suffix
+        self._set_layers(layers)
+
+    def _set_layers(self, layers: Sequence[EncodedLayer | DenseLayer | None]) -> None:
+        """What follows from which rows there are is worked out when they change, not at every step."""
+        self.layers = list(layers)
+        self._past = mx.array([layer.tokens if layer is not None else 0 for layer in layers])
+        groups: dict[int, list[int]] = {}
+        for row, layer in enumerate(layers):
+            groups.setdefault(id(layer), []).append(row)
+        self._rows_by_layer = list(groups.values())
 
     @property
     def offset(self) -> mx.array:
         """(B,) the position of each row's next token."""
-        past = [layer.tokens if layer is not None else 0 for layer in self.layers]
-        offset: mx.array = self.suffix.offset + mx.array(past)
+        offset: mx.array = self.suffix.offset + self._past
         return offset
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
@@ -171,7 +179,7 @@ class BatchForks(_Watched):
         return finish(merge([suffix, past]), sinks, queries.dtype)
 
     def _attend_past(self, queries: mx.array, scale: float, value_dim: int) -> Partial:
-        groups = self._rows_by_layer()
+        groups = self._rows_by_layer
         if len(groups) == 1 and self.layers[0] is not None:
             return attend_past(queries, self.layers[0], scale)
         parts, order = [], []
@@ -184,12 +192,6 @@ class BatchForks(_Watched):
             mx.concatenate([part.output for part in parts])[back],
             mx.concatenate([part.logsumexp for part in parts])[back],
         )
-
-    def _rows_by_layer(self) -> list[list[int]]:
-        groups: dict[int, list[int]] = {}
-        for row, layer in enumerate(self.layers):
-            groups.setdefault(id(layer), []).append(row)
-        return list(groups.values())
 
     def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
         """A mask (B, 1, L, T) over the suffixes; every query sees its row's whole encoded past.
@@ -218,12 +220,12 @@ class BatchForks(_Watched):
 
     def filter(self, batch_indices: Sequence[int]) -> None:
         """Keep only the rows given."""
-        self.layers = [self.layers[row] for row in batch_indices]
+        self._set_layers([self.layers[row] for row in batch_indices])
         self.suffix.filter(batch_indices)
 
     def extend(self, other: BatchForks) -> None:
         """Add the other batch's rows behind these."""
-        self.layers = self.layers + other.layers
+        self._set_layers(self.layers + other.layers)
         self.suffix.extend(other.suffix)
 
     def extract(self, row: int) -> Fork:
@@ -262,7 +264,7 @@ class BatchForks(_Watched):
     def __deepcopy__(self, memo: dict[int, Any]) -> BatchForks:
         copied = type(self).__new__(type(self))
         copied.__dict__.update(self.__dict__)
-        copied.layers, copied.suffix = list(self.layers), copy.deepcopy(self.suffix, memo)
+        copied.suffix = copy.deepcopy(self.suffix, memo)
         return copied
 
 

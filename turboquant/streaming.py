@@ -244,15 +244,16 @@ class BatchTurboQuantKVCache(BatchForks):
 
     def _compress(self) -> None:
         stops = self._ends or [self.suffix.size()] * len(self.layers)
-        drop = [0] * len(self.layers)
+        drop, layers = [0] * len(self.layers), list(self.layers)
         for row, (start, stop, codec) in enumerate(zip(self._starts, stops, self.codecs, strict=True)):
-            layer = self.layers[row]
+            layer = layers[row]
             assert not isinstance(layer, DenseLayer)
             drop[row] = _due(min(stop, self.suffix.size()) - start, layer, codec)
             if drop[row]:
                 keys, values = (x[row, :, start : start + drop[row]] for x in (self.suffix.keys, self.suffix.values))
-                self.layers[row] = _grown(layer, keys, values, codec)
+                layers[row] = _grown(layer, keys, values, codec)
         if any(drop):
+            self._set_layers(layers)
             self._drop(drop)
 
     def _drop(self, tokens: list[int]) -> None:
