@@ -20,7 +20,7 @@ from turboquant.queries import ContextQueries
 from turboquant.rounding import RoundingMetric
 
 # Tokens encoded at a time, so that the encoder's float32 scratch stays small; a GPU needs more to be busy.
-ENCODE_TILE, GPU_ENCODE_TILE = 2048, 1 << 14
+ENCODE_TILE, GPU_ENCODE_TILE = 4096, 1 << 14
 
 
 @dataclass(frozen=True)

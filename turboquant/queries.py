@@ -6,18 +6,22 @@ then, but the context's own later tokens ask much as they will. Knows tensors, a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
 from turboquant.device import array_module, to_module
+from turboquant.threads import run_in_parallel
 
 SAMPLES = 256  # queries of each head whose attention is looked at
 NEAR = 64  # tokens before a query that don't count as looked at: near ones are, whatever they hold
 SINKS = 4  # nor do the first ones
-SCORES = 1 << 24  # scores held at a time
+SCORES, GPU_SCORES = 1 << 17, 1 << 24  # held at a time: about a core's cache
+FEWEST_ROWS = 8  # however many tokens
 
 
 @dataclass(frozen=True)
@@ -44,35 +48,19 @@ class ContextQueries:
         queries, half from the sampled ones by how sharply they look at tokens far from them; and how much each
         token is looked at, (n_kv_heads, T), summed squares of attention.
         """
-        xp = array_module()
-        heads, tokens, dim = keys.shape
-        repeats = self.sampled.shape[0] // heads
-        sampled = to_module(xp, self.sampled).reshape(heads, repeats, -1, dim)
-        past = None if self.past is None else to_module(xp, self.past).reshape(heads, repeats, -1, 1)
+        xp, heads = array_module(), keys.shape[0]
+        sampled = to_module(xp, self.sampled).reshape(heads, -1, *self.sampled.shape[1:])
+        past = None if self.past is None else to_module(xp, self.past).reshape(*sampled.shape[:3], 1)
         turned = to_module(xp, keys).swapaxes(-1, -2)[:, None]
-        position, token = xp.array(self.positions)[:, None], xp.arange(tokens)
-        sharp, looks = xp.zeros((heads, dim, dim)), xp.zeros((heads, tokens))
-        step = max(1, SCORES // (heads * repeats * tokens))
-        for start in range(0, len(self.positions), step):
-            rows = slice(start, start + step)
-            seen = token <= position[rows]
-            far = (token <= position[rows] - NEAR) & (token >= (SINKS if past is None else 0))
-            scores = xp.where(seen, (sampled[:, :, rows] * self.scale) @ turned, -1e30)
-            highest = scores.max(axis=-1, keepdims=True)
-            if past is not None:
-                highest = xp.maximum(highest, past[:, :, rows])
-            weights = xp.exp(scores - highest)
-            total = weights.sum(axis=-1, keepdims=True)
-            weights = weights / (total if past is None else total + xp.exp(past[:, :, rows] - highest))
-            squares = xp.where(far, weights * weights, 0.0)
-            some = sampled[:, :, rows].reshape(heads, -1, dim)
-            sharpness = squares.sum(axis=-1).reshape(heads, -1, 1)
-            sharp = sharp + (some * sharpness).swapaxes(-1, -2) @ some
-            looks = looks + squares.sum(axis=(1, 2))
-            if xp is mx:
-                mx.eval(sharp, looks)
-        moment, sharp = np.array(self.moment, np.float64), np.array(sharp, np.float64)
-        return _normalised(moment) + _normalised(sharp), np.array(looks, np.float32)
+
+        def look(some: slice) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+            before = None if past is None else past[some]
+            return _look_at(xp, sampled[some] * self.scale, turned[some], before, self.positions)
+
+        each = [slice(head, head + 1) for head in range(heads)] if xp is np else [slice(None)]
+        sharp, looks = (np.concatenate(parts) for parts in zip(*run_in_parallel(look, each), strict=True))
+        # A metric's size does not matter, so the samples' may be scaled.
+        return _normalised(np.array(self.moment, np.float64)) + _normalised(sharp), looks
 
 
 class QueryCollector:
@@ -110,6 +98,36 @@ class QueryCollector:
         sampled = mx.concatenate(self._sampled, axis=1)
         past = mx.concatenate(self._past, axis=1) if self._past else None
         return ContextQueries(self._moment, sampled, tuple(self._positions), self._scale, past)
+
+
+def _look_at(
+    xp: Any, sampled: Any, turned: Any, past: Any, positions: Sequence[int]
+) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+    """The moments (H, dim, dim) of sampled queries, each as much as it looks sharply, and the looks (H, T).
+
+    sampled: (H, repeats, N, dim), times the scale. turned: (H, 1, dim, T). past: (H, repeats, N, 1) or None.
+    """
+    heads, repeats, count, dim = sampled.shape
+    sharp, looks = xp.zeros((heads, dim, dim)), np.zeros((heads, turned.shape[-1]), np.float32)
+    most = SCORES if xp is np else GPU_SCORES
+    step = max(FEWEST_ROWS, most // (heads * repeats * turned.shape[-1]))
+    for start in range(0, count, step):
+        rows = slice(start, start + step)
+        stop = positions[rows][-1] + 1  # later tokens are seen by none of these
+        position, token = xp.array(positions[rows])[:, None], xp.arange(stop)
+        far = (token <= position - NEAR) & (token >= (SINKS if past is None else 0))
+        scores = xp.where(token <= position, sampled[:, :, rows] @ turned[..., :stop], -1e30)
+        highest = scores.max(axis=-1, keepdims=True)
+        if past is not None:
+            highest = xp.maximum(highest, past[:, :, rows])
+        weights = xp.exp(scores - highest)
+        total = weights.sum(axis=-1, keepdims=True)
+        weights = weights / (total if past is None else total + xp.exp(past[:, :, rows] - highest))
+        squares = xp.where(far, weights * weights, 0.0)
+        queries = sampled[:, :, rows].reshape(heads, -1, dim)
+        sharp = sharp + (queries * squares.sum(axis=-1).reshape(heads, -1, 1)).swapaxes(-1, -2) @ queries
+        looks[:, :stop] += np.array(squares.sum(axis=(1, 2)))
+    return np.array(sharp, np.float64), looks
 
 
 def _normalised(moments: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -10,20 +10,18 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import ThreadpoolController
 
 from turboquant.attention import Partial, fold_queries, unfold_part
 from turboquant.codebook import lloyd_max
 from turboquant.codec import Codec
 from turboquant.layer import EncodedLayer
 from turboquant.packing import PLANES
+from turboquant.threads import run_in_parallel
 
 Floats = NDArray[np.floating[Any]]  # float32 throughout; NumPy's stubs lose track of it
 BLOCK = 1 << 17  # elements of scores, and of decoded keys, worked on at a time: about a core's cache
@@ -68,7 +66,7 @@ def attend_dense(
         attend_group((slice(None), slice(None)))
     else:
         each = [(slice(b, b + 1), slice(h, h + 1)) for b in range(batch) for h in range(n_kv_heads)]
-        _run_in_parallel(attend_group, each)
+        run_in_parallel(attend_group, each)
     output, logsumexp = softmax.finish()
     return Partial(
         mx.array(output.reshape(batch, n_heads, length, -1)),
@@ -185,37 +183,6 @@ def _multiply(x: Floats, y: Floats) -> Floats:
     """x (B, H, repeats, L, M) times y (B, H, M, N), as one product for all repeats."""
     product: Floats = x.reshape(*x.shape[:2], -1, x.shape[-1]) @ y
     return product.reshape(*x.shape[:-1], y.shape[-1])
-
-
-def _run_in_parallel(work: Callable[[tuple[slice, slice]], None], items: Sequence[tuple[slice, slice]]) -> None:
-    """Do each item on a thread of its own, with a BLAS that keeps to one thread.
-
-    Exponentials are then shared among the cores as well, and no core waits for another inside of a product, which
-    on a busy machine takes twice as long.
-    """
-    threads = _threads()
-    if threads == 1 or len(items) == 1:
-        for item in items:
-            work(item)
-        return
-    with _blas().limit(limits=1):
-        list(_pool(threads).map(work, items))
-
-
-@functools.cache
-def _blas() -> Any:
-    return ThreadpoolController().select(user_api="blas")
-
-
-@functools.cache
-def _threads() -> int:
-    """How many threads the BLAS was told to use, which is how many the user wants used."""
-    return max((library["num_threads"] for library in _blas().info()), default=1)
-
-
-@functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="attention")
 
 
 def _view(x: mx.array) -> Floats:
