@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pipeline.documents import Document
     from pipeline.job import Job
 
+SMALL_CHARACTERS, SMALL_TOKENS = 4000, 2
 NAIVE, COPIED, COLD, WARM = "naive", "copied", "pipeline-cold", "pipeline-warm"
 CONTENDERS = (NAIVE, "reloaded", COPIED, "quantized", COLD, WARM)  # in the order in which they run
 _log = logging.getLogger(__name__)
@@ -103,6 +104,7 @@ def bench(job: Job, extent: Extent, chosen: Collection[str] = CONTENDERS) -> lis
     with _sigterm_interrupts(), tempfile.TemporaryDirectory(prefix=".bench-", dir=beside) as temporary:
         folder = Path(temporary)
         part = _part(job, extent, folder / "documents.parquet")
+        small = _small(part, folder)
         rows: list[Row] = []
         truth: dict[Pair, str] | None = None
         for contender in CONTENDERS:
@@ -110,7 +112,7 @@ def bench(job: Job, extent: Extent, chosen: Collection[str] = CONTENDERS) -> lis
                 continue
             for resident in _residents(contender, job):
                 own = _own_job(part, contender, resident, extent, folder)
-                outcome = _measure(contender, resident, own, folder)
+                outcome = _measure(contender, resident, own, small, folder)
                 if contender == NAIVE and isinstance(outcome, Outcome):
                     truth = outcome.answers
                 if contender in chosen:
@@ -147,6 +149,24 @@ def _part(job: Job, extent: Extent, path: Path) -> Job:
     return job.model_copy(update={"documents": documents, "cache": cache, "queries": job.queries[: extent.queries]})
 
 
+def _small(part: Job, folder: Path) -> Job:
+    """The beginning of the part's first document, and few tokens of answers: what warms a GPU up, which compiles as it
+    goes.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path, text = folder / "small.parquet", part.documents.text
+    (first,) = pq.read_table(part.documents.path).slice(0, 1).to_pylist()
+    pq.write_table(pa.Table.from_pylist([{**first, text: first[text][:SMALL_CHARACTERS]}]), path)
+    queries = [query.model_copy(update={"max_tokens": SMALL_TOKENS}) for query in part.queries]
+    documents = part.documents.model_copy(update={"path": str(path)})
+    cache = part.cache.model_copy(update={"dir": folder / "small" / "cache"})
+    output = part.output.model_copy(update={"path": folder / "small" / "answers.parquet"})
+    update = {"documents": documents, "queries": queries, "cache": cache, "output": output}
+    return part.model_copy(update=update)
+
+
 def _rendering(job: Job) -> Iterator[Document]:
     from pipeline.documents import stream_documents
     from pipeline.prompts import Renderer, template_columns
@@ -172,12 +192,12 @@ def _own_job(part: Job, contender: str, resident: str | None, extent: Extent, fo
     return part.model_copy(update={"cache": cache, "output": output})
 
 
-def _measure(contender: str, resident: str | None, job: Job, folder: Path) -> Outcome | Failed:
+def _measure(contender: str, resident: str | None, job: Job, small: Job, folder: Path) -> Outcome | Failed:
     """Have a contender do a job in a process of its own. Raises JobError where the job turns out to be wrong."""
     name = _named(contender, resident)
     _log.info("%s: started", name)
     receiver, sender = SPAWN.Pipe(duplex=False)
-    process = SPAWN.Process(target=_compete, args=(sender, contender, job, folder), name=contender)
+    process = SPAWN.Process(target=_compete, args=(sender, contender, job, small, folder), name=contender)
     with receiver:
         with sender, signals_held_back():  # from the process for good: it is killed where it is to stop
             process.start()
@@ -201,7 +221,7 @@ def _measure(contender: str, resident: str | None, job: Job, folder: Path) -> Ou
     return outcome
 
 
-def _compete(connection: Connection, contender: str, job: Job, folder: Path) -> None:
+def _compete(connection: Connection, contender: str, job: Job, small: Job, folder: Path) -> None:
     """In a process of its own: do the job, and send what came of it."""
     end_with_the_parent()
     try:
@@ -211,7 +231,7 @@ def _compete(connection: Connection, contender: str, job: Job, folder: Path) -> 
 
         from pipeline.contenders import compete
 
-        connection.send(compete(contender, job, folder))
+        connection.send(compete(contender, job, small, folder))
     except Exception as error:
         connection.send(Failed.of(error))
 

@@ -6,6 +6,7 @@ same tokens. In mlx-lm's contenders the model calls mlx-lm's own attention, and 
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
@@ -25,22 +26,31 @@ from pipeline.engine import too_long
 from pipeline.errors import NotApplicable, PipelineError, RowError, one_line
 from pipeline.job import Job, Settings
 from pipeline.meter import Meter
-from pipeline.model import load_model, max_context
+from pipeline.model import LoadedModel, load_model, max_context
 from pipeline.progress import Progress
 from pipeline.prompts import PromptTokenizer, Renderer, template_columns
 from pipeline.runner import Runner
+from turboquant.device import on_cpu
 
 _GROUP_SIZES = (64, 32)  # of mlx-lm's quantised cache, the first that divides the heads
 
 
-def compete(contender: str, job: Job, folder: Path) -> Outcome:
+def compete(contender: str, job: Job, small: Job, folder: Path) -> Outcome:
     """Do a job as one of bench.CONTENDERS does it; ``folder`` takes the prompt caches that mlx-lm writes.
 
-    Raises NotApplicable where mlx-lm can't, and what mlx-lm and the pipeline raise.
+    A GPU does the ``small`` one before, unmeasured. Raises NotApplicable where mlx-lm can't, and what mlx-lm and the
+    pipeline raise.
     """
     if contender not in _STOCK:
+        if not on_cpu():
+            cache = small.cache.model_copy(update={"resident": job.cache.resident})
+            Runner(small.model_copy(update={"cache": cache}), quiet=True).run()
+            shutil.rmtree(small.output.path.parent)
         return _pipeline(job, warm=contender == WARM)
-    stock = _Stock(job, folder / f"{contender}.safetensors")
+    loaded = load_model(job.model)
+    if not on_cpu():
+        _STOCK[contender](_Stock(small, loaded, folder / f"{contender}-small.safetensors"))
+    stock = _Stock(job, loaded, folder / f"{contender}.safetensors")
     meter = Meter()
     _STOCK[contender](stock)
     return Outcome(
@@ -98,9 +108,8 @@ class _Stock:
     file: where a prompt cache is written, beside which those of other documents are.
     """
 
-    def __init__(self, job: Job, file: Path) -> None:
-        self._job, self._file = job, file
-        self._loaded = load_model(job.model)
+    def __init__(self, job: Job, loaded: LoadedModel, file: Path) -> None:
+        self._job, self._loaded, self._file = job, loaded, file
         self.answers: dict[Pair, str] = {}
         self.answer_tokens = self.left_out = self.disk_bytes = 0
         self.prefill_seconds = 0.0

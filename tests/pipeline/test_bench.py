@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -261,3 +262,28 @@ def test_an_answer_ends_at_a_stop_string(tokenizer: Any) -> None:
     assert text == "The board met. What?"
     assert count < len(tokens)
     assert read_answer(tokens, (), tokenizer) == ("The board met. What? When? Who?", len(tokens))
+
+
+@pytest.mark.parametrize("contender", ["copied", "pipeline-cold"])
+def test_a_gpu_is_warmed_up_before_it_is_measured(
+    contender: str, workplace: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By little work, which leaves no trace in what is measured."""
+    from pipeline import contenders
+    from pipeline.job import load_job
+
+    job, folder = load_job(workplace.save(), []), workplace.folder / "bench"
+    folder.mkdir()
+    part = bench._part(job, bench.Extent(1), folder / "documents.parquet")
+    small = bench._small(part, folder)
+    own = bench._own_job(part, contender, None if contender == "copied" else "packed", bench.Extent(1), folder)
+    expected = contenders.compete(contender, own, small, folder)
+    monkeypatch.setattr(contenders, "on_cpu", lambda: False)
+    if contender != "copied":
+        own.output.path.unlink()
+        shutil.rmtree(own.cache.dir)
+    outcome = contenders.compete(contender, own, small, folder)
+    assert outcome.answers == expected.answers
+    assert outcome.disk_bytes == expected.disk_bytes
+    assert outcome.answer_tokens == expected.answer_tokens
+    assert not (folder / "small").exists()
