@@ -193,7 +193,8 @@ def _kernel(
     make = mx.fast.metal_kernel if _backend() == "metal" else mx.fast.cuda_kernel
     header = defines(constants) + text(f"{_backend()}.h") + (text("codes.h") if name == "attend" else "")
     label = "_".join([name, *(str(value) for _, value in constants)])
-    return make(label, list(inputs), list(outputs), text(f"{name}.h"), header=header)
+    body = (text("metal_positions.h") if _backend() == "metal" else "") + text(f"{name}.h")
+    return make(label, list(inputs), list(outputs), body, header=header)
 
 
 def _defined(codec: CacheCodec, dim: int, tiles: int) -> tuple[tuple[str, int], ...]:

@@ -7,10 +7,11 @@
 #define THREAD thread
 #define UNROLL _Pragma("unroll")
 #define BARRIER metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup)
-#define THREAD_INDEX int(thread_index_in_threadgroup)
-#define GROUP_X int(threadgroup_position_in_grid.x)
-#define GROUP_Y int(threadgroup_position_in_grid.y)
-#define GROUP_Z int(threadgroup_position_in_grid.z)
+// MLX declares the positions that it finds by name in a kernel's body, so the body begins with metal_positions.h.
+#define THREAD_INDEX int(index_in_group)
+#define GROUP_X int(group.x)
+#define GROUP_Y int(group.y)
+#define GROUP_Z int(group.z)
 // How a SIMD-group's lanes hold a matrix of 8 x 8.
 #define ROW(lane) (((lane) / 4 & 4) + (lane) / 2 % 4)
 #define COLUMN(lane) (((lane) / 4 & 2) * 2 + (lane) % 2 * 2)
@@ -49,19 +50,25 @@ FUNCTION bool in_any_lane(bool x) { return metal::simd_any(x); }
 
 FUNCTION float over_lanes_sum(float x) { return metal::simd_sum(x); }
 
+// The two elements of a matrix that a lane holds.
+template <typename T>
+FUNCTION thread metal::vec<T, 2>& elements(thread metal::simdgroup_matrix<T, 8, 8>& matrix) {
+    return reinterpret_cast<thread metal::vec<T, 2>&>(matrix.thread_elements());
+}
+
 // sums (16 rows, 8 columns) += left (16, 16) times right (16, 8), in blocks of 8 x 8; left's go down first.
 FUNCTION void multiply_add(thread float (&sums)[4], thread const u32 (&left)[4], thread const u32 (&right)[2]) {
     for (int i = 0; i < 2; ++i) {
         metal::simdgroup_matrix<float, 8, 8> sum;
-        sum.thread_elements() = vec<float, 2>(sums[2 * i], sums[2 * i + 1]);
+        elements(sum) = metal::vec<float, 2>(sums[2 * i], sums[2 * i + 1]);
         for (int k = 0; k < 2; ++k) {
             metal::simdgroup_matrix<half, 8, 8> one, other;
-            one.thread_elements() = as_type<half2>(left[i + 2 * k]);
-            other.thread_elements() = as_type<half2>(right[k]);
+            elements(one) = as_type<metal::vec<half, 2>>(left[i + 2 * k]);
+            elements(other) = as_type<metal::vec<half, 2>>(right[k]);
             metal::simdgroup_multiply_accumulate(sum, one, other, sum);
         }
-        sums[2 * i] = sum.thread_elements()[0];
-        sums[2 * i + 1] = sum.thread_elements()[1];
+        sums[2 * i] = elements(sum)[0];
+        sums[2 * i + 1] = elements(sum)[1];
     }
 }
 
