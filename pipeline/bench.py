@@ -22,7 +22,7 @@ from pipeline import errors
 from pipeline.budget import existing
 from pipeline.errors import DocumentsError, JobError, NotApplicable, RowError
 from pipeline.supervisor import SPAWN, cause_of_death, receive, reraise, signals_held_back
-from pipeline.worker import Failed, end_with_the_parent
+from pipeline.worker import STOP_SIGNALS, Failed, end_with_the_parent
 
 if TYPE_CHECKING:
     from pipeline.documents import Document
@@ -95,13 +95,13 @@ class Row:
 def bench(job: Job, extent: Extent, chosen: Collection[str] = CONTENDERS) -> list[Row]:
     """Have the contenders that are chosen do a part of a job, one after the other.
 
-    Raises JobError where a name is unknown or the job is wrong, and KeyboardInterrupt for SIGTERM too. To be called
+    Raises JobError where a name is unknown or the job is wrong, and KeyboardInterrupt for SIGINT and SIGTERM. To be called
     from the main thread.
     """
     if unknown := set(chosen) - set(CONTENDERS):
         raise JobError(f"--contender {min(unknown)}: there is no such contender; there are: {', '.join(CONTENDERS)}")
     beside = existing(job.cache.dir.parent)
-    with _sigterm_interrupts(), tempfile.TemporaryDirectory(prefix=".bench-", dir=beside) as temporary:
+    with _stops_interrupt(), tempfile.TemporaryDirectory(prefix=".bench-", dir=beside) as temporary:
         folder = Path(temporary)
         part = _part(job, extent, folder / "documents.parquet")
         small = _small(part, folder)
@@ -263,10 +263,11 @@ def _row(
 
 
 @contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """While the block runs, SIGTERM raises KeyboardInterrupt, as SIGINT does, so that it is tidied up after."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+def _stops_interrupt() -> Iterator[None]:
+    """While the block runs, SIGINT and SIGTERM raise KeyboardInterrupt, also where a shell had SIGINT ignored."""
+    before = {number: signal.signal(number, signal.default_int_handler) for number in STOP_SIGNALS}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
