@@ -95,8 +95,8 @@ class Row:
 def bench(job: Job, extent: Extent, chosen: Collection[str] = CONTENDERS) -> list[Row]:
     """Have the contenders that are chosen do a part of a job, one after the other.
 
-    Raises JobError where a name is unknown or the job is wrong, and KeyboardInterrupt for SIGINT and SIGTERM. To be called
-    from the main thread.
+    Raises JobError where a name is unknown or the job is wrong, and KeyboardInterrupt for SIGINT and SIGTERM. To be
+    called from the main thread.
     """
     if unknown := set(chosen) - set(CONTENDERS):
         raise JobError(f"--contender {min(unknown)}: there is no such contender; there are: {', '.join(CONTENDERS)}")
