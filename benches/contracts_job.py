@@ -3,9 +3,9 @@
     python -m benches.contracts_job FOLDER --data DATA --model MODEL [--contracts 20] [--questions 41] [--tokens 4000]
     pipeline bench FOLDER/job.yaml --documents 20
 
-DATA has ``contracts.jsonl.gz``, a document a line with ``doc_id`` and ``text``, and ``questions.json``, a list with ``qid``
-and ``question``. A contract is cut to ``--tokens`` tokens of the model's tokenizer; shorter ones are passed over.
-Without ``--tokens`` they are taken whole, where the model reads as much.
+DATA has ``contracts.jsonl.gz``, a document a line with ``doc_id`` and ``text``, and ``questions.json``, a list with
+``qid`` and ``question``. A contract is cut to ``--tokens`` tokens of the model's tokenizer; shorter ones are passed
+over. Without ``--tokens`` they are taken whole, where the model reads as much.
 """
 
 from __future__ import annotations

@@ -12,24 +12,17 @@ Sources: Milakov and Gimelshein, "Online normalizer calculation for softmax" (20
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 
 from turboquant.codec import Encoded
-from turboquant.device import on_cpu
+from turboquant.device import fused
 from turboquant.layer import EncodedLayer, EncodedPart
 
 SCORES = 1 << 23  # held at a time, about: bounds the memory of scores and decoded keys
 TILE = 2048  # tokens worked on at a time at least, however many the queries
-
-
-def _fused(f: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    """Elementwise operations as one kernel, where starting kernels is what takes time: on a GPU."""
-    compiled: Callable[..., Any] = mx.compile(f, shapeless=True)
-    return lambda *arrays: f(*arrays) if on_cpu() else compiled(*arrays)
 
 
 @dataclass(frozen=True)
@@ -54,7 +47,7 @@ def merge(parts: Sequence[Partial]) -> Partial:
     return merged
 
 
-@_fused
+@fused
 def _weighted_sum(one: mx.array, other: mx.array, of_one: mx.array, of_other: mx.array, total: mx.array) -> mx.array:
     finite = mx.where(mx.isinf(total), 0.0, total)
     return one * mx.exp(of_one - finite) + other * mx.exp(of_other - finite)
@@ -122,7 +115,7 @@ def _attend_tile(block: mx.array, keys: mx.array, values: mx.array, visible: mx.
     return Partial(output, logsumexp.squeeze(-1))
 
 
-@_fused
+@fused
 def _weights(scores: mx.array, logsumexp: mx.array) -> mx.array:
     return mx.exp(scores - mx.where(mx.isinf(logsumexp), 0.0, logsumexp))
 

@@ -10,8 +10,9 @@ may be chosen by the queries they will meet (rounding.py).
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
@@ -19,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turboquant.codebook import SUPPORTED_BITS, lloyd_max
-from turboquant.device import array_module, to_module
+from turboquant.device import array_module, fused, to_module
 from turboquant.packing import pack, packed_words, unpack
 from turboquant.rotation import Rotation
 from turboquant.rounding import RoundingMetric, round_in_metric
@@ -153,14 +154,7 @@ class Codec:
 
     def _nearest(self, unit: mx.array) -> tuple[mx.array, mx.array]:
         """The index of the nearest level for every coordinate, and what restores each vector's norm."""
-        boundaries = [float(b) for b in lloyd_max(self.bits).boundaries]
-        if len(boundaries) > 31:  # a comparison a boundary is fastest for few, a binary search for many
-            codes = _binary_search(unit, mx.array(boundaries))
-        else:
-            codes = (unit > boundaries[0]).astype(mx.uint8)
-            for boundary in boundaries[1:]:
-                codes = codes + (unit > boundary)
-            codes = codes.astype(mx.uint32)
+        codes = _nearest_level(self.bits)(unit)
         return codes, math.sqrt(self.head_dim) / _norm(self.levels[codes])
 
     def _round_in_metric(self, unit: mx.array, metric: RoundingMetric) -> tuple[mx.array, mx.array]:
@@ -262,6 +256,23 @@ class CacheCodec:
 
 def _norm(x: mx.array) -> mx.array:
     return mx.sqrt(mx.square(x).sum(axis=-1))
+
+
+@functools.cache
+def _nearest_level(bits: int) -> Callable[[mx.array], mx.array]:
+    """What gives the code of each coordinate: a comparison a boundary is fastest for few, a binary search for many."""
+    boundaries = [float(b) for b in lloyd_max(bits).boundaries]
+    if len(boundaries) > 31:
+        return lambda unit: _binary_search(unit, mx.array(boundaries))
+
+    @fused
+    def count_boundaries(unit: mx.array) -> mx.array:
+        codes = (unit > boundaries[0]).astype(mx.uint8)
+        for boundary in boundaries[1:]:
+            codes = codes + (unit > boundary)
+        return codes.astype(mx.uint32)
+
+    return count_boundaries
 
 
 def _binary_search(x: mx.array, boundaries: mx.array) -> mx.array:

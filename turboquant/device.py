@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -22,6 +23,12 @@ def to_module(xp: Any, x: mx.array) -> Any:
     """x as float32 of that module, without a copy where x is float32 already. A NumPy view is not to be written to."""
     x = x.astype(mx.float32)
     return np.asarray(x) if xp is np else x
+
+
+def fused(f: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    """Elementwise operations in few kernels, where starting them and passing results on takes time: on a GPU."""
+    compiled: Callable[..., mx.array] = mx.compile(f, shapeless=True)
+    return lambda *arrays: f(*arrays) if on_cpu() else compiled(*arrays)
 
 
 def settle_weights(model: Any) -> None:

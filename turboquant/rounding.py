@@ -8,6 +8,8 @@ One routine does two things, a coordinate at a time, all vectors at once. From n
 triangular factor, it is rounding with feedback: each coordinate makes up for the errors of those before it (the LDLQ of
 Chee et al., "QuIP", arXiv 2307.13304; GPTQ's order of work). From codes that are there already, in the metric itself,
 it is coordinate descent. At two bits feedback overloads the outer levels and the nearest ones are the better start.
+Coordinates are worked on in blocks, as GPTQ does: what the errors of all others make of a block is one product, and
+only what changes within the block is followed up one by one, on a GPU by a kernel (kernels/rounding_gpu.py).
 
 Written for NumPy and MLX alike: ``xp`` is either module, and all arrays are that module's.
 """
@@ -15,7 +17,6 @@ Written for NumPy and MLX alike: ``xp`` is either module, and all arrays are tha
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from turboquant.codebook import lloyd_max
 from turboquant.device import on_cpu
 
 SWEEPS = 2
+BLOCK = 16  # coordinates
 DAMPING = 0.08  # of the metric's mean diagonal, added to its diagonal: queries to come are not those of the context
 BINS, REACH = 4096, 5.0  # coordinates are looked up in bins over -REACH .. REACH
 FEWEST_FOR_FEEDBACK = 3  # bits
@@ -59,50 +61,75 @@ def round_in_metric(xp: Any, unit: Any, metric: RoundingMetric, bits: int) -> tu
 
     The factor makes the product with the queries right on average: it divides by what the levels keep of it.
     """
-    feedback = bits >= FEWEST_FOR_FEEDBACK
-    if xp is not np and not on_cpu():
-        from turboquant.kernels.rounding_gpu import round_on_gpu
-
-        table = xp.array(_code_of_bin(bits))
-        return round_on_gpu(unit, metric.factor, metric.pull, metric.damped, table, REACH, feedback, bits, SWEEPS)
-    return _round(xp, unit, metric, feedback, bits)
-
-
-def _round(xp: Any, unit: Any, metric: RoundingMetric, feedback: bool, bits: int) -> tuple[Any, Any]:
     levels, scaled = xp.array(lloyd_max(bits).levels), metric.damped @ unit
-    if not feedback:
-        codes = _nearest(xp, unit, bits)
+    if bits < FEWEST_FOR_FEEDBACK:
+        codes = nearest(xp, unit, bits)
     else:
         one = xp.ones(unit.shape[::2], dtype=xp.float32)
-        codes = _sweep(xp, unit, xp.zeros_like(unit), metric.factor, one, bits, range(unit.shape[1] - 1, -1, -1))
+        codes = _sweep(xp, unit, xp.zeros_like(unit), metric.factor, one, bits, -1)
     for _ in range(SWEEPS):
         chosen = levels[codes]
         fitted = (chosen * scaled).sum(axis=1) / (chosen * (metric.damped @ chosen)).sum(axis=1)
         fitted = xp.clip(fitted, 0.5, 2.0)
         error = fitted[:, None] * chosen - unit
-        codes = _sweep(xp, unit, error, metric.pull, fitted, bits, range(unit.shape[1]))
+        codes = _sweep(xp, unit, error, metric.pull, fitted, bits, 1)
     kept = (levels[codes] * scaled).sum(axis=1)
     whole = (unit * scaled).sum(axis=1)
     return codes, xp.clip(whole / xp.maximum(kept, 1e-9), 0.5, 2.0)
 
 
-def _sweep(xp: Any, unit: Any, error: Any, pull: Any, scale: Any, bits: int, order: Iterable[int]) -> Any:
-    """Choose coordinates one by one, each by what ``pull`` makes of the errors of all others; changes ``error``."""
-    levels, codes = xp.array(lloyd_max(bits).levels), [None] * unit.shape[1]
-    for i in order:
-        wanted = unit[:, i] - (pull[:, i : i + 1] @ error)[:, 0]
-        codes[i] = _nearest(xp, wanted / scale, bits)
-        error[:, i] = scale * levels[codes[i]] - unit[:, i]
-    return xp.stack(codes, axis=1)
+def _sweep(xp: Any, unit: Any, error: Any, pull: Any, scale: Any, bits: int, step: int) -> Any:
+    """Choose coordinates one by one, each by what ``pull`` makes of the errors of all others; changes ``error``.
+
+    step: 1 from the first coordinate on, -1 from the last.
+    """
+    blocks, dim, codes = range(0, unit.shape[1], BLOCK), unit.shape[1], []
+    round_block = _round_block(xp)
+    for start in blocks[::step]:
+        block = slice(start, min(start + BLOCK, dim))
+        wanted = unit[:, block] - pull[:, block] @ error
+        own = pull[:, block, block]
+        chosen, error[:, block] = round_block(wanted, unit[:, block], error[:, block], own, scale, bits, step)
+        codes.append(chosen)
+    return xp.concatenate(codes[::step], axis=1)
 
 
-def _nearest(xp: Any, x: Any, bits: int) -> Any:
+def _round_block(xp: Any) -> Any:
+    if xp is not np and not on_cpu():
+        from turboquant.kernels import rounding_gpu
+
+        if rounding_gpu.usable():
+            return rounding_gpu.round_block
+    return functools.partial(round_block, xp)
+
+
+def round_block(
+    xp: Any, wanted: Any, unit: Any, error: Any, own: Any, scale: Any, bits: int, step: int
+) -> tuple[Any, Any]:
+    """Codes and errors (H, B, T) of a block of coordinates, chosen one by one, from the last if ``step`` is -1.
+
+    wanted: (H, B, T), what each coordinate should be, the errors of all others being what they were. unit: (H, B, T),
+    what it is. error: (H, B, T), what they were. own: (H, B, B), how much errors of the block move the others in it.
+    scale: (H, T), of the levels.
+    """
+    levels, changes = xp.array(lloyd_max(bits).levels), xp.zeros_like(wanted)
+    codes: list[Any] = [None] * wanted.shape[1]
+    for i in range(wanted.shape[1])[::step]:
+        now = wanted[:, i] - (own[:, i : i + 1] @ changes)[:, 0]
+        codes[i] = nearest(xp, now / scale, bits)
+        changes[:, i] = scale * levels[codes[i]] - unit[:, i] - error[:, i]
+    return xp.stack(codes, axis=1), error + changes
+
+
+def nearest(xp: Any, x: Any, bits: int) -> Any:
+    """The codes of the levels that are nearest to x, but for bins that a boundary cuts."""
     bins = xp.clip(x * (BINS / (2 * REACH)) + BINS / 2, 0, BINS - 1)
-    return xp.array(_code_of_bin(bits))[bins.astype(xp.int32)]
+    return xp.array(code_of_bin(bits))[bins.astype(xp.int32)]
 
 
 @functools.cache
-def _code_of_bin(bits: int) -> NDArray[np.uint8]:
+def code_of_bin(bits: int) -> NDArray[np.uint8]:
+    """(BINS,) the code of the level nearest to the middle of each bin."""
     centres = (np.arange(BINS) + 0.5) * (2 * REACH / BINS) - REACH
     return np.searchsorted(lloyd_max(bits).boundaries, centres).astype(np.uint8)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,41 +81,64 @@ def test_mlx_rounds_as_numpy_does(bits: int) -> None:
     assert np.abs(np.array(other_factors) - factors).mean() < 1e-3
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-@pytest.mark.parametrize("dim", [64, 80])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_the_gpu_s_text_rounds_as_numpy_does(
-    bits: int, dim: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def emulated(unit: Any, factor: Any, pull: Any, metric: Any, table: Any, reach: float, *options: Any) -> Any:
-        feedback, _, sweeps = options
-        run = compiled(tmp_path, rounding_gpu.text("vector_", dim, feedback, table.size, reach))
-        codes, scales = np.full(unit.shape, 255, np.uint8), np.full((HEADS, TOKENS), np.nan, np.float32)
-        inputs = [
-            unit,
-            factor,
-            pull,
-            metric,
-            mx.array(lloyd_max(bits).levels),
-            table,
-            mx.array([HEADS, TOKENS, sweeps]),
-        ]
-        arrays = [np.ascontiguousarray(np.array(x)) for x in inputs] + [codes, scales]
-        run(HEADS * TOKENS + 5, *(array.ctypes.data_as(ctypes.c_void_p) for array in arrays))
-        return mx.array(codes), mx.array(scales)
+@pytest.fixture
+def emulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The kernel is run as C++."""
 
+    def kernel(block: int, down: bool) -> Any:
+        run = compiled(tmp_path / f"{block}{down}", rounding_gpu.text("vector_", block, down))
+
+        def call(inputs: list[mx.array], output_shapes: list[tuple[int, ...]], **_: Any) -> list[mx.array]:
+            outputs = [np.full(output_shapes[0], 255, np.uint8), np.full(output_shapes[1], np.nan, np.float32)]
+            arrays = [np.ascontiguousarray(np.array(x)) for x in inputs] + outputs
+            run(inputs[4].size + 5, *(array.ctypes.data_as(ctypes.c_void_p) for array in arrays))
+            return [mx.array(x) for x in outputs]
+
+        return call
+
+    monkeypatch.setattr(rounding_gpu, "_kernel", functools.cache(kernel))
+    monkeypatch.setattr(rounding, "on_cpu", lambda: False)
+    rounding_gpu.usable.cache_clear()
+    yield
+    rounding_gpu.usable.cache_clear()
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("dim", [64, 72])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_gpu_s_text_rounds_as_numpy_does(bits: int, dim: int) -> None:
     unit, metric = units(dim), a_metric(dim)
     codes, factors = rounding.round_in_metric(np, unit, RoundingMetric.of(np, metric), bits)
-    monkeypatch.setattr(rounding, "on_cpu", lambda: False)
-    monkeypatch.setattr(rounding_gpu, "round_on_gpu", emulated)
+    assert rounding_gpu.usable()
     others, other_factors = rounding.round_in_metric(mx, mx.array(unit), RoundingMetric.of(mx, metric), bits)
     assert (np.array(others) == codes).mean() > 0.99
     assert np.abs(np.array(other_factors) - factors).mean() < 1e-3
 
 
+@pytest.mark.parametrize("fault", ["raises", "wrong"])
+def test_a_kernel_that_fails_is_not_used(
+    fault: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def kernel(*_: Any) -> Any:
+        if fault == "raises":
+            raise RuntimeError("no such instruction")
+        return lambda output_shapes, **_: [mx.zeros(output_shapes[0], mx.uint8), mx.zeros(output_shapes[1])]
+
+    monkeypatch.setattr(rounding_gpu, "_kernel", kernel)
+    monkeypatch.setattr(rounding, "on_cpu", lambda: False)
+    rounding_gpu.usable.cache_clear()
+    unit, metric = units(64), a_metric(64)
+    codes, _ = rounding.round_in_metric(np, unit, RoundingMetric.of(np, metric), 4)
+    others, _ = rounding.round_in_metric(mx, mx.array(unit), RoundingMetric.of(mx, metric), 4)
+    rounding_gpu.usable.cache_clear()
+    assert (np.array(others) == codes).mean() > 0.99
+    assert "MLX's operations are used" in caplog.text
+
+
 def compiled(folder: Path, body: str) -> Any:
     """The kernel as a C++ function that works on one vector after the other."""
-    types = ["const float*"] * 5 + ["const unsigned char*", "const int*", "unsigned char*", "float*"]
+    types = ["const float*"] * 6 + ["const unsigned char*", "const int*", "unsigned char*", "float*"]
     names = [*rounding_gpu.INPUTS, *rounding_gpu.OUTPUTS]
     parameters = ", ".join(f"{kind} {name}" for kind, name in zip(types, names, strict=True))
     source = f"""
@@ -122,6 +147,7 @@ def compiled(folder: Path, body: str) -> Any:
             for (int vector_ = 0; vector_ < count; ++vector_) one(vector_, {", ".join(names)});
         }}
     """
+    folder.mkdir(exist_ok=True)
     (folder / "kernel.cpp").write_text(source)
     command = ["g++", "-O1", "-shared", "-fPIC", "-o", folder / "kernel.so", folder / "kernel.cpp"]
     subprocess.run(command, check=True, capture_output=True)

@@ -1,116 +1,105 @@
-"""Rounding in a metric on a GPU: one thread a vector, CUDA or Metal, from one text.
+"""Rounding a block of coordinates on a GPU: one thread a vector, CUDA or Metal, from one text.
 
-What it computes is rounding.py's; see there. The text is plain C++ but for ``VECTOR``, the number of the vector a
-thread works on, so a C++ compiler can check it where there is no GPU. The matrices are read by all threads alike,
-through the cache.
+What it computes is rounding.py's ``round_block``; see there. The text is plain C++ but for ``VECTOR``, the number of
+the vector that a thread works on, so a C++ compiler can check it where there is no GPU.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
+from turboquant import rounding
 from turboquant.codebook import lloyd_max
 
 THREADS = 128
-INPUTS = ["unit", "factor", "pull", "metric", "levels", "code_of_bin", "sizes"]
-OUTPUTS = ["codes", "scales"]
+INPUTS = ["wanted", "unit", "error", "own", "scale", "levels", "code_of_bin", "sizes"]
+OUTPUTS = ["codes", "errors"]
+LEAST_AGREEMENT = 0.99  # of codes with NumPy's: sums are rounded otherwise, and a tie is a tie
 
-# Arrays as in rounding.round_in_metric; sizes holds H, T and the sweeps. DIM, FEEDBACK and BINS are compiled in.
+# Arrays as in rounding.round_block; sizes holds H and T. BLOCK, DOWN, BINS and REACH are compiled in.
 SOURCE = """
     int tokens = sizes[1];
     int vector = VECTOR;
     if (vector >= sizes[0] * tokens) return;
-    int head = vector / tokens, matrix = head * DIM * DIM;
-    int base = head * DIM * tokens + vector % tokens;
-    float u[DIM], error[DIM], chosen[DIM];
-    for (int i = 0; i < DIM; ++i) {
-        u[i] = unit[base + i * tokens];
-        error[i] = 0;
-    }
-    for (int i = DIM - 1; i >= 0; --i) {
-        float wanted = u[i];
-        if (FEEDBACK) {
-            for (int j = i + 1; j < DIM; ++j) wanted -= factor[matrix + i * DIM + j] * error[j];
-        }
-        float bin = wanted * (BINS / (2 * REACH)) + BINS / 2;
+    int head = vector / tokens, base = head * BLOCK * tokens + vector % tokens;
+    float s = scale[vector];
+    float changes[BLOCK];
+    #pragma unroll
+    for (int i = 0; i < BLOCK; ++i) changes[i] = 0;
+    #pragma unroll
+    for (int n = 0; n < BLOCK; ++n) {
+        const int i = DOWN ? BLOCK - 1 - n : n;
+        const int at = base + i * tokens;
+        float now = wanted[at];
+        #pragma unroll
+        for (int j = 0; j < BLOCK; ++j) now -= own[(head * BLOCK + i) * BLOCK + j] * changes[j];
+        float bin = now / s * (BINS / (2 * REACH)) + BINS / 2;
         bin = bin < 0 ? 0 : bin > BINS - 1 ? BINS - 1 : bin;
         int code = code_of_bin[int(bin)];
-        chosen[i] = levels[code];
-        error[i] = chosen[i] - u[i];
-        codes[base + i * tokens] = code;
-    }
-    for (int sweep = 0; sweep <= sizes[2]; ++sweep) {
-        float kept = 0, own = 0, whole = 0;
-        for (int i = 0; i < DIM; ++i) {
-            float of_unit = 0, of_chosen = 0;
-            for (int j = 0; j < DIM; ++j) {
-                float m = metric[matrix + i * DIM + j];
-                of_unit += m * u[j];
-                of_chosen += m * chosen[j];
-            }
-            kept += chosen[i] * of_unit;
-            own += chosen[i] * of_chosen;
-            whole += u[i] * of_unit;
-        }
-        bool last = sweep == sizes[2];
-        float scale = last ? whole / (kept > 1e-9f ? kept : 1e-9f) : kept / own;
-        scale = scale < 0.5f ? 0.5f : scale > 2.0f ? 2.0f : scale;
-        if (last) {
-            scales[vector] = scale;
-            return;
-        }
-        for (int i = 0; i < DIM; ++i) error[i] = scale * chosen[i] - u[i];
-        for (int i = 0; i < DIM; ++i) {
-            float wanted = u[i];
-            for (int j = 0; j < DIM; ++j) wanted -= pull[matrix + i * DIM + j] * error[j];
-            float bin = wanted / scale * (BINS / (2 * REACH)) + BINS / 2;
-            bin = bin < 0 ? 0 : bin > BINS - 1 ? BINS - 1 : bin;
-            int code = code_of_bin[int(bin)];
-            chosen[i] = levels[code];
-            error[i] = scale * chosen[i] - u[i];
-            codes[base + i * tokens] = code;
-        }
+        float left = s * levels[code] - unit[at];
+        changes[i] = left - error[at];
+        codes[at] = code;
+        errors[at] = left;
     }
 """
 
+_log = logging.getLogger(__name__)
 
-def round_on_gpu(
-    unit: mx.array,
-    factor: mx.array,
-    pull: mx.array,
-    metric: mx.array,
-    code_of_bin: mx.array,
-    reach: float,
-    feedback: bool,
-    bits: int,
-    sweeps: int,
+
+def round_block(
+    wanted: mx.array, unit: mx.array, error: mx.array, own: mx.array, scale: mx.array, bits: int, step: int
 ) -> tuple[mx.array, mx.array]:
-    """Codes (H, dim, T) uint8 and factors (H, T) for unit (H, dim, T) and matrices (H, dim, dim), all float32."""
-    heads, dim, tokens = unit.shape
-    codes, scales = _kernel(dim, feedback, code_of_bin.size, reach)(
+    """See ``rounding.round_block``."""
+    heads, block, tokens = wanted.shape
+    codes, errors = _kernel(block, step < 0)(
         inputs=[
+            wanted,
             unit,
-            factor,
-            pull,
-            metric,
+            error,
+            own,
+            scale,
             mx.array(lloyd_max(bits).levels),
-            code_of_bin,
-            mx.array([heads, tokens, sweeps], mx.int32),
+            mx.array(rounding.code_of_bin(bits)),
+            mx.array([heads, tokens], mx.int32),
         ],
         grid=(-(-heads * tokens // THREADS) * THREADS, 1, 1),
         threadgroup=(THREADS, 1, 1),
-        output_shapes=[unit.shape, (heads, tokens)],
+        output_shapes=[wanted.shape, wanted.shape],
         output_dtypes=[mx.uint8, mx.float32],
     )
-    return codes, scales
+    return codes, errors
 
 
-def text(vector: str, dim: int, feedback: bool, bins: int, reach: float) -> str:
+@functools.cache
+def usable() -> bool:
+    """Whether the kernel runs here and rounds as NumPy does, tried once."""
+    random = np.random.default_rng(0)
+    shape = (2, rounding.BLOCK, 300)
+    wanted, unit, error = (random.normal(size=shape).astype(np.float32) for _ in range(3))
+    own = 0.1 * random.normal(size=(2, rounding.BLOCK, rounding.BLOCK)).astype(np.float32)
+    scale = np.ones((2, 300), np.float32)
+    expected, _ = rounding.round_block(np, wanted, unit, error, own, scale, 4, 1)
+    try:
+        first, second, third = (mx.array(x) for x in (wanted, unit, error))
+        found, _ = round_block(first, second, third, mx.array(own), mx.array(scale), 4, 1)
+        agreement = float((np.array(found) == expected).mean())
+    except (RuntimeError, ValueError) as failed:
+        _log.warning("the rounding kernel doesn't run on this device, so MLX's operations are used: %s", failed)
+        return False
+    if agreement < LEAST_AGREEMENT:
+        _log.warning("the rounding kernel is wrong on this device, so MLX's operations are used")
+    return agreement >= LEAST_AGREEMENT
+
+
+def text(vector: str, block: int, down: bool) -> str:
     """The kernel's body with its constants, ``vector`` being the expression for the number of a thread's vector."""
-    constants = {"VECTOR": vector, "DIM": dim, "FEEDBACK": int(feedback), "BINS": bins, "REACH": f"{reach}f"}
+    constants = {"VECTOR": vector, "BLOCK": block, "DOWN": int(down)}
+    constants |= {"BINS": rounding.BINS, "REACH": f"{rounding.REACH}f"}
     body = SOURCE
     for name, value in constants.items():
         body = body.replace(name, str(value))
@@ -118,10 +107,9 @@ def text(vector: str, dim: int, feedback: bool, bins: int, reach: float) -> str:
 
 
 @functools.cache
-def _kernel(dim: int, feedback: bool, bins: int, reach: float) -> Any:
-    name = f"round_in_metric_{dim}_{int(feedback)}"
+def _kernel(block: int, down: bool) -> Any:
+    name = f"round_block_{block}_{int(down)}"
     if mx.metal.is_available():
-        body = text("int(thread_position_in_grid.x)", dim, feedback, bins, reach)
-        return mx.fast.metal_kernel(name, INPUTS, OUTPUTS, body)
-    body = text("int(blockIdx.x * blockDim.x + threadIdx.x)", dim, feedback, bins, reach)
+        return mx.fast.metal_kernel(name, INPUTS, OUTPUTS, text("int(thread_position_in_grid.x)", block, down))
+    body = text("int(blockIdx.x * blockDim.x + threadIdx.x)", block, down)
     return mx.fast.cuda_kernel(name, INPUTS, OUTPUTS, body)
