@@ -81,7 +81,8 @@ def kill_at_random(folder: Path, kills: int, seed: int, seconds: float = 3600.0)
 def _kill_until_done(mode: Mode, rng: random.Random, kills: int, ends: float) -> int:
     """Run one job until it is done, with at most so many kills; returns how many there were."""
     tally, place = mode.tally, mode.place(f"job{mode.tally.jobs}")
-    done, built = 0, Counter[str]()
+    done = 0
+    built: set[str] = set()
     stored: set[str] = set()
     rows: set[tuple[str, str]] = set()
     finished = False
@@ -89,11 +90,11 @@ def _kill_until_done(mode: Mode, rng: random.Random, kills: int, ends: float) ->
         killer = _Killer(rng, mode.seconds) if done < kills and time.monotonic() < ends else None
         finished, log = _killed_run(place, killer)
         begun = BUILT.findall(log)
-        before = sum(built.values()) - len(built)
-        built.update(begun)
-        repeated = sum(built.values()) - len(built) - before
-        tally.again += repeated
-        tally.most_again = max(tally.most_again, repeated)
+        by_this = len(begun) - len(set(begun))  # its process was started again within the run
+        by_the_last = len(built & set(begun))
+        built |= set(begun)
+        tally.again += by_this + by_the_last
+        tally.most_again = max(tally.most_again, by_this, by_the_last)
         tally.lost_segments += len({key[:12] for key in stored} & set(begun))
         left = _rows(place)
         tally.lost += len(rows - set(left))
