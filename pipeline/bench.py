@@ -11,7 +11,6 @@ import logging
 import signal
 import tempfile
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from multiprocessing.connection import Connection
@@ -21,8 +20,9 @@ from typing import TYPE_CHECKING, Literal
 from pipeline import errors
 from pipeline.budget import existing
 from pipeline.errors import DocumentsError, JobError, NotApplicable, RowError
-from pipeline.supervisor import SPAWN, cause_of_death, receive, reraise, signals_held_back
-from pipeline.worker import STOP_SIGNALS, Failed, end_with_the_parent
+from pipeline.signals import stops_handled, stops_held_back
+from pipeline.supervisor import SPAWN, cause_of_death, receive, reraise
+from pipeline.worker import Failed, end_with_the_parent
 
 if TYPE_CHECKING:
     from pipeline.documents import Document
@@ -101,7 +101,10 @@ def bench(job: Job, extent: Extent, chosen: Collection[str] = CONTENDERS) -> lis
     if unknown := set(chosen) - set(CONTENDERS):
         raise JobError(f"--contender {min(unknown)}: there is no such contender; there are: {', '.join(CONTENDERS)}")
     beside = existing(job.cache.dir.parent)
-    with _stops_interrupt(), tempfile.TemporaryDirectory(prefix=".bench-", dir=beside) as temporary:
+    with (
+        stops_handled(signal.default_int_handler),
+        tempfile.TemporaryDirectory(prefix=".bench-", dir=beside) as temporary,
+    ):
         folder = Path(temporary)
         part = _part(job, extent, folder / "documents.parquet")
         small = _small(part, folder)
@@ -199,7 +202,7 @@ def _measure(contender: str, resident: str | None, job: Job, small: Job, folder:
     receiver, sender = SPAWN.Pipe(duplex=False)
     process = SPAWN.Process(target=_compete, args=(sender, contender, job, small, folder), name=contender)
     with receiver:
-        with sender, signals_held_back():  # from the process for good: it is killed where it is to stop
+        with sender, stops_held_back():  # from the process for good: it is killed where it is to stop
             process.start()
         try:
             outcome: Outcome | Failed | None = receive(receiver)  # type: ignore[assignment]
@@ -260,14 +263,3 @@ def _row(
         disk_bytes=outcome.disk_bytes,
         agreement=sum(same) / len(same) if same else None,
     )
-
-
-@contextmanager
-def _stops_interrupt() -> Iterator[None]:
-    """While the block runs, SIGINT and SIGTERM raise KeyboardInterrupt, also where a shell had SIGINT ignored."""
-    before = {number: signal.signal(number, signal.default_int_handler) for number in STOP_SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import signal
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager
@@ -27,6 +26,7 @@ from pipeline.progress import Progress, Watcher
 from pipeline.prompts import template_columns
 from pipeline.report import Report
 from pipeline.results import Results
+from pipeline.signals import stops_handled
 from pipeline.work import Work
 
 if TYPE_CHECKING:
@@ -135,12 +135,8 @@ class Interruption:
             self.asked = True
             _log.warning("interrupted: finishing the rows in hand; once more to stop at once")
 
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
+        with stops_handled(note):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def _metadata(job: Job, identity: Identity) -> dict[str, str]:

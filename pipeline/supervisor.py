@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
-from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -27,8 +26,8 @@ from pipeline import errors
 from pipeline.errors import PipelineError
 from pipeline.progress import Progress
 from pipeline.report import Report
+from pipeline.signals import stops_handled, stops_held_back
 from pipeline.worker import (
-    STOP_SIGNALS,
     DocumentsDone,
     DocumentsStarted,
     Failed,
@@ -115,7 +114,7 @@ class _Supervisor:
         task = Task(self._job, report, self._condemned, self._alone, level)
         process = SPAWN.Process(target=work, args=(sender, task), name="model")
         with receiver:
-            with sender, signals_held_back():  # also from the new process, which lets them in when it is ready
+            with sender, stops_held_back():  # also from the new process, which lets them in when it is ready
                 if self._stops_asked:
                     raise KeyboardInterrupt
                 process.start()
@@ -168,12 +167,8 @@ class _Supervisor:
                 with suppress(ProcessLookupError):
                     os.kill(self._pid, number if self._stops_asked < 3 else signal.SIGKILL)
 
-        before = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS}
-        try:
+        with stops_handled(pass_on):
             yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 class _View:
@@ -223,18 +218,6 @@ class _View:
 def _named(documents: Sequence[str]) -> str:
     more = f" and {len(documents) - 1} more" if len(documents) > 1 else ""
     return f"document '{documents[0]}'{more}"
-
-
-@contextmanager
-def signals_held_back() -> Iterator[None]:
-    """While the block runs, STOP_SIGNALS wait; a process started in it has them blocked until it lets them in."""
-    # Python's resource tracker is started with the first process and lets the signals in again, so it comes first.
-    resource_tracker.ensure_running()
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def receive(connection: Connection) -> Message | None:

@@ -24,11 +24,11 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import PipelineError, one_line
 from pipeline.report import Report
+from pipeline.signals import STOP_SIGNALS
 
 if TYPE_CHECKING:
     from pipeline.job import Job
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 

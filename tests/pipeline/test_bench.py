@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -264,6 +264,16 @@ def test_an_answer_ends_at_a_stop_string(tokenizer: Any) -> None:
     assert read_answer(tokens, (), tokenizer) == ("The board met. What? When? Who?", len(tokens))
 
 
+def noting(make: Callable[..., Any], done: list[str]) -> Callable[..., Any]:
+    """``make``, which notes the documents of the jobs that it is called with."""
+
+    def noted(job: Any, *rest: Any, **options: Any) -> Any:
+        done.append(Path(job.documents.path).name)
+        return make(job, *rest, **options)
+
+    return noted
+
+
 @pytest.mark.parametrize("contender", ["copied", "pipeline-cold"])
 def test_a_gpu_is_warmed_up_before_it_is_measured(
     contender: str, workplace: Workplace, monkeypatch: pytest.MonkeyPatch
@@ -282,7 +292,11 @@ def test_a_gpu_is_warmed_up_before_it_is_measured(
     if contender != "copied":
         own.output.path.unlink()
         shutil.rmtree(own.cache.dir)
+    done: list[str] = []
+    for name in ("Runner", "_Stock"):
+        monkeypatch.setattr(contenders, name, noting(getattr(contenders, name), done))
     outcome = contenders.compete(contender, own, small, folder)
+    assert done == ["small.parquet", "documents.parquet"]
     assert outcome.answers == expected.answers
     assert outcome.disk_bytes == expected.disk_bytes
     assert outcome.answer_tokens == expected.answer_tokens
