@@ -30,9 +30,9 @@ from pipeline.model import LoadedModel, load_model, max_context
 from pipeline.progress import Progress
 from pipeline.prompts import PromptTokenizer, Renderer, template_columns
 from pipeline.runner import Runner
+from turboquant.contenders import group_size_of
 from turboquant.device import on_cpu
-
-_GROUP_SIZES = (64, 32)  # of mlx-lm's quantised cache, the first that divides the heads
+from turboquant.drift import CannotRun
 
 
 def compete(contender: str, job: Job, small: Job, folder: Path) -> Outcome:
@@ -231,13 +231,12 @@ def _copied(stock: _Stock) -> None:
 
 def _quantized(stock: _Stock) -> None:
     def convert(cache: list[Any]) -> list[Any]:
-        sizes = [x.shape[-1] for layer in cache for x in (layer.keys, layer.values)]
-        group_size = next((size for size in _GROUP_SIZES if not any(n % size for n in sizes)), _GROUP_SIZES[-1])
+        group_size = group_size_of(cache)
         return [layer.to_quantized(group_size, stock.bits) for layer in cache]
 
     try:
         _reloaded(stock, convert)
-    except (AttributeError, NotImplementedError, ValueError) as error:  # as mlx-lm refuses a model or a size
+    except (AttributeError, CannotRun, NotImplementedError, ValueError) as error:  # as mlx-lm refuses a model or a size
         raise NotApplicable(f"mlx-lm can't quantise this model's cache: {one_line(error)}") from error
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache
@@ -110,8 +110,12 @@ def _explained() -> Iterator[None]:
 
 
 def _group_size(context: Context) -> int:
-    held = [cache for cache, yes in zip(context.caches, context.compressible, strict=True) if yes]
-    sizes = {x.shape[-1] for cache in held for x in cache.keys_and_values()}
+    return group_size_of([cache for cache, yes in zip(context.caches, context.compressible, strict=True) if yes])
+
+
+def group_size_of(caches: Sequence[KVCache]) -> int:
+    """The size of mlx-lm's quantisation groups for filled caches. Raises CannotRun where none divides their heads."""
+    sizes = {x.shape[-1] for cache in caches for x in cache.keys_and_values()}
     for group_size in GROUP_SIZES:
         if all(size % group_size == 0 for size in sizes):
             return group_size
