@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import shutil
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from emulator import emulated_launch
 
 from turboquant import CacheCodec, EncodedLayer, attention
 from turboquant.kernels import attention_gpu
+from turboquant.kernels.launch import Launch
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 SCALE = 0.125
-TYPES = {mx.float32: "float", mx.float16: "half", mx.uint32: "u32", mx.int32: "int"}
-EMULATOR = (Path(__file__).parent / "emulate.h").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -33,41 +30,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def emulated(request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels run in the emulator, with lanes as one of the backends has them."""
     attention_gpu._plan.cache_clear()
-    monkeypatch.setattr(attention_gpu, "_backend", lambda: request.param)
-    monkeypatch.setattr(attention_gpu, "launch", functools.partial(launch, folder, request.param))
-
-
-def launch(folder: Path, backend: str, what: attention_gpu.Launch, inputs: list[mx.array]) -> list[mx.array]:
-    types = {name: f"const {TYPES[x.dtype]}*" for name, x in zip(what.inputs, inputs, strict=True)}
-    types |= {name: "float*" for name, _ in what.outputs}
-    source = attention_gpu.defines(what.constants)
-    source += ("#define METAL_LANES\n" if backend == "metal" else "") + EMULATOR
-    source += attention_gpu.text("codes.h") if what.name == "attend" else ""
-    source += "".join(f"static {kind} {key};\n" for key, kind in types.items())
-    source += "static void body() {\n" + attention_gpu.text(f"{what.name}.h") + "}\n"
-    source += 'extern "C" bool run(int x, int y, int z, int threads, void** arrays) {\n'
-    source += "".join(f"{key} = ({kind})arrays[{i}];\n" for i, (key, kind) in enumerate(types.items()))
-    source += "return run_groups(x, y, z, threads);\n}\n"
-    library = compiled(folder, source)
-    arrays = [np.ascontiguousarray(np.array(x)) for x in inputs]
-    arrays += [np.full(shape, np.nan, np.float32) for _, shape in what.outputs]
-    pointers = (ctypes.c_void_p * len(arrays))(*(array.ctypes.data for array in arrays))
-    assert library.run(*what.groups, what.threads, pointers), "threads wait for others that never come"
-    return [mx.array(array) for array in arrays[len(inputs) :]]
-
-
-def compiled(folder: Path, source: str) -> Any:
-    """The library of a source, which is compiled the first time it is asked for."""
-    file = folder / f"{abs(hash(source)):x}.cpp"
-    library = file.with_suffix(".so")
-    if not library.exists():
-        file.write_text(source)
-        command = ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", "-o", library, file]
-        found = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert found.returncode == 0, found.stderr[:4000]
-    loaded = ctypes.CDLL(str(library))
-    loaded.run.restype = ctypes.c_bool
-    return loaded
+    monkeypatch.setattr(attention_gpu, "gpu", lambda: request.param)
+    monkeypatch.setattr(attention_gpu, "launch", functools.partial(emulated_launch, folder, request.param))
 
 
 def assert_equal(queries: mx.array, layer: EncodedLayer, tolerance: float = 1e-3) -> None:
@@ -114,7 +78,7 @@ def test_any_number_of_splits(
 ) -> None:
     """Also more than there are tokens for: some then find nothing."""
     attention_gpu._plan.cache_clear()
-    monkeypatch.setattr(attention_gpu, "GROUPS", groups)
+    monkeypatch.setattr(attention_gpu, "GROUPS", {1: groups})
     monkeypatch.setattr(attention_gpu, "WARPS", 2)
     assert_equal(mx.random.normal((1, 4, 1, 64)), random_layer(900, CacheCodec()))
 
@@ -161,10 +125,10 @@ def test_kernels_that_run_are_usable(caplog: pytest.LogCaptureFixture) -> None:
 def test_kernels_that_fail_are_not_used(
     fault: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def launched(what: attention_gpu.Launch, inputs: list[mx.array]) -> list[mx.array]:
+    def launched(what: Launch, inputs: list[mx.array]) -> list[mx.array]:
         if fault == "raises":
             raise RuntimeError("no such instruction")
-        return [mx.zeros(shape) for _, shape in what.outputs]
+        return [mx.zeros(shape) for _, shape, _ in what.outputs]
 
     monkeypatch.setattr(attention_gpu, "launch", launched)
     attention_gpu.usable.cache_clear()

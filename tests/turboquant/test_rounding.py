@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import shutil
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,11 +11,13 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from emulator import emulated_launch
 from numpy.typing import NDArray
 
 from turboquant import Codec, rounding
 from turboquant.codebook import lloyd_max
 from turboquant.kernels import rounding_gpu
+from turboquant.kernels.launch import Launch
 from turboquant.rounding import RoundingMetric
 
 HEADS, TOKENS = 2, 40
@@ -84,19 +84,7 @@ def test_mlx_rounds_as_numpy_does(bits: int) -> None:
 @pytest.fixture
 def emulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The kernel is run as C++."""
-
-    def kernel(block: int, down: bool) -> Any:
-        run = compiled(tmp_path / f"{block}{down}", rounding_gpu.text("vector_", block, down))
-
-        def call(inputs: list[mx.array], output_shapes: list[tuple[int, ...]], **_: Any) -> list[mx.array]:
-            outputs = [np.full(output_shapes[0], 255, np.uint8), np.full(output_shapes[1], np.nan, np.float32)]
-            arrays = [np.ascontiguousarray(np.array(x)) for x in inputs] + outputs
-            run(inputs[4].size + 5, *(array.ctypes.data_as(ctypes.c_void_p) for array in arrays))
-            return [mx.array(x) for x in outputs]
-
-        return call
-
-    monkeypatch.setattr(rounding_gpu, "_kernel", functools.cache(kernel))
+    monkeypatch.setattr(rounding_gpu, "launch", functools.partial(emulated_launch, tmp_path, "cuda"))
     monkeypatch.setattr(rounding, "on_cpu", lambda: False)
     rounding_gpu.usable.cache_clear()
     yield
@@ -120,12 +108,12 @@ def test_the_gpu_s_text_rounds_as_numpy_does(bits: int, dim: int) -> None:
 def test_a_kernel_that_fails_is_not_used(
     fault: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def kernel(*_: Any) -> Any:
+    def launched(what: Launch, inputs: list[mx.array]) -> list[mx.array]:
         if fault == "raises":
             raise RuntimeError("no such instruction")
-        return lambda output_shapes, **_: [mx.zeros(output_shapes[0], mx.uint8), mx.zeros(output_shapes[1])]
+        return [mx.zeros(shape, dtype) for _, shape, dtype in what.outputs]
 
-    monkeypatch.setattr(rounding_gpu, "_kernel", kernel)
+    monkeypatch.setattr(rounding_gpu, "launch", launched)
     monkeypatch.setattr(rounding, "on_cpu", lambda: False)
     rounding_gpu.usable.cache_clear()
     unit, metric = units(64), a_metric(64)
@@ -134,24 +122,6 @@ def test_a_kernel_that_fails_is_not_used(
     rounding_gpu.usable.cache_clear()
     assert (np.array(others) == codes).mean() > 0.99
     assert "MLX's operations are used" in caplog.text
-
-
-def compiled(folder: Path, body: str) -> Any:
-    """The kernel as a C++ function that works on one vector after the other."""
-    types = ["const float*"] * 6 + ["const unsigned char*", "const int*", "unsigned char*", "float*"]
-    names = [*rounding_gpu.INPUTS, *rounding_gpu.OUTPUTS]
-    parameters = ", ".join(f"{kind} {name}" for kind, name in zip(types, names, strict=True))
-    source = f"""
-        static void one(int vector_, {parameters}) {{ {body} }}
-        extern "C" void run(int count, {parameters}) {{
-            for (int vector_ = 0; vector_ < count; ++vector_) one(vector_, {", ".join(names)});
-        }}
-    """
-    folder.mkdir(exist_ok=True)
-    (folder / "kernel.cpp").write_text(source)
-    command = ["g++", "-O1", "-shared", "-fPIC", "-o", folder / "kernel.so", folder / "kernel.cpp"]
-    subprocess.run(command, check=True, capture_output=True)
-    return ctypes.CDLL(str(folder / "kernel.so")).run
 
 
 def test_the_codec_takes_the_metric_of_unrotated_keys() -> None:

@@ -2,19 +2,15 @@
 
 The first rotates the queries, looks codes up in tables and multiplies in the matrix units, each thread-group for a
 split of the tokens; the second merges the splits and rotates back. They compute attention.py's ``attend_layer``.
-The text lies in ``text/``: ``codes.h``, ``attend.h`` and ``merge.h`` are plain C++ but for what ``cuda.h`` and
-``metal.h`` define, so a C++ compiler can run them where there is no GPU. Layers that the kernels do not know, of other
-sizes or in other shapes, take attention.py's way.
+Their text is ``codes.h``, ``attend.h`` and ``merge.h`` in ``text/``. Layers that they do not know, of other sizes or in
+other shapes, take attention.py's way.
 """
 
 from __future__ import annotations
 
 import functools
-import logging
 import math
 from dataclasses import dataclass
-from importlib import resources
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -24,13 +20,14 @@ from turboquant import attention
 from turboquant.attention import Partial
 from turboquant.codebook import lloyd_max
 from turboquant.codec import CacheCodec
+from turboquant.kernels.launch import Launch, gpu, launch, runs
 from turboquant.layer import EncodedLayer
 from turboquant.packing import PLANES
 
 HEAD_DIMS = (64, 128, 256)
 WARPS = 4  # SIMD-groups a thread-group
 TILES = 4  # of 8 queries a thread-group, where there are more than 8
-GROUPS = 512  # thread-groups wanted: a few for each core of a large GPU
+GROUPS = {1: 528, TILES: 264}  # thread-groups wanted, by tiles: as many as a large GPU's 132 cores hold at once
 MOST_SPLITS = 256
 SHARED_WORDS = {"cuda": 9216, "metal": 4608}  # of tables, four bytes each
 LARGEST_FACTOR = 1024.0
@@ -59,7 +56,6 @@ MERGE_INPUTS = ("outputs", "sums", "value_mean", "value_factors", "signs", "sett
 LARGEST_ERROR = 1e-2  # relative; of halves it is below 1e-3
 _TRIED = ((2, 200), (2, 200), (1, 4, 1))  # keys, values and queries
 
-_log = logging.getLogger(__name__)
 attend_dense = attention.attend_dense
 
 
@@ -89,34 +85,16 @@ def knows(layer: EncodedLayer) -> bool:
 
 @functools.cache
 def usable(codec: CacheCodec, dim: int) -> bool:
-    """Whether the kernels run here and find what attention.py does, tried once: a device may be too old for them."""
+    """Whether the kernels run here and find what attention.py does, tried once."""
     keys, values, queries = (mx.random.normal((*shape, dim), key=mx.random.key(i)) for i, shape in enumerate(_TRIED))
     layer = EncodedLayer.encode(keys, values, codec)
-    try:
-        found = _attend(queries, layer, 0.125).output
+
+    def error() -> float:
         expected = attention.attend_layer(queries, layer, 0.125).output
-        error = float(mx.linalg.norm(found - expected) / mx.linalg.norm(expected))
-    except (RuntimeError, ValueError) as failed:
-        _log.warning("the attention kernels don't run on this device, so MLX's operations are used: %s", failed)
-        return False
-    if not error < LARGEST_ERROR:
-        _log.warning("the attention kernels are wrong by %.1g on this device, so MLX's operations are used", error)
-    return error < LARGEST_ERROR
+        found = _attend(queries, layer, 0.125).output
+        return float(mx.linalg.norm(found - expected) / mx.linalg.norm(expected))
 
-
-@dataclass(frozen=True)
-class Launch:
-    """A kernel of ``text/`` and how it is started: ``groups`` thread-groups of so many threads.
-
-    outputs: names and shapes, all float32. constants: what is compiled in.
-    """
-
-    name: str
-    constants: tuple[tuple[str, int], ...]
-    inputs: tuple[str, ...]
-    outputs: tuple[tuple[str, tuple[int, ...]], ...]
-    groups: tuple[int, int, int]
-    threads: int
+    return runs("attention kernels", error, LARGEST_ERROR)
 
 
 @dataclass(frozen=True)
@@ -137,20 +115,24 @@ def _plan(
     rows = batch * (n_heads // n_kv_heads) * length
     tiles = 1 if rows <= 8 or dim == 256 else TILES
     blocks = -(-rows // (8 * tiles))
-    splits = max(1, min(GROUPS // (n_kv_heads * blocks), -(-counts[0] // (32 * WARPS)), MOST_SPLITS))
+    splits = max(1, min(GROUPS[tiles] // (n_kv_heads * blocks), -(-counts[0] // (32 * WARPS)), MOST_SPLITS))
     attend = Launch(
         "attend",
         _defined(codec, dim, tiles),
         INPUTS,
-        (("outputs", (n_kv_heads, splits, rows, dim)), ("sums", (n_kv_heads, splits, rows, 3))),
+        (
+            ("outputs", (n_kv_heads, splits, rows, dim), mx.float32),
+            ("sums", (n_kv_heads, splits, rows, 3), mx.float32),
+        ),
         (splits, n_kv_heads, blocks),
         32 * WARPS,
+        ("codes.h",),
     )
     merge = Launch(
         "merge",
         (("DIM", dim), ("MOST_SPLITS", MOST_SPLITS)),
         MERGE_INPUTS,
-        (("output", shape), ("logsumexp", shape[:3])),
+        (("output", shape, mx.float32), ("logsumexp", shape[:3], mx.float32)),
         (rows, n_kv_heads, 1),
         dim,
     )
@@ -160,46 +142,9 @@ def _plan(
     return _Plan(attend, merge, settings, sizes)
 
 
-def launch(what: Launch, inputs: list[mx.array]) -> list[mx.array]:
-    """Run a kernel on its inputs; returns its outputs."""
-    found: list[mx.array] = _kernel(what.name, what.constants, what.inputs, tuple(name for name, _ in what.outputs))(
-        inputs=inputs,
-        grid=(what.groups[0] * what.threads, *what.groups[1:]),
-        threadgroup=(what.threads, 1, 1),
-        output_shapes=[shape for _, shape in what.outputs],
-        output_dtypes=[mx.float32] * len(what.outputs),
-    )
-    return found
-
-
-def text(name: str) -> str:
-    """A file of the kernels' text."""
-    return (resources.files("turboquant.kernels") / "text" / name).read_text(encoding="utf-8")
-
-
-def defines(constants: tuple[tuple[str, int], ...]) -> str:
-    """The constants as the preprocessor takes them."""
-    return "".join(f"#define {name} {value}\n" for name, value in constants)
-
-
-def _backend() -> str:
-    return "metal" if mx.metal.is_available() else "cuda"
-
-
-@functools.cache
-def _kernel(
-    name: str, constants: tuple[tuple[str, int], ...], inputs: tuple[str, ...], outputs: tuple[str, ...]
-) -> Any:
-    make = mx.fast.metal_kernel if _backend() == "metal" else mx.fast.cuda_kernel
-    header = defines(constants) + text(f"{_backend()}.h") + (text("codes.h") if name == "attend" else "")
-    label = "_".join([name, *(str(value) for _, value in constants)])
-    body = (text("metal_positions.h") if _backend() == "metal" else "") + text(f"{name}.h")
-    return make(label, list(inputs), list(outputs), body, header=header)
-
-
 def _defined(codec: CacheCodec, dim: int, tiles: int) -> tuple[tuple[str, int], ...]:
     """What is compiled in."""
-    most = SHARED_WORDS[_backend()]
+    most = SHARED_WORDS[gpu()]
     fine = codec.fine
     copies, fine_copies = (_copies(x.key_bits, x.value_bits, most) for x in (codec, fine))
     tables = (_entries(x.key_bits, x.value_bits) * n for x, n in ((codec, copies), (fine, fine_copies)))

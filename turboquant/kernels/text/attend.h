@@ -11,7 +11,7 @@ const int row = ROW(lane), column = COLUMN(lane);
 
 SHARED u32 shared[SHARED_WORDS];  // the queries at first, then tables, then outputs
 SHARED float statistics[WARPS][ROWS][3];
-SHARED float means[ROWS];
+SHARED float means[ROWS], highest[ROWS];
 SHARED u32 factors[ROWS * DIM / 2];  // the queries as they enter products
 
 SHARED_POINTER float* vectors = (SHARED_POINTER float*)shared;
@@ -56,43 +56,16 @@ UNROLL for (int n = 0; n < TILES; ++n) {
 
 Tokens tokens;
 tokens.value_factor = value_factors[head];
-{
-    const int other = VALUE_BITS == KEY_BITS ? 0 : Format<KEY_BITS>::ENTRIES * COPIES;
-    fill_table<KEY_BITS, COPIES>(shared, levels, index);
-    if (other) fill_table<VALUE_BITS, COPIES>(shared + other, levels + 256, index);
-    BARRIER;
-    const int count = counts[0], share = (count + 16 * splits - 1) / (16 * splits) * 16;
-    const int stop = (split + 1) * share < count ? (split + 1) * share : count;
-    tokens.key_codes = (GLOBAL const u8*)key_codes + (size_type)head * count * (DIM * KEY_BITS / 8);
-    tokens.value_codes = (GLOBAL const u8*)value_codes + (size_type)head * count * (DIM * VALUE_BITS / 8);
-    tokens.key_scales = key_scales + head * count;
-    tokens.value_scales = value_scales + head * count;
-    tokens.key_table = shared;
-    tokens.value_table = shared + other;
-    attend_tokens<KEY_BITS, VALUE_BITS, COPIES, true>(
-        state, turned, mean_scores, tokens, split * share + 16 * warp, stop, 16 * WARPS, lane);
-    BARRIER;
-}
-const int fine = counts[1], fine_share = (fine + 16 * splits - 1) / (16 * splits) * 16;
-if (split * fine_share < fine) {  // the same for all threads
-    const int other = FINE_VALUE_BITS == FINE_KEY_BITS ? 0 : Format<FINE_KEY_BITS>::ENTRIES * FINE_COPIES;
-    fill_table<FINE_KEY_BITS, FINE_COPIES>(shared, levels + 512, index);
-    if (other) fill_table<FINE_VALUE_BITS, FINE_COPIES>(shared + other, levels + 768, index);
-    BARRIER;
-    const int stop = (split + 1) * fine_share < fine ? (split + 1) * fine_share : fine;
-    tokens.key_codes = (GLOBAL const u8*)fine_key_codes + (size_type)head * fine * (DIM * FINE_KEY_BITS / 8);
-    tokens.value_codes = (GLOBAL const u8*)fine_value_codes + (size_type)head * fine * (DIM * FINE_VALUE_BITS / 8);
-    tokens.key_scales = fine_key_scales + head * fine;
-    tokens.value_scales = fine_value_scales + head * fine;
-    tokens.key_table = shared;
-    tokens.value_table = shared + other;
-    attend_tokens<FINE_KEY_BITS, FINE_VALUE_BITS, FINE_COPIES, false>(
-        state, turned, mean_scores, tokens, split * fine_share + 16 * warp, stop, 16 * WARPS, lane);
-    BARRIER;
-}
+tokens.set<KEY_BITS, VALUE_BITS>(key_codes, key_scales, value_codes, value_scales, head, counts[0]);
+attend_split<KEY_BITS, VALUE_BITS, COPIES, true>(
+    state, turned, mean_scores, tokens, levels, shared, split, splits, counts[0], index);
+tokens.set<FINE_KEY_BITS, FINE_VALUE_BITS>(
+    fine_key_codes, fine_key_scales, fine_value_codes, fine_value_scales, head, counts[1]);
+attend_split<FINE_KEY_BITS, FINE_VALUE_BITS, FINE_COPIES, false>(
+    state, turned, mean_scores, tokens, levels + 512, shared, split, splits, counts[1], index);
 if (split == splits - 1) {
-    tokens.key_codes = (GLOBAL const u8*)sink_keys + head * counts[2] * DIM * 2;
-    tokens.value_codes = (GLOBAL const u8*)sink_values + head * counts[2] * DIM * 2;
+    tokens.set<16, 16>(
+        (GLOBAL const u32*)sink_keys, key_scales, (GLOBAL const u32*)sink_values, value_scales, head, counts[2]);
     attend_tokens<16, 16, 1, false>(state, turned, mean_scores, tokens, 16 * warp, counts[2], 16 * WARPS, lane);
 }
 
@@ -109,16 +82,18 @@ UNROLL for (int n = 0; n < TILES; ++n) {
     }
 }
 BARRIER;
+for (int r = index; r < ROWS; r += THREADS) {
+    float top = statistics[0][r][0];
+    for (int w = 1; w < WARPS; ++w) top = statistics[w][r][0] > top ? statistics[w][r][0] : top;
+    highest[r] = top;
+}
+BARRIER;
 for (int turn = 0; turn < WARPS; ++turn) {
     if (warp == turn) {
         UNROLL for (int n = 0; n < TILES; ++n) {
             UNROLL for (int i = 0; i < 2; ++i) {
                 int r = n * 8 + column + i;
-                float highest = statistics[0][r][0];
-                for (int w = 1; w < WARPS; ++w) {
-                    highest = statistics[w][r][0] > highest ? statistics[w][r][0] : highest;
-                }
-                float factor = state.highest[n][i] == -INFINITY ? 0.0f : EXP2(state.highest[n][i] - highest);
+                float factor = state.highest[n][i] == -INFINITY ? 0.0f : EXP2(state.highest[n][i] - highest[r]);
                 UNROLL for (int m = 0; m < DIM / 16; ++m) {
                     int at = r * STRIDE + m * 16 + row * 2;
                     float one = state.output[n][m][i] * factor, other = state.output[n][m][i + 2] * factor;
@@ -136,14 +111,13 @@ for (int i = index; i < here * DIM; i += THREADS) {
     outputs[(size_type)from * DIM + i] = vectors[i / DIM * STRIDE + i % DIM];
 }
 for (int r = index; r < here; r += THREADS) {
-    float highest = statistics[0][r][0], total = 0, mean_share = 0;
-    for (int w = 1; w < WARPS; ++w) highest = statistics[w][r][0] > highest ? statistics[w][r][0] : highest;
+    float total = 0, mean_share = 0;
     for (int w = 0; w < WARPS; ++w) {
-        float factor = statistics[w][r][0] == -INFINITY ? 0.0f : EXP2(statistics[w][r][0] - highest);
+        float factor = statistics[w][r][0] == -INFINITY ? 0.0f : EXP2(statistics[w][r][0] - highest[r]);
         total += statistics[w][r][1] * factor;
         mean_share += statistics[w][r][2] * factor;
     }
-    sums[(from + r) * 3] = highest;
+    sums[(from + r) * 3] = highest[r];
     sums[(from + r) * 3 + 1] = total;
     sums[(from + r) * 3 + 2] = mean_share;
 }

@@ -115,6 +115,17 @@ struct Tokens {
     SHARED_POINTER const u32* key_table;
     SHARED_POINTER const u32* value_table;
     float value_factor;
+
+    // Those of a head; scales of halves are not read.
+    template <int K_BITS, int V_BITS>
+    FUNCTION void set(
+        GLOBAL const u32* keys, GLOBAL const half* scales_of_keys, GLOBAL const u32* values,
+        GLOBAL const half* scales_of_values, int head, int count) {
+        key_codes = (GLOBAL const u8*)keys + (size_type)head * count * (DIM * K_BITS / 8);
+        value_codes = (GLOBAL const u8*)values + (size_type)head * count * (DIM * V_BITS / 8);
+        key_scales = scales_of_keys + head * count;
+        value_scales = scales_of_values + head * count;
+    }
 };
 
 // What a lane reads of 16 tokens.
@@ -258,4 +269,24 @@ FUNCTION void attend_tokens(
             attend_tile<K_BITS, V_BITS, N>(state, queries, mean_scores, tokens, tile, stop - first, lane);
         }
     }
+}
+
+// Attention of queries over a split's share of `count` tokens of a kind. Its tables lie in `shared`, one behind the other
+// where they differ; `levels` has those of keys, and behind 256 entries those of values. To be called by all threads.
+template <int K_BITS, int V_BITS, int N, bool AHEAD>
+FUNCTION void attend_split(
+    THREAD State& state, THREAD Queries& queries, THREAD const float (&mean_scores)[TILES][2], THREAD Tokens& tokens,
+    GLOBAL const u32* levels, SHARED_POINTER u32* shared, int split, int splits, int count, int index) {
+    const int share = (count + 16 * splits - 1) / (16 * splits) * 16;
+    const int stop = (split + 1) * share < count ? (split + 1) * share : count;
+    if (split * share >= stop) return;  // the same for all threads
+    const int other = V_BITS == K_BITS ? 0 : Format<K_BITS>::ENTRIES * N;
+    fill_table<K_BITS, N>(shared, levels, index);
+    if (other) fill_table<V_BITS, N>(shared + other, levels + 256, index);
+    BARRIER;
+    tokens.key_table = shared;
+    tokens.value_table = shared + other;
+    attend_tokens<K_BITS, V_BITS, N, AHEAD>(
+        state, queries, mean_scores, tokens, split * share + 16 * (index / 32), stop, 16 * WARPS, index % 32);
+    BARRIER;
 }
