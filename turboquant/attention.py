@@ -62,6 +62,13 @@ def add_sink_logits(part: Partial, sinks: mx.array) -> Partial:
     return Partial(part.output * mx.exp(part.logsumexp - total)[..., None], total)
 
 
+def finish(part: Partial, sinks: mx.array | None, dtype: mx.Dtype) -> mx.array:
+    """A part as a model wants it: learned sink logits (n_heads,) taken into its softmax, in the model's dtype."""
+    if sinks is not None:
+        part = add_sink_logits(part, sinks[None, :, None])
+    return part.output.astype(dtype)
+
+
 def attend_dense(
     queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: mx.array | str | None
 ) -> Partial:

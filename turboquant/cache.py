@@ -17,8 +17,8 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import BatchKVCache, KVCache
 
-from turboquant.attention import Partial, add_sink_logits, merge
-from turboquant.kernels import attend_past, backend
+from turboquant.attention import Partial, finish, merge
+from turboquant.kernels import attend_past, attend_past_and_own, backend
 from turboquant.layer import DenseLayer, EncodedLayer
 
 Mask = mx.array | str | None
@@ -79,10 +79,9 @@ class Fork(_Watched):
     ) -> mx.array:
         """Attention of queries (1, n_heads, L, head_dim) over the encoded past and the suffix given."""
         self._attention_called()
-        parts = [backend().attend_dense(queries, keys, values, scale, mask)]
         if self.layer is not None:
-            parts.append(attend_past(queries, self.layer, scale))
-        return finish(merge(parts), sinks, queries.dtype)
+            return attend_past_and_own(queries, self.layer, keys, values, scale, mask, sinks)
+        return finish(backend().attend_dense(queries, keys, values, scale, mask), sinks, queries.dtype)
 
     def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> Mask:
         """A mask over the suffix; every query sees the whole encoded past.
@@ -174,16 +173,14 @@ class BatchForks(_Watched):
     ) -> mx.array:
         """Attention of queries (B, n_heads, L, head_dim): each distinct past is read once, for all its rows."""
         self._attention_called()
+        if len(self._rows_by_layer) == 1 and self.layers[0] is not None:
+            return attend_past_and_own(queries, self.layers[0], keys, values, scale, mask, sinks)
         suffix = backend().attend_dense(queries, keys, values, scale, mask)
-        past = self._attend_past(queries, scale, values.shape[-1])
-        return finish(merge([suffix, past]), sinks, queries.dtype)
+        return finish(merge([suffix, self._attend_pasts(queries, scale, values.shape[-1])]), sinks, queries.dtype)
 
-    def _attend_past(self, queries: mx.array, scale: float, value_dim: int) -> Partial:
-        groups = self._rows_by_layer
-        if len(groups) == 1 and self.layers[0] is not None:
-            return attend_past(queries, self.layers[0], scale)
+    def _attend_pasts(self, queries: mx.array, scale: float, value_dim: int) -> Partial:
         parts, order = [], []
-        for rows in groups:
+        for rows in self._rows_by_layer:
             layer, some = self.layers[rows[0]], queries[mx.array(rows)]
             parts.append(_nothing(some, value_dim) if layer is None else attend_past(some, layer, scale))
             order += rows
@@ -266,13 +263,6 @@ class BatchForks(_Watched):
         copied.__dict__.update(self.__dict__)
         copied.suffix = copy.deepcopy(self.suffix, memo)
         return copied
-
-
-def finish(part: Partial, sinks: mx.array | None, dtype: mx.Dtype) -> mx.array:
-    """A part as a model wants it: learned sink logits (n_heads,) taken into its softmax, in the model's dtype."""
-    if sinks is not None:
-        part = add_sink_logits(part, sinks[None, :, None])
-    return part.output.astype(dtype)
 
 
 def _nothing(queries: mx.array, value_dim: int) -> Partial:

@@ -104,7 +104,7 @@ class Codec:
 
     def rounding_metric(self, metric: NDArray[np.float64]) -> RoundingMetric:
         """A metric (H, head_dim, head_dim) of vectors as they are given to ``encode``, made ready for it."""
-        basis = np.array(self.rotation.forward(mx.eye(self.head_dim)), np.float64)
+        basis = _basis(self.rotation)
         return RoundingMetric.of(array_module(), basis.T @ metric @ basis)
 
     def encode(self, x: mx.array, mean: mx.array | None = None, metric: RoundingMetric | None = None) -> Encoded:
@@ -252,6 +252,12 @@ class CacheCodec:
             f"extra={self.extra_bits} rounding={'queries' if self.query_aware else 'nearest'} seed={self.seed}"
             + "".join(f" layer{layer}={keys}/{values}" for layer, keys, values in self.layer_bits)
         )
+
+
+@functools.lru_cache(maxsize=16)
+def _basis(rotation: Rotation) -> NDArray[np.float64]:
+    """The rotation as a matrix; row i: what coordinate i becomes."""
+    return np.array(rotation.forward(mx.eye(rotation.dim)), np.float64)
 
 
 def _norm(x: mx.array) -> mx.array:

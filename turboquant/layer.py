@@ -70,7 +70,11 @@ class EncodedLayer:
 
         queries: the context's own; they decide which tokens are kept finer and how keys are rounded.
         parent: of the tokens before these, whose means are used again, so that the two can be joined.
+        Raises ValueError where K/V are not finite.
         """
+        for x in (keys, values):
+            if not mx.isfinite(x).all():
+                raise ValueError("K/V hold numbers that are not finite: the model overflows on this context")
         codec = codec if parent is None else replace(codec, sinks=max(0, codec.sinks - parent.tokens))
         first = min(codec.sinks, keys.shape[1])
         metric, order, fine = _plan(keys, codec, queries)
@@ -80,13 +84,10 @@ class EncodedLayer:
             (keys, CacheCodec.keys, in_metric, None if parent is None else parent.key_mean),
             (values, CacheCodec.values, None, None if parent is None else parent.value_mean),
         ):
-            rest = x[:, first:]
+            rest, split = x[:, first:], order.shape[1] - fine
             mean = _mean(rest) if frozen is None else frozen
-            if order is not None:
-                rest = mx.take_along_axis(rest, order[..., None], axis=1)
-            split = rest.shape[1] - fine
-            coarse = _encode(rest[:, :split], of(codec, x.shape[-1]), mean, metric_of)
-            parts.append((coarse, _encode(rest[:, split:], of(codec.fine, x.shape[-1]), mean, metric_of), mean))
+            coarse = _encode(rest, order[:, :split], of(codec, x.shape[-1]), mean, metric_of)
+            parts.append((coarse, _encode(rest, order[:, split:], of(codec.fine, x.shape[-1]), mean, metric_of), mean))
         (coarse_keys, fine_keys, key_mean), (coarse_values, fine_values, value_mean) = parts
         layer = cls(
             codec=codec,
@@ -267,26 +268,26 @@ class DenseLayer:
 
 def _plan(
     keys: mx.array, codec: CacheCodec, queries: ContextQueries | None
-) -> tuple[NDArray[np.float64] | None, mx.array | None, int]:
-    """The metric to round keys in; the order (n_kv_heads, T - S) of tokens behind the sinks, the finer ones last, or
-    None for that of the context; and how many those are.
+) -> tuple[NDArray[np.float64] | None, mx.array, int]:
+    """The metric to round keys in, or None; the order (n_kv_heads, T - S) in which tokens behind the sinks are
+    encoded, the finer ones last, int32; and how many those are.
     """
-    tokens = keys.shape[1]
+    heads, tokens, _ = keys.shape
     window, looked_at = codec.fine_tokens(tokens, queries is not None)
+    count = max(0, tokens - codec.sinks)
+    order = mx.broadcast_to(mx.arange(count, dtype=mx.int32), (heads, count))
     if queries is None:
-        return None, None, window
+        return None, order, window
     metric, looks = queries.look_at(keys)
     looks = looks[:, codec.sinks :]
     looks[:, looks.shape[1] - window :] = np.inf
-    heads, count = looks.shape
     split = count - window - looked_at
     if 0 < split < count:
-        order = np.argpartition(looks, split, axis=1)
-        order[:, :split].sort(axis=1)
-        order[:, split:].sort(axis=1)
-    else:
-        order = np.tile(np.arange(count), (heads, 1))
-    return metric if codec.query_aware else None, mx.array(order.astype(np.uint32)), window + looked_at
+        by_looks = np.argpartition(looks, split, axis=1).astype(np.int32)
+        by_looks[:, :split].sort(axis=1)
+        by_looks[:, split:].sort(axis=1)
+        order = mx.array(by_looks)
+    return metric if codec.query_aware else None, order, window + looked_at
 
 
 def _mean(x: mx.array) -> mx.array:
@@ -296,11 +297,16 @@ def _mean(x: mx.array) -> mx.array:
     return x.astype(mx.float32).mean(axis=1, keepdims=True)
 
 
-def _encode(x: mx.array, codec: Codec, mean: mx.array, metric: RoundingMetric | None) -> Encoded:
-    """Encode (n_kv_heads, E, head_dim), tile by tile."""
+def _encode(x: mx.array, order: mx.array, codec: Codec, mean: mx.array, metric: RoundingMetric | None) -> Encoded:
+    """Encode vectors of x (n_kv_heads, T, head_dim), those that ``order`` (n_kv_heads, E) names."""
+    from turboquant.kernels import encoding_gpu  # kernels know layers
+
+    if order.shape[1] and encoding_gpu.usable(codec, x.dtype, metric is not None):
+        return encoding_gpu.encode(x, order, mean[:, 0], codec, metric)
     parts, tile = [], ENCODE_TILE if on_cpu() else GPU_ENCODE_TILE
-    for start in range(0, max(1, x.shape[1]), tile):
-        part = codec.encode(x[:, start : start + tile], mean, metric)
+    for start in range(0, max(1, order.shape[1]), tile):
+        some = mx.take_along_axis(x, order[:, start : start + tile, None], axis=1)
+        part = codec.encode(some, mean, metric)
         mx.eval(part.codes, part.scales)
         parts.append(part)
     return parts[0] if len(parts) == 1 else Encoded.concatenate(parts)

@@ -18,7 +18,8 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from turboquant.cache import Fork, Mask, finish
+from turboquant.attention import finish
+from turboquant.cache import Fork, Mask
 from turboquant.codec import CacheCodec
 from turboquant.device import on_cpu
 from turboquant.dispatch import compressible_layers, enabled

@@ -6,7 +6,8 @@ then, but the context's own later tokens ask much as they will. Knows tensors, a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,7 +52,7 @@ class ContextQueries:
         xp, heads = array_module(), keys.shape[0]
         sampled = to_module(xp, self.sampled).reshape(heads, -1, *self.sampled.shape[1:])
         past = None if self.past is None else to_module(xp, self.past).reshape(*sampled.shape[:3], 1)
-        turned = to_module(xp, keys).swapaxes(-1, -2)[:, None]
+        turned = to_module(xp, keys).swapaxes(-1, -2)
 
         def look(some: slice) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
             before = None if past is None else past[some]
@@ -105,29 +106,53 @@ def _look_at(
 ) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
     """The moments (H, dim, dim) of sampled queries, each as much as it looks sharply, and the looks (H, T).
 
-    sampled: (H, repeats, N, dim), times the scale. turned: (H, 1, dim, T). past: (H, repeats, N, 1) or None.
+    sampled: (H, repeats, N, dim), times the scale. turned: (H, dim, T). past: (H, repeats, N, 1) or None.
     """
     heads, repeats, count, dim = sampled.shape
-    sharp, looks = xp.zeros((heads, dim, dim)), np.zeros((heads, turned.shape[-1]), np.float32)
+    tokens = turned.shape[-1]
+    sharp, looks = xp.zeros((heads, dim, dim)), xp.zeros((heads, tokens), dtype=xp.float32)
     most = SCORES if xp is np else GPU_SCORES
-    step = max(FEWEST_ROWS, most // (heads * repeats * turned.shape[-1]))
+    step = max(FEWEST_ROWS, most // (heads * repeats * tokens))
+    seen, exponentials, squared = _elementwise(xp)
+    sinks = xp.array(SINKS if past is None else 0)
     for start in range(0, count, step):
         rows = slice(start, start + step)
         stop = positions[rows][-1] + 1  # later tokens are seen by none of these
         position, token = xp.array(positions[rows])[:, None], xp.arange(stop)
-        far = (token <= position - NEAR) & (token >= (SINKS if past is None else 0))
-        scores = xp.where(token <= position, sampled[:, :, rows] @ turned[..., :stop], -1e30)
+        queries = sampled[:, :, rows].reshape(heads, -1, dim)
+        scores = (queries @ turned[..., :stop]).reshape(heads, repeats, -1, stop)
+        scores = seen(scores, token, position)
         highest = scores.max(axis=-1, keepdims=True)
         if past is not None:
             highest = xp.maximum(highest, past[:, :, rows])
-        weights = xp.exp(scores - highest)
+        weights = exponentials(scores, highest)
         total = weights.sum(axis=-1, keepdims=True)
-        weights = weights / (total if past is None else total + xp.exp(past[:, :, rows] - highest))
-        squares = xp.where(far, weights * weights, 0.0)
-        queries = sampled[:, :, rows].reshape(heads, -1, dim)
+        if past is not None:
+            total = total + exponentials(past[:, :, rows], highest)
+        squares = squared(weights, total, token, position, sinks)
         sharp = sharp + (queries * squares.sum(axis=-1).reshape(heads, -1, 1)).swapaxes(-1, -2) @ queries
-        looks[:, :stop] += np.array(squares.sum(axis=(1, 2)))
-    return np.array(sharp, np.float64), looks
+        looks[:, :stop] += squares.sum(axis=(1, 2))
+    return np.array(sharp, np.float64), np.array(looks)
+
+
+@functools.cache
+def _elementwise(xp: Any) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
+    """Scores of the tokens a query sees; exponentials; and squared shares of attention of those far from it."""
+
+    def seen(scores: Any, token: Any, position: Any) -> Any:
+        return xp.where(token <= position, scores, -1e30)
+
+    def exponentials(scores: Any, highest: Any) -> Any:
+        return xp.exp(scores - highest)
+
+    def squared(weights: Any, total: Any, token: Any, position: Any, sinks: Any) -> Any:
+        shares = weights / total
+        return xp.where((token <= position - NEAR) & (token >= sinks), shares * shares, 0.0)
+
+    if xp is np:
+        return seen, exponentials, squared
+    first, second, third = (mx.compile(f, shapeless=True) for f in (seen, exponentials, squared))
+    return first, second, third
 
 
 def _normalised(moments: NDArray[np.float64]) -> NDArray[np.float64]:

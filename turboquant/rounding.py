@@ -9,9 +9,10 @@ triangular factor, it is rounding with feedback: each coordinate makes up for th
 Chee et al., "QuIP", arXiv 2307.13304; GPTQ's order of work). From codes that are there already, in the metric itself,
 it is coordinate descent. At two bits feedback overloads the outer levels and the nearest ones are the better start.
 Coordinates are worked on in blocks, as GPTQ does: what the errors of all others make of a block is one product, and
-only what changes within the block is followed up one by one, on a GPU by a kernel (kernels/rounding_gpu.py).
+only what changes within the block is followed up one by one.
 
-Written for NumPy and MLX alike: ``xp`` is either module, and all arrays are that module's.
+Written for NumPy and MLX alike: ``xp`` is either module, and all arrays are that module's. On a GPU it is the
+reference for a kernel, kernels/encoding_gpu.py.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turboquant.codebook import lloyd_max
-from turboquant.device import on_cpu
 
 SWEEPS = 2
 BLOCK = 16  # coordinates
@@ -84,26 +84,16 @@ def _sweep(xp: Any, unit: Any, error: Any, pull: Any, scale: Any, bits: int, ste
     step: 1 from the first coordinate on, -1 from the last.
     """
     blocks, dim, codes = range(0, unit.shape[1], BLOCK), unit.shape[1], []
-    round_block = _round_block(xp)
     for start in blocks[::step]:
         block = slice(start, min(start + BLOCK, dim))
         wanted = unit[:, block] - pull[:, block] @ error
         own = pull[:, block, block]
-        chosen, error[:, block] = round_block(wanted, unit[:, block], error[:, block], own, scale, bits, step)
+        chosen, error[:, block] = _round_block(xp, wanted, unit[:, block], error[:, block], own, scale, bits, step)
         codes.append(chosen)
     return xp.concatenate(codes[::step], axis=1)
 
 
-def _round_block(xp: Any) -> Any:
-    if xp is not np and not on_cpu():
-        from turboquant.kernels import rounding_gpu
-
-        if rounding_gpu.usable():
-            return rounding_gpu.round_block
-    return functools.partial(round_block, xp)
-
-
-def round_block(
+def _round_block(
     xp: Any, wanted: Any, unit: Any, error: Any, own: Any, scale: Any, bits: int, step: int
 ) -> tuple[Any, Any]:
     """Codes and errors (H, B, T) of a block of coordinates, chosen one by one, from the last if ``step`` is -1.

@@ -19,8 +19,8 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
-from turboquant.attention import merge
-from turboquant.cache import Fork, Mask, finish
+from turboquant.attention import finish, merge
+from turboquant.cache import Fork, Mask
 from turboquant.codec import CacheCodec
 from turboquant.dispatch import compressible_layers, enabled
 from turboquant.kernels import attend_past, backend

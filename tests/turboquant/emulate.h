@@ -19,18 +19,22 @@ typedef _Float16 half;
 #define GLOBAL
 #define THREAD
 #define UNROLL
+#define TWICE
 #define BARRIER wait(group_gate, thread_count)
 #define THREAD_INDEX current
-#define GROUP_X place[0]
-#define GROUP_Y place[1]
-#define GROUP_Z place[2]
+#define GROUP_X group_place[0]
+#define GROUP_Y group_place[1]
+#define GROUP_Z group_place[2]
 #define EXP2(x) exp2f(x)
 #define LOG2(x) log2f(x)
 #define ABSOLUTE(x) fabsf(x)
+#define SQRT(x) sqrtf(x)
+#define MASKED_OR(x, mask, others) (((x) & (mask)) | (others))
 #define LOW_HALVES(x, y) (((x) & 0xffffu) | ((y) << 16))
 #define HIGH_HALVES(x, y) (((x) >> 16) | ((y) & 0xffff0000u))
 #define READ_8(from, to) memcpy(to, from, 8)
 #define READ_16(from, to) memcpy(to, from, 16)
+#define READ_FLOATS(from, to) memcpy(to, from, 16)
 #ifdef METAL_LANES
 #define ROW(lane) (((lane) / 4 & 4) + (lane) / 2 % 4)
 #define COLUMN(lane) (((lane) / 4 & 2) * 2 + (lane) % 2 * 2)
@@ -38,6 +42,10 @@ typedef _Float16 half;
 #define ROW(lane) ((lane) / 4)
 #define COLUMN(lane) ((lane) % 4 * 2)
 #endif
+
+// Store a number as whatever an array holds.
+template <typename T>
+FUNCTION void put(GLOBAL T* to, float x) { *to = T(x); }
 
 struct Gate {
     int arrived = 0, opened = 0;
@@ -50,7 +58,7 @@ static ucontext_t scheduler, contexts[256];
 static bool done[256];
 static Gate group_gate, lane_gates[8];
 static Box boxes[256];
-static int current, thread_count, place[3];
+static int current, thread_count, group_place[3];
 
 static void wait(Gate& gate, int count) {
     int opened = gate.opened, self = current;
@@ -93,13 +101,14 @@ static float over(float x, bool rows, Combine combine) {
     wait_for_lanes();
     return result;
 }
-static float from_lane(float x, int bit) {
+static float of_lane(float x, int lane) {
     boxes[current].value = x;
     wait_for_lanes();
-    float other = boxes[current ^ bit].value;
+    float other = boxes[current / 32 * 32 + lane].value;
     wait_for_lanes();
     return other;
 }
+static float from_lane(float x, int bit) { return of_lane(x, current % 32 ^ bit); }
 static float over_rows_max(float x) { return over(x, true, [](float a, float b) { return a > b ? a : b; }); }
 static float over_rows_sum(float x) { return over(x, true, [](float a, float b) { return a + b; }); }
 static bool in_any_lane(bool x) {
@@ -162,7 +171,7 @@ static bool run_groups(int x, int y, int z, int threads) {
     static std::vector<char> stacks(256 << 16);
     thread_count = threads;
     for (int group = 0; group < x * y * z; ++group) {
-        place[0] = group % x, place[1] = group / x % y, place[2] = group / x / y;
+        group_place[0] = group % x, group_place[1] = group / x % y, group_place[2] = group / x / y;
         group_gate = Gate();
         for (Gate& gate : lane_gates) gate = Gate();
         for (int thread = 0; thread < threads; ++thread) {

@@ -12,8 +12,15 @@ import numpy as np
 
 from turboquant.kernels.launch import Launch, defines, text
 
-TYPES = {mx.float32: "float", mx.float16: "half", mx.uint32: "u32", mx.int32: "int", mx.uint8: "u8"}
-POISON = {mx.float32: (np.float32, np.nan), mx.uint8: (np.uint8, 255)}
+TYPES = {
+    mx.float32: "float",
+    mx.float16: "half",
+    mx.uint32: "u32",
+    mx.int32: "int",
+    mx.uint8: "u8",
+    mx.bool_: "bool",
+}
+POISON = {mx.float32: (np.float32, np.nan), mx.float16: (np.float16, np.nan), mx.uint32: (np.uint32, 2**32 - 1)}
 EMULATOR = (Path(__file__).parent / "emulate.h").read_text(encoding="utf-8")
 
 
@@ -25,12 +32,18 @@ def emulated_launch(folder: Path, backend: str, what: Launch, inputs: list[mx.ar
     source += ("#define METAL_LANES\n" if backend == "metal" else "") + EMULATOR
     source += "".join(text(file) for file in what.headers)
     source += "".join(f"static {kind} {key};\n" for key, kind in types.items())
+    if what.strided:
+        source += "".join(f'extern "C" {{ long long {x}_shape[8], {x}_strides[8]; }}\n' for x in what.inputs)
     source += "static void body() {\n" + text(f"{what.name}.h") + "}\n"
-    source += 'extern "C" bool run(int x, int y, int z, int threads, void** arrays) {\n'
+    source += 'extern "C" bool run(int groups_x, int groups_y, int groups_z, int threads, void** arrays) {\n'
     source += "".join(f"{key} = ({kind})arrays[{i}];\n" for i, (key, kind) in enumerate(types.items()))
-    source += "return run_groups(x, y, z, threads);\n}\n"
+    source += "return run_groups(groups_x, groups_y, groups_z, threads);\n}\n"
     library = _compiled(folder, source)
-    arrays = [np.ascontiguousarray(np.array(x)) for x in inputs]
+    arrays = [np.asarray(x) if what.strided else np.ascontiguousarray(np.array(x)) for x in inputs]
+    for name, array in zip(what.inputs, arrays, strict=True) if what.strided else ():
+        for of, numbers in ("shape", array.shape), ("strides", [n // array.itemsize for n in array.strides]):
+            found = (ctypes.c_longlong * 8).in_dll(library, f"{name}_{of}")
+            found[: array.ndim] = numbers
     for _, shape, dtype in what.outputs:
         kind, poison = POISON[dtype]
         arrays.append(np.full(shape, poison, kind))

@@ -84,6 +84,27 @@ def test_any_number_of_splits(
 
 
 @pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("tokens", [1, 70, 150])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16])
+def test_rows_with_tokens_of_their_own(
+    tokens: int, masked: bool, dtype: mx.Dtype, random_layer: Callable[..., EncodedLayer]
+) -> None:
+    """K/V are a part of a larger buffer, as caches have them, and queries lie across."""
+    batch, layer = 3, random_layer(100, CacheCodec())
+    queries = mx.random.normal((batch, 1, 4, 64)).astype(dtype).swapaxes(1, 2)
+    keys, values = (mx.random.normal((batch, 2, 256, 64)).astype(dtype)[:, :, :tokens] for _ in range(2))
+    mask = (mx.arange(tokens) >= mx.array([[0], [tokens // 2], [tokens - 1]]))[:, None, None] if masked else None
+    mx.eval(queries, keys, values, mask)
+    found = attention_gpu.attend_step(queries, layer, keys, values, SCALE, mask)
+    parts = attention.attend_layer(queries, layer, SCALE), attention.attend_dense(queries, keys, values, SCALE, mask)
+    wanted = np.array(attention.merge(parts).output)
+    assert found.dtype == dtype
+    assert found.shape == wanted.shape
+    assert np.linalg.norm(np.array(found) - wanted) < 1e-3 * np.linalg.norm(wanted)
+
+
+@pytest.mark.usefixtures("emulated")
 def test_sharp_attention(random_layer: Callable[..., EncodedLayer]) -> None:
     """What rounding queries to halves costs grows with the scores, which decide between a few tokens here."""
     layer = random_layer(300, CacheCodec())

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-import functools
-import shutil
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from emulator import emulated_launch
 from numpy.typing import NDArray
 
 from turboquant import Codec, rounding
 from turboquant.codebook import lloyd_max
-from turboquant.kernels import rounding_gpu
-from turboquant.kernels.launch import Launch
 from turboquant.rounding import RoundingMetric
 
 HEADS, TOKENS = 2, 40
@@ -79,49 +72,6 @@ def test_mlx_rounds_as_numpy_does(bits: int) -> None:
     others, other_factors = rounding.round_in_metric(mx, mx.array(unit), RoundingMetric.of(mx, metric), bits)
     assert (np.array(others) == codes).mean() > 0.99  # sums are rounded otherwise, and a tie is a tie
     assert np.abs(np.array(other_factors) - factors).mean() < 1e-3
-
-
-@pytest.fixture
-def emulated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The kernel is run as C++."""
-    monkeypatch.setattr(rounding_gpu, "launch", functools.partial(emulated_launch, tmp_path, "cuda"))
-    monkeypatch.setattr(rounding, "on_cpu", lambda: False)
-    rounding_gpu.usable.cache_clear()
-    yield
-    rounding_gpu.usable.cache_clear()
-
-
-@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-@pytest.mark.usefixtures("emulated")
-@pytest.mark.parametrize("dim", [64, 72])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_the_gpu_s_text_rounds_as_numpy_does(bits: int, dim: int) -> None:
-    unit, metric = units(dim), a_metric(dim)
-    codes, factors = rounding.round_in_metric(np, unit, RoundingMetric.of(np, metric), bits)
-    assert rounding_gpu.usable()
-    others, other_factors = rounding.round_in_metric(mx, mx.array(unit), RoundingMetric.of(mx, metric), bits)
-    assert (np.array(others) == codes).mean() > 0.99
-    assert np.abs(np.array(other_factors) - factors).mean() < 1e-3
-
-
-@pytest.mark.parametrize("fault", ["raises", "wrong"])
-def test_a_kernel_that_fails_is_not_used(
-    fault: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def launched(what: Launch, inputs: list[mx.array]) -> list[mx.array]:
-        if fault == "raises":
-            raise RuntimeError("no such instruction")
-        return [mx.zeros(shape, dtype) for _, shape, dtype in what.outputs]
-
-    monkeypatch.setattr(rounding_gpu, "launch", launched)
-    monkeypatch.setattr(rounding, "on_cpu", lambda: False)
-    rounding_gpu.usable.cache_clear()
-    unit, metric = units(64), a_metric(64)
-    codes, _ = rounding.round_in_metric(np, unit, RoundingMetric.of(np, metric), 4)
-    others, _ = rounding.round_in_metric(mx, mx.array(unit), RoundingMetric.of(mx, metric), 4)
-    rounding_gpu.usable.cache_clear()
-    assert (np.array(others) == codes).mean() > 0.99
-    assert "MLX's operations are used" in caplog.text
 
 
 def test_the_codec_takes_the_metric_of_unrotated_keys() -> None:

@@ -42,6 +42,27 @@ def has_kernel(layers: Iterable[EncodedLayer]) -> bool:
     return not on_cpu() and all(attention_gpu.knows(layer) for layer in layers)
 
 
+def attend_past_and_own(
+    queries: mx.array,
+    layer: EncodedLayer | DenseLayer,
+    keys: mx.array,
+    values: mx.array,
+    scale: float,
+    mask: mx.array | str | None,
+    sinks: mx.array | None,
+) -> mx.array:
+    """Attention of queries (B, n_heads, L, head_dim) over a shared past and their rows' own tokens, in their dtype.
+
+    keys, values: (B, n_kv_heads, T, head_dim), full precision. mask: of those, see ``attention.attend_dense``.
+    sinks: learned logits (n_heads,), or None. Where a kernel attends the past, it does all of a decoding step.
+    """
+    if queries.shape[2] == 1 and sinks is None and isinstance(layer, EncodedLayer) and has_kernel([layer]):
+        seen = None if isinstance(mask, str) else mask  # one query sees all there is, if the mask is causal
+        return attention_gpu.attend_step(queries, layer, keys, values, scale, seen)
+    own = backend().attend_dense(queries, keys, values, scale, mask)
+    return attention.finish(attention.merge([own, attend_past(queries, layer, scale)]), sinks, queries.dtype)
+
+
 def attend_past(queries: mx.array, layer: EncodedLayer | DenseLayer, scale: float) -> Partial:
     """Attention of queries (B, n_heads, L, head_dim) over a shared past that every one of them may see."""
     if isinstance(layer, EncodedLayer):

@@ -54,6 +54,8 @@ INPUTS = (
 MERGE_INPUTS = ("outputs", "sums", "value_mean", "value_factors", "signs", "settings", "sizes")
 
 LARGEST_ERROR = 1e-2  # relative; of halves it is below 1e-3
+FEWEST = 16  # tokens of each kind in memory, as they are read 16 at a time
+_BY_TOKEN = ("codes", "scales", "sink_keys", "sink_values")  # what names of tensors (n_kv_heads, T, ...) end with
 _TRIED = ((2, 200), (2, 200), (1, 4, 1))  # keys, values and queries
 
 attend_dense = attention.attend_dense
@@ -66,14 +68,26 @@ def attend_layer(queries: mx.array, layer: EncodedLayer, scale: float) -> Partia
     return _attend(queries, layer, scale)
 
 
-def _attend(queries: mx.array, layer: EncodedLayer, scale: float) -> Partial:
-    inputs = _constants(layer)
+def attend_step(
+    queries: mx.array, layer: EncodedLayer, keys: mx.array, values: mx.array, scale: float, mask: mx.array | None
+) -> mx.array:
+    """Attention of one query (B, n_heads, 1, head_dim) a row over a layer and the row's own tokens.
+
+    keys, values: (B, n_kv_heads, T, head_dim). mask: (B, 1, 1, T), true where visible, or None.
+    Returns (B, n_heads, 1, head_dim) in the queries' dtype. For layers that ``knows`` knows.
+    """
+    own = {"queries": queries, "keys": keys, "values": values} | ({} if mask is None else {"mask": mask})
+    return _attend(queries, layer, scale, own).output
+
+
+def _attend(queries: mx.array, layer: EncodedLayer, scale: float, own: dict[str, mx.array] | None = None) -> Partial:
+    """Attention over a layer and, if there are any, each row's own tokens; the output then has the queries' dtype."""
     counts = (layer.keys.tokens, layer.fine_keys.tokens, layer.sink_keys.shape[1])
-    plan = _plan(queries.shape, layer.key_mean.shape[0], counts, scale, layer.codec)
-    inputs = {**inputs, "queries": queries, "settings": plan.settings, "sizes": plan.sizes}
-    outputs, sums = launch(plan.attend, [inputs[name] for name in INPUTS])
-    inputs["outputs"], inputs["sums"] = outputs, sums
-    output, logsumexp = launch(plan.merge, [inputs[name] for name in MERGE_INPUTS])
+    dtype, suffix = (mx.float32, ()) if own is None else (queries.dtype, tuple(own))
+    plan = _plan(queries.shape, layer.key_mean.shape[0], counts, scale, layer.codec, dtype, suffix)
+    inputs = {**_constants(layer), "queries": queries, "settings": plan.settings, "sizes": plan.sizes, **(own or {})}
+    inputs["outputs"], inputs["sums"] = launch(plan.attend, [inputs[name] for name in plan.attend.inputs])
+    output, logsumexp = launch(plan.merge, [inputs[name] for name in plan.merge.inputs])
     return Partial(output, logsumexp)
 
 
@@ -88,11 +102,14 @@ def usable(codec: CacheCodec, dim: int) -> bool:
     """Whether the kernels run here and find what attention.py does, tried once."""
     keys, values, queries = (mx.random.normal((*shape, dim), key=mx.random.key(i)) for i, shape in enumerate(_TRIED))
     layer = EncodedLayer.encode(keys, values, codec)
+    some = keys[None, :, :20]
 
     def error() -> float:
-        expected = attention.attend_layer(queries, layer, 0.125).output
-        found = _attend(queries, layer, 0.125).output
-        return float(mx.linalg.norm(found - expected) / mx.linalg.norm(expected))
+        past = attention.attend_layer(queries, layer, 0.125)
+        both = attention.merge([past, attention.attend_dense(queries, some, some, 0.125, None)])
+        found = [_attend(queries, layer, 0.125).output, attend_step(queries, layer, some, some, 0.125, None)]
+        expected = [past.output, both.output]
+        return max(float(mx.linalg.norm(x - y) / mx.linalg.norm(y)) for x, y in zip(found, expected, strict=True))
 
     return runs("attention kernels", error, LARGEST_ERROR)
 
@@ -109,7 +126,13 @@ class _Plan:
 
 @functools.lru_cache(maxsize=256)
 def _plan(
-    shape: tuple[int, int, int, int], n_kv_heads: int, counts: tuple[int, int, int], scale: float, codec: CacheCodec
+    shape: tuple[int, int, int, int],
+    n_kv_heads: int,
+    counts: tuple[int, int, int],
+    scale: float,
+    codec: CacheCodec,
+    dtype: mx.Dtype,
+    suffix: tuple[str, ...],
 ) -> _Plan:
     batch, n_heads, length, dim = shape
     rows = batch * (n_heads // n_kv_heads) * length
@@ -130,11 +153,12 @@ def _plan(
     )
     merge = Launch(
         "merge",
-        (("DIM", dim), ("MOST_SPLITS", MOST_SPLITS)),
-        MERGE_INPUTS,
-        (("output", shape, mx.float32), ("logsumexp", shape[:3], mx.float32)),
+        (("DIM", dim), ("MOST_SPLITS", MOST_SPLITS), ("SUFFIX", int(suffix != ())), ("MASKED", int("mask" in suffix))),
+        MERGE_INPUTS + suffix,
+        (("output", shape, dtype), ("logsumexp", shape[:3], mx.float32)),
         (rows, n_kv_heads, 1),
         dim,
+        strided=True,
     )
     settings = mx.array([scale * math.log2(math.e), dim**-0.5, *[0.0] * 6])
     sizes = mx.array([batch, n_heads, n_kv_heads, length, *counts, splits], mx.int32)
@@ -195,9 +219,15 @@ def _constants(layer: EncodedLayer) -> dict[str, mx.array]:
             "signs": rotation.signs,
             "levels": mx.array(levels).view(mx.uint32),
         }
-        layer.derived.update({name: x if x.size else mx.zeros(16, x.dtype) for name, x in tensors.items()})
+        layer.derived.update({name: _padded(x) if name.endswith(_BY_TOKEN) else x for name, x in tensors.items()})
         mx.eval(list(layer.derived.values()))
     return layer.derived
+
+
+def _padded(x: mx.array) -> mx.array:
+    """(n_kv_heads, T, ...) of FEWEST tokens at least."""
+    missing = max(0, FEWEST - x.shape[1])
+    return mx.pad(x, [(0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)]) if missing else x
 
 
 def _table(bits: int) -> NDArray[np.float16]:

@@ -22,7 +22,8 @@ _log = logging.getLogger(__name__)
 class Launch:
     """A kernel of ``text/`` and how it is started: ``groups`` thread-groups of so many threads.
 
-    constants: what is compiled in. outputs: names, shapes and dtypes. headers: texts that the body needs.
+    constants: what is compiled in. outputs: names, shapes and dtypes. headers: texts that the body needs. strided: the
+    body reads inputs as they lie, by their strides; else those that are not contiguous are copied.
     """
 
     name: str
@@ -32,12 +33,14 @@ class Launch:
     groups: tuple[int, int, int]
     threads: int
     headers: tuple[str, ...] = ()
+    strided: bool = False
 
 
 def launch(what: Launch, inputs: list[mx.array]) -> list[mx.array]:
     """Run a kernel on its inputs; returns its outputs."""
     names = tuple(name for name, _, _ in what.outputs)
-    found: list[mx.array] = _kernel(what.name, what.constants, what.headers, what.inputs, names)(
+    kernel = _kernel(what.name, what.constants, what.headers, what.inputs, names, what.strided)
+    found: list[mx.array] = kernel(
         inputs=inputs,
         grid=(what.groups[0] * what.threads, *what.groups[1:]),
         threadgroup=(what.threads, 1, 1),
@@ -85,9 +88,10 @@ def _kernel(
     headers: tuple[str, ...],
     inputs: tuple[str, ...],
     outputs: tuple[str, ...],
+    strided: bool,
 ) -> Any:
     make = mx.fast.metal_kernel if gpu() == "metal" else mx.fast.cuda_kernel
     header = defines(constants) + "".join(text(file) for file in (f"{gpu()}.h", *headers))
     label = "_".join([name, *(str(value).replace(".", "p") for _, value in constants)])
     body = (text("metal_positions.h") if gpu() == "metal" else "") + text(f"{name}.h")
-    return make(label, list(inputs), list(outputs), body, header=header)
+    return make(label, list(inputs), list(outputs), body, header=header, ensure_row_contiguous=not strided)

@@ -27,9 +27,18 @@ FUNCTION void read_bytes(GLOBAL const u8* from, THREAD u32* to) {
     }
 }
 
-// Bits `shift` .. `shift + width` of a word, moved to `to`.
-FUNCTION u32 moved(u32 word, int shift, int width, int to) {
-    return (shift >= to ? word >> (shift - to) : word << (to - shift)) & (((1u << width) - 1) << to);
+// Bits `shift` .. `shift + width` of a word, moved to `to`, in `others`.
+FUNCTION u32 placed(u32 word, int shift, int width, int to, u32 others) {
+    return MASKED_OR(shift >= to ? word >> (shift - to) : word << (to - shift), ((1u << width) - 1) << to, others);
+}
+
+// Fields of two words: `one` gets the even ones of both, a pair of neighbours for each, `other` the odd ones.
+template <int WIDTH>
+FUNCTION void weave(THREAD u32& one, THREAD u32& other) {
+    const u32 even = WIDTH == 4 ? 0x0f0f0f0fu : WIDTH == 2 ? 0x33333333u : 0x55555555u;
+    u32 evens = (one & even) | ((other & even) << WIDTH);
+    other = ((one >> WIDTH) & even) | (other & (even << WIDTH));
+    one = evens;
 }
 
 // A lane's run of one vector: DIM / PARTS coordinates.
@@ -37,18 +46,18 @@ template <int BITS, int PARTS>
 struct Run {
     enum {
         LOW_BYTES = DIM / PARTS * Format<BITS>::LOW / 8,
-        HIGH_BYTES = DIM / PARTS * Format<BITS>::HIGH / 8
+        HIGH_BYTES = DIM / PARTS * Format<BITS>::HIGH / 8,
+        LOW_WORDS = LOW_BYTES > 4 && BITS < 16 ? LOW_BYTES / 4 : 1,
+        HIGH_WORDS = HIGH_BYTES > 4 ? HIGH_BYTES / 4 : 1
     };
-    u32 low[LOW_BYTES > 4 && BITS < 16 ? LOW_BYTES / 4 : 1];
-    u32 high[HIGH_BYTES > 4 ? HIGH_BYTES / 4 : 1];
+    u32 low[LOW_WORDS], high[HIGH_WORDS];
     GLOBAL const u32* halves;  // of 16 bits there are few, and they are read when they are needed
 
-    FUNCTION void read(GLOBAL const u8* codes, int vector, int part) {
-        GLOBAL const u8* first = codes + vector * (DIM * BITS / 8);
-        halves = (GLOBAL const u32*)(first + part * LOW_BYTES);
-        if (BITS < 16) read_bytes<BITS == 16 ? 4 : LOW_BYTES>(first + part * LOW_BYTES, low);
+    FUNCTION void read(GLOBAL const u8* vector, int part) {
+        halves = (GLOBAL const u32*)(vector + part * LOW_BYTES);
+        if (BITS < 16) read_bytes<BITS == 16 ? 4 : LOW_BYTES>(vector + part * LOW_BYTES, low);
         if (Format<BITS>::HIGH) {
-            read_bytes<HIGH_BYTES == 0 ? 1 : HIGH_BYTES>(first + DIM * Format<BITS>::LOW / 8 + part * HIGH_BYTES, high);
+            read_bytes<HIGH_BYTES == 0 ? 1 : HIGH_BYTES>(vector + DIM * Format<BITS>::LOW / 8 + part * HIGH_BYTES, high);
         }
     }
 
@@ -58,8 +67,8 @@ struct Run {
     FUNCTION u32 entry(SHARED_POINTER const u32* table, u32 copy, int i) {
         const int codes = Format<BITS>::PAIRED ? 2 : 1, place = N == 32 ? 7 : N == 16 ? 6 : N == 8 ? 5 : 2;
         const int width = codes * Format<BITS>::LOW, high_width = codes * Format<BITS>::HIGH;
-        u32 offset = moved(low[i * width / 32], i * width % 32, width, place) | copy;
-        if (high_width) offset |= moved(high[i * high_width / 32], i * high_width % 32, high_width, place + width);
+        u32 offset = placed(low[i * width / 32], i * width % 32, width, place, copy);
+        if (high_width) offset = placed(high[i * high_width / 32], i * high_width % 32, high_width, place + width, offset);
         return *(SHARED_POINTER const u32*)((SHARED_POINTER const u8*)table + offset);
     }
 
@@ -69,6 +78,21 @@ struct Run {
         if (BITS == 16) return halves[i];
         if (Format<BITS>::PAIRED) return entry<N>(table, copy, i);
         return LOW_HALVES(entry<N>(table, copy, 2 * i), entry<N>(table, copy, 2 * i + 1));
+    }
+
+    // Of two vectors' runs, coordinates 2 i of both and 2 i + 1 of both, after `weave_with`.
+    template <int N>
+    FUNCTION void of_two(
+        THREAD Run& next, SHARED_POINTER const u32* table, u32 copy, int i, THREAD u32& even, THREAD u32& odd) {
+        u32 one = pair<N>(table, copy, i), other = next.template pair<N>(table, copy, i);
+        even = Format<BITS>::PAIRED ? one : LOW_HALVES(one, other);
+        odd = Format<BITS>::PAIRED ? other : HIGH_HALVES(one, other);
+    }
+
+    FUNCTION void weave_with(THREAD Run& next) {
+        if (!Format<BITS>::PAIRED) return;
+        UNROLL for (int i = 0; i < LOW_WORDS; ++i) weave<Format<BITS>::LOW>(low[i], next.low[i]);
+        UNROLL for (int i = 0; i < HIGH_WORDS && Format<BITS>::HIGH; ++i) weave<Format<BITS>::HIGH>(high[i], next.high[i]);
     }
 };
 
@@ -116,37 +140,41 @@ struct Tokens {
     SHARED_POINTER const u32* value_table;
     float value_factor;
 
-    // Those of a head; scales of halves are not read.
+    // Those of a head, of which memory holds 16 at least; scales of halves are not read.
     template <int K_BITS, int V_BITS>
     FUNCTION void set(
         GLOBAL const u32* keys, GLOBAL const half* scales_of_keys, GLOBAL const u32* values,
         GLOBAL const half* scales_of_values, int head, int count) {
-        key_codes = (GLOBAL const u8*)keys + (size_type)head * count * (DIM * K_BITS / 8);
-        value_codes = (GLOBAL const u8*)values + (size_type)head * count * (DIM * V_BITS / 8);
-        key_scales = scales_of_keys + head * count;
-        value_scales = scales_of_values + head * count;
+        const size_type first = (size_type)head * (count < 16 ? 16 : count);
+        key_codes = (GLOBAL const u8*)keys + first * (DIM * K_BITS / 8);
+        value_codes = (GLOBAL const u8*)values + first * (DIM * V_BITS / 8);
+        key_scales = scales_of_keys + first;
+        value_scales = scales_of_values + first;
     }
 };
 
-// What a lane reads of 16 tokens.
+// What a lane reads of 16 tokens, of which those from `begin` on and before `end` count.
 template <int K_BITS, int V_BITS>
 struct Tile {
     Run<K_BITS, 4> keys[2];
     Run<V_BITS, 8> values[4];
     float key_scale[2], value_scale[2];
+    int begin, end;
 
+    // The 16 tokens from `first` on; where there are fewer, the last 16.
     FUNCTION void read(THREAD const Tokens& tokens, int first, int stop, int lane) {
-        const int row = ROW(lane), column = COLUMN(lane), last = stop - 1;
+        const int row = ROW(lane), column = COLUMN(lane);
+        const int from = first + 16 <= stop ? first : stop > 16 ? stop - 16 : 0;
+        begin = first - from;
+        end = stop - from;
+        GLOBAL const u8* key = tokens.key_codes + (from + row) * (DIM * K_BITS / 8);
+        GLOBAL const u8* value = tokens.value_codes + (from + column) * (DIM * V_BITS / 8);
         UNROLL for (int i = 0; i < 2; ++i) {
-            int token = first + row + 8 * i < last ? first + row + 8 * i : last;
-            keys[i].read(tokens.key_codes, token, column / 2);
-            key_scale[i] = K_BITS == 16 ? -1.0f : float(tokens.key_scales[token]);
-            value_scale[i] = V_BITS == 16 ? -1.0f : float(tokens.value_scales[token]);
+            keys[i].read(key + 8 * i * (DIM * K_BITS / 8), column / 2);
+            key_scale[i] = K_BITS == 16 ? -1.0f : float(tokens.key_scales[from + row + 8 * i]);
+            value_scale[i] = V_BITS == 16 ? -1.0f : float(tokens.value_scales[from + row + 8 * i]);
         }
-        UNROLL for (int i = 0; i < 4; ++i) {
-            int token = first + column + (i & 1) + (i & 2) * 4;
-            values[i].read(tokens.value_codes, token < last ? token : last, row);
-        }
+        UNROLL for (int i = 0; i < 4; ++i) values[i].read(value + ((i & 1) + (i & 2) * 4) * (DIM * V_BITS / 8), row);
     }
 };
 
@@ -177,11 +205,11 @@ struct Queries {
     }
 };
 
-// Attention of queries over a tile of which the first `count` tokens count.
+// Attention of queries over a tile.
 template <int K_BITS, int V_BITS, int N>
 FUNCTION void attend_tile(
     THREAD State& state, THREAD Queries& queries, THREAD const float (&mean_scores)[TILES][2], THREAD const Tokens& tokens,
-    THREAD Tile<K_BITS, V_BITS>& tile, int count, int lane) {
+    THREAD Tile<K_BITS, V_BITS>& tile, int lane) {
     const int row = ROW(lane);
     const u32 copy = lane % N * 4;
     float scores[TILES][4];
@@ -198,18 +226,18 @@ FUNCTION void attend_tile(
         }
     }
     // Of each of this lane's two tokens: its scales, and whether the means count.
-    float key_scale[2], value_scale[2], key_mean[2], value_mean[2], past_end[2];
+    float key_scale[2], value_scale[2], key_mean[2], value_mean[2], outside[2];
     UNROLL for (int i = 0; i < 2; ++i) {
         key_scale[i] = ABSOLUTE(tile.key_scale[i]);
         value_scale[i] = ABSOLUTE(tile.value_scale[i]) * tokens.value_factor;
         key_mean[i] = tile.key_scale[i] > 0 ? 1.0f : 0.0f;
         value_mean[i] = tile.value_scale[i] > 0 ? 1.0f : 0.0f;
-        past_end[i] = row + 8 * i < count ? 0.0f : -INFINITY;
+        outside[i] = row + 8 * i >= tile.begin && row + 8 * i < tile.end ? 0.0f : -INFINITY;
     }
     u32 weights[TILES][2];
     UNROLL for (int n = 0; n < TILES; ++n) {
         UNROLL for (int i = 0; i < 4; ++i) {
-            scores[n][i] = scores[n][i] * key_scale[i >> 1] + (mean_scores[n][i & 1] * key_mean[i >> 1] + past_end[i >> 1]);
+            scores[n][i] = scores[n][i] * key_scale[i >> 1] + (mean_scores[n][i & 1] * key_mean[i >> 1] + outside[i >> 1]);
         }
         // Weights are relative to the highest score so far, or one that is not much lower.
         float one = scores[n][0] > scores[n][2] ? scores[n][0] : scores[n][2];
@@ -239,12 +267,11 @@ FUNCTION void attend_tile(
             weights[n][i] = as_right_factor(pack_halves(scores[n][2 * i], scores[n][2 * i + 1]));
         }
     }
+    UNROLL for (int i = 0; i < 4; i += 2) tile.values[i].weave_with(tile.values[i + 1]);
     UNROLL for (int m = 0; m < DIM / 16; ++m) {
-        u32 pairs[4], block[4];
-        UNROLL for (int i = 0; i < 4; ++i) pairs[i] = tile.values[i].template pair<N>(tokens.value_table, copy, m);
-        UNROLL for (int i = 0; i < 2; ++i) {
-            block[2 * i] = LOW_HALVES(pairs[2 * i], pairs[2 * i + 1]);
-            block[2 * i + 1] = HIGH_HALVES(pairs[2 * i], pairs[2 * i + 1]);
+        u32 block[4];
+        UNROLL for (int i = 0; i < 4; i += 2) {
+            tile.values[i].template of_two<N>(tile.values[i + 1], tokens.value_table, copy, m, block[i], block[i + 1]);
         }
         UNROLL for (int n = 0; n < TILES; ++n) multiply_add(state.output[n][m], block, weights[n]);
     }
@@ -256,18 +283,16 @@ template <int K_BITS, int V_BITS, int N, bool AHEAD>
 FUNCTION void attend_tokens(
     THREAD State& state, THREAD Queries& queries, THREAD const float (&mean_scores)[TILES][2], THREAD const Tokens& tokens,
     int first, int stop, int step, int lane) {
-    Tile<K_BITS, V_BITS> tile;
-    if (AHEAD && first < stop) tile.read(tokens, first, stop, lane);
-    for (; first < stop; first += step) {
+    Tile<K_BITS, V_BITS> tile, next;
+    if (AHEAD && first < stop) next.read(tokens, first, stop, lane);
+    TWICE for (; first < stop; first += step) {
         if (AHEAD) {
-            Tile<K_BITS, V_BITS> next = tile;
-            if (first + step < stop) next.read(tokens, first + step, stop, lane);
-            attend_tile<K_BITS, V_BITS, N>(state, queries, mean_scores, tokens, tile, stop - first, lane);
             tile = next;
+            if (first + step < stop) next.read(tokens, first + step, stop, lane);
         } else {
             tile.read(tokens, first, stop, lane);
-            attend_tile<K_BITS, V_BITS, N>(state, queries, mean_scores, tokens, tile, stop - first, lane);
         }
+        attend_tile<K_BITS, V_BITS, N>(state, queries, mean_scores, tokens, tile, lane);
     }
 }
 

@@ -5,6 +5,7 @@
 #define GLOBAL
 #define THREAD
 #define UNROLL _Pragma("unroll")
+#define TWICE _Pragma("unroll 2")
 #define BARRIER __syncthreads()
 #define THREAD_INDEX int(threadIdx.x)
 #define GROUP_X int(blockIdx.x)
@@ -15,6 +16,9 @@
 #define EXP2(x) fast_exp2(x)
 #define LOG2(x) log2f(x)
 #define ABSOLUTE(x) fabsf(x)
+#define SQRT(x) sqrtf(x)
+// (x & mask) | others, in one instruction: written as C++ it would become a sum that takes two.
+#define MASKED_OR(x, mask, others) masked_or(x, mask, others)
 #define LOW_HALVES(x, y) __byte_perm(x, y, 0x5410)
 #define HIGH_HALVES(x, y) __byte_perm(x, y, 0x7632)
 #ifndef INFINITY
@@ -25,9 +29,21 @@ typedef unsigned short u16;
 typedef unsigned int u32;
 typedef long long size_type;
 
+// Store a number as whatever an array holds.
+template <typename T>
+FUNCTION void put(GLOBAL T* to, float x) { *to = T(x); }
+
 #define READ_8(from, to) { uint2 read_ = *(const uint2*)(from); (to)[0] = read_.x; (to)[1] = read_.y; }
 #define READ_16(from, to) \
     { uint4 read_ = *(const uint4*)(from); (to)[0] = read_.x; (to)[1] = read_.y; (to)[2] = read_.z; (to)[3] = read_.w; }
+#define READ_FLOATS(from, to) \
+    { float4 read_ = *(const float4*)(from); (to)[0] = read_.x; (to)[1] = read_.y; (to)[2] = read_.z; (to)[3] = read_.w; }
+
+FUNCTION u32 masked_or(u32 x, u32 mask, u32 others) {
+    u32 result;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(x), "r"(mask), "r"(others));
+    return result;
+}
 
 FUNCTION u32 pack_halves(float low, float high) {
     u32 packed;
@@ -37,6 +53,9 @@ FUNCTION u32 pack_halves(float low, float high) {
 
 // x of the lane whose number differs in one bit.
 FUNCTION float from_lane(float x, int bit) { return __shfl_xor_sync(0xffffffffu, x, bit); }
+
+// x of a lane.
+FUNCTION float of_lane(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 
 FUNCTION float over_rows_max(float x) {
     UNROLL for (int i = 4; i < 32; i *= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, i));

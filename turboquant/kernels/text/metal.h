@@ -6,6 +6,7 @@
 #define GLOBAL device
 #define THREAD thread
 #define UNROLL _Pragma("unroll")
+#define TWICE _Pragma("unroll 2")
 #define BARRIER metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup)
 // MLX declares the positions that it finds by name in a kernel's body, so the body begins with metal_positions.h.
 #define THREAD_INDEX int(index_in_group)
@@ -18,6 +19,8 @@
 #define EXP2(x) metal::exp2(x)
 #define LOG2(x) metal::log2(x)
 #define ABSOLUTE(x) metal::fabs(x)
+#define SQRT(x) metal::sqrt(x)
+#define MASKED_OR(x, mask, others) (((x) & (mask)) | (others))
 #define LOW_HALVES(x, y) (((x) & 0xffffu) | ((y) << 16))
 #define HIGH_HALVES(x, y) (((x) >> 16) | ((y) & 0xffff0000u))
 typedef uchar u8;
@@ -25,14 +28,23 @@ typedef ushort u16;
 typedef uint u32;
 typedef long size_type;
 
+// Store a number as whatever an array holds.
+template <typename T>
+FUNCTION void put(GLOBAL T* to, float x) { *to = T(x); }
+
 #define READ_8(from, to) { uint2 read_ = *(device const uint2*)(from); (to)[0] = read_.x; (to)[1] = read_.y; }
 #define READ_16(from, to) \
     { uint4 read_ = *(device const uint4*)(from); (to)[0] = read_.x; (to)[1] = read_.y; (to)[2] = read_.z; (to)[3] = read_.w; }
+#define READ_FLOATS(from, to) \
+    { float4 read_ = *(device const float4*)(from); (to)[0] = read_.x; (to)[1] = read_.y; (to)[2] = read_.z; (to)[3] = read_.w; }
 
 FUNCTION u32 pack_halves(float low, float high) { return as_type<u32>(half2(half(low), half(high))); }
 
 // x of the lane whose number differs in one bit.
 FUNCTION float from_lane(float x, int bit) { return metal::simd_shuffle_xor(x, ushort(bit)); }
+
+// x of a lane.
+FUNCTION float of_lane(float x, int lane) { return metal::simd_shuffle(x, ushort(lane)); }
 
 FUNCTION float over_rows_max(float x) {
     x = metal::max(x, metal::simd_shuffle_xor(x, ushort(2)));

@@ -1,0 +1,118 @@
+"""Compressing vectors on a GPU, from floats to packed codes and scales in one kernel, CUDA or Metal, from one text.
+
+What it computes is codec.py's ``Codec.encode``, with rounding.py's ``round_in_metric`` where a metric is given. Its
+text is ``vectors.h`` and ``encode.h`` in ``text/``; eight lanes work on a vector.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import mlx.core as mx
+import numpy as np
+
+from turboquant import rounding
+from turboquant.codebook import lloyd_max
+from turboquant.codec import LARGEST_SCALE, SMALLEST_SCALE, Codec, Encoded
+from turboquant.device import on_cpu
+from turboquant.kernels.launch import Launch, launch, runs
+from turboquant.packing import PLANES, unpack
+from turboquant.rounding import RoundingMetric
+
+HEAD_DIMS = (64, 128, 256)
+THREADS = 128
+INPUTS = ("x", "order", "mean", "signs", "levels", "boundaries")
+METRIC_INPUTS = ("code_of_bin", "feedback", "rows", "diagonal")
+MOST_DISAGREEMENT = 0.02  # of codes with the reference's: sums are rounded otherwise, and a tie is a tie
+_TRIED = (2, 300)  # heads and vectors
+
+
+def usable(codec: Codec, dtype: mx.Dtype, in_metric: bool) -> bool:
+    """Whether there is a GPU, the kernel is made for such vectors, and it finds what ``Codec.encode`` does."""
+    return not on_cpu() and codec.head_dim in HEAD_DIMS and _runs(codec, dtype, in_metric)
+
+
+def encode(x: mx.array, order: mx.array, mean: mx.array, codec: Codec, metric: RoundingMetric | None) -> Encoded:
+    """Compress vectors of x (H, T, head_dim), those that ``order`` (H, N) int32 names.
+
+    mean: (H, head_dim) float32. metric: for H heads; see ``Codec.encode``.
+    """
+    heads, count = order.shape
+    book = lloyd_max(codec.bits)
+    what = Launch(
+        "encode",
+        _defined(codec, metric is not None),
+        INPUTS + (METRIC_INPUTS if metric is not None else ()),
+        (("codes", (heads, count, codec.words), mx.uint32), ("scales", (heads, count), mx.float16)),
+        (-(-count // (THREADS // 8)), heads, 1),
+        THREADS,
+        ("vectors.h",),
+        strided=True,
+    )
+    boundaries = np.append(book.boundaries, np.float32(np.inf))
+    inputs = [
+        x,
+        mx.contiguous(order),
+        mx.contiguous(mean),
+        codec.rotation.signs,
+        mx.array(book.levels),
+        mx.array(boundaries),
+    ]
+    if metric is not None:
+        inputs += [mx.array(rounding.code_of_bin(codec.bits)), *_laid_out(metric)]
+    return Encoded(*launch(what, inputs))
+
+
+@functools.cache
+def _runs(codec: Codec, dtype: mx.Dtype, in_metric: bool) -> bool:
+    """Tried once."""
+    heads, count = _TRIED
+    random = np.random.default_rng(0)
+    x = mx.array(random.normal(size=(*_TRIED, codec.head_dim)).astype(np.float32)).astype(dtype)
+    mean = mx.full((heads, 1, codec.head_dim), 0.1)
+    order = mx.broadcast_to(mx.arange(count, dtype=mx.int32), (heads, count))
+    looks = random.normal(size=(heads, 2 * codec.head_dim, codec.head_dim))
+    metric = codec.rounding_metric(looks.swapaxes(1, 2) @ looks) if in_metric else None
+
+    def disagreement() -> float:
+        expected, found = codec.encode(x, mean, metric), encode(x, order, mean[:, 0], codec, metric)
+        codes = (unpack(one.codes, codec.bits, codec.head_dim) for one in (expected, found))
+        scales = mx.abs(found.scales / expected.scales - 1).max()
+        return max(float((next(codes) != next(codes)).mean()), float(scales))
+
+    return runs("encoding kernels", disagreement, MOST_DISAGREEMENT)
+
+
+def _laid_out(metric: RoundingMetric) -> tuple[mx.array, mx.array, mx.array]:
+    """A metric's feedback and its rows, transposed, with ones on the diagonal, and its diagonal (H, dim).
+
+    Rows lie so that the eight lanes which read four numbers each read side by side.
+    """
+    heads, dim, _ = metric.pull.shape
+    one = mx.eye(dim)
+
+    def rows(matrix: mx.array) -> mx.array:
+        turned = (mx.array(matrix) + one).swapaxes(1, 2).reshape(heads, dim, 8, dim // 32, 4)
+        return mx.contiguous(turned.transpose(0, 1, 3, 2, 4))
+
+    return rows(metric.factor), rows(metric.pull), mx.contiguous(mx.diagonal(mx.array(metric.damped), axis1=1, axis2=2))
+
+
+def _defined(codec: Codec, in_metric: bool) -> tuple[tuple[str, int | float], ...]:
+    """What is compiled in."""
+    dim = codec.head_dim
+    return (
+        ("DIM", dim),
+        ("RUN", dim // 8),
+        ("ROOT", dim**-0.5),
+        ("BITS", codec.bits),
+        ("LOW", PLANES[codec.bits][0]),
+        ("THREADS", THREADS),
+        ("METRIC", int(in_metric)),
+        ("SWEEPS", rounding.SWEEPS),
+        ("FEWEST_FOR_FEEDBACK", rounding.FEWEST_FOR_FEEDBACK),
+        ("BINS", rounding.BINS),
+        ("REACH", rounding.REACH),
+        ("SMALLEST_SCALE", SMALLEST_SCALE),
+        ("LARGEST_SCALE", LARGEST_SCALE),
+    )
