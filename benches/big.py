@@ -1,6 +1,6 @@
 """Writes a job for measuring speed on a GPU: a random model of 380 million parameters, long documents, many queries.
 
-    python -m benches.big FOLDER [--documents 2] [--queries 32] [--tokens 16384] [--max-tokens 64]
+    python -m benches.big FOLDER [--documents 2] [--queries 32] [--tokens 16384] [--max-tokens 64] [--billion]
     pipeline bench FOLDER/job.yaml --documents 2 --queries 32
 
 The model says nothing of sense and hardly ever ends an answer by itself, so all contenders generate the same numbers
@@ -26,12 +26,18 @@ SIZE = {
     "head_dim": 128,
     "max_position_embeddings": 1 << 17,
 }
+BILLION = {
+    **SIZE,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 18,
+}  # 1.1 of them, 74 kB a token
 SENTENCE = 25  # tokens, about
 
 
-def write(folder: Path, documents: int, queries: int, tokens: int, max_tokens: int) -> Path:
+def write(folder: Path, documents: int, queries: int, tokens: int, max_tokens: int, size: dict[str, int]) -> Path:
     """Write model, documents and job; returns the job file."""
-    place = Place(folder, write_model(folder / "model", "bfloat16", **SIZE))
+    place = Place(folder, write_model(folder / "model", "bfloat16", **size))
     path = place.write({f"d{number}": text_of(number, tokens // SENTENCE) for number in range(documents)}, max_tokens)
     job = yaml.safe_load(path.read_text(encoding="utf-8"))
     job["queries"] = [{"id": f"q{number}", "text": f"{number}: {text_of(number, 1)}"} for number in range(queries)]
@@ -48,11 +54,13 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--billion", action="store_true", help="parameters, of a larger model")
     arguments = parser.parse_args()
     from turboquant.blas import load_tuned_blas
 
     load_tuned_blas()
-    print(write(arguments.folder, arguments.documents, arguments.queries, arguments.tokens, arguments.max_tokens))
+    size = BILLION if arguments.billion else SIZE
+    print(write(arguments.folder, arguments.documents, arguments.queries, arguments.tokens, arguments.max_tokens, size))
 
 
 if __name__ == "__main__":

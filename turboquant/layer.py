@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turboquant.codec import CacheCodec, Codec, Encoded
-from turboquant.device import on_cpu
+from turboquant.device import array_module, on_cpu
 from turboquant.queries import ContextQueries
 from turboquant.rounding import RoundingMetric
 
@@ -279,14 +279,13 @@ def _plan(
     if queries is None:
         return None, order, window
     metric, looks = queries.look_at(keys)
-    looks = looks[:, codec.sinks :]
-    looks[:, looks.shape[1] - window :] = np.inf
     split = count - window - looked_at
     if 0 < split < count:
-        by_looks = np.argpartition(looks, split, axis=1).astype(np.int32)
-        by_looks[:, :split].sort(axis=1)
-        by_looks[:, split:].sort(axis=1)
-        order = mx.array(by_looks)
+        xp = array_module()
+        looks = xp.where(xp.arange(count) < count - window, looks[:, codec.sinks :], np.inf)
+        by_looks = xp.argpartition(looks, split, axis=1)
+        parts = [xp.sort(part, axis=1) for part in (by_looks[:, :split], by_looks[:, split:])]
+        order = mx.array(xp.concatenate(parts, axis=1)).astype(mx.int32)
     return metric if codec.query_aware else None, order, window + looked_at
 
 

@@ -1,4 +1,4 @@
-"""A picture of divergence against effective bits. Knows figures and matplotlib (the extra ``plot``), nothing else."""
+"""Pictures: divergence against bits, time against length. Knows figures and matplotlib (the extra ``plot``)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from turboquant.bench import Speed
     from turboquant.drift import Fidelity
 
 
@@ -55,4 +56,22 @@ def write_picture(path: Path, rows: Sequence[Fidelity]) -> None:
     axes.set_ylabel("KL divergence from full precision, nats")
     axes.grid(alpha=0.3)
     axes.legend()
+    figure.savefig(path)
+
+
+def draw_speeds(path: Path, speeds: Sequence[Speed]) -> None:
+    """Draw what each way takes against the context's length, a panel for each number of rows."""
+    from matplotlib.figure import Figure
+
+    rows = sorted({speed.rows for speed in speeds})
+    figure = Figure(figsize=(5 * len(rows), 4.5), layout="constrained")
+    for axes, number in zip(figure.subplots(1, len(rows), squeeze=False)[0], rows, strict=True):
+        here = [speed for speed in speeds if speed.rows == number]
+        for way in dict.fromkeys(speed.way for speed in here):
+            points = [speed for speed in here if speed.way == way]
+            axes.plot([p.tokens for p in points], [p.microseconds for p in points], "o-", label=way)
+        axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel="microseconds a step")
+        axes.set_title(f"{number} row" + "s" * (number > 1))
+        axes.grid(alpha=0.3)
+        axes.legend()
     figure.savefig(path)

@@ -42,26 +42,28 @@ class ContextQueries:
     scale: float
     past: mx.array | None = None
 
-    def look_at(self, keys: mx.array) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+    def look_at(self, keys: mx.array) -> tuple[NDArray[np.float64], Any]:
         """Where queries look among keys (n_kv_heads, T, head_dim).
 
         Returns the metric in which keys should be close, (n_kv_heads, head_dim, head_dim), half of it from all
         queries, half from the sampled ones by how sharply they look at tokens far from them; and how much each
-        token is looked at, (n_kv_heads, T), summed squares of attention.
+        token is looked at, (n_kv_heads, T), summed squares of attention, of ``device.array_module``.
         """
         xp, heads = array_module(), keys.shape[0]
         sampled = to_module(xp, self.sampled).reshape(heads, -1, *self.sampled.shape[1:])
         past = None if self.past is None else to_module(xp, self.past).reshape(*sampled.shape[:3], 1)
         turned = to_module(xp, keys).swapaxes(-1, -2)
 
-        def look(some: slice) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+        def look(some: slice) -> tuple[NDArray[np.float64], Any]:
             before = None if past is None else past[some]
             return _look_at(xp, sampled[some] * self.scale, turned[some], before, self.positions)
 
         each = [slice(head, head + 1) for head in range(heads)] if xp is np else [slice(None)]
-        sharp, looks = (np.concatenate(parts) for parts in zip(*run_in_parallel(look, each), strict=True))
+        sharp, looks = zip(*run_in_parallel(look, each), strict=True)
         # A metric's size does not matter, so the samples' may be scaled.
-        return _normalised(np.array(self.moment, np.float64)) + _normalised(sharp), looks
+        return _normalised(np.array(self.moment, np.float64)) + _normalised(np.concatenate(sharp)), xp.concatenate(
+            looks
+        )
 
 
 class QueryCollector:
@@ -103,7 +105,7 @@ class QueryCollector:
 
 def _look_at(
     xp: Any, sampled: Any, turned: Any, past: Any, positions: Sequence[int]
-) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
+) -> tuple[NDArray[np.float64], Any]:
     """The moments (H, dim, dim) of sampled queries, each as much as it looks sharply, and the looks (H, T).
 
     sampled: (H, repeats, N, dim), times the scale. turned: (H, dim, T). past: (H, repeats, N, 1) or None.
@@ -132,7 +134,7 @@ def _look_at(
         squares = squared(weights, total, token, position, sinks)
         sharp = sharp + (queries * squares.sum(axis=-1).reshape(heads, -1, 1)).swapaxes(-1, -2) @ queries
         looks[:, :stop] += squares.sum(axis=(1, 2))
-    return np.array(sharp, np.float64), np.array(looks)
+    return np.array(sharp, np.float64), looks
 
 
 @functools.cache

@@ -7,6 +7,7 @@ compiler can run it where there is no GPU. Knows nothing of what a kernel comput
 from __future__ import annotations
 
 import functools
+import hashlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -58,7 +59,8 @@ def runs(what: str, error: Callable[[], float], most: float) -> bool:
     try:
         found = error()
     except (RuntimeError, ValueError) as failed:
-        _log.warning("%s don't run on this device, so MLX's operations are used: %s", what, failed)
+        why = str(failed).partition("\n")[0]  # a compiler's message can be long
+        _log.warning("%s don't run on this device, so MLX's operations are used: %s", what, why)
         return False
     if not found <= most:
         _log.warning("%s are wrong by %.1g on this device, so MLX's operations are used", what, found)
@@ -92,6 +94,6 @@ def _kernel(
 ) -> Any:
     make = mx.fast.metal_kernel if gpu() == "metal" else mx.fast.cuda_kernel
     header = defines(constants) + "".join(text(file) for file in (f"{gpu()}.h", *headers))
-    label = "_".join([name, *(str(value).replace(".", "p") for _, value in constants)])
+    label = f"{name}_{hashlib.sha256(header.encode()).hexdigest()[:16]}"
     body = (text("metal_positions.h") if gpu() == "metal" else "") + text(f"{name}.h")
     return make(label, list(inputs), list(outputs), body, header=header, ensure_row_contiguous=not strided)
