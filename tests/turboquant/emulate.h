@@ -19,7 +19,6 @@ typedef _Float16 half;
 #define GLOBAL
 #define THREAD
 #define UNROLL
-#define TWICE
 #define BARRIER wait(group_gate, thread_count)
 #define THREAD_INDEX current
 #define GROUP_X group_place[0]
@@ -32,6 +31,7 @@ typedef _Float16 half;
 #define MASKED_OR(x, mask, others) (((x) & (mask)) | (others))
 #define LOW_HALVES(x, y) (((x) & 0xffffu) | ((y) << 16))
 #define HIGH_HALVES(x, y) (((x) >> 16) | ((y) & 0xffff0000u))
+#define FETCH(address)
 #define READ_8(from, to) memcpy(to, from, 8)
 #define READ_16(from, to) memcpy(to, from, 16)
 #define READ_FLOATS(from, to) memcpy(to, from, 16)
@@ -54,10 +54,10 @@ struct Box {
     u32 left[4], right[2];
     float value;
 };
-static ucontext_t scheduler, contexts[256];
-static bool done[256];
-static Gate group_gate, lane_gates[8];
-static Box boxes[256];
+static ucontext_t scheduler, contexts[1024];
+static bool done[1024];
+static Gate group_gate, lane_gates[32];
+static Box boxes[1024];
 static int current, thread_count, group_place[3];
 
 static void wait(Gate& gate, int count) {
@@ -168,7 +168,7 @@ static void enter(int thread) {
 
 // Returns whether all threads came to their end; they don't where some wait for others that never come.
 static bool run_groups(int x, int y, int z, int threads) {
-    static std::vector<char> stacks(256 << 16);
+    static std::vector<char> stacks(1024 << 16);
     thread_count = threads;
     for (int group = 0; group < x * y * z; ++group) {
         group_place[0] = group % x, group_place[1] = group / x % y, group_place[2] = group / x / y;

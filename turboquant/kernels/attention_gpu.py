@@ -28,7 +28,9 @@ HEAD_DIMS = (64, 128, 256)
 WARPS = 4  # SIMD-groups a thread-group
 TILES = 4  # of 8 queries a thread-group, where there are more than 8
 GROUPS = {1: 528, TILES: 264}  # thread-groups wanted, by tiles: as many as a large GPU's 132 cores hold at once
-MOST_SPLITS = 256
+PARTS = {64: 4, 128: 4, 256: 1}  # a merging thread-group's threads, by coordinates: as its registers allow
+FETCHED = 4  # turns ahead that tokens are brought from a GPU's memory into its cache
+MOST_SPLITS = 256  # no more than a merging thread-group has threads
 SHARED_WORDS = {"cuda": 9216, "metal": 4608}  # of tables, four bytes each
 LARGEST_FACTOR = 1024.0
 HEADROOM = 6  # powers of two that a weight may grow beyond 1 before the highest score is looked for again
@@ -153,11 +155,17 @@ def _plan(
     )
     merge = Launch(
         "merge",
-        (("DIM", dim), ("MOST_SPLITS", MOST_SPLITS), ("SUFFIX", int(suffix != ())), ("MASKED", int("mask" in suffix))),
+        (
+            ("DIM", dim),
+            ("PARTS", PARTS[dim]),
+            ("MOST_SPLITS", MOST_SPLITS),
+            ("SUFFIX", int(suffix != ())),
+            ("MASKED", int("mask" in suffix)),
+        ),
         MERGE_INPUTS + suffix,
         (("output", shape, dtype), ("logsumexp", shape[:3], mx.float32)),
         (rows, n_kv_heads, 1),
-        dim,
+        PARTS[dim] * dim,
         strided=True,
     )
     settings = mx.array([scale * math.log2(math.e), dim**-0.5, *[0.0] * 6])
@@ -186,6 +194,7 @@ def _defined(codec: CacheCodec, dim: int, tiles: int) -> tuple[tuple[str, int], 
         ("FINE_COPIES", fine_copies),
         ("STRIDE", dim + 8),  # so that lanes meet in few banks
         ("HEADROOM", HEADROOM),
+        ("FETCHED", FETCHED),
         ("SHARED_WORDS", max(8 * tiles * (dim + 8), *tables)),
     )
 

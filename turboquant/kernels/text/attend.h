@@ -15,8 +15,8 @@ SHARED float means[ROWS], highest[ROWS];
 SHARED u32 factors[ROWS * DIM / 2];  // the queries as they enter products
 
 SHARED_POINTER float* vectors = (SHARED_POINTER float*)shared;
-for (int r = warp; r < ROWS; r += WARPS) {
-    const int own = block * ROWS + r, sequence = own / (repeats * length);
+UNROLL for (int first = 0; first < ROWS; first += WARPS) {
+    const int r = first + warp, own = block * ROWS + r, sequence = own / (repeats * length);
     const int at = (sequence * n_heads + head * repeats + own / length % repeats) * length + own % length;
     float x[DIM / 32], mean_score = 0;
     UNROLL for (int i = 0; i < DIM / 32; ++i) {
@@ -39,8 +39,6 @@ for (int at = warp; at < TILES * DIM / 16; at += WARPS) {
     }
 }
 BARRIER;
-Queries turned;
-turned.set(factors, lane);
 float mean_scores[TILES][2];
 State state;
 UNROLL for (int n = 0; n < TILES; ++n) {
@@ -58,15 +56,15 @@ Tokens tokens;
 tokens.value_factor = value_factors[head];
 tokens.set<KEY_BITS, VALUE_BITS>(key_codes, key_scales, value_codes, value_scales, head, counts[0]);
 attend_split<KEY_BITS, VALUE_BITS, COPIES, true>(
-    state, turned, mean_scores, tokens, levels, shared, split, splits, counts[0], index);
+    state, factors, mean_scores, tokens, levels, shared, split, splits, counts[0], index);
 tokens.set<FINE_KEY_BITS, FINE_VALUE_BITS>(
     fine_key_codes, fine_key_scales, fine_value_codes, fine_value_scales, head, counts[1]);
 attend_split<FINE_KEY_BITS, FINE_VALUE_BITS, FINE_COPIES, false>(
-    state, turned, mean_scores, tokens, levels + 512, shared, split, splits, counts[1], index);
+    state, factors, mean_scores, tokens, levels + 512, shared, split, splits, counts[1], index);
 if (split == splits - 1) {
     tokens.set<16, 16>(
         (GLOBAL const u32*)sink_keys, key_scales, (GLOBAL const u32*)sink_values, value_scales, head, counts[2]);
-    attend_tokens<16, 16, 1, false>(state, turned, mean_scores, tokens, 16 * warp, counts[2], 16 * WARPS, lane);
+    attend_tokens<16, 16, 1, false>(state, factors, mean_scores, tokens, 16 * warp, counts[2], 16 * WARPS, lane);
 }
 
 // What the SIMD-groups found, put together.

@@ -178,37 +178,17 @@ struct Tile {
     }
 };
 
-// The queries as right factors: of few, a lane keeps its own; more are read from shared memory for each product.
-struct Queries {
-    u32 own[TILES == 1 ? DIM / 16 : 1][2];
-    SHARED_POINTER const u32* shared;
-
-    FUNCTION void set(SHARED_POINTER const u32* factors, int lane) {
-        shared = factors + 2 * lane;
-        if (TILES > 1) return;
-        UNROLL for (int k = 0; k < DIM / 16; ++k) read(0, k, own[TILES == 1 ? k : 0]);
-    }
-
-    FUNCTION void read(int n, int k, THREAD u32 (&factor)[2]) {
-        SHARED_POINTER const u32* at = shared + (n * (DIM / 16) + k) * 64;
-        factor[0] = at[0];
-        factor[1] = at[1];
-    }
-
-    FUNCTION void get(int n, int k, THREAD u32 (&factor)[2]) {
-        if (TILES > 1) {
-            read(n, k, factor);
-        } else {
-            factor[0] = own[TILES == 1 ? k : 0][0];
-            factor[1] = own[TILES == 1 ? k : 0][1];
-        }
-    }
-};
+// A block of the queries as right factors, of which a lane holds two words; they lie in shared memory.
+FUNCTION void read_factor(SHARED_POINTER const u32* queries, int n, int k, int lane, THREAD u32 (&factor)[2]) {
+    SHARED_POINTER const u32* at = queries + ((n * (DIM / 16) + k) * 32 + lane) * 2;
+    factor[0] = at[0];
+    factor[1] = at[1];
+}
 
 // Attention of queries over a tile.
 template <int K_BITS, int V_BITS, int N>
 FUNCTION void attend_tile(
-    THREAD State& state, THREAD Queries& queries, THREAD const float (&mean_scores)[TILES][2], THREAD const Tokens& tokens,
+    THREAD State& state, SHARED_POINTER const u32* queries, THREAD const float (&mean_scores)[TILES][2], THREAD const Tokens& tokens,
     THREAD Tile<K_BITS, V_BITS>& tile, int lane) {
     const int row = ROW(lane);
     const u32 copy = lane % N * 4;
@@ -221,7 +201,7 @@ FUNCTION void attend_tile(
         UNROLL for (int i = 0; i < 4; ++i) block[i] = tile.keys[i & 1].template pair<N>(tokens.key_table, copy, 2 * k + (i >> 1));
         UNROLL for (int n = 0; n < TILES; ++n) {
             u32 factor[2];
-            queries.get(n, k, factor);
+            read_factor(queries, n, k, lane, factor);
             multiply_add(scores[n], block, factor);
         }
     }
@@ -277,16 +257,25 @@ FUNCTION void attend_tile(
     }
 }
 
+// Have 16 tokens from `first` on brought nearer, half of the lanes those of keys, half those of values.
+template <int K_BITS, int V_BITS>
+FUNCTION void fetch(THREAD const Tokens& tokens, int first, int lane) {
+    const int share = lane % 16 * (DIM / 8);  // a sixteenth of 16 tokens is as long as a token's codes
+    FETCH(lane < 16 ? tokens.key_codes + first * (DIM * K_BITS / 8) + share * K_BITS
+                    : tokens.value_codes + first * (DIM * V_BITS / 8) + share * V_BITS);
+}
+
 // Attention of queries over tokens from `first` on, `step` between tiles; if AHEAD, a tile is read while that before is
 // worked on.
 template <int K_BITS, int V_BITS, int N, bool AHEAD>
 FUNCTION void attend_tokens(
-    THREAD State& state, THREAD Queries& queries, THREAD const float (&mean_scores)[TILES][2], THREAD const Tokens& tokens,
+    THREAD State& state, SHARED_POINTER const u32* queries, THREAD const float (&mean_scores)[TILES][2], THREAD const Tokens& tokens,
     int first, int stop, int step, int lane) {
     Tile<K_BITS, V_BITS> tile, next;
     if (AHEAD && first < stop) next.read(tokens, first, stop, lane);
-    TWICE for (; first < stop; first += step) {
+    for (; first < stop; first += step) {
         if (AHEAD) {
+            if (first + (FETCHED + 1) * step <= stop) fetch<K_BITS, V_BITS>(tokens, first + FETCHED * step, lane);
             tile = next;
             if (first + step < stop) next.read(tokens, first + step, stop, lane);
         } else {
@@ -300,7 +289,7 @@ FUNCTION void attend_tokens(
 // where they differ; `levels` has those of keys, and behind 256 entries those of values. To be called by all threads.
 template <int K_BITS, int V_BITS, int N, bool AHEAD>
 FUNCTION void attend_split(
-    THREAD State& state, THREAD Queries& queries, THREAD const float (&mean_scores)[TILES][2], THREAD Tokens& tokens,
+    THREAD State& state, SHARED_POINTER const u32* queries, THREAD const float (&mean_scores)[TILES][2], THREAD Tokens& tokens,
     GLOBAL const u32* levels, SHARED_POINTER u32* shared, int split, int splits, int count, int index) {
     const int share = (count + 16 * splits - 1) / (16 * splits) * 16;
     const int stop = (split + 1) * share < count ? (split + 1) * share : count;

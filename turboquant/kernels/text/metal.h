@@ -6,7 +6,6 @@
 #define GLOBAL device
 #define THREAD thread
 #define UNROLL _Pragma("unroll")
-#define TWICE _Pragma("unroll 2")
 #define BARRIER metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup)
 // MLX declares the positions that it finds by name in a kernel's body, so the body begins with metal_positions.h.
 #define THREAD_INDEX int(index_in_group)
@@ -32,6 +31,7 @@ typedef long size_type;
 template <typename T>
 FUNCTION void put(GLOBAL T* to, float x) { *to = T(x); }
 
+#define FETCH(address)  // there is no such instruction
 #define READ_8(from, to) { uint2 read_ = *(device const uint2*)(from); (to)[0] = read_.x; (to)[1] = read_.y; }
 #define READ_16(from, to) \
     { uint4 read_ = *(device const uint4*)(from); (to)[0] = read_.x; (to)[1] = read_.y; (to)[2] = read_.z; (to)[3] = read_.w; }
