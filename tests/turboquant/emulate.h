@@ -31,7 +31,6 @@ typedef _Float16 half;
 #define MASKED_OR(x, mask, others) (((x) & (mask)) | (others))
 #define LOW_HALVES(x, y) (((x) & 0xffffu) | ((y) << 16))
 #define HIGH_HALVES(x, y) (((x) >> 16) | ((y) & 0xffff0000u))
-#define FETCH(address)
 #define READ_8(from, to) memcpy(to, from, 8)
 #define READ_16(from, to) memcpy(to, from, 16)
 #define READ_FLOATS(from, to) memcpy(to, from, 16)

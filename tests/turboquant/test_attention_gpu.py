@@ -63,6 +63,15 @@ def test_head_dims_and_any_number_of_rows(
 
 
 @pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("dim", [64, 128])
+def test_more_queries_a_thread_group_for_many_tokens(
+    dim: int, monkeypatch: pytest.MonkeyPatch, random_layer: Callable[..., EncodedLayer]
+) -> None:
+    monkeypatch.setattr(attention_gpu, "FEW_TOKENS", 0)
+    assert_equal(mx.random.normal((3, 4, 9, dim)) * 2, random_layer(100, CacheCodec(), key_dim=dim))
+
+
+@pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("tokens", [1, 16, 17, 31, 130, 700])
 @pytest.mark.parametrize("codec", [CacheCodec(), CacheCodec(sinks=0, window=0, extra_bits=0.0), CacheCodec(sinks=40)])
 def test_any_number_of_tokens_of_each_kind(

@@ -26,10 +26,10 @@ from turboquant.packing import PLANES
 
 HEAD_DIMS = (64, 128, 256)
 WARPS = 4  # SIMD-groups a thread-group
-TILES = 4  # of 8 queries a thread-group, where there are more than 8
-GROUPS = {1: 528, TILES: 264}  # thread-groups wanted, by tiles: as many as a large GPU's 132 cores hold at once
+TILES, FEW_TILES = 4, 2  # of 8 queries a thread-group, where there are more than 8; the fewer for few tokens
+FEW_TOKENS = 8192
+GROUPS = {1: 528, 2: 264, 4: 264}  # thread-groups wanted, by tiles: as many as a large GPU's 132 cores hold at once
 PARTS = {64: 4, 128: 4, 256: 1}  # a merging thread-group's threads, by coordinates: as its registers allow
-FETCHED = 4  # turns ahead that tokens are brought from a GPU's memory into its cache
 MOST_SPLITS = 256  # no more than a merging thread-group has threads
 SHARED_WORDS = {"cuda": 9216, "metal": 4608}  # of tables, four bytes each
 LARGEST_FACTOR = 1024.0
@@ -138,7 +138,7 @@ def _plan(
 ) -> _Plan:
     batch, n_heads, length, dim = shape
     rows = batch * (n_heads // n_kv_heads) * length
-    tiles = 1 if rows <= 8 or dim == 256 else TILES
+    tiles = 1 if rows <= 8 or dim == 256 else FEW_TILES if counts[0] <= FEW_TOKENS else TILES
     blocks = -(-rows // (8 * tiles))
     splits = max(1, min(GROUPS[tiles] // (n_kv_heads * blocks), -(-counts[0] // (32 * WARPS)), MOST_SPLITS))
     attend = Launch(
@@ -194,7 +194,6 @@ def _defined(codec: CacheCodec, dim: int, tiles: int) -> tuple[tuple[str, int], 
         ("FINE_COPIES", fine_copies),
         ("STRIDE", dim + 8),  # so that lanes meet in few banks
         ("HEADROOM", HEADROOM),
-        ("FETCHED", FETCHED),
         ("SHARED_WORDS", max(8 * tiles * (dim + 8), *tables)),
     )
 

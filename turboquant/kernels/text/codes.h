@@ -257,14 +257,6 @@ FUNCTION void attend_tile(
     }
 }
 
-// Have 16 tokens from `first` on brought nearer, half of the lanes those of keys, half those of values.
-template <int K_BITS, int V_BITS>
-FUNCTION void fetch(THREAD const Tokens& tokens, int first, int lane) {
-    const int share = lane % 16 * (DIM / 8);  // a sixteenth of 16 tokens is as long as a token's codes
-    FETCH(lane < 16 ? tokens.key_codes + first * (DIM * K_BITS / 8) + share * K_BITS
-                    : tokens.value_codes + first * (DIM * V_BITS / 8) + share * V_BITS);
-}
-
 // Attention of queries over tokens from `first` on, `step` between tiles; if AHEAD, a tile is read while that before is
 // worked on.
 template <int K_BITS, int V_BITS, int N, bool AHEAD>
@@ -275,7 +267,6 @@ FUNCTION void attend_tokens(
     if (AHEAD && first < stop) next.read(tokens, first, stop, lane);
     for (; first < stop; first += step) {
         if (AHEAD) {
-            if (first + (FETCHED + 1) * step <= stop) fetch<K_BITS, V_BITS>(tokens, first + FETCHED * step, lane);
             tile = next;
             if (first + step < stop) next.read(tokens, first + step, stop, lane);
         } else {

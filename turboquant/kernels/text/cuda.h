@@ -32,7 +32,6 @@ typedef long long size_type;
 template <typename T>
 FUNCTION void put(GLOBAL T* to, float x) { *to = T(x); }
 
-#define FETCH(address) asm volatile("prefetch.global.L2 [%0];" ::"l"(address))
 #define READ_8(from, to) { uint2 read_ = *(const uint2*)(from); (to)[0] = read_.x; (to)[1] = read_.y; }
 #define READ_16(from, to) \
     { uint4 read_ = *(const uint4*)(from); (to)[0] = read_.x; (to)[1] = read_.y; (to)[2] = read_.z; (to)[3] = read_.w; }

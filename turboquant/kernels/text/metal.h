@@ -31,7 +31,6 @@ typedef long size_type;
 template <typename T>
 FUNCTION void put(GLOBAL T* to, float x) { *to = T(x); }
 
-#define FETCH(address)  // there is no such instruction
 #define READ_8(from, to) { uint2 read_ = *(device const uint2*)(from); (to)[0] = read_.x; (to)[1] = read_.y; }
 #define READ_16(from, to) \
     { uint4 read_ = *(device const uint4*)(from); (to)[0] = read_.x; (to)[1] = read_.y; (to)[2] = read_.z; (to)[3] = read_.w; }
