@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pipeline import errors
 from pipeline.budget import existing
-from pipeline.errors import DocumentsError, JobError, NotApplicable, RowError
+from pipeline.errors import InputError, JobError, NotApplicable, RowError
 from pipeline.signals import stops_handled, stops_held_back
 from pipeline.supervisor import SPAWN, cause_of_death, receive, reraise
 from pipeline.worker import Failed, end_with_the_parent
@@ -145,7 +145,7 @@ def _part(job: Job, extent: Extent, path: Path) -> Job:
     check_documents(job.documents, template_columns(job.prompt))
     columns = [document.columns for document in islice(_rendering(job), extent.documents)]
     if not columns:
-        raise DocumentsError("documents.path: there is no document that is fit for the prompt")
+        raise InputError("documents.path: there is no document that is fit for the prompt")
     pq.write_table(pa.Table.from_pylist(columns), path)
     documents = job.documents.model_copy(update={"path": str(path)})
     cache = job.cache.model_copy(update={"budget": None, "keep": "always"})  # or there might be nothing to restore

@@ -57,11 +57,13 @@ _Bits = Literal[2, 3, 4, 5, 6, 8]
 
 
 class Documents(_Section):
-    """Where the documents are: a Parquet file, a folder of them or a glob, and two of their columns."""
+    """Where the documents are, a file, a folder or a glob, two of their columns, and which rows are meant."""
 
     path: _Text
     id: _Text = "id"
     text: _Text = "text"
+    where: _Text | None = None
+    limit: Annotated[int, Field(ge=1)] | None = None
 
 
 class Prompt(_Section):
@@ -172,9 +174,10 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> Job:
 
 
 def _feeds_itself(output: Path, documents: str) -> bool:
-    fixed, recursive, _ = documents.partition("**")
-    if recursive:
-        return output.is_relative_to(fixed)
+    fixed, recursive, rest = documents.partition("**")
+    if recursive:  # the parts are below the output, and end as Parquet does
+        names = output, output.with_suffix(".parquet")
+        return output.is_relative_to(fixed) and any(path.match(f"*{rest.rpartition('/')[2]}") for path in names)
     return output.parent == Path(documents) or output.match(documents)
 
 
