@@ -83,7 +83,7 @@ def plan(job_file: JobFile, set_: Overrides = None, as_json: AsJson = False, deb
                     "documents",
                     f"{found.status.documents:,} ({about}{found.tokens:,} tokens, the longest {found.longest:,})",
                 ),
-                ("queries", f"{len(job.queries):,} a document"),
+                ("queries", f"{found.status.rows / found.status.documents:,.4g} a document"),
                 ("rows", f"{found.status.rows:,}: {found.status.done:,} done, {found.status.left:,} to do"),
                 ("will fail", _will_fail(found.too_long, found.unreadable)),
                 ("prefixes", f"{found.hits:,} in the store, {found.misses:,} to build"),

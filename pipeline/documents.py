@@ -1,19 +1,19 @@
 """Documents: checked once before anything is run, then streamed one at a time.
 
-It knows which rows of a table are documents, and their ids. It does not know files, templates, queries or tokens, and
-it never holds more than one document and what reading it takes (tables.py).
+It knows which rows of a table are documents, and their ids. It does not know files, templates or tokens, and it
+never holds more than one document and what reading it takes (tables.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import islice
 from pathlib import Path
 
 from pipeline.errors import InputError, one_line
-from pipeline.job import Documents
+from pipeline.job import Documents, Query
 from pipeline.tables import ANYTHING, ID, TEXT, Column, Record, Table
 from pipeline.templates import Expression
 
@@ -22,12 +22,16 @@ _IDS_PER_BATCH = 8192
 
 @dataclass(frozen=True)
 class Document:
-    """One input row. `text` is "" where the row's is null; `columns` holds what templates may use."""
+    """One input row. `text` is "" where the row's is null; `columns` holds what templates may use.
+
+    queries: what is asked of it, which inputs.py adds.
+    """
 
     index: int
     id: str
     text: str
     columns: dict[str, object]
+    queries: Sequence[Query] = ()
 
 
 @dataclass(frozen=True)

@@ -65,13 +65,13 @@ class Engine:
         """
         if todo.rendered is None or todo.tokenised is not None or not todo.open:
             return
-        texts = [query.text for query in self._job.queries]
+        texts = [query.text for query in todo.every]
         try:
             tokens = self._tokenizer.tokenise(todo.rendered, texts)
         except RowError as error:
             todo.fail(error)
             return
-        context, ids = tokens.context, [query.id for query in self._job.queries]
+        context, ids = tokens.context, [query.id for query in todo.every]
         shared = len(self._shared) if context[: len(self._shared)] == self._shared else 0
         pieces = self._prefixes.cut(todo.document_id, context, shared, context_label(todo.rendered))
         todo.tokenised = Tokenised(context, dict(zip(ids, tokens.suffixes, strict=True)), pieces)

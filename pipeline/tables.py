@@ -109,7 +109,10 @@ class Table:
                 self._check_presence(file, _TEXT_COLUMNS)
 
     def records(self, names: Collection[str], rows_per_batch: int) -> Iterator[Record]:
-        """The rows, with the named columns only. Raises InputError where a file is damaged."""
+        """The rows, with the named columns only; one that is not needed may be lacking, and is null then.
+
+        Raises InputError where a file is damaged.
+        """
         for file in self.files:
             for number, values in self._rows(file, names, rows_per_batch):
                 yield Record({name: values.get(name) for name in names}, file, number)
@@ -118,7 +121,8 @@ class Table:
         if _format(file) == _JSON:
             return self._json_rows(file)
         if _format(file) == _PARQUET:
-            return enumerate(_parquet_rows(file, sorted(names), rows_per_batch))
+            needed = {column.name for column in self._columns}
+            return enumerate(_parquet_rows(file, sorted(names), needed, rows_per_batch))
         return [(0, self._read_text(file, names))]
 
     def _check_parquet(self, file: Path) -> None:
@@ -242,8 +246,11 @@ def _open_parquet(file: Path) -> Any:
         raise InputError(f"{file}: cannot be read as Parquet: {one_line(error)}") from None
 
 
-def _parquet_rows(file: Path, columns: list[str], rows_per_batch: int) -> Iterator[dict[str, Any]]:
+def _parquet_rows(
+    file: Path, names: Sequence[str], needed: Collection[str], rows_per_batch: int
+) -> Iterator[dict[str, Any]]:
     with _open_parquet(file) as parquet:
+        columns = [name for name in names if name in needed or parquet.schema_arrow.names.count(name) == 1]
         batches = parquet.iter_batches(rows_per_batch, columns=columns, use_threads=False)
         while True:
             try:

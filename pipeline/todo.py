@@ -20,12 +20,13 @@ if TYPE_CHECKING:
 class Todo:
     """A document whose ``queries`` are to be answered; ``rows`` are what became of them, by query id.
 
-    rendered: None where the prompt cannot be rendered. kept: rows that need no new answer. fingerprints: of all rows,
-    by query id.
+    rendered: None where the prompt cannot be rendered. every: all queries that are asked of the document. kept: rows
+    that need no new answer. fingerprints: of all rows, by query id.
     """
 
     document_id: str
     rendered: Rendered | None
+    every: Sequence[Query]
     queries: Sequence[Query]
     kept: Sequence[Row] = ()
     fingerprints: Mapping[str, str] = field(default_factory=dict)

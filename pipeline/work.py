@@ -18,13 +18,14 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from pipeline.budget import budget_bytes
-from pipeline.documents import Document, stream_documents
+from pipeline.documents import Document
 from pipeline.errors import GenerationFailed, Interrupted, ModelProcessDied, RowError
 from pipeline.identity import context_label, kept_rows, row_fingerprints
+from pipeline.inputs import Inputs
 from pipeline.job import Job
 from pipeline.needs import Needs, output_digest
 from pipeline.progress import Watcher
-from pipeline.prompts import Renderer, template_columns
+from pipeline.prompts import Renderer
 from pipeline.report import Report
 from pipeline.results import Results
 from pipeline.todo import Todo
@@ -48,6 +49,7 @@ class Work:
     def __init__(
         self,
         job: Job,
+        inputs: Inputs,
         identity: Identity,
         results: Results,
         progress: Watcher,
@@ -55,7 +57,7 @@ class Work:
         check: Callable[[], None],
         condemned: Mapping[str, str],
     ) -> None:
-        self._job, self._identity, self._results = job, identity, results
+        self._job, self._inputs, self._identity, self._results = job, inputs, identity, results
         self._progress, self._report, self._check = progress, report, check
         self._condemned = condemned
         self._renderer = Renderer(job.prompt)
@@ -87,13 +89,13 @@ class Work:
         try:
             rendered = self._renderer.render(document)
         except RowError as error:
-            todo = Todo(document.id, None, self._job.queries)
+            todo = Todo(document.id, None, document.queries, document.queries)
             todo.fail(error)
             return todo
-        fingerprints = row_fingerprints(self._identity, rendered, self._job)
+        fingerprints = row_fingerprints(self._identity, rendered, document.queries, self._job.generation)
         kept = kept_rows(self._results.rows(document.id), fingerprints)
-        queries = [query for query in self._job.queries if query.id not in kept]
-        todo = Todo(document.id, rendered, queries, list(kept.values()), fingerprints)
+        queries = [query for query in document.queries if query.id not in kept]
+        todo = Todo(document.id, rendered, document.queries, queries, list(kept.values()), fingerprints)
         if document.id in self._condemned:
             todo.fail(ModelProcessDied(self._condemned[document.id]))
         return todo
@@ -216,8 +218,7 @@ class Work:
     def _labels_to_come(self) -> Iterator[str]:
         if self._renderer.shared:
             yield context_label(self._renderer.shared)
-        documents = stream_documents(self._job.documents, template_columns(self._job.prompt))
-        for document in islice(documents, self._report.documents_done, None):
+        for document in islice(self._inputs.stream(), self._report.documents_done, None):
             with suppress(RowError):
                 yield context_label(self._renderer.render(document))
 

@@ -16,11 +16,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import typer
-from workplace import Workplace, error_of, invoke
+from workplace import ROOT, Workplace, error_of, invoke
 
 from pipeline.cli import app
 
-ROOT = Path(__file__).parents[2]
 COMMANDS = ("run", "plan", "status")
 
 

@@ -14,6 +14,7 @@ from typer.testing import CliRunner, Result
 if TYPE_CHECKING:
     from pipeline.report import Report
 
+ROOT = Path(__file__).parents[2]
 _TEXTS = [
     "The board met on the third of May and decided the budget for the year.",
     "What did the board decide? When does the lease end? Who signed the contract?",
@@ -43,6 +44,7 @@ class Workplace:
             "cache": {"dir": "cache"},
             "output": {"path": "out/a.parquet"},
         }
+        self.table: dict[str, Any] | None = None  # where queries come from, in place of `queries`
         folder.mkdir(exist_ok=True)
         self.save()
 
@@ -52,7 +54,7 @@ class Workplace:
         columns = {"id": list(self.documents), "text": list(self.documents.values())}
         schema = pa.schema([("id", pa.string()), ("text", pa.string())])
         pq.write_table(pa.table(columns, schema=schema), self.folder / "docs.parquet")
-        self.job_file.write_text(yaml.safe_dump(self.tree | {"queries": self.queries}))
+        self.job_file.write_text(yaml.safe_dump(self.tree | {"queries": self.table or self.queries}))
         return self.job_file
 
     def run(self, *overrides: str) -> Report:
