@@ -30,6 +30,7 @@ from pipeline.model import LoadedModel, load_model, max_context
 from pipeline.progress import Progress
 from pipeline.prompts import PromptTokenizer, Renderer
 from pipeline.runner import Runner
+from pipeline.truncation import Truncation
 from turboquant.contenders import group_size_of
 from turboquant.device import on_cpu
 from turboquant.drift import CannotRun
@@ -117,12 +118,13 @@ class _Stock:
     def documents(self) -> Iterator[tuple[list[int], list[_Question]]]:
         """Each document's context and the questions that the model has room for, in the job's order."""
         job, loaded = self._job, self._loaded
-        renderer, tokenizer = Renderer(job.prompt), PromptTokenizer(loaded.tokenizer)
+        renderer, tokenizer, truncation = Renderer(job.prompt), PromptTokenizer(loaded.tokenizer), Truncation(job)
         limit = max_context(loaded.config, loaded.tokenizer)
         for document in Inputs(job).stream():
             questions: list[_Question] = []
             with suppress(RowError):
-                tokens = tokenizer.tokenise(renderer.render(document), [query.text for query in document.queries])
+                rendered = truncation.cut(document, renderer.render(document), tokenizer, limit)
+                tokens = tokenizer.tokenise(rendered, [query.text for query in document.queries])
                 for query, suffix in zip(document.queries, tokens.suffixes, strict=True):
                     settings = query.settings(job.generation)
                     if not too_long(len(tokens.context), len(suffix), settings.max_tokens, limit):

@@ -21,6 +21,7 @@ from pipeline.prompts import PromptTokenizer, Rendered
 from pipeline.report import Report
 from pipeline.store import Store
 from pipeline.todo import Todo, Tokenised
+from pipeline.truncation import Truncation
 from turboquant import Prefix
 from turboquant.blas import load_tuned_blas
 from turboquant.identity import Identity
@@ -49,6 +50,7 @@ class Engine:
             _log.warning("MLX computes with a slow BLAS here: %s", hint)
         self._job, self._report = job, report
         self._model: LoadedModel = load_model(job.model)
+        self._truncation = Truncation(job)
         self._tokenizer = PromptTokenizer(self._model.tokenizer)
         self._limit = max_context(self._model.config, self._model.tokenizer)
         warn_of_uncompressed_layers(self._model.model)
@@ -65,13 +67,15 @@ class Engine:
         """
         if todo.rendered is None or todo.tokenised is not None or not todo.open:
             return
-        texts = [query.text for query in todo.every]
+        queries = todo.document.queries
         try:
-            tokens = self._tokenizer.tokenise(todo.rendered, texts)
+            rendered = self._truncation.cut(todo.document, todo.rendered, self._tokenizer, self._limit)
+            tokens = self._tokenizer.tokenise(rendered, [query.text for query in queries])
         except RowError as error:
             todo.fail(error)
             return
-        context, ids = tokens.context, [query.id for query in todo.every]
+        self._report.documents_truncated += rendered is not todo.rendered
+        context, ids = tokens.context, [query.id for query in queries]
         shared = len(self._shared) if context[: len(self._shared)] == self._shared else 0
         pieces = self._prefixes.cut(todo.document_id, context, shared, context_label(todo.rendered))
         todo.tokenised = Tokenised(context, dict(zip(ids, tokens.suffixes, strict=True)), pieces)

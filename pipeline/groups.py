@@ -21,8 +21,7 @@ _Result = TypeVar("_Result")
 def groups(documents: Iterable[Document], batch_size: int, alone: Collection[str] = ()) -> Iterator[list[Document]]:
     """The documents in groups that fill a batch, or fewer where texts are long; one by one around those in ``alone``.
 
-    >>> queries = [Query(id="a", text="Who?"), Query(id="b", text="When?"), Query(id="c", text="Why?")]
-    >>> texts = [Document(i, str(i), "a text", {}, queries) for i in range(7)]
+    >>> texts = [Document(i, str(i), "a text", {}, ["Who?", "When?", "Why?"]) for i in range(7)]
     >>> [[document.id for document in group] for group in groups(texts, 8)]
     [['0', '1', '2'], ['3', '4', '5'], ['6']]
     >>> [[document.id for document in group] for group in groups(texts, 8, alone={"1"})]

@@ -67,18 +67,23 @@ def context_label(rendered: Rendered) -> str:
 
 
 def row_fingerprints(
-    identity: Identity, rendered: Rendered, queries: Iterable[Query], generation: Generation
+    identity: Identity,
+    rendered: Rendered,
+    queries: Iterable[Query],
+    generation: Generation,
+    cut: int | None = None,
 ) -> dict[str, str]:
     """The fingerprints of a document's rows, by query id: each names everything that decides an answer, in 32 digits.
 
-    A fingerprint is the digest of one JSON list. What comes before the query is the same in all of them, and long.
+    cut: what Truncation.mark says. A fingerprint is the digest of one JSON list. What comes before the query is the
+    same in all of them, and long.
     """
     shared = _json(["row", asdict(identity), rendered.system, rendered.context])
     beginning = hashlib.sha256(shared.removesuffix("]").encode())
     fingerprints: dict[str, str] = {}
     for query in queries:
         digest = beginning.copy()
-        own = _json([query.text, vars(query.settings(generation))])
+        own = _json([query.text, vars(query.settings(generation)), *([] if cut is None else [cut])])
         digest.update(f", {own.removeprefix('[')}".encode())
         fingerprints[query.id] = digest.hexdigest()[:32]
     return fingerprints

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from pipeline.progress import watched
 from pipeline.prompts import PromptTokenizer, Rendered, Renderer
 from pipeline.results import Results
 from pipeline.stored import StoredContexts, label_number
+from pipeline.truncation import Truncation, reserved
 from turboquant.identity import Identity
 
 _DOCUMENTS_PER_BATCH = 256
@@ -47,7 +48,8 @@ class Status:
 class Plan:
     """What a run would cost.
 
-    ``unreadable`` and ``too_long`` count documents of which some rows will fail; ``hits`` counts the documents'
+    ``unreadable`` and ``too_long`` count documents of which some rows will fail, ``truncated`` those that will be cut
+    off; ``hits`` counts the documents'
     prefixes that are in the store, ``misses`` those that a run would build. Documents of the same text share one. Where
     there is too much to count, tokens and bytes are ``estimated``, and so is which documents are too long.
     """
@@ -55,6 +57,7 @@ class Plan:
     status: Status
     unreadable: int
     too_long: int
+    truncated: int
     tokens: int
     longest: int
     hits: int
@@ -115,7 +118,7 @@ class _Survey:
         self._rows = _Rows()
         self._questions = Questions((), ())
         self._questions_of: Sequence[Query] = ()
-        self._unreadable = self._too_long = self._tokens = self._longest = 0
+        self._unreadable = self._too_long = self._truncated = self._tokens = self._longest = 0
         self._tokens_to_prefill = self._bytes_to_store = 0
         self._hits: set[int] = set()
         self._misses: set[int] = set()  # documents with the same text share a prefix
@@ -145,6 +148,7 @@ class _Survey:
             status=self._rows.status(),
             unreadable=self._unreadable,
             too_long=self._too_long,
+            truncated=self._truncated,
             tokens=self._tokens,
             longest=self._longest,
             hits=len(self._hits),
@@ -157,6 +161,7 @@ class _Survey:
         )
 
     def _add_counted(self, document: _Document, label: int, lengths: Lengths) -> None:
+        lengths = self._truncate(document, lengths)
         self._tokens += lengths.context
         self._longest = max(self._longest, lengths.context)
         self._estimated |= lengths.estimated
@@ -168,6 +173,16 @@ class _Survey:
             self._misses.add(label)
             self._tokens_to_prefill += lengths.context
             self._bytes_to_store += self._bytes(lengths.context)
+
+    def _truncate(self, document: _Document, lengths: Lengths) -> Lengths:
+        """The lengths of what is left of a document; how much of it that will be can only be estimated."""
+        if self._limit is None or self._job.documents.too_long != "truncate":
+            return lengths
+        room = self._limit - reserved(document.queries, self._job.generation) - min(lengths.suffixes)
+        if not 0 < room < lengths.context:
+            return lengths
+        self._truncated += 1
+        return replace(lengths, context=room, estimated=True)
 
     def _asked_of(self, document: _Document) -> Questions:
         """What is asked of a document; worked out once for documents that follow each other and share their queries."""
@@ -201,7 +216,7 @@ class _Document:
 
 
 def _documents(job: Job, inputs: Inputs, identity: Identity) -> Iterator[_Document]:
-    renderer = Renderer(job.prompt)
+    renderer, truncation = Renderer(job.prompt), Truncation(job)
     with Results(job.output.path, read_only=True) as results:
         for document in inputs.stream():
             every = frozenset(query.id for query in document.queries)
@@ -212,7 +227,8 @@ def _documents(job: Job, inputs: Inputs, identity: Identity) -> Iterator[_Docume
             except RowError:
                 yield _Document(document.queries, None, every, failed)
                 continue
-            fingerprints = row_fingerprints(identity, rendered, document.queries, job.generation) if rows else {}
+            cut = truncation.mark(rendered, document.queries)
+            fingerprints = row_fingerprints(identity, rendered, document.queries, job.generation, cut) if rows else {}
             kept = kept_rows(rows, fingerprints)
             yield _Document(document.queries, rendered, every - kept.keys(), failed)
 

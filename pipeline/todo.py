@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from pipeline.documents import Document
 from pipeline.errors import RowError
 from pipeline.job import Query
 from pipeline.prompts import Rendered
@@ -18,20 +19,24 @@ if TYPE_CHECKING:
 
 @dataclass
 class Todo:
-    """A document whose ``queries`` are to be answered; ``rows`` are what became of them, by query id.
+    """A document of which ``queries`` are to be answered; ``rows`` are what became of them, by query id.
 
-    rendered: None where the prompt cannot be rendered. every: all queries that are asked of the document. kept: rows
-    that need no new answer. fingerprints: of all rows, by query id.
+    rendered: None where the prompt cannot be rendered. kept: rows that need no new answer. fingerprints: of all rows,
+    by query id.
     """
 
-    document_id: str
+    document: Document
     rendered: Rendered | None
-    every: Sequence[Query]
     queries: Sequence[Query]
     kept: Sequence[Row] = ()
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     rows: dict[str, Row] = field(default_factory=dict)
     tokenised: Tokenised | None = None
+
+    @property
+    def document_id(self) -> str:
+        """The document's id."""
+        return self.document.id
 
     @property
     def open(self) -> list[Query]:

@@ -29,6 +29,7 @@ from pipeline.prompts import Renderer
 from pipeline.report import Report
 from pipeline.results import Results
 from pipeline.todo import Todo
+from pipeline.truncation import Truncation
 
 if TYPE_CHECKING:
     from pipeline.engine import Engine
@@ -60,7 +61,7 @@ class Work:
         self._job, self._inputs, self._identity, self._results = job, inputs, identity, results
         self._progress, self._report, self._check = progress, report, check
         self._condemned = condemned
-        self._renderer = Renderer(job.prompt)
+        self._renderer, self._truncation = Renderer(job.prompt), Truncation(job)
         self._needs = Needs(job.cache.dir, job.output.path)
         self._loaded: Engine | None = None
         self._shown = 0  # rows in hand that the progress counts already
@@ -89,13 +90,14 @@ class Work:
         try:
             rendered = self._renderer.render(document)
         except RowError as error:
-            todo = Todo(document.id, None, document.queries, document.queries)
+            todo = Todo(document, None, document.queries)
             todo.fail(error)
             return todo
-        fingerprints = row_fingerprints(self._identity, rendered, document.queries, self._job.generation)
+        cut = self._truncation.mark(rendered, document.queries)
+        fingerprints = row_fingerprints(self._identity, rendered, document.queries, self._job.generation, cut)
         kept = kept_rows(self._results.rows(document.id), fingerprints)
         queries = [query for query in document.queries if query.id not in kept]
-        todo = Todo(document.id, rendered, document.queries, queries, list(kept.values()), fingerprints)
+        todo = Todo(document, rendered, queries, list(kept.values()), fingerprints)
         if document.id in self._condemned:
             todo.fail(ModelProcessDied(self._condemned[document.id]))
         return todo
