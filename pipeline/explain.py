@@ -25,9 +25,11 @@ _EXPECTED = {
     "less_than_equal": "at most {le:g}",
     "finite_number": "a finite number",
     "too_short": "at least one",
+    "invalid_key": "text as a key",
     "string_too_short": "at least {min_length} character",
 }
 _LONGEST = 100  # characters of a value that is shown
+_MOST_BITS = 256  # of a number that is
 
 
 def explain_job(
@@ -40,7 +42,7 @@ def explain_job(
     """
     # A misspelt required key is both unknown and missing; the unknown one says what to change.
     error = next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
-    key = ".".join(str(part) for part in error["loc"] if part not in tags)
+    key = " ".join(".".join(str(part) for part in error["loc"] if part not in tags).split())
     origin = _origin(key, path, overrides)
     if error["type"] == "extra_forbidden":
         return f"{origin}: unknown key '{key}'{_nearest_key(error['loc'], job, tags)}"
@@ -66,6 +68,8 @@ def describe(value: Any) -> str:
         return "a mapping of keys" if isinstance(value, dict) else ("a list" if value else "an empty list")
     if isinstance(value, bool):
         return str(value).lower()
+    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+        return f"a number of {value.bit_length():,} bits"  # which Python refuses to write out
     text = repr(value) if isinstance(value, str) else str(value)
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 1]}…"
 

@@ -12,11 +12,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -27,9 +28,11 @@ from pydantic import (
 
 from pipeline import yaml_files
 from pipeline.budget import checked_budget
-from pipeline.errors import JobError
+from pipeline.errors import JobError, one_line
 from pipeline.explain import describe, explain_job
 
+_MOST = (1 << 63) - 1
+_Value = TypeVar("_Value")
 DEFAULT_SYSTEM = "Answer from the document only. If the document does not say, say so."
 
 
@@ -44,10 +47,20 @@ class Settings:
     stop: tuple[str, ...] = ()
 
 
-def _not_blank(text: str) -> str:
-    if not text.strip():
+def _not_blank(text: _Value) -> _Value:
+    if isinstance(text, str) and not text.strip():
         raise ValueError("is empty")
     return text
+
+
+def _possible(path: Path) -> Path:
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass
+    except (OSError, ValueError) as error:
+        raise ValueError(f"is no path: {one_line(error)}") from None
+    return path
 
 
 # Strict, because in lax mode `max_tokens: true` would be 1 and `seed: "7"` would be 7.
@@ -56,11 +69,11 @@ class _Section(BaseModel):
 
 
 _Text = Annotated[str, AfterValidator(_not_blank)]
-_Path = Annotated[Path, Field(strict=False)]
-_MaxTokens = Annotated[int, Field(ge=1)]
+_Path = Annotated[Path, Field(strict=False), BeforeValidator(_not_blank), AfterValidator(_possible)]
+_MaxTokens = Annotated[int, Field(ge=1, le=_MOST)]
 _Temperature = Annotated[float, Field(ge=0)]
 _TopP = Annotated[float, Field(gt=0, le=1)]
-_Seed = Annotated[int, Field(ge=0)]
+_Seed = Annotated[int, Field(ge=0, le=_MOST)]
 _Stop = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)]
 _Bits = Literal[2, 3, 4, 5, 6, 8]
 
@@ -72,7 +85,7 @@ class Documents(_Section):
     id: _Text = "id"
     text: _Text = "text"
     where: _Text | None = None
-    limit: Annotated[int, Field(ge=1)] | None = None
+    limit: Annotated[int, Field(ge=1, le=_MOST)] | None = None
     too_long: Literal["error", "truncate"] = "error"  # for the model
 
 
@@ -91,7 +104,7 @@ class Generation(_Section):
     top_p: _TopP = 1.0
     seed: _Seed = 0
     stop: _Stop = ()  # texts that end an answer, and are not part of it
-    batch_size: Annotated[int, Field(ge=1)] = 8
+    batch_size: Annotated[int, Field(ge=1, le=_MOST)] = 8
 
 
 class Query(_Section):
@@ -143,11 +156,11 @@ class Cache(_Section):
     key_bits: _Bits = 4
     value_bits: _Bits = 4
     layer_bits: dict[int, _Bits] = {}
-    sinks: Annotated[int, Field(ge=0)] = 16
-    window: Annotated[int, Field(ge=0)] = 128
+    sinks: Annotated[int, Field(ge=0, le=_MOST)] = 16
+    window: Annotated[int, Field(ge=0, le=_MOST)] = 128
     extra_bits: Annotated[float, Field(ge=0, le=16)] = 0.2
     prefill: Literal["exact", "streaming"] = "exact"
-    segment: Annotated[int, Field(ge=512)] = 4096  # tokens, of a streaming prefill
+    segment: Annotated[int, Field(ge=512, le=_MOST)] = 4096  # tokens, of a streaming prefill
     budget: Annotated[int | str, AfterValidator(checked_budget)] | None = None
     keep: Literal["always", "job"] = "always"
     resident: Literal["auto", "packed", "dense"] = "auto"
@@ -177,18 +190,17 @@ class Job(_Section):
 
     @model_validator(mode="after")
     def _check_across_sections(self) -> Job:
-        read = {"documents": self.documents.path}
         if isinstance(self.queries, QueryTable):
-            read["queries"] = self.queries.path
+            self._check_feedback("queries", self.queries.path)
         else:
             check_unique(self.queries)
-        for what, path in read.items():
-            if _feeds_itself(self.output.path, path):
-                raise ValueError(
-                    f"output.path: {self.output.path} would be read as {what} by the next run; "
-                    "write it to another folder"
-                )
+        self._check_feedback("documents", self.documents.path)
         return self
+
+    def _check_feedback(self, what: str, path: str) -> None:
+        if _feeds_itself(self.output.path, path):
+            told = f"output.path: {self.output.path} would be read as {what} by the next run"
+            raise ValueError(f"{told}; write it to another folder")
 
 
 def check_unique(queries: Sequence[Query]) -> None:
@@ -207,12 +219,14 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> Job:
     tree = yaml_files.parse(yaml_files.read(path), str(path))
     if not isinstance(tree, dict):
         raise JobError(f"{path}: expected a mapping of keys, such as 'model: ...', got {describe(tree)}")
-    tree = _resolve(tree, "", path.parent, str(path))
-    tree.setdefault("name", path.stem)
-    for override in overrides:
-        _apply(override, tree)
     try:
+        tree = _resolve(tree, "", path.parent, str(path))
+        tree.setdefault("name", path.stem)
+        for override in overrides:
+            _apply(override, tree)
         return Job.model_validate(tree)
+    except RecursionError:
+        raise JobError(f"{path}: a mapping contains itself") from None
     except ValidationError as error:
         raise JobError(explain_job(error.errors(), Job, _QUERIES, str(path), overrides)) from None
 

@@ -15,6 +15,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -230,7 +231,9 @@ def _nothing_found(path: str, key: str, is_folder: bool) -> str:
         return f"{key}: the folder {path} holds no file named {', '.join(f'*{suffix}' for suffix in _FORMATS)}"
     if glob.has_magic(path):
         return f"{key}: no file matches {path}"
-    beside = [file.name for file in Path(path).parent.glob("*") if file.suffix.lower() in _FORMATS]
+    beside: list[str] = []
+    with suppress(OSError):
+        beside += [file.name for file in Path(path).parent.glob("*") if file.suffix.lower() in _FORMATS]
     return f"{key}: {path} does not exist{suggestion(os.path.basename(path), beside)}"
 
 

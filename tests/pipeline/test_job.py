@@ -124,6 +124,16 @@ def test_a_query_overrides_the_defaults() -> None:
         ("queries=[]", "queries: expected at least one, got an empty list"),
         ("queries=all", "queries: expected a list, got 'all'"),
         ("queries.0=ask", "queries.0: expected a mapping of keys, got 'ask'"),
+        ("queries={path: q.parquet, txt: x}", "unknown key 'queries.txt'; did you mean 'text'?"),
+        ("queries={id: x}", "the required key 'queries.path' is missing"),
+        ("documents.too_long=split", "documents.too_long: expected 'error' or 'truncate', got 'split'"),
+        ("output.path=' '", "output.path is empty"),
+        ("output.path=" + "a" * 300, "output.path is no path: [Errno 36] File name too long"),
+        ('cache.dir="a\\0"', "cache.dir is no path: embedded null byte"),
+        (
+            "generation.seed=0x" + "f" * 6000,
+            "generation.seed: expected at most 9.22337e+18, got a number of",
+        ),
         ("queries.0.id=no", "queries.0.id: expected text, got false; put it in quotes"),
         ("queries.0.id=2024-01-01", "queries.0.id: expected text, got 2024-01-01; put it in quotes"),
         ("queries.0.text=' '", "queries.0.text is empty"),
@@ -169,6 +179,9 @@ def test_the_last_override_of_a_key_wins(job_file: Path) -> None:
         ("queries:", "queries: [", "line "),
         ("{dir: .cache}", "{dir: {{ x }}}", "put a value that starts with {{ or * in quotes"),
         ("model: owner/name", "model: 2024-13-45", "not YAML"),
+        ("model: owner/name", '"mo\\ndel": x', "unknown key 'mo del'"),
+        ("{dir: .cache}", "&a {dir: .cache, x: *a}", "a mapping contains itself"),
+        ("{dir: .cache}", "{dir: .cache, 1: 2}", "cache.1: expected text as a key, got 1"),
     ],
 )
 def test_a_wrong_file_is_one_clear_line(job_file: Path, old: str, new: str, expected: str) -> None:
