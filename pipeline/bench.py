@@ -146,6 +146,8 @@ def _part(job: Job, extent: Extent, path: Path) -> Job:
         pa.Table.from_pylist([{**document.columns, job.documents.id: document.id} for document in taken]), path
     )
     documents = job.documents.model_copy(update={"path": str(path), "where": None, "limit": None})
+    if documents.too_long == "split":  # which mlx-lm has nothing like
+        documents = documents.model_copy(update={"too_long": "error"})
     cache = job.cache.model_copy(update={"budget": None, "keep": "always"})  # or there might be nothing to restore
     part = job.model_copy(update={"documents": documents, "cache": cache})
     return _asking(part, taken, path.with_name("queries.parquet"), lambda queries: queries[: extent.queries])

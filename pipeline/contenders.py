@@ -23,6 +23,7 @@ from pipeline.answers import make_sampler, read_answer, row_name
 from pipeline.bench import WARM, Outcome, Pair
 from pipeline.engine import too_long
 from pipeline.errors import NotApplicable, PipelineError, RowError, one_line
+from pipeline.fitting import Fitting
 from pipeline.inputs import Inputs
 from pipeline.job import Job, Settings
 from pipeline.meter import Meter
@@ -30,7 +31,6 @@ from pipeline.model import LoadedModel, load_model, max_context
 from pipeline.progress import Progress
 from pipeline.prompts import PromptTokenizer, Renderer
 from pipeline.runner import Runner
-from pipeline.truncation import Truncation
 from turboquant.contenders import group_size_of
 from turboquant.device import on_cpu
 from turboquant.drift import CannotRun
@@ -118,12 +118,12 @@ class _Stock:
     def documents(self) -> Iterator[tuple[list[int], list[_Question]]]:
         """Each document's context and the questions that the model has room for, in the job's order."""
         job, loaded = self._job, self._loaded
-        renderer, tokenizer, truncation = Renderer(job.prompt), PromptTokenizer(loaded.tokenizer), Truncation(job)
+        renderer, tokenizer, fitting = Renderer(job.prompt), PromptTokenizer(loaded.tokenizer), Fitting(job)
         limit = max_context(loaded.config, loaded.tokenizer)
         for document in Inputs(job).stream():
             questions: list[_Question] = []
             with suppress(RowError):
-                rendered = truncation.cut(document, renderer.render(document), tokenizer, limit)
+                (rendered,) = fitting.windows(document, renderer.render(document), tokenizer, limit)
                 tokens = tokenizer.tokenise(rendered, [query.text for query in document.queries])
                 for query, suffix in zip(document.queries, tokens.suffixes, strict=True):
                     settings = query.settings(job.generation)

@@ -71,11 +71,11 @@ def row_fingerprints(
     rendered: Rendered,
     queries: Iterable[Query],
     generation: Generation,
-    cut: int | None = None,
+    cut: str | None = None,
 ) -> dict[str, str]:
     """The fingerprints of a document's rows, by query id: each names everything that decides an answer, in 32 digits.
 
-    cut: what Truncation.mark says. A fingerprint is the digest of one JSON list. What comes before the query is the
+    cut: what Fitting.mark says. A fingerprint is the digest of one JSON list. What comes before the query is the
     same in all of them, and long.
     """
     shared = _json(["row", asdict(identity), rendered.system, rendered.context])

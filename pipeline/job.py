@@ -86,7 +86,7 @@ class Documents(_Section):
     text: _Text = "text"
     where: _Text | None = None
     limit: Annotated[int, Field(ge=1, le=_MOST)] | None = None
-    too_long: Literal["error", "truncate"] = "error"  # for the model
+    too_long: Literal["error", "truncate", "split"] = "error"  # for the model
 
 
 class Prompt(_Section):

@@ -14,6 +14,7 @@ from typing import Any
 from pipeline.budget import budget_bytes, existing
 from pipeline.counting import Asked, Counter, Effort, Lengths, Questions
 from pipeline.errors import RowError
+from pipeline.fitting import OVERLAP, Fitting, reserved
 from pipeline.identity import cache_codec, context_label, job_identity, kept_rows, row_fingerprints
 from pipeline.inputs import Inputs
 from pipeline.job import Job, Query
@@ -22,7 +23,6 @@ from pipeline.progress import watched
 from pipeline.prompts import PromptTokenizer, Rendered, Renderer
 from pipeline.results import Results
 from pipeline.stored import StoredContexts, label_number
-from pipeline.truncation import Truncation, reserved
 from turboquant.identity import Identity
 
 _DOCUMENTS_PER_BATCH = 256
@@ -48,8 +48,8 @@ class Status:
 class Plan:
     """What a run would cost.
 
-    ``unreadable`` and ``too_long`` count documents of which some rows will fail, ``truncated`` those that will be cut
-    off; ``hits`` counts the documents'
+    ``unreadable`` and ``too_long`` count documents of which some rows will fail, ``truncated`` and ``split`` those that
+    will be cut; ``hits`` counts the documents'
     prefixes that are in the store, ``misses`` those that a run would build. Documents of the same text share one. Where
     there is too much to count, tokens and bytes are ``estimated``, and so is which documents are too long.
     """
@@ -58,6 +58,7 @@ class Plan:
     unreadable: int
     too_long: int
     truncated: int
+    split: int
     tokens: int
     longest: int
     hits: int
@@ -118,7 +119,7 @@ class _Survey:
         self._rows = _Rows()
         self._questions = Questions((), ())
         self._questions_of: Sequence[Query] = ()
-        self._unreadable = self._too_long = self._truncated = self._tokens = self._longest = 0
+        self._unreadable = self._too_long = self._cut = self._tokens = self._longest = 0
         self._tokens_to_prefill = self._bytes_to_store = 0
         self._hits: set[int] = set()
         self._misses: set[int] = set()  # documents with the same text share a prefix
@@ -148,7 +149,8 @@ class _Survey:
             status=self._rows.status(),
             unreadable=self._unreadable,
             too_long=self._too_long,
-            truncated=self._truncated,
+            truncated=self._cut if self._job.documents.too_long == "truncate" else 0,
+            split=self._cut if self._job.documents.too_long == "split" else 0,
             tokens=self._tokens,
             longest=self._longest,
             hits=len(self._hits),
@@ -161,11 +163,13 @@ class _Survey:
         )
 
     def _add_counted(self, document: _Document, label: int, lengths: Lengths) -> None:
-        lengths = self._truncate(document, lengths)
+        fitting = self._fitting(document, lengths)
+        if self._is_to_be_cut(document, lengths):
+            self._cut += 1
+            lengths, fitting = self._cut_lengths(document, lengths), {query.id for query in document.queries}
         self._tokens += lengths.context
         self._longest = max(self._longest, lengths.context)
         self._estimated |= lengths.estimated
-        fitting = self._fitting(document, lengths)
         self._too_long += len(fitting) < len(document.queries)
         if self._stored.holds(label, lengths.context, lengths.estimated):
             self._hits.add(label)
@@ -174,15 +178,21 @@ class _Survey:
             self._tokens_to_prefill += lengths.context
             self._bytes_to_store += self._bytes(lengths.context)
 
-    def _truncate(self, document: _Document, lengths: Lengths) -> Lengths:
-        """The lengths of what is left of a document; how much of it that will be can only be estimated."""
-        if self._limit is None or self._job.documents.too_long != "truncate":
-            return lengths
-        room = self._limit - reserved(document.queries, self._job.generation) - min(lengths.suffixes)
-        if not 0 < room < lengths.context:
-            return lengths
-        self._truncated += 1
+    def _is_to_be_cut(self, document: _Document, lengths: Lengths) -> bool:
+        return self._job.documents.too_long != "error" and 0 < self._room(document, lengths) < lengths.context
+
+    def _cut_lengths(self, document: _Document, lengths: Lengths) -> Lengths:
+        """The lengths of what is read of a document, all windows together, which can only be estimated."""
+        room = self._room(document, lengths)
+        if self._job.documents.too_long == "split":
+            room = round(lengths.context * OVERLAP / (OVERLAP - 1))
         return replace(lengths, context=room, estimated=True)
+
+    def _room(self, document: _Document, lengths: Lengths) -> int:
+        """The tokens that a context may have; its own where there is no limit."""
+        if self._limit is None:
+            return lengths.context
+        return self._limit - reserved(document.queries, self._job.generation) - min(lengths.suffixes)
 
     def _asked_of(self, document: _Document) -> Questions:
         """What is asked of a document; worked out once for documents that follow each other and share their queries."""
@@ -216,7 +226,7 @@ class _Document:
 
 
 def _documents(job: Job, inputs: Inputs, identity: Identity) -> Iterator[_Document]:
-    renderer, truncation = Renderer(job.prompt), Truncation(job)
+    renderer, fitting = Renderer(job.prompt), Fitting(job)
     with Results(job.output.path, read_only=True) as results:
         for document in inputs.stream():
             every = frozenset(query.id for query in document.queries)
@@ -227,7 +237,7 @@ def _documents(job: Job, inputs: Inputs, identity: Identity) -> Iterator[_Docume
             except RowError:
                 yield _Document(document.queries, None, every, failed)
                 continue
-            cut = truncation.mark(rendered, document.queries)
+            cut = fitting.mark(rendered, document.queries)
             fingerprints = row_fingerprints(identity, rendered, document.queries, job.generation, cut) if rows else {}
             kept = kept_rows(rows, fingerprints)
             yield _Document(document.queries, rendered, every - kept.keys(), failed)

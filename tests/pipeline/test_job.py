@@ -126,7 +126,7 @@ def test_a_query_overrides_the_defaults() -> None:
         ("queries.0=ask", "queries.0: expected a mapping of keys, got 'ask'"),
         ("queries={path: q.parquet, txt: x}", "unknown key 'queries.txt'; did you mean 'text'?"),
         ("queries={id: x}", "the required key 'queries.path' is missing"),
-        ("documents.too_long=split", "documents.too_long: expected 'error' or 'truncate', got 'split'"),
+        ("documents.too_long=cut", "documents.too_long: expected 'error', 'truncate' or 'split', got 'cut'"),
         ("output.path=' '", "output.path is empty"),
         ("output.path=" + "a" * 300, "output.path is no path: [Errno 36] File name too long"),
         ('cache.dir="a\\0"', "cache.dir is no path: embedded null byte"),
