@@ -21,7 +21,7 @@ class Inputs:
     """A job's documents and queries. Raises JobError where something is wrong with them.
 
     documents: how many there are, without those of which nothing is asked. rows: how many pairs of a document and a
-    query. shared: the queries that are asked of every document, empty where each document has its own.
+    query.
     """
 
     def __init__(self, job: Job) -> None:
@@ -29,25 +29,25 @@ class Inputs:
         self._columns = template_columns(job.prompt)
         self.documents = check_documents(job.documents, self._columns).count
         self._own: OwnQueries | None = None
-        self.shared: tuple[Query, ...] = ()
+        self._shared: tuple[Query, ...] = ()
         if not isinstance(job.queries, QueryTable):
-            self.shared = job.queries
+            self._shared = job.queries
         elif job.queries.document_id is None:
-            self.shared = read_shared(job.queries)
+            self._shared = read_shared(job.queries)
         else:
             self._own = self._read_own(job.queries)
             self.documents = self._own.documents
-        self.rows = self._own.rows if self._own else self.documents * len(self.shared)
+        self.rows = self._own.rows if self._own else self.documents * len(self._shared)
 
     def stream(self) -> Iterator[Document]:
         """The documents in order, each with its queries."""
         for document in stream_documents(self._job.documents, self._columns):
-            if queries := self._own.of(document.id) if self._own else self.shared:
+            if queries := self._own.of(document.id) if self._own else self._shared:
                 yield replace(document, queries=queries)
 
     def pairs(self) -> Iterator[tuple[str, list[str]]]:
         """The ids of the documents, in order, each with its queries' ids; reads no texts."""
-        shared = [query.id for query in self.shared]
+        shared = [query.id for query in self._shared]
         for document_id in document_ids(self._job.documents):
             if query_ids := self._own.ids_of(document_id) if self._own else shared:
                 yield document_id, query_ids

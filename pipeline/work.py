@@ -129,7 +129,7 @@ class Work:
         todo.conclude()
 
     def _prefix(self, todo: Todo) -> Prefix | None:
-        """The prefix of a document, if it has one."""
+        """The prefix of a document, if it has one; what is read in windows is answered by the way."""
         engine = self._engine  # loaded before the document is begun, which is not to blame where loading fails
         self._progress.start_documents([todo.document_id])
         engine.make_ready(todo)

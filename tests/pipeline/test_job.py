@@ -211,6 +211,8 @@ def test_a_missing_file_names_its_neighbour(job_file: Path) -> None:
         ("d", True),
         ("d/*.parquet", True),
         ("**/*.parquet", True),
+        ("**", True),
+        ("**/*.md", False),
         ("d/b.parquet", False),
         ("*.parquet", False),
         ("d/b*.parquet", False),
