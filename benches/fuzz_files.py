@@ -16,7 +16,7 @@ import sys
 import tempfile
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -260,7 +260,7 @@ def spoil(files: dict[str, bytes], rng: random.Random) -> dict[str, bytes]:
     return {name: rng.choice(ways)()}
 
 
-def change(content: Any, rng: random.Random) -> Any:
+def change(content: Any, rng: random.Random, pieces: Sequence[Any] = PIECES) -> Any:
     """JSON with one of its nodes changed, left out, doubled, or swapped with its neighbour."""
     content = json.loads(dump(content))
     parent, key = rng.choice(list(nodes(content)))
@@ -278,7 +278,7 @@ def change(content: Any, rng: random.Random) -> Any:
         other = rng.choice(list(parent))
         parent[key], parent[other] = parent[other], parent[key]
     else:
-        parent[key] = json.loads(dump(rng.choice(PIECES)))
+        parent[key] = json.loads(dump(rng.choice(pieces)))
     return content
 
 

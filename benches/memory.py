@@ -1,16 +1,22 @@
-"""Peak resident memory of runs of few and many documents, and of one huge row group.
+"""Peak resident memory of runs of few and many documents, of one huge row group, and of tables of queries.
 
-    python benches/memory.py [--documents 10 1000] [--megabytes 300]
+    python benches/memory.py [--documents 10 1000] [--megabytes 300] [--joined 1000]
 
 Jobs with a tiny model are run by the command line; what is printed is VmHWM of its process and of the model's. The
 documents are short. Those of the huge row group are ten short ones and many of 100 kB of blanks, which are read and
-answered by an error; it is written with pages of 16 rows, as documents.py advises, and of pyarrow's 1,024. Linux only.
+answered by an error; it is written with pages of 16 rows, as tables.py advises, and of pyarrow's 1,024. Linux only.
+
+Those that are joined have 100 kB of text each, in one row group, of which the model reads the beginning, and twenty
+queries of their own, shuffled in another row group of as many bytes. That job is run undisturbed, then killed when a
+third of it is done and run again, which must give the same bytes, in the order of the documents.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import random
+import signal
 import subprocess
 import sys
 import tempfile
@@ -23,10 +29,11 @@ import pyarrow.parquet as pq
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benches.tiny import SCHEMA, Place, text_of  # noqa: E402
+from benches.tiny import QUERIES, SCHEMA, Place, text_of  # noqa: E402
 
 SENTENCES = 8
 BLANKS = 100_000
+QUERIES_A_DOCUMENT = 20
 SECONDS_BETWEEN_LOOKS = 0.02
 
 
@@ -35,6 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=int, nargs="*", default=[10, 1000])
     parser.add_argument("--megabytes", type=int, nargs="*", default=[300], help="of text in one row group")
+    parser.add_argument("--joined", type=int, nargs="*", default=[1000], help="documents with queries of their own")
     arguments = parser.parse_args()
     print("job                              parent MB  model MB  seconds")
     with tempfile.TemporaryDirectory() as folder:
@@ -49,6 +57,8 @@ def main() -> None:
                 place.write(max_tokens=2)
                 write_row_group(place.folder / "documents.parquet", megabytes << 20, rows_a_page)
                 show(f"{megabytes:,} MB in pages of {rows_a_page:,}", place)
+        for count in arguments.joined:
+            show_joined(count, Path(folder) / f"joined-{count}", model)
 
 
 def make_model(folder: Path) -> Path:
@@ -73,14 +83,51 @@ def write_row_group(path: Path, size: int, rows_a_page: int) -> None:
     )
 
 
-def show(name: str, place: Place) -> None:
-    """Run a job and print its peaks."""
+def show_joined(count: int, folder: Path, model: Path) -> None:
+    """Run a job of documents with queries of their own, then again with a kill; the results must be the same."""
+    queries = {"path": "queries.parquet", "document_id": "document"}
+    documents = {"path": "documents.parquet", "too_long": "truncate"}
+    place = Place(folder, model, {"keep": "job"}, {"queries": queries, "documents": documents})
+    place.write(max_tokens=2)
+    write_joined(place, count)
+    name = f"{count:,} x {QUERIES_A_DOCUMENT} joined"
+    show(name, place)
+    undisturbed = place.output.read_bytes()
+    rows = pq.read_table(place.output, columns=["document_id", "status"])
+    assert rows["document_id"].to_pylist() == [f"d{n}" for n in range(count) for _ in range(QUERIES_A_DOCUMENT)]
+    assert set(rows["status"].to_pylist()) == {"ok"}
+    place.output.unlink()
+    show(f"{name}, killed", place, kill_at=count // 3)
+    show(f"{name}, resumed", place)
+    assert place.output.read_bytes() == undisturbed
+
+
+def write_joined(place: Place, count: int) -> None:
+    """A row group of long documents, and one of their queries in no order."""
+    text = text_of(0, 1400)
+    texts = [f"{number}. {text}" for number in range(count)]
+    table = pa.table({"id": [f"d{number}" for number in range(count)], "text": texts}, schema=SCHEMA)
+    options = {"row_group_size": count * QUERIES_A_DOCUMENT, "compression": None, "use_dictionary": False}
+    pq.write_table(table, place.folder / "documents.parquet", write_batch_size=16, **options)
+    pairs = [(number, query) for number in range(count) for query in range(QUERIES_A_DOCUMENT)]
+    random.Random(0).shuffle(pairs)
+    columns = {
+        "document": [f"d{number}" for number, _ in pairs],
+        "id": [f"q{query}" for _, query in pairs],
+        "text": [f"{QUERIES[query % 2]} {query}" for _, query in pairs],
+        "notes": [text[: len(text) // QUERIES_A_DOCUMENT]] * len(pairs),
+    }
+    pq.write_table(pa.table(columns), place.folder / "queries.parquet", **options)
+
+
+def show(name: str, place: Place, kill_at: int | None = None) -> None:
+    """Run a job, killed when so many documents are done, and print its peaks."""
     started = time.monotonic()
-    parent, child = peaks(place)
+    parent, child = peaks(place, kill_at)
     print(f"{name:32} {parent / 1024:9.1f} {child / 1024:9.1f} {time.monotonic() - started:8.1f}", flush=True)
 
 
-def peaks(place: Place) -> tuple[int, int]:
+def peaks(place: Place, kill_at: int | None) -> tuple[int, int]:
     """Peak resident kilobytes of a run's two processes."""
     command = [sys.executable, "-m", "pipeline.cli", "run", str(place.folder / "job.yaml"), "--quiet"]
     environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
@@ -89,8 +136,10 @@ def peaks(place: Place) -> tuple[int, int]:
     while process.poll() is None:
         for number in (process.pid, *children(process.pid)):
             seen[number] = max(seen.get(number, 0), high_water(number))
+        if kill_at is not None and len(list(place.parts.glob("*/*.parquet"))) >= kill_at:
+            process.kill()
         time.sleep(SECONDS_BETWEEN_LOOKS)
-    if process.returncode not in (0, 3):  # 3: blank documents are errors
+    if process.returncode != -signal.SIGKILL if kill_at else process.returncode not in (0, 3):  # 3: blank documents
         raise SystemExit(f"the run ended with exit code {process.returncode}")
     parent = seen.pop(process.pid)
     return parent, max(seen.values())

@@ -94,6 +94,7 @@ class Place:
     folder: Path
     model: Path
     cache: dict[str, Any] = field(default_factory=dict)
+    sections: dict[str, Any] = field(default_factory=dict)  # in place of those that the job has otherwise
 
     @property
     def output(self) -> Path:
@@ -127,6 +128,7 @@ class Place:
             "generation": {"max_tokens": max_tokens},
             "cache": {"dir": "cache", **self.cache},
             "output": {"path": "out/answers.parquet"},
+            **self.sections,
         }
         path = self.folder / "job.yaml"
         path.write_text(yaml.safe_dump(job), encoding="utf-8")

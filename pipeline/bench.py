@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import signal
 import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from multiprocessing.connection import Connection
@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Literal
 
 from pipeline import errors
 from pipeline.budget import existing
-from pipeline.errors import DocumentsError, JobError, NotApplicable, RowError
+from pipeline.errors import InputError, JobError, NotApplicable, RowError
+from pipeline.job import Job, Query, QueryTable
 from pipeline.signals import stops_handled, stops_held_back
 from pipeline.supervisor import SPAWN, cause_of_death, receive, reraise
 from pipeline.worker import Failed, end_with_the_parent
 
 if TYPE_CHECKING:
     from pipeline.documents import Document
-    from pipeline.job import Job
 
 SMALL_CHARACTERS, SMALL_TOKENS = 4000, 2
 NAIVE, COPIED, COLD, WARM = "naive", "copied", "pipeline-cold", "pipeline-warm"
@@ -139,17 +139,33 @@ def _part(job: Job, extent: Extent, path: Path) -> Job:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from pipeline.documents import check_documents
-    from pipeline.prompts import template_columns
-
-    check_documents(job.documents, template_columns(job.prompt))
-    columns = [document.columns for document in islice(_rendering(job), extent.documents)]
-    if not columns:
-        raise DocumentsError("documents.path: there is no document that is fit for the prompt")
-    pq.write_table(pa.Table.from_pylist(columns), path)
-    documents = job.documents.model_copy(update={"path": str(path)})
+    taken = list(islice(_rendering(job), extent.documents))
+    if not taken:
+        raise InputError("documents.path: there is no document that is fit for the prompt")
+    pq.write_table(
+        pa.Table.from_pylist([{**document.columns, job.documents.id: document.id} for document in taken]), path
+    )
+    documents = job.documents.model_copy(update={"path": str(path), "where": None, "limit": None})
+    if documents.too_long == "split":  # which mlx-lm has nothing like
+        documents = documents.model_copy(update={"too_long": "error"})
     cache = job.cache.model_copy(update={"budget": None, "keep": "always"})  # or there might be nothing to restore
-    return job.model_copy(update={"documents": documents, "cache": cache, "queries": job.queries[: extent.queries]})
+    part = job.model_copy(update={"documents": documents, "cache": cache})
+    return _asking(part, taken, path.with_name("queries.parquet"), lambda queries: queries[: extent.queries])
+
+
+def _asking(
+    part: Job, documents: Sequence[Document], path: Path, change: Callable[[Sequence[Query]], Sequence[Query]]
+) -> Job:
+    """The part with ``change`` of its documents' queries; where each has its own they are written to ``path``."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if not isinstance(part.queries, QueryTable) or part.queries.document_id is None:
+        return part.model_copy(update={"queries": tuple(change(documents[0].queries))})
+    asked = [(document.id, query) for document in documents for query in change(document.queries)]
+    rows = [{"document_id": document_id, **query.model_dump()} for document_id, query in asked]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    return part.model_copy(update={"queries": QueryTable(path=str(path), document_id="document_id")})
 
 
 def _small(part: Job, folder: Path) -> Job:
@@ -162,20 +178,23 @@ def _small(part: Job, folder: Path) -> Job:
     path, text = folder / "small.parquet", part.documents.text
     (first,) = pq.read_table(part.documents.path).slice(0, 1).to_pylist()
     pq.write_table(pa.Table.from_pylist([{**first, text: first[text][:SMALL_CHARACTERS]}]), path)
-    queries = [query.model_copy(update={"max_tokens": SMALL_TOKENS}) for query in part.queries]
     documents = part.documents.model_copy(update={"path": str(path)})
     cache = part.cache.model_copy(update={"dir": folder / "small" / "cache"})
     output = part.output.model_copy(update={"path": folder / "small" / "answers.parquet"})
-    update = {"documents": documents, "queries": queries, "cache": cache, "output": output}
-    return part.model_copy(update=update)
+    small = part.model_copy(update={"documents": documents, "cache": cache, "output": output})
+    return _asking(small, list(islice(_rendering(part), 1)), folder / "small-queries.parquet", _briefly)
+
+
+def _briefly(queries: Sequence[Query]) -> list[Query]:
+    return [query.model_copy(update={"max_tokens": SMALL_TOKENS}) for query in queries]
 
 
 def _rendering(job: Job) -> Iterator[Document]:
-    from pipeline.documents import stream_documents
-    from pipeline.prompts import Renderer, template_columns
+    from pipeline.inputs import Inputs
+    from pipeline.prompts import Renderer
 
     renderer = Renderer(job.prompt)
-    for document in stream_documents(job.documents, template_columns(job.prompt)):
+    for document in Inputs(job).stream():
         try:
             renderer.render(document)
         except RowError as error:
@@ -186,7 +205,8 @@ def _rendering(job: Job) -> Iterator[Document]:
 
 def _own_job(part: Job, contender: str, resident: str | None, extent: Extent, folder: Path) -> Job:
     if contender == NAIVE:
-        return part.model_copy(update={"queries": part.queries[: extent.naive_queries]})
+        asked = folder / "naive-queries.parquet"
+        return _asking(part, list(_rendering(part)), asked, lambda queries: queries[: extent.naive_queries])
     if resident is None:
         return part
     own = folder / f"pipeline-{resident}"  # for cold and warm

@@ -83,9 +83,10 @@ def plan(job_file: JobFile, set_: Overrides = None, as_json: AsJson = False, deb
                     "documents",
                     f"{found.status.documents:,} ({about}{found.tokens:,} tokens, the longest {found.longest:,})",
                 ),
-                ("queries", f"{len(job.queries):,} a document"),
+                ("queries", f"{found.status.rows / found.status.documents:,.4g} a document"),
                 ("rows", f"{found.status.rows:,}: {found.status.done:,} done, {found.status.left:,} to do"),
                 ("will fail", _will_fail(found.too_long, found.unreadable)),
+                *_cut(found.truncated, found.split),
                 ("prefixes", f"{found.hits:,} in the store, {found.misses:,} to build"),
                 ("prefill", f"{about}{found.tokens_to_prefill:,} tokens"),
                 (
@@ -140,6 +141,7 @@ def _summary(job: Job, report: Report) -> str:
     rows = [("rows", f"{answered} of {report.rows:,} ({report.documents:,} documents)")]
     if report.failures:
         rows.append(("failures", ", ".join(f"{count:,} {kind}" for kind, count in sorted(report.failures.items()))))
+    rows += _cut(report.documents_truncated, report.documents_split)
     if prefixes := report.prefixes_built + report.prefixes_restored:
         built = f"{report.prefixes_built:,} built, {report.prefixes_restored:,} restored"
         bits = f"{report.effective_bits:.2f} bits a value" if report.effective_bits else "uncompressed"
@@ -159,6 +161,11 @@ def _will_fail(too_long: int, unreadable: int) -> str:
     reasons = (too_long, "too long for the model"), (unreadable, "blank or not fit for the prompt")
     counted = [f"{count:,} {reason}" for count, reason in reasons if count]
     return f"documents: {', '.join(counted)}" if counted else "nothing known beforehand"
+
+
+def _cut(truncated: int, split: int) -> list[tuple[str, str]]:
+    counts = ("truncated", truncated), ("split", split)
+    return [(name, f"{count:,} documents, too long for the model") for name, count in counts if count]
 
 
 def _rate(tokens: int, seconds: float) -> str:

@@ -21,14 +21,15 @@ from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_promp
 
 from pipeline.answers import make_sampler, read_answer, row_name
 from pipeline.bench import WARM, Outcome, Pair
-from pipeline.documents import stream_documents
 from pipeline.engine import too_long
 from pipeline.errors import NotApplicable, PipelineError, RowError, one_line
+from pipeline.fitting import Fitting
+from pipeline.inputs import Inputs
 from pipeline.job import Job, Settings
 from pipeline.meter import Meter
 from pipeline.model import LoadedModel, load_model, max_context
 from pipeline.progress import Progress
-from pipeline.prompts import PromptTokenizer, Renderer, template_columns
+from pipeline.prompts import PromptTokenizer, Renderer
 from pipeline.runner import Runner
 from turboquant.contenders import group_size_of
 from turboquant.device import on_cpu
@@ -71,7 +72,7 @@ class _Watch(Progress):
 
 
 def _pipeline(job: Job, warm: bool) -> Outcome:
-    watch = _Watch(len(job.queries), quiet=True)
+    watch = _Watch(0, quiet=True)
     report = Runner(job, watch=lambda rows: watch).run()
     assert watch.meter is not None
     measured = watch.meter.read()
@@ -117,17 +118,18 @@ class _Stock:
     def documents(self) -> Iterator[tuple[list[int], list[_Question]]]:
         """Each document's context and the questions that the model has room for, in the job's order."""
         job, loaded = self._job, self._loaded
-        renderer, tokenizer = Renderer(job.prompt), PromptTokenizer(loaded.tokenizer)
+        renderer, tokenizer, fitting = Renderer(job.prompt), PromptTokenizer(loaded.tokenizer), Fitting(job)
         limit = max_context(loaded.config, loaded.tokenizer)
-        for document in stream_documents(job.documents, template_columns(job.prompt)):
+        for document in Inputs(job).stream():
             questions: list[_Question] = []
             with suppress(RowError):
-                tokens = tokenizer.tokenise(renderer.render(document), [query.text for query in job.queries])
-                for query, suffix in zip(job.queries, tokens.suffixes, strict=True):
+                (rendered,) = fitting.windows(document, renderer.render(document), tokenizer, limit)
+                tokens = tokenizer.tokenise(rendered, [query.text for query in document.queries])
+                for query, suffix in zip(document.queries, tokens.suffixes, strict=True):
                     settings = query.settings(job.generation)
                     if not too_long(len(tokens.context), len(suffix), settings.max_tokens, limit):
                         questions.append(_Question((document.id, query.id), suffix, settings))
-            self.left_out += len(job.queries) - len(questions)
+            self.left_out += len(document.queries) - len(questions)
             if questions:
                 yield tokens.context, questions
 
@@ -198,7 +200,8 @@ class _Stock:
     @property
     def samples(self) -> bool:
         """Whether any query is not answered greedily."""
-        return any(query.settings(self._job.generation).temperature for query in self._job.queries)
+        queries = (query for document in Inputs(self._job).stream() for query in document.queries)
+        return any(query.settings(self._job.generation).temperature for query in queries)
 
     @property
     def bits(self) -> int:

@@ -42,10 +42,25 @@ class Effort:
 
 
 @dataclass(frozen=True)
+class Questions:
+    """A document's queries: their texts, and the most tokens that each's prompt may have.
+
+    There are no ``rooms`` where the model has no limit.
+    """
+
+    texts: tuple[str, ...]
+    rooms: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Asked:
-    """A document to count. Where ``known`` tokens are those of its context, it is tokenised only to ``check`` them."""
+    """A document to count, and its queries.
+
+    Where ``known`` tokens are those of its context, it is tokenised only to ``check`` them.
+    """
 
     rendered: Rendered
+    questions: Questions
     known: int | None = None
     check: bool = False
 
@@ -62,23 +77,16 @@ class Lengths:
 class Counter:
     """Counts documents' tokens, within an effort.
 
-    documents: how many there will be. rooms: for each query, the most tokens that its prompt may have; none where the
-    model has no limit.
+    documents: how many there will be.
     """
 
-    def __init__(
-        self,
-        prompts: PromptTokenizer,
-        query_texts: Sequence[str],
-        rooms: Sequence[int],
-        documents: int,
-        effort: Effort,
-    ) -> None:
-        self._prompts, self._query_texts, self._rooms = prompts, query_texts, rooms
+    def __init__(self, prompts: PromptTokenizer, documents: int, effort: Effort) -> None:
+        self._prompts = prompts
         self._documents, self._effort = documents, effort
         self._seen = self._spent = self._near_spent = 0
         self._tokens = self._characters = 0  # of the prompts that were counted
         self._endings: dict[tuple[bool, str], tuple[int, ...]] = {}
+        self._texts: tuple[str, ...] = ()  # of the queries that they are for
 
     def count(self, batch: Sequence[Asked]) -> list[Lengths | None]:
         """The lengths of each document, or None where its prompt fails."""
@@ -93,10 +101,10 @@ class Counter:
     def _draft(self, asked: Asked) -> _Draft | None:
         self._seen += 1
         try:
-            suffixes = self._suffixes(asked.rendered)
+            suffixes = self._suffixes(asked)
             if asked.known is not None and not asked.check:
                 return _Draft("", suffixes, tokenise=False)
-            text = self._prompts.prompt_text(asked.rendered, self._query_texts[0])
+            text = self._prompts.prompt_text(asked.rendered, asked.questions.texts[0])
         except RowError:
             return None
         return _Draft(text, suffixes, self._is_worth_it(asked, len(text), suffixes))
@@ -109,15 +117,16 @@ class Counter:
         if asked.known is not None:
             return False
         estimate = self._estimate(characters, suffixes)
-        return self._is_near(estimate, suffixes, round(_ESTIMATE_MARGIN * estimate)) and self._may_look_near(characters)
+        margin = round(_ESTIMATE_MARGIN * estimate)
+        return self._is_near(asked, estimate, suffixes, margin) and self._may_look_near(characters)
 
     def _settle(self, asked: Asked, draft: _Draft, counted: int | None) -> Lengths | None:
         if counted is None and asked.known is None:
             return Lengths(self._estimate(len(draft.text), draft.suffixes), draft.suffixes, estimated=True)
         context = (asked.known or 0) if counted is None else counted - draft.suffixes[0]
-        characters = len(asked.rendered.context) * len(self._query_texts)
-        if self._is_near(context, draft.suffixes, _SEAM_MARGIN) and self._may_look_near(characters):
-            return self._count_as_a_run(asked.rendered)
+        characters = len(asked.rendered.context) * len(asked.questions.texts)
+        if self._is_near(asked, context, draft.suffixes, _SEAM_MARGIN) and self._may_look_near(characters):
+            return self._count_as_a_run(asked)
         return Lengths(context, draft.suffixes)
 
     def _count(self, texts: list[str]) -> list[int]:
@@ -129,9 +138,9 @@ class Counter:
     def _estimate(self, characters: int, suffixes: tuple[int, ...]) -> int:
         return max(round(characters * self._tokens / self._characters) - suffixes[0], 1)
 
-    def _is_near(self, context: int, suffixes: tuple[int, ...], margin: int) -> bool:
+    def _is_near(self, asked: Asked, context: int, suffixes: tuple[int, ...], margin: int) -> bool:
         """Whether a wrong count might decide if a query fits."""
-        pairs = zip(suffixes, self._rooms, strict=False)
+        pairs = zip(suffixes, asked.questions.rooms, strict=False)
         return any(abs(context + suffix - room) <= margin for suffix, room in pairs)
 
     def _may_look_near(self, characters: int) -> bool:
@@ -140,29 +149,33 @@ class Counter:
         self._near_spent += characters
         return True
 
-    def _suffixes(self, rendered: Rendered) -> tuple[int, ...]:
+    def _suffixes(self, asked: Asked) -> tuple[int, ...]:
         """Each query's tokens after the context. Raises RowError where a prompt fails."""
+        rendered, texts = asked.rendered, asked.questions.texts
+        if texts is not self._texts:
+            self._endings.clear()
+            self._texts = texts
         ordinary = _ORDINARY.search(rendered.context[-_ENDING:])
         key = rendered.system is None, ordinary[0] if ordinary else rendered.context[-_ENDING:]
         if (known := self._endings.get(key)) is not None:
             return known
         try:
-            lengths = self._tokenise(Rendered(rendered.system, rendered.context[-_TAIL:]))
+            lengths = self._tokenise(Rendered(rendered.system, rendered.context[-_TAIL:]), texts)
         except RowError:  # of the shortened text, perhaps not of the whole
-            return self._tokenise(rendered).suffixes
+            return self._tokenise(rendered, texts).suffixes
         if len(self._endings) >= _ENDINGS_KEPT:
             self._endings.clear()
         self._endings[key] = lengths.suffixes
         return lengths.suffixes
 
-    def _count_as_a_run(self, rendered: Rendered) -> Lengths | None:
+    def _count_as_a_run(self, asked: Asked) -> Lengths | None:
         try:
-            return self._tokenise(rendered)
+            return self._tokenise(asked.rendered, asked.questions.texts)
         except RowError:
             return None
 
-    def _tokenise(self, rendered: Rendered) -> Lengths:
-        tokens = self._prompts.tokenise(rendered, self._query_texts)
+    def _tokenise(self, rendered: Rendered, query_texts: Sequence[str]) -> Lengths:
+        tokens = self._prompts.tokenise(rendered, query_texts)
         return Lengths(len(tokens.context), tuple(map(len, tokens.suffixes)))
 
 

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from pipeline.answers import Request, answer, row_name
 from pipeline.errors import ContextTooLong, GenerationFailed, RowError, one_line
+from pipeline.fitting import Fitting, combined
 from pipeline.identity import context_label
 from pipeline.job import Job, Query
 from pipeline.model import LoadedModel, load_model, max_context
@@ -49,6 +51,7 @@ class Engine:
             _log.warning("MLX computes with a slow BLAS here: %s", hint)
         self._job, self._report = job, report
         self._model: LoadedModel = load_model(job.model)
+        self._fitting = Fitting(job)
         self._tokenizer = PromptTokenizer(self._model.tokenizer)
         self._limit = max_context(self._model.config, self._model.tokenizer)
         warn_of_uncompressed_layers(self._model.model)
@@ -61,26 +64,58 @@ class Engine:
     def make_ready(self, todo: Todo) -> None:
         """Tokenise a document's prompts, and restore what the store has of its prefix; from any thread, once.
 
-        Queries that cannot be answered fail.
+        One that is to be read in windows gets those. Queries that cannot be answered fail.
         """
-        if todo.rendered is None or todo.tokenised is not None or not todo.open:
+        if todo.rendered is None or todo.tokenised is not None or todo.windows or not todo.open:
             return
-        texts = [query.text for query in self._job.queries]
         try:
-            tokens = self._tokenizer.tokenise(todo.rendered, texts)
+            windows = self._fitting.windows(todo.document, todo.rendered, self._tokenizer, self._limit)
         except RowError as error:
             todo.fail(error)
             return
-        context, ids = tokens.context, [query.id for query in self._job.queries]
+        if len(windows) > 1:
+            todo.windows = [self._part(todo, window, todo.open) for window in windows]
+            return
+        todo.truncated = windows[0] is not todo.rendered
+        self._tokenise(todo, windows[0])
+        if todo.tokenised is not None and todo.open:
+            todo.tokenised.restored = self._prefixes.restore(todo.tokenised.pieces)
+
+    def combine(self, todo: Todo) -> list[Todo]:
+        """What is asked of the answers on a document's windows, query by query; one that failed on a window fails."""
+        parts: list[Todo] = []
+        for query in todo.open:
+            rows = [window.rows[query.id] for window in todo.windows]
+            failed = next((number for number, row in enumerate(rows) if row.status == "error"), None)
+            if failed is not None:
+                told = f"window {failed + 1} of {len(rows)}: {rows[failed].error}"
+                todo.rows[query.id] = replace(rows[failed], error=told)
+            elif todo.rendered is not None:
+                asked = combined(todo.rendered, [row.answer or "" for row in rows])
+                parts.append(self._part(todo, asked, [query]))
+        return parts
+
+    def _part(self, todo: Todo, rendered: Rendered, queries: Sequence[Query]) -> Todo:
+        """A part of what is to be done for a document, ready to be answered."""
+        part = Todo(todo.document, rendered, queries, fingerprints=todo.fingerprints, label=todo.label)
+        self._tokenise(part, rendered)
+        return part
+
+    def _tokenise(self, todo: Todo, rendered: Rendered) -> None:
+        queries = todo.document.queries
+        try:
+            tokens = self._tokenizer.tokenise(rendered, [query.text for query in queries])
+        except RowError as error:
+            todo.fail(error)
+            return
+        context, ids = tokens.context, [query.id for query in queries]
         shared = len(self._shared) if context[: len(self._shared)] == self._shared else 0
-        pieces = self._prefixes.cut(todo.document_id, context, shared, context_label(todo.rendered))
+        pieces = self._prefixes.cut(todo.document_id, context, shared, todo.label)
         todo.tokenised = Tokenised(context, dict(zip(ids, tokens.suffixes, strict=True)), pieces)
         for query in todo.open:
             suffix, longest = todo.tokenised.suffixes[query.id], query.settings(self._job.generation).max_tokens
             if refused := too_long(len(context), len(suffix), longest, self._limit):
                 todo.fail(refused, [query])
-        if todo.open:
-            todo.tokenised.restored = self._prefixes.restore(pieces)
 
     def prefix(self, todo: Todo) -> Prefix:
         """The prefix of a document that is ready. Raises GenerationFailed or DiskFull."""
@@ -91,7 +126,8 @@ class Engine:
 
     def own_keys(self, todo: Todo) -> set[str]:
         """The segments that are the document's alone."""
-        pieces = todo.tokenised.pieces if todo.tokenised is not None else ()
+        tokenised = (each.tokenised for each in (todo, *todo.windows, *todo.combined))
+        pieces = (piece for each in tokenised if each is not None for piece in each.pieces)
         return {piece.key for piece in pieces if piece.about["label"] != self._prefixes.shared_label}
 
     def answer(self, ready: Sequence[tuple[Todo, Prefix]], on_answer: Callable[[], None]) -> None:

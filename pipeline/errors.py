@@ -2,7 +2,7 @@
 
     PipelineError              exit 1    anything else that has a clear message
     ├── JobError               exit 2    the job, its inputs or the command line is wrong
-    │   ├── DocumentsError               ... the documents' files or columns are
+    │   ├── InputError                   ... the files or columns of documents or queries are
     │   └── ModelError                   ... the model cannot be found, loaded or used
     ├── StoreError             exit 1    the cache folder cannot be used
     │   ├── DiskFull                     ... nor anything be written on its disk
@@ -41,8 +41,8 @@ class JobError(PipelineError):
     exit_code = 2
 
 
-class DocumentsError(JobError):
-    """The documents' files, columns or ids are wrong."""
+class InputError(JobError):
+    """The files, columns or ids of documents or queries are wrong."""
 
 
 class ModelError(JobError):

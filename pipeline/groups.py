@@ -2,7 +2,7 @@
 
 A document with few queries would leave most of a batch empty, so documents that follow each other share one. Where
 the cuts are depends on the job alone: rounding depends on which rows share a batch, and a run that was interrupted
-must give what one that was not gives. Knows documents by their size; nothing of models or rows.
+must give what one that was not gives. Knows documents by their size and queries; nothing of models or rows.
 """
 
 from __future__ import annotations
@@ -18,36 +18,35 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
-def groups(
-    documents: Iterable[Document], queries: int, batch_size: int, alone: Collection[str] = ()
-) -> Iterator[list[Document]]:
+def groups(documents: Iterable[Document], batch_size: int, alone: Collection[str] = ()) -> Iterator[list[Document]]:
     """The documents in groups that fill a batch, or fewer where texts are long; one by one around those in ``alone``.
 
-    >>> texts = [Document(i, str(i), "a text", {}) for i in range(7)]
-    >>> [[document.id for document in group] for group in groups(texts, 3, 8)]
+    >>> texts = [Document(i, str(i), "a text", {}, ["Who?", "When?", "Why?"]) for i in range(7)]
+    >>> [[document.id for document in group] for group in groups(texts, 8)]
     [['0', '1', '2'], ['3', '4', '5'], ['6']]
-    >>> [[document.id for document in group] for group in groups(texts, 3, 8, alone={"1"})]
+    >>> [[document.id for document in group] for group in groups(texts, 8, alone={"1"})]
     [['0'], ['1'], ['2'], ['3', '4', '5'], ['6']]
     """
-    for group in _cut(documents, -(-batch_size // queries)):
+    for group in _cut(documents, batch_size):
         if any(document.id in alone for document in group):
             yield from ([document] for document in group)
         else:
             yield group
 
 
-def _cut(documents: Iterable[Document], most: int) -> Iterator[list[Document]]:
+def _cut(documents: Iterable[Document], batch_size: int) -> Iterator[list[Document]]:
     group: list[Document] = []
-    size = 0
+    size = rows = 0
     for document in documents:
         if group and size + len(document.text) > GROUP_CHARACTERS:
             yield group
-            group, size = [], 0
+            group, size, rows = [], 0, 0
         group.append(document)
         size += len(document.text)
-        if len(group) == most:
+        rows += len(document.queries)
+        if rows >= batch_size:
             yield group
-            group, size = [], 0
+            group, size, rows = [], 0, 0
     if group:
         yield group
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.job import Cache, Job
+from pipeline.job import Cache, Generation, Job, Query
 from pipeline.model import resolve_model, tokenizer_fingerprint, weights_fingerprint
 from pipeline.prompts import Rendered, Renderer
 from turboquant.blas import load_tuned_blas
@@ -66,17 +66,24 @@ def context_label(rendered: Rendered) -> str:
     return _digest("context", rendered.system, rendered.context)
 
 
-def row_fingerprints(identity: Identity, rendered: Rendered, job: Job) -> dict[str, str]:
+def row_fingerprints(
+    identity: Identity,
+    rendered: Rendered,
+    queries: Iterable[Query],
+    generation: Generation,
+    cut: str | None = None,
+) -> dict[str, str]:
     """The fingerprints of a document's rows, by query id: each names everything that decides an answer, in 32 digits.
 
-    A fingerprint is the digest of one JSON list. What comes before the query is the same in all of them, and long.
+    cut: what Fitting.mark says. A fingerprint is the digest of one JSON list. What comes before the query is the
+    same in all of them, and long.
     """
     shared = _json(["row", asdict(identity), rendered.system, rendered.context])
     beginning = hashlib.sha256(shared.removesuffix("]").encode())
     fingerprints: dict[str, str] = {}
-    for query in job.queries:
+    for query in queries:
         digest = beginning.copy()
-        own = _json([query.text, vars(query.settings(job.generation))])
+        own = _json([query.text, vars(query.settings(generation)), *([] if cut is None else [cut])])
         digest.update(f", {own.removeprefix('[')}".encode())
         fingerprints[query.id] = digest.hexdigest()[:32]
     return fingerprints

@@ -12,15 +12,27 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    ValidationError,
+    model_validator,
+)
 
+from pipeline import yaml_files
 from pipeline.budget import checked_budget
-from pipeline.errors import JobError, one_line, suggestion
+from pipeline.errors import JobError, one_line
+from pipeline.explain import describe, explain_job
 
+_MOST = (1 << 63) - 1
+_Value = TypeVar("_Value")
 DEFAULT_SYSTEM = "Answer from the document only. If the document does not say, say so."
 
 
@@ -35,10 +47,20 @@ class Settings:
     stop: tuple[str, ...] = ()
 
 
-def _not_blank(text: str) -> str:
-    if not text.strip():
+def _not_blank(text: _Value) -> _Value:
+    if isinstance(text, str) and not text.strip():
         raise ValueError("is empty")
     return text
+
+
+def _possible(path: Path) -> Path:
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass
+    except (OSError, ValueError) as error:
+        raise ValueError(f"is no path: {one_line(error)}") from None
+    return path
 
 
 # Strict, because in lax mode `max_tokens: true` would be 1 and `seed: "7"` would be 7.
@@ -47,21 +69,24 @@ class _Section(BaseModel):
 
 
 _Text = Annotated[str, AfterValidator(_not_blank)]
-_Path = Annotated[Path, Field(strict=False)]
-_MaxTokens = Annotated[int, Field(ge=1)]
+_Path = Annotated[Path, Field(strict=False), BeforeValidator(_not_blank), AfterValidator(_possible)]
+_MaxTokens = Annotated[int, Field(ge=1, le=_MOST)]
 _Temperature = Annotated[float, Field(ge=0)]
 _TopP = Annotated[float, Field(gt=0, le=1)]
-_Seed = Annotated[int, Field(ge=0)]
+_Seed = Annotated[int, Field(ge=0, le=_MOST)]
 _Stop = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)]
 _Bits = Literal[2, 3, 4, 5, 6, 8]
 
 
 class Documents(_Section):
-    """Where the documents are: a Parquet file, a folder of them or a glob, and two of their columns."""
+    """Where the documents are, a file, a folder or a glob, two of their columns, and which rows are meant."""
 
     path: _Text
     id: _Text = "id"
     text: _Text = "text"
+    where: _Text | None = None
+    limit: Annotated[int, Field(ge=1, le=_MOST)] | None = None
+    too_long: Literal["error", "truncate", "split"] = "error"  # for the model
 
 
 class Prompt(_Section):
@@ -79,11 +104,11 @@ class Generation(_Section):
     top_p: _TopP = 1.0
     seed: _Seed = 0
     stop: _Stop = ()  # texts that end an answer, and are not part of it
-    batch_size: Annotated[int, Field(ge=1)] = 8
+    batch_size: Annotated[int, Field(ge=1, le=_MOST)] = 8
 
 
 class Query(_Section):
-    """One question asked of every document, with what it sets otherwise than `generation`."""
+    """One question asked of documents, with what it sets otherwise than `generation`."""
 
     id: _Text
     text: _Text
@@ -104,6 +129,26 @@ class Query(_Section):
         )
 
 
+class QueryTable(_Section):
+    """Where queries are, a file, a folder or a glob, and their columns.
+
+    Each is asked of every document, or of the one whose id is in the column ``document_id``.
+    """
+
+    path: _Text
+    id: _Text = "id"
+    text: _Text = "text"
+    document_id: _Text | None = None
+
+
+# What stands for a kind of queries in the location of pydantic's errors.
+_QUERIES = {"<list>": Query, "<table>": QueryTable}
+
+
+def _kind_of_queries(value: Any) -> str:
+    return "<table>" if isinstance(value, dict | QueryTable) else "<list>"
+
+
 class Cache(_Section):
     """Where prefixes are kept and how they are compressed."""
 
@@ -111,11 +156,11 @@ class Cache(_Section):
     key_bits: _Bits = 4
     value_bits: _Bits = 4
     layer_bits: dict[int, _Bits] = {}
-    sinks: Annotated[int, Field(ge=0)] = 16
-    window: Annotated[int, Field(ge=0)] = 128
+    sinks: Annotated[int, Field(ge=0, le=_MOST)] = 16
+    window: Annotated[int, Field(ge=0, le=_MOST)] = 128
     extra_bits: Annotated[float, Field(ge=0, le=16)] = 0.2
     prefill: Literal["exact", "streaming"] = "exact"
-    segment: Annotated[int, Field(ge=512)] = 4096  # tokens, of a streaming prefill
+    segment: Annotated[int, Field(ge=512, le=_MOST)] = 4096  # tokens, of a streaming prefill
     budget: Annotated[int | str, AfterValidator(checked_budget)] | None = None
     keep: Literal["always", "job"] = "always"
     resident: Literal["auto", "packed", "dense"] = "auto"
@@ -134,22 +179,35 @@ class Job(_Section):
     model: _Text
     documents: Documents
     prompt: Prompt = Prompt()
-    queries: Annotated[tuple[Query, ...], Field(min_length=1, strict=False)]
+    queries: Annotated[
+        Annotated[tuple[Query, ...], Field(min_length=1, strict=False), Tag("<list>")]
+        | Annotated[QueryTable, Tag("<table>")],
+        Discriminator(_kind_of_queries),
+    ]
     generation: Generation = Generation()
     cache: Cache
     output: Output
 
     @model_validator(mode="after")
     def _check_across_sections(self) -> Job:
-        for query_id, times in Counter(query.id for query in self.queries).items():
-            if times > 1:
-                raise ValueError(f"queries: the id '{query_id}' is given {times} times; ids must be unique")
-        if _feeds_itself(self.output.path, self.documents.path):
-            raise ValueError(
-                f"output.path: {self.output.path} would be read as documents by the next run; "
-                "write it to another folder"
-            )
+        if isinstance(self.queries, QueryTable):
+            self._check_feedback("queries", self.queries.path)
+        else:
+            check_unique(self.queries)
+        self._check_feedback("documents", self.documents.path)
         return self
+
+    def _check_feedback(self, what: str, path: str) -> None:
+        if _feeds_itself(self.output.path, path):
+            told = f"output.path: {self.output.path} would be read as {what} by the next run"
+            raise ValueError(f"{told}; write it to another folder")
+
+
+def check_unique(queries: Sequence[Query]) -> None:
+    """Raises ValueError where two queries have the same id."""
+    for query_id, times in Counter(query.id for query in queries).items():
+        if times > 1:
+            raise ValueError(f"queries: the id '{query_id}' is given {times} times; ids must be unique")
 
 
 def load_job(path: Path, overrides: Sequence[str] = ()) -> Job:
@@ -158,72 +216,27 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> Job:
     Paths in the file are relative to its folder. `overrides` are "key.path=value", the value being YAML;
     paths in them are relative to the current directory.
     """
-    tree = _parse_yaml(_read(path), str(path))
+    tree = yaml_files.parse(yaml_files.read(path), str(path))
     if not isinstance(tree, dict):
-        raise JobError(f"{path}: expected a mapping of keys, such as 'model: ...', got {_describe(tree)}")
-    tree = _resolve(tree, "", path.parent, str(path))
-    tree.setdefault("name", path.stem)
-    for override in overrides:
-        _apply(override, tree)
+        raise JobError(f"{path}: expected a mapping of keys, such as 'model: ...', got {describe(tree)}")
     try:
+        tree = _resolve(tree, "", path.parent, str(path))
+        tree.setdefault("name", path.stem)
+        for override in overrides:
+            _apply(override, tree)
         return Job.model_validate(tree)
+    except RecursionError:
+        raise JobError(f"{path}: a mapping contains itself") from None
     except ValidationError as error:
-        raise JobError(_explain(error.errors(), str(path), overrides)) from None
+        raise JobError(explain_job(error.errors(), Job, _QUERIES, str(path), overrides)) from None
 
 
 def _feeds_itself(output: Path, documents: str) -> bool:
-    fixed, recursive, _ = documents.partition("**")
-    if recursive:
-        return output.is_relative_to(fixed)
+    fixed, recursive, rest = documents.partition("**")
+    if recursive:  # the parts are below the output, and end as Parquet does
+        names = output, output.with_suffix(".parquet")
+        return output.is_relative_to(fixed) and any(path.match(f"*{rest.rpartition('/')[2]}") for path in names)
     return output.parent == Path(documents) or output.match(documents)
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which a key given twice is an error, and 1e-3 is a number, which in YAML 1.1 it is not."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        scalars = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for number, key in enumerate(scalars):
-            if any(key.value == earlier.value for earlier in scalars[:number]):
-                problem = f"the key '{key.value}' is given twice"
-                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        beside = [file.name for file in path.parent.glob("*.yaml")]
-        raise JobError(f"{path}: no such job file{suggestion(path.name, beside)}") from None
-    except OSError as error:
-        raise JobError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def _parse_yaml(source: bytes | str, origin: str) -> Any:
-    try:
-        return yaml.load(source, _Loader)
-    except yaml.MarkedYAMLError as error:
-        raise JobError(f"{origin}: {_where(error)}{error.problem}{_quoting_hint(error)}") from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise JobError(f"{origin}: not YAML: {one_line(error)}") from None
-
-
-def _where(error: yaml.MarkedYAMLError) -> str:
-    mark = error.problem_mark
-    return f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-
-
-def _quoting_hint(error: yaml.MarkedYAMLError) -> str:
-    """`{{ text }}` is a mapping in YAML and `*.parquet` an alias."""
-    problems = ("unhashable", "expected alphabetic or numeric character")
-    is_unquoted = (error.problem or "").removeprefix("found ").startswith(problems)
-    return "; put a value that starts with {{ or * in quotes" if is_unquoted else ""
 
 
 def _resolve(value: Any, key: str, base: Path, origin: str) -> Any:
@@ -235,11 +248,11 @@ def _resolve(value: Any, key: str, base: Path, origin: str) -> Any:
         return value
     if key == "model":
         return _resolve_model(value, base, origin)
-    if key not in ("documents.path", "cache.dir", "output.path"):
+    if key not in ("documents.path", "queries.path", "cache.dir", "output.path"):
         return value
     if "://" not in value:
         return _absolute(value, base)
-    if key == "documents.path":
+    if key in ("documents.path", "queries.path"):
         return value
     raise JobError(f"{origin}: {key}: expected a path on this machine, got the URL '{value}'")
 
@@ -265,7 +278,7 @@ def _apply(override: str, tree: dict[Any, Any]) -> None:
     key, origin = key.strip(), f"--set {override}"
     if not equals or not all(key.split(".")):
         raise JobError(f"{origin}: expected key.path=value, such as generation.max_tokens=64")
-    value = _resolve(_parse_yaml(text, origin), key, Path.cwd(), origin)
+    value = _resolve(yaml_files.parse(text, origin), key, Path.cwd(), origin)
     *parents, last = key.split(".")
     node: Any = tree
     for depth, part in enumerate(parents, start=1):
@@ -281,76 +294,7 @@ def _index(node: Any, part: str, key: str, origin: str) -> str | int:
         return part
     parent = key.rpartition(".")[0]
     if not isinstance(node, list):
-        raise JobError(f"{origin}: '{parent}' is {_describe(node)} and has no keys")
+        raise JobError(f"{origin}: '{parent}' is {describe(node)} and has no keys")
     if not part.isdecimal() or int(part) >= len(node):
         raise JobError(f"{origin}: '{parent}' is a list of {len(node)}: use {parent}.0 to {parent}.{len(node) - 1}")
     return int(part)
-
-
-_EXPECTED = {
-    "int_type": "a whole number",
-    "float_type": "a number",
-    "string_type": "text",
-    "path_type": "a path",
-    "tuple_type": "a list",
-    "model_type": "a mapping of keys",
-    "literal_error": "{expected}",
-    "greater_than_equal": "at least {ge:g}",
-    "greater_than": "more than {gt:g}",
-    "less_than_equal": "at most {le:g}",
-    "finite_number": "a finite number",
-    "too_short": "at least one",
-    "string_too_short": "at least {min_length} character",
-}
-
-
-def _explain(errors: list[ErrorDetails], path: str, overrides: Sequence[str]) -> str:
-    """One line about the error that is most likely the cause of the others."""
-    # A misspelt required key is both unknown and missing; the unknown one says what to change.
-    error = next((error for error in errors if error["type"] == "extra_forbidden"), errors[0])
-    location = error["loc"]
-    key = ".".join(map(str, location))
-    origin = _origin(key, path, overrides)
-    if error["type"] == "extra_forbidden":
-        return f"{origin}: unknown key '{key}'{_nearest_key(location)}"
-    if error["type"] == "missing":
-        return f"{origin}: the required key '{key}' is missing"
-    if error["type"] == "value_error":
-        return f"{origin}: {key + ' ' if key else ''}{error['ctx']['error']}"
-    expected = _EXPECTED.get(error["type"], error["msg"]).format(**error.get("ctx", {}))
-    return f"{origin}: {key}: expected {expected}, got {_describe(error['input'])}{_text_hint(error)}"
-
-
-def _origin(key: str, path: str, overrides: Sequence[str]) -> str:
-    for override in reversed(overrides):
-        name = override.partition("=")[0].strip()
-        if key == name or key.startswith(f"{name}."):
-            return f"--set {override}"
-    return path
-
-
-def _nearest_key(location: tuple[int | str, ...]) -> str:
-    """The end of the message about an unknown key: the key most like it in the same section."""
-    section: Any = Job
-    for part in location[:-1]:
-        if isinstance(part, str):
-            section = section.model_fields[part].annotation
-        if section == tuple[Query, ...]:
-            section = Query
-    return suggestion(str(location[-1]), set(section.model_fields))
-
-
-def _describe(value: Any) -> str:
-    if value is None:
-        return "nothing"
-    if isinstance(value, (dict, list, tuple)):
-        return "a mapping of keys" if isinstance(value, dict) else ("a list" if value else "an empty list")
-    if isinstance(value, bool):
-        return str(value).lower()
-    return repr(value) if isinstance(value, str) else str(value)
-
-
-def _text_hint(error: ErrorDetails) -> str:
-    """YAML turns `id: no` and `id: 2024-01-01` into other things than text."""
-    is_scalar = not isinstance(error["input"], (dict, list, type(None)))
-    return "; put it in quotes" if error["type"] == "string_type" and is_scalar else ""

@@ -16,12 +16,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import StrictUndefined, Template, TemplateSyntaxError, meta, nodes
+from jinja2 import Template, meta, nodes
 from jinja2.sandbox import SandboxedEnvironment
 
 from pipeline.documents import Document
 from pipeline.errors import EmptyDocument, JobError, ModelError, PromptFailed, one_line
 from pipeline.job import Prompt
+from pipeline.templates import checked, environment
 
 SHARED_CHARACTERS = 1000  # from which on a beginning that all documents have is prefilled by itself
 _PROBES = ("What", "1", "(x)", "\n-", " é")
@@ -51,11 +52,11 @@ def template_columns(prompt: Prompt) -> set[str]:
     >>> sorted(template_columns(Prompt(context="{{ title }}: {{ text }}")))
     ['text', 'title']
     """
-    environment = _environment()
-    context = meta.find_undeclared_variables(environment.parse(_checked("prompt.context", prompt.context)))
+    sandbox = environment()
+    context = meta.find_undeclared_variables(sandbox.parse(checked("prompt.context", prompt.context)))
     if not context:
         raise JobError("prompt.context uses no column, so every document would have the same context; use {{ text }}")
-    system = environment.parse(_checked("prompt.system", prompt.system or ""))
+    system = sandbox.parse(checked("prompt.system", prompt.system or ""))
     return context | meta.find_undeclared_variables(system)
 
 
@@ -66,10 +67,10 @@ class Renderer:
     """
 
     def __init__(self, prompt: Prompt) -> None:
-        environment = _environment()
-        self._context = environment.from_string(_checked("prompt.context", prompt.context))
-        self._system = environment.from_string(_checked("prompt.system", prompt.system or ""))
-        self.shared = _shared(environment, prompt)
+        sandbox = environment()
+        self._context = sandbox.from_string(checked("prompt.context", prompt.context))
+        self._system = sandbox.from_string(checked("prompt.system", prompt.system or ""))
+        self.shared = _shared(sandbox, prompt)
 
     def render(self, document: Document) -> Rendered:
         """Raises EmptyDocument for a blank text and PromptFailed where a template fails on this row."""
@@ -156,35 +157,20 @@ class PromptTokenizer:
         return False
 
 
-def _shared(environment: SandboxedEnvironment, prompt: Prompt) -> Rendered | None:
+def _shared(sandbox: SandboxedEnvironment, prompt: Prompt) -> Rendered | None:
     """System text and the beginning of the context, as far as no column is used in them."""
     system = prompt.system or ""
-    if meta.find_undeclared_variables(environment.parse(system)):
+    if meta.find_undeclared_variables(sandbox.parse(system)):
         return None
-    first = next(iter(environment.parse(prompt.context).body), None)
+    first = next(iter(sandbox.parse(prompt.context).body), None)
     literal = ""
     if isinstance(first, nodes.Output) and isinstance(first.nodes[0], nodes.TemplateData):
         literal = first.nodes[0].data
     try:
-        system = environment.from_string(system).render()
+        system = sandbox.from_string(system).render()
     except Exception:  # then it fails for every document, which is told of each
         return None
     return Rendered(system or None, literal) if len(system) + len(literal) >= SHARED_CHARACTERS else None
-
-
-def _environment() -> SandboxedEnvironment:
-    environment = SandboxedEnvironment(undefined=StrictUndefined, finalize=lambda value: "" if value is None else value)
-    # Every name in a template is a column, even one called `range` or `dict`.
-    environment.globals.clear()
-    return environment
-
-
-def _checked(key: str, source: str) -> str:
-    try:
-        _environment().from_string(source)
-    except TemplateSyntaxError as error:
-        raise JobError(f"{key}: line {error.lineno} of the template: {error.message}") from None
-    return source
 
 
 def _fill(template: Template, key: str, document: Document) -> str:

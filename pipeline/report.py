@@ -16,6 +16,8 @@ class Report:
     rows_answered: int = 0
     rows_failed: int = 0
     failures: dict[str, int] = field(default_factory=dict)  # by error_type; no Counter, which asdict spoils
+    documents_truncated: int = 0  # of those with something to answer, as are
+    documents_split: int = 0
     prefixes_built: int = 0
     prefixes_restored: int = 0
     context_tokens: int = 0

@@ -34,7 +34,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from pipeline.durable import TEMPORARY, atomic_file, disk_errors, make_folder
-from pipeline.errors import OutputError, one_line
+from pipeline.errors import JobError, OutputError, one_line
 
 SCHEMA = pa.schema(
     [
@@ -104,7 +104,7 @@ class Results:
 
     def __enter__(self) -> Results:
         if self.output.is_dir():
-            raise OutputError(f"{self.output}: is a folder; output.path must name a file")
+            raise JobError(f"{self.output}: is a folder; output.path must name a file")
         try:
             if self._read_only:
                 self._listed = _list_parts(self.parts)  # first: a run that ends now moves them to the finished file
@@ -328,7 +328,7 @@ def _open_finished(path: Path) -> _FinishedFile | None:
         return None
     except _BROKEN as error:
         # It may be anything that output.path names by mistake, so it is neither replaced nor moved.
-        raise OutputError(
+        raise JobError(
             f"{path}: exists and is not a result that can be continued ({one_line(error)}); "
             "move it away, or set another output.path"
         ) from None

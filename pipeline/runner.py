@@ -16,14 +16,14 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from pipeline import __version__
-from pipeline.documents import Document, check_documents, stream_documents
+from pipeline.documents import Document
 from pipeline.durable import atomic_file
 from pipeline.errors import Interrupted
 from pipeline.groups import ahead, groups
 from pipeline.identity import job_identity
+from pipeline.inputs import Inputs
 from pipeline.job import Job
 from pipeline.progress import Progress, Watcher
-from pipeline.prompts import template_columns
 from pipeline.report import Report
 from pipeline.results import Results
 from pipeline.signals import stops_handled
@@ -66,25 +66,22 @@ class Runner:
     def run(self) -> Report:
         """Run, or resume. Returns the report, whose ``interrupted`` says that the user stopped the run early."""
         started = time.monotonic() - self.report.seconds
-        columns = template_columns(self._job.prompt)
-        summary = check_documents(self._job.documents, columns)
+        inputs = Inputs(self._job)
         identity = job_identity(self._job)
         report = self.report
-        report.documents, report.rows = summary.count, summary.count * len(self._job.queries)
+        report.documents, report.rows = inputs.documents, inputs.rows
         with (
             Results(self._job.output.path, _metadata(self._job, identity)) as results,
             self._watch(report.rows) as progress,
             self._stop.listening(),
         ):
-            work = Work(self._job, identity, results, progress, report, self._stop.check, self._condemned)
+            work = Work(self._job, inputs, identity, results, progress, report, self._stop.check, self._condemned)
             try:
-                with work, closing(ahead(self._groups(columns), work.look)) as todos:
+                with work, closing(ahead(self._groups(inputs), work.look)) as todos:
                     for group in todos:
                         self._stop.check()
                         work.do(group)
-                query_ids = [query.id for query in self._job.queries]
-                ids = (document.id for document in stream_documents(self._job.documents, ()))
-                results.finish((document_id, query_ids) for document_id in ids)
+                results.finish(inputs.pairs())
                 work.finish(done=True)
             except Interrupted:
                 report.interrupted = True
@@ -93,11 +90,10 @@ class Runner:
             self._write_report(identity)
         return report
 
-    def _groups(self, columns: set[str]) -> Iterator[list[Document]]:
+    def _groups(self, inputs: Inputs) -> Iterator[list[Document]]:
         """Those documents that are not done; a group is done whole."""
-        job, passed = self._job, self.report.documents_done
-        documents = stream_documents(job.documents, columns)
-        for group in groups(documents, len(job.queries), job.generation.batch_size, self._alone):
+        passed = self.report.documents_done
+        for group in groups(inputs.stream(), self._job.generation.batch_size, self._alone):
             if passed <= 0:
                 yield group
             passed -= len(group)

@@ -25,7 +25,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from pipeline.budget import existing
-from pipeline.errors import BudgetTooSmall, DiskFull, StoreError, is_disk_full, one_line
+from pipeline.errors import BudgetTooSmall, DiskFull, JobError, StoreError, is_disk_full, one_line
 from pipeline.inventory import REJECTED, Entry, entries, eviction_order, remove, size_of
 from pipeline.needs import JOBS
 from turboquant import CacheCodec
@@ -51,7 +51,7 @@ class Store:
         self, folder: Path, budget: int | None = None, is_needed: Callable[[str], bool] = lambda label: False
     ) -> None:
         if folder.exists() and not folder.is_dir():
-            raise StoreError(f"cache.dir: {folder} is a file; name a folder")
+            raise JobError(f"cache.dir: {folder} is a file; name a folder")
         self._folder, self._budget, self._is_needed = folder, budget, is_needed
         self._labels: dict[str, list[Mapping[str, Any]]] | None = None
         self._told: set[str] = set()

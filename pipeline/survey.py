@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
 
 from pipeline.budget import budget_bytes, existing
-from pipeline.counting import Asked, Counter, Effort, Lengths
-from pipeline.documents import check_documents, stream_documents
+from pipeline.counting import Asked, Counter, Effort, Lengths, Questions
 from pipeline.errors import RowError
+from pipeline.fitting import OVERLAP, Fitting, reserved
 from pipeline.identity import cache_codec, context_label, job_identity, kept_rows, row_fingerprints
-from pipeline.job import Job
+from pipeline.inputs import Inputs
+from pipeline.job import Job, Query
 from pipeline.model import load_tokenizer, max_context, prefix_bytes, read_config, resolve_model
 from pipeline.progress import watched
-from pipeline.prompts import PromptTokenizer, Rendered, Renderer, template_columns
+from pipeline.prompts import PromptTokenizer, Rendered, Renderer
 from pipeline.results import Results
 from pipeline.stored import StoredContexts, label_number
 from turboquant.identity import Identity
@@ -47,7 +48,8 @@ class Status:
 class Plan:
     """What a run would cost.
 
-    ``unreadable`` and ``too_long`` count documents of which some rows will fail; ``hits`` counts the documents'
+    ``unreadable`` and ``too_long`` count documents of which some rows will fail, ``truncated`` and ``split`` those that
+    will be cut; ``hits`` counts the documents'
     prefixes that are in the store, ``misses`` those that a run would build. Documents of the same text share one. Where
     there is too much to count, tokens and bytes are ``estimated``, and so is which documents are too long.
     """
@@ -55,6 +57,8 @@ class Plan:
     status: Status
     unreadable: int
     too_long: int
+    truncated: int
+    split: int
     tokens: int
     longest: int
     hits: int
@@ -68,9 +72,8 @@ class Plan:
 
 def job_status(job: Job, quiet: bool = True) -> Status:
     """Count a job's rows; a row answered under other settings, weights or text counts as left."""
-    count = check_documents(job.documents, template_columns(job.prompt)).count
-    rows = _Rows(len(job.queries))
-    for document in watched(_documents(job, job_identity(job, remember=False)), count, quiet):
+    inputs, rows = Inputs(job), _Rows()
+    for document in watched(_documents(job, inputs, job_identity(job, remember=False)), inputs.documents, quiet):
         rows.add(document)
     return rows.status()
 
@@ -79,16 +82,14 @@ def plan_job(job: Job, quiet: bool = True, effort: Effort | None = None) -> Plan
     """Count everything and look each prefix up in the store. Raises JobError for what is wrong."""
     from pipeline.store import Store
 
-    count = check_documents(job.documents, template_columns(job.prompt)).count
+    inputs = Inputs(job)
     path = resolve_model(job.model)
     config, identity = read_config(path), job_identity(job, remember=False)
     tokenizer = load_tokenizer(path)
-    limit = max_context(config, tokenizer)
-    rooms = [] if limit is None else [limit - query.settings(job.generation).max_tokens for query in job.queries]
-    texts = [query.text for query in job.queries]
-    counter = Counter(PromptTokenizer(tokenizer), texts, rooms, count, effort or Effort())
-    survey = _Survey(job, config, rooms, StoredContexts(Store(job.cache.dir).contexts(identity)))
-    for batch in _batches(watched(_documents(job, identity), count, quiet)):
+    counter = Counter(PromptTokenizer(tokenizer), inputs.documents, effort or Effort())
+    stored = StoredContexts(Store(job.cache.dir).contexts(identity))
+    survey = _Survey(job, config, max_context(config, tokenizer), stored)
+    for batch in _batches(watched(_documents(job, inputs, identity), inputs.documents, quiet)):
         survey.add(batch, counter)
     return survey.plan()
 
@@ -96,28 +97,29 @@ def plan_job(job: Job, quiet: bool = True, effort: Effort | None = None) -> Plan
 class _Rows:
     """Counts rows by what has become of them."""
 
-    def __init__(self, queries: int) -> None:
-        self._queries = queries
-        self._documents = self._left = self._failed = 0
+    def __init__(self) -> None:
+        self._documents = self._rows = self._left = self._failed = 0
 
     def add(self, document: _Document) -> None:
         self._documents += 1
+        self._rows += len(document.queries)
         self._left += len(document.pending)
         self._failed += document.failed
 
     def status(self) -> Status:
-        rows = self._documents * self._queries
-        return Status(self._documents, rows, rows - self._left, self._failed)
+        return Status(self._documents, self._rows, self._rows - self._left, self._failed)
 
 
 class _Survey:
     """Adds documents up to a plan, in a few dozen bytes for each text."""
 
-    def __init__(self, job: Job, config: Mapping[str, Any], rooms: Sequence[int], stored: StoredContexts) -> None:
-        self._job, self._rooms, self._stored = job, rooms, stored
+    def __init__(self, job: Job, config: Mapping[str, Any], limit: int | None, stored: StoredContexts) -> None:
+        self._job, self._limit, self._stored = job, limit, stored
         self._bytes = lru_cache(maxsize=4096)(partial(prefix_bytes, cache_codec(job.cache), config))
-        self._rows = _Rows(len(job.queries))
-        self._unreadable = self._too_long = self._tokens = self._longest = 0
+        self._rows = _Rows()
+        self._questions = Questions((), ())
+        self._questions_of: Sequence[Query] = ()
+        self._unreadable = self._too_long = self._cut = self._tokens = self._longest = 0
         self._tokens_to_prefill = self._bytes_to_store = 0
         self._hits: set[int] = set()
         self._misses: set[int] = set()  # documents with the same text share a prefix
@@ -134,7 +136,7 @@ class _Survey:
                 continue
             label = label_number(context_label(document.rendered))
             readable.append((document, label))
-            asked.append(Asked(document.rendered, *self._stored.expected(label)))
+            asked.append(Asked(document.rendered, self._asked_of(document), *self._stored.expected(label)))
         for (document, label), lengths in zip(readable, counter.count(asked), strict=True):
             if lengths is None:
                 self._unreadable += 1
@@ -147,6 +149,8 @@ class _Survey:
             status=self._rows.status(),
             unreadable=self._unreadable,
             too_long=self._too_long,
+            truncated=self._cut if self._job.documents.too_long == "truncate" else 0,
+            split=self._cut if self._job.documents.too_long == "split" else 0,
             tokens=self._tokens,
             longest=self._longest,
             hits=len(self._hits),
@@ -159,11 +163,14 @@ class _Survey:
         )
 
     def _add_counted(self, document: _Document, label: int, lengths: Lengths) -> None:
+        fitting = self._fitting(document, lengths)
+        if self._is_to_be_cut(document, lengths):
+            self._cut += 1
+            lengths, fitting = self._cut_lengths(document, lengths), {query.id for query in document.queries}
         self._tokens += lengths.context
         self._longest = max(self._longest, lengths.context)
         self._estimated |= lengths.estimated
-        fitting = self._fitting(lengths)
-        self._too_long += len(fitting) < len(self._job.queries)
+        self._too_long += len(fitting) < len(document.queries)
         if self._stored.holds(label, lengths.context, lengths.estimated):
             self._hits.add(label)
         elif label not in self._misses and fitting & document.pending:
@@ -171,11 +178,36 @@ class _Survey:
             self._tokens_to_prefill += lengths.context
             self._bytes_to_store += self._bytes(lengths.context)
 
-    def _fitting(self, lengths: Lengths) -> set[str]:
+    def _is_to_be_cut(self, document: _Document, lengths: Lengths) -> bool:
+        return self._job.documents.too_long != "error" and 0 < self._room(document, lengths) < lengths.context
+
+    def _cut_lengths(self, document: _Document, lengths: Lengths) -> Lengths:
+        """The lengths of what is read of a document, all windows together, which can only be estimated."""
+        room = self._room(document, lengths)
+        if self._job.documents.too_long == "split":
+            room = round(lengths.context * OVERLAP / (OVERLAP - 1))
+        return replace(lengths, context=room, estimated=True)
+
+    def _room(self, document: _Document, lengths: Lengths) -> int:
+        """The tokens that a context may have; its own where there is no limit."""
+        if self._limit is None:
+            return lengths.context
+        return self._limit - reserved(document.queries, self._job.generation) - min(lengths.suffixes)
+
+    def _asked_of(self, document: _Document) -> Questions:
+        """What is asked of a document; worked out once for documents that follow each other and share their queries."""
+        if document.queries is not self._questions_of:
+            longest = [query.settings(self._job.generation).max_tokens for query in document.queries]
+            rooms = () if self._limit is None else tuple(self._limit - tokens for tokens in longest)
+            self._questions = Questions(tuple(query.text for query in document.queries), rooms)
+            self._questions_of = document.queries
+        return self._questions
+
+    def _fitting(self, document: _Document, lengths: Lengths) -> set[str]:
         """The queries for which the model reads far enough."""
-        if not self._rooms:
-            return {query.id for query in self._job.queries}
-        each = zip(self._job.queries, lengths.suffixes, self._rooms, strict=True)
+        if self._limit is None:
+            return {query.id for query in document.queries}
+        each = zip(document.queries, lengths.suffixes, self._asked_of(document).rooms, strict=True)
         return {query.id for query, suffix, room in each if lengths.context + suffix <= room}
 
 
@@ -187,25 +219,28 @@ def _budget(job: Job) -> int | None:
 class _Document:
     """What is left of one document: ``rendered`` is None where that fails."""
 
+    queries: Sequence[Query]
     rendered: Rendered | None
     pending: frozenset[str]
     failed: int
 
 
-def _documents(job: Job, identity: Identity) -> Iterator[_Document]:
-    renderer = Renderer(job.prompt)
-    every = frozenset(query.id for query in job.queries)
+def _documents(job: Job, inputs: Inputs, identity: Identity) -> Iterator[_Document]:
+    renderer, fitting = Renderer(job.prompt), Fitting(job)
     with Results(job.output.path, read_only=True) as results:
-        for document in stream_documents(job.documents, template_columns(job.prompt)):
+        for document in inputs.stream():
+            every = frozenset(query.id for query in document.queries)
             rows = results.rows(document.id)
             failed = sum(row.status == "error" for query_id, row in rows.items() if query_id in every)
             try:
                 rendered = renderer.render(document)
             except RowError:
-                yield _Document(None, every, failed)
+                yield _Document(document.queries, None, every, failed)
                 continue
-            kept = kept_rows(rows, row_fingerprints(identity, rendered, job)) if rows else {}
-            yield _Document(rendered, every - kept.keys(), failed)
+            cut = fitting.mark(rendered, document.queries)
+            fingerprints = row_fingerprints(identity, rendered, document.queries, job.generation, cut) if rows else {}
+            kept = kept_rows(rows, fingerprints)
+            yield _Document(document.queries, rendered, every - kept.keys(), failed)
 
 
 def _batches(documents: Iterable[_Document]) -> Iterator[list[_Document]]:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+from pipeline.documents import Document
 from pipeline.errors import RowError
 from pipeline.job import Query
 from pipeline.prompts import Rendered
@@ -18,19 +19,29 @@ if TYPE_CHECKING:
 
 @dataclass
 class Todo:
-    """A document whose ``queries`` are to be answered; ``rows`` are what became of them, by query id.
+    """A document of which ``queries`` are to be answered; ``rows`` are what became of them, by query id.
 
     rendered: None where the prompt cannot be rendered. kept: rows that need no new answer. fingerprints: of all rows,
-    by query id.
+    by query id. label: of the context. truncated: its end is left out. windows: where it is read in several, each with
+    the same queries. combined: the queries, one each, that are asked of what was answered on the windows.
     """
 
-    document_id: str
+    document: Document
     rendered: Rendered | None
     queries: Sequence[Query]
     kept: Sequence[Row] = ()
     fingerprints: Mapping[str, str] = field(default_factory=dict)
+    label: str = ""
+    truncated: bool = False
+    windows: Sequence[Todo] = ()
+    combined: Sequence[Todo] = ()
     rows: dict[str, Row] = field(default_factory=dict)
     tokenised: Tokenised | None = None
+
+    @property
+    def document_id(self) -> str:
+        """The document's id."""
+        return self.document.id
 
     @property
     def open(self) -> list[Query]:
@@ -53,6 +64,12 @@ class Todo:
     def answer(self, query: Query, text: str, finish_reason: str, tokens: int) -> None:
         """A query ends as this answer."""
         self.rows[query.id] = replace(self.row(query), answer=text, finish_reason=finish_reason, answer_tokens=tokens)
+
+    def conclude(self) -> None:
+        """The queries end as what became of them when they were asked of the windows' answers."""
+        tokens = sum(len(window.tokenised.context) for window in self.windows if window.tokenised)
+        for each in self.combined:
+            self.rows |= {query_id: replace(row, context_tokens=tokens) for query_id, row in each.rows.items()}
 
     def fail(self, error: RowError, queries: Sequence[Query] | None = None) -> None:
         """Queries, all open ones unless given, end as this error."""

@@ -18,13 +18,15 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from pipeline.budget import budget_bytes
-from pipeline.documents import Document, stream_documents
+from pipeline.documents import Document
 from pipeline.errors import GenerationFailed, Interrupted, ModelProcessDied, RowError
+from pipeline.fitting import Fitting
 from pipeline.identity import context_label, kept_rows, row_fingerprints
+from pipeline.inputs import Inputs
 from pipeline.job import Job
 from pipeline.needs import Needs, output_digest
 from pipeline.progress import Watcher
-from pipeline.prompts import Renderer, template_columns
+from pipeline.prompts import Renderer
 from pipeline.report import Report
 from pipeline.results import Results
 from pipeline.todo import Todo
@@ -48,6 +50,7 @@ class Work:
     def __init__(
         self,
         job: Job,
+        inputs: Inputs,
         identity: Identity,
         results: Results,
         progress: Watcher,
@@ -55,10 +58,10 @@ class Work:
         check: Callable[[], None],
         condemned: Mapping[str, str],
     ) -> None:
-        self._job, self._identity, self._results = job, identity, results
+        self._job, self._inputs, self._identity, self._results = job, inputs, identity, results
         self._progress, self._report, self._check = progress, report, check
         self._condemned = condemned
-        self._renderer = Renderer(job.prompt)
+        self._renderer, self._fitting = Renderer(job.prompt), Fitting(job)
         self._needs = Needs(job.cache.dir, job.output.path)
         self._loaded: Engine | None = None
         self._shown = 0  # rows in hand that the progress counts already
@@ -87,13 +90,14 @@ class Work:
         try:
             rendered = self._renderer.render(document)
         except RowError as error:
-            todo = Todo(document.id, None, self._job.queries)
+            todo = Todo(document, None, document.queries)
             todo.fail(error)
             return todo
-        fingerprints = row_fingerprints(self._identity, rendered, self._job)
+        cut = self._fitting.mark(rendered, document.queries)
+        fingerprints = row_fingerprints(self._identity, rendered, document.queries, self._job.generation, cut)
         kept = kept_rows(self._results.rows(document.id), fingerprints)
-        queries = [query for query in self._job.queries if query.id not in kept]
-        todo = Todo(document.id, rendered, queries, list(kept.values()), fingerprints)
+        queries = [query for query in document.queries if query.id not in kept]
+        todo = Todo(document, rendered, queries, list(kept.values()), fingerprints, context_label(rendered))
         if document.id in self._condemned:
             todo.fail(ModelProcessDied(self._condemned[document.id]))
         return todo
@@ -105,19 +109,32 @@ class Work:
         for todo in group:
             self._report.rows_kept += len(todo.kept)
             self._progress.rows_done(len(todo.kept))
+        self._answer_together(group, self._answered)
+        self._commit(group)
+
+    def _answer_together(self, todos: Sequence[Todo], on_answer: Callable[[], None]) -> None:
         ready: list[tuple[Todo, Prefix]] = []
-        for todo in group:
+        for todo in todos:
             if todo.open and (prefix := self._prefix(todo)) is not None:
                 ready.append((todo, prefix))
         if ready:
-            self._answer(ready)
-        self._commit(group)
+            self._answer(ready, on_answer)
+
+    def _answer_windows(self, todo: Todo) -> None:
+        """Answer window by window what is asked of a document, and then once more from those answers."""
+        for window in todo.windows:
+            self._answer_together([window], lambda: None)
+        todo.combined = self._engine.combine(todo)
+        self._answer_together(todo.combined, self._answered)
+        todo.conclude()
 
     def _prefix(self, todo: Todo) -> Prefix | None:
-        """The prefix of a document, if it has one."""
+        """The prefix of a document, if it has one; what is read in windows is answered by the way."""
         engine = self._engine  # loaded before the document is begun, which is not to blame where loading fails
         self._progress.start_documents([todo.document_id])
         engine.make_ready(todo)
+        if todo.windows:
+            self._answer_windows(todo)
         if not todo.open:
             return None
         try:
@@ -126,20 +143,21 @@ class Work:
             todo.fail(error)
             return None
 
-    def _answer(self, ready: Sequence[tuple[Todo, Prefix]]) -> None:
-        self._progress.start_documents([todo.document_id for todo, _ in ready])
+    def _answer(self, ready: Sequence[tuple[Todo, Prefix]], on_answer: Callable[[], None]) -> None:
+        self._progress.start_documents(list(dict.fromkeys(todo.document_id for todo, _ in ready)))
+        shown = self._shown
         try:
             with _timed(self._report, "answer_seconds"):
-                self._engine.answer(ready, self._answered)
+                self._engine.answer(ready, on_answer)
         except GenerationFailed as error:
             if len(ready) == 1:
                 ready[0][0].fail(error)
                 return
             _log.warning("answering %d documents together failed, so each is tried by itself: %s", len(ready), error)
-            self._progress.rows_done(-self._shown)
-            self._shown = 0
+            self._progress.rows_done(shown - self._shown)
+            self._shown = shown
             for one in ready:
-                self._answer([one])
+                self._answer([one], on_answer)
 
     def _commit(self, group: Sequence[Todo]) -> None:
         """Count what became of a group, and have it written while the next is computed."""
@@ -152,6 +170,8 @@ class Work:
             report.failures[kind] = report.failures.get(kind, 0) + 1
         report.answer_tokens += sum(row.answer_tokens or 0 for row in rows)
         report.documents_done += len(group)
+        report.documents_truncated += sum(todo.truncated for todo in group)
+        report.documents_split += sum(bool(todo.windows) for todo in group)
         self._progress.rows_done(len(rows) - self._shown)
         self._shown = 0
         self._wait()
@@ -168,7 +188,7 @@ class Work:
             return
         for todo in group:
             if todo.rendered is not None and todo.succeeded:
-                self._needs.done(context_label(todo.rendered))
+                self._needs.done(todo.label)
                 if todo.queries and self._job.cache.keep == "job":
                     self._drop(self._loaded.store, self._loaded.own_keys(todo))
 
@@ -216,8 +236,7 @@ class Work:
     def _labels_to_come(self) -> Iterator[str]:
         if self._renderer.shared:
             yield context_label(self._renderer.shared)
-        documents = stream_documents(self._job.documents, template_columns(self._job.prompt))
-        for document in islice(documents, self._report.documents_done, None):
+        for document in islice(self._inputs.stream(), self._report.documents_done, None):
             with suppress(RowError):
                 yield context_label(self._renderer.render(document))
 

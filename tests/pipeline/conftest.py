@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,3 +106,11 @@ def tiny_model(write_model: Callable[..., Path], tmp_path_factory: pytest.TempPa
 @pytest.fixture
 def workplace(tmp_path: Path, tiny_model: Path) -> Workplace:
     return Workplace(tmp_path, tiny_model)
+
+
+@pytest.fixture(autouse=True)
+def log_level() -> Iterator[None]:
+    """Commands set the level of the package's log."""
+    before = logging.getLogger("pipeline").level
+    yield
+    logging.getLogger("pipeline").setLevel(before)

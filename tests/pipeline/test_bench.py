@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -57,16 +57,6 @@ if __name__ == "__main__":
     from pipeline.cli import main
     main()
 """
-
-
-@pytest.fixture(autouse=True)
-def log_level() -> Iterator[None]:
-    """The command sets the level of the package's log."""
-    import logging
-
-    before = logging.getLogger("pipeline").level
-    yield
-    logging.getLogger("pipeline").setLevel(before)
 
 
 def contents(folder: Path) -> dict[Path, bytes]:

@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,36 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import typer
-from typer.testing import CliRunner, Result
-from workplace import Workplace
+from workplace import ROOT, Workplace, error_of, invoke
 
 from pipeline.cli import app
 
-ROOT = Path(__file__).parents[2]
 COMMANDS = ("run", "plan", "status")
-
-
-@pytest.fixture(autouse=True)
-def log_level() -> Iterator[None]:
-    """Commands set the level of the package's log."""
-    import logging
-
-    before = logging.getLogger("pipeline").level
-    yield
-    logging.getLogger("pipeline").setLevel(before)
-
-
-def invoke(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def error_of(result: Result) -> str:
-    """The one line on stderr of a command that found its input wrong."""
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("error: ")
-    return line.removeprefix("error: ")
 
 
 # ---- help
@@ -155,7 +130,7 @@ def _remove_the_tokenizer(workplace: Workplace) -> None:
         (_break_the_yaml, ["job.yaml: line 1, column "]),
         (_remove_the_documents, ["documents.path: ", "docs.parquet does not exist; did you mean 'dogs.parquet'?"]),
         (_empty_the_documents, ["documents.path: no documents: 1 file at ", "docs.parquet with no rows"]),
-        (_repeat_an_id, ["documents.id: the id 'a' is given twice, in row 0 ", "and in row 2 of "]),
+        (_repeat_an_id, ["documents.id: the id 'a' is given twice, in row 0 ", "and in row 2 (from 0) of "]),
         (_write_text_for_parquet, ["docs.parquet: cannot be read as Parquet: "]),
         (_remove_the_weights, ["bare: no weights (model*.safetensors); convert other formats with "]),
         (_remove_the_tokenizer, ["bare: no tokenizer (tokenizer.json); "]),

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.counting import Asked, Counter, Effort, Lengths
+from pipeline.counting import Asked, Counter, Effort, Lengths, Questions
 from pipeline.prompts import PromptTokenizer, Rendered
 from pipeline.stored import StoredContexts, label_number
 
-QUERIES = ["What did the board decide?", "Who signed the contract?", "\n1"]
+QUERIES = ("What did the board decide?", "Who signed the contract?", "\n1")
 TEXT = "The board met on the third of May and decided the budget. "
 NOTHING = Effort(0, 0, 0)
 
@@ -23,10 +23,12 @@ def as_a_run(prompts: PromptTokenizer, rendered: Rendered) -> Lengths:
     return Lengths(len(tokens.context), tuple(len(suffix) for suffix in tokens.suffixes))
 
 
-def count(
-    prompts: PromptTokenizer, asked: Sequence[Asked], rooms: Sequence[int] = (), effort: Effort | None = None
-) -> list[Lengths | None]:
-    counter = Counter(prompts, QUERIES, rooms, len(asked), effort or Effort())
+def asking(rendered: Rendered, *known: Any, rooms: tuple[int, ...] = (), **check: bool) -> Asked:
+    return Asked(rendered, Questions(QUERIES, rooms), *known, **check)
+
+
+def count(prompts: PromptTokenizer, asked: Sequence[Asked], effort: Effort | None = None) -> list[Lengths | None]:
+    counter = Counter(prompts, len(asked), effort or Effort())
     return [lengths for one in asked for lengths in counter.count([one])]
 
 
@@ -46,7 +48,7 @@ def count(
 )
 def test_counts_are_those_of_a_run(make_tokenizer: Callable[..., Any], chat: bool, documents: list[Rendered]) -> None:
     prompts = PromptTokenizer(make_tokenizer() if chat else make_tokenizer(chat_template=None))
-    counted = Counter(prompts, QUERIES, [], len(documents), Effort()).count([Asked(each) for each in documents])
+    counted = Counter(prompts, len(documents), Effort()).count([asking(each) for each in documents])
     assert counted == [as_a_run(prompts, each) for each in documents]
 
 
@@ -54,8 +56,18 @@ def test_each_way_to_end_has_its_own_seam(tokenizer: Any) -> None:
     prompts = PromptTokenizer(tokenizer)
     documents = [Rendered(None, TEXT + ending) for ending in ("a", "a\n\n", "a.", "b", "b\n\n", "<|end|>\n\n")]
     expected = [as_a_run(prompts, each) for each in documents]
-    assert count(prompts, [Asked(each) for each in documents]) == expected
+    assert count(prompts, [asking(each) for each in documents]) == expected
     assert len({lengths.suffixes for lengths in expected}) > 1
+
+
+def test_documents_with_other_queries_have_other_seams(tokenizer: Any) -> None:
+    prompts = PromptTokenizer(tokenizer)
+    rendered = Rendered(None, TEXT)
+    sets = [("Why?",), ("What else is there to be said of it?", "Why?")]
+    counter = Counter(prompts, 2, Effort())
+    found = counter.count([Asked(rendered, Questions(texts, ())) for texts in sets])
+    expected = [prompts.tokenise(rendered, texts) for texts in sets]
+    assert found == [Lengths(len(each.context), tuple(map(len, each.suffixes))) for each in expected]
 
 
 def test_a_tokenizer_that_takes_one_text_at_a_time(tokenizer: Any) -> None:
@@ -67,13 +79,13 @@ def test_a_tokenizer_that_takes_one_text_at_a_time(tokenizer: Any) -> None:
 
     prompts = PromptTokenizer(Slow())
     documents = [Rendered(None, TEXT * times) for times in (1, 2, 3)]
-    assert count(prompts, [Asked(each) for each in documents]) == [as_a_run(prompts, each) for each in documents]
+    assert count(prompts, [asking(each) for each in documents]) == [as_a_run(prompts, each) for each in documents]
 
 
 def test_beyond_the_effort_documents_are_estimated(tokenizer: Any) -> None:
     prompts = PromptTokenizer(tokenizer)
     documents = [Rendered(None, TEXT * times) for times in (40, 80, 20)]
-    first, *others = count(prompts, [Asked(each) for each in documents], effort=NOTHING)
+    first, *others = count(prompts, [asking(each) for each in documents], effort=NOTHING)
     assert first == as_a_run(prompts, documents[0])
     for document, estimate in zip(documents[1:], others, strict=True):
         assert estimate is not None
@@ -82,7 +94,7 @@ def test_beyond_the_effort_documents_are_estimated(tokenizer: Any) -> None:
 
 
 def test_the_effort_is_spread_over_all_documents(tokenizer: Any) -> None:
-    documents = [Asked(Rendered(None, TEXT * 10))] * 100
+    documents = [asking(Rendered(None, TEXT * 10))] * 100
     effort = Effort(first=10 * 600, spread=30 * 600, near=0)
     estimated = [bool(each and each.estimated) for each in count(PromptTokenizer(tokenizer), documents, effort=effort)]
     assert not any(estimated[:9])
@@ -95,13 +107,14 @@ def test_what_is_near_the_limit_is_counted_all_the_same(tokenizer: Any) -> None:
     prompts = PromptTokenizer(tokenizer)
     near, far = Rendered(None, "Mixed: éé 1, 2. " * 60), Rendered(None, TEXT)
     exact = as_a_run(prompts, near)
-    asked = [Asked(Rendered(None, "Mixed: éé 1, 2. " * 50)), Asked(near), Asked(far)]
-    room = exact.context + max(exact.suffixes)
-    found = count(prompts, asked, [room] * 3, Effort(0, 0, 1 << 20))
+    rooms = (exact.context + max(exact.suffixes),) * 3
+    first = asking(Rendered(None, "Mixed: éé 1, 2. " * 50), rooms=rooms)
+    asked = [first, asking(near, rooms=rooms), asking(far, rooms=rooms)]
+    found = count(prompts, asked, Effort(0, 0, 1 << 20))
     assert found[1] == exact
     assert found[2] is not None
     assert found[2].estimated
-    beyond = count(prompts, asked, [room] * 3, NOTHING)[1]
+    beyond = count(prompts, asked, NOTHING)[1]
     assert beyond is not None
     assert beyond.estimated
 
@@ -111,8 +124,8 @@ def test_nearly_too_long_is_decided_as_a_run_does(tokenizer: Any, monkeypatch: p
     monkeypatch.setattr(Counter, "_suffixes", lambda *_: (9, 9, 9))  # a seam that was measured wrong
     rendered = Rendered(None, TEXT)
     exact = as_a_run(prompts, rendered)
-    assert count(prompts, [Asked(rendered)]) != [exact]
-    assert count(prompts, [Asked(rendered)], [exact.context + 7] * 3) == [exact]
+    assert count(prompts, [asking(rendered)]) != [exact]
+    assert count(prompts, [asking(rendered, rooms=(exact.context + 7,) * 3)]) == [exact]
 
 
 def test_known_tokens_are_counted_only_to_be_checked(tokenizer: Any) -> None:
@@ -120,7 +133,7 @@ def test_known_tokens_are_counted_only_to_be_checked(tokenizer: Any) -> None:
     rendered = Rendered(None, TEXT)
     exact = as_a_run(prompts, rendered)
     wrong = exact.context + 1000
-    known, checked = count(prompts, [Asked(rendered, wrong), Asked(rendered, wrong, check=True)])
+    known, checked = count(prompts, [asking(rendered, wrong), asking(rendered, wrong, check=True)])
     assert known == Lengths(wrong, exact.suffixes)
     assert checked == exact
 
@@ -131,7 +144,7 @@ def test_a_prompt_that_fails_is_none(make_tokenizer: Callable[..., Any], place: 
     prompts = PromptTokenizer(make_tokenizer(chat_template="{{ messages[-1].content }}" + fails))
     good, bad = Rendered(None, TEXT * 9), Rendered(None, place.format(TEXT * 9))
     for effort in (Effort(), NOTHING):
-        first, failed, last = count(prompts, [Asked(good), Asked(bad), Asked(good)], effort=effort)
+        first, failed, last = count(prompts, [asking(good), asking(bad), asking(good)], effort=effort)
         assert first is not None
         assert last is not None
         assert failed is None

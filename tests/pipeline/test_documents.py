@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.documents import Document, check_documents, stream_documents
-from pipeline.errors import DocumentsError
+from pipeline.errors import InputError
 from pipeline.job import Documents
 
 
@@ -26,7 +26,7 @@ def source(path: Path | str, **names: str) -> Documents:
 
 
 def message(path: Path | str, *columns: str, **names: str) -> str:
-    with pytest.raises(DocumentsError) as caught:
+    with pytest.raises(InputError) as caught:
         check_documents(source(path, **names), columns)
     text = str(caught.value)
     assert "\n" not in text
@@ -38,7 +38,7 @@ def test_documents_come_in_the_order_of_files_and_rows(tmp_path: Path) -> None:
     write(tmp_path / "d" / "b.parquet", id=["3"], text=["C"])
     write(tmp_path / "d" / "a.parquet", id=["2", "1"], text=["A", "B"])
     write(tmp_path / "d" / ".hidden.parquet", id=["9"], text=["no"])
-    (tmp_path / "d" / "notes.txt").write_text("no")
+    (tmp_path / "d" / "notes.html").write_text("no")
     for path in (tmp_path / "d", tmp_path / "d" / "*.parquet", tmp_path / "**" / "*.parquet"):
         summary = check_documents(source(path))
         assert summary.count == 3
@@ -137,13 +137,13 @@ def test_a_duplicate_id_names_both_places(tmp_path: Path) -> None:
     second = write(tmp_path / "b.parquet", id=[7, 8, 1], text=["x", "x", "x"])
     text = message(tmp_path)
     assert "the id '1' is given twice, in row 1 (from 0)" in text
-    assert f"of {first} and in row 2 of {second}" in text
+    assert f"of {first} and in row 2 (from 0) of {second}" in text
 
 
 @pytest.mark.parametrize("missing", [None, ""])
 def test_an_empty_id_names_its_row(tmp_path: Path, missing: str | None) -> None:
     path = write(tmp_path / "a.parquet", id=["1", missing], text=["x", "y"])
-    assert message(path) == f"{path}: the id is empty in row 1 (from 0) of column 'id'"
+    assert message(path) == f"documents.id: the id is empty in row 1 (from 0) of {path}, column 'id'"
 
 
 _MEASURE = """

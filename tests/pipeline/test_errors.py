@@ -10,7 +10,7 @@ from pipeline import errors
     [
         (errors.PipelineError, 1),
         (errors.JobError, 2),
-        (errors.DocumentsError, 2),
+        (errors.InputError, 2),
         (errors.ModelError, 2),
         (errors.StoreError, 1),
         (errors.OutputError, 1),

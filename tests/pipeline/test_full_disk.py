@@ -19,7 +19,7 @@ from steps import files_hold
 from workplace import Workplace
 
 import pipeline.work
-from pipeline.errors import DocumentsError, OutputError, PipelineError
+from pipeline.errors import InputError, OutputError, PipelineError
 
 ROOT = Path(__file__).parents[2]
 SIZES = [4, 8, 12, 16, 24, 28, 32, 40]  # of the disk, in pages; all of the job takes 54
@@ -265,6 +265,6 @@ def test_a_column_that_is_gone_changes_nothing(workplace: Workplace) -> None:
     workplace.run()
     before = workplace.output.read_bytes()
     pq.write_table(pa.table({"id": ["d0"], "body": ["x"]}), workplace.folder / "docs.parquet")
-    with pytest.raises(DocumentsError, match="the column 'text'"):
+    with pytest.raises(InputError, match="the column 'text'"):
         Runner(load_job(workplace.job_file), quiet=True).run()
     assert workplace.output.read_bytes() == before

@@ -17,29 +17,36 @@ import pipeline.engine
 import pipeline.prefixes
 from pipeline.documents import Document
 from pipeline.groups import GROUP_CHARACTERS, ahead, groups
+from pipeline.job import Query
 
 TOGETHER = {"max_tokens": 5, "batch_size": 8}  # with three queries a document, three documents
 
 
-def document(number: int, size: int) -> Document:
-    return Document(number, str(number), "x" * size, {})
+def document(number: int, size: int, queries: int) -> Document:
+    asked = [Query(id=str(n), text="Why?") for n in range(queries)]
+    return Document(number, str(number), "x" * size, {}, asked)
 
 
-@given(st.lists(st.integers(0, GROUP_CHARACTERS + 9), max_size=30), st.integers(1, 9), st.integers(1, 40), st.data())
-def test_groups(sizes: list[int], queries: int, batch_size: int, data: st.DataObject) -> None:
-    documents = [document(number, size) for number, size in enumerate(sizes)]
-    cut = list(groups(documents, queries, batch_size))
+@given(
+    st.lists(st.tuples(st.integers(0, GROUP_CHARACTERS + 9), st.integers(1, 9)), max_size=30),
+    st.integers(1, 40),
+    st.data(),
+)
+def test_groups(sizes: list[tuple[int, int]], batch_size: int, data: st.DataObject) -> None:
+    documents = [document(number, *size) for number, size in enumerate(sizes)]
+    cut = list(groups(documents, batch_size))
     assert [one for group in cut for one in group] == documents
     for group, after in zip_longest(cut, cut[1:]):
         size = sum(len(one.text) for one in group)
         assert len(group) == 1 or size <= GROUP_CHARACTERS
-        assert (len(group) - 1) * queries < batch_size
-        if after is not None and len(group) * queries < batch_size:
+        rows = [len(one.queries) for one in group]
+        assert sum(rows[:-1]) < batch_size
+        if after is not None and sum(rows) < batch_size:
             assert size + len(after[0].text) > GROUP_CHARACTERS
     # Documents that are to be alone move no cut but those around them.
     alone = {one.id for one in documents if data.draw(st.booleans())}
     apart = [[one] if {o.id for o in group} & alone else group for group in cut for one in group]
-    assert list(groups(documents, queries, batch_size, alone)) == [
+    assert list(groups(documents, batch_size, alone)) == [
         group for i, group in enumerate(apart) if i == 0 or apart[i - 1] is not group
     ]
 

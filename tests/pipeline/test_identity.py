@@ -20,7 +20,7 @@ from turboquant.identity import Identity
 def test_a_rows_fingerprint_digests_one_json_list(workplace: Workplace, system: str | None, context: str) -> None:
     workplace.queries.append({"id": "odd", "text": "[é]?", "temperature": 0.5, "seed": 7})
     job, identity = load_job(workplace.save(), []), Identity("w", "t", "c", "exact 512")
-    found = row_fingerprints(identity, Rendered(system, context), job)
+    found = row_fingerprints(identity, Rendered(system, context), job.queries, job.generation)
     for query in job.queries:
         settings = asdict(query.settings(job.generation))
         fields = ["row", asdict(identity), system, context, query.text, settings]

@@ -21,7 +21,7 @@ from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.errors import OutputError
+from pipeline.errors import JobError, OutputError
 from pipeline.results import SCHEMA, Results, Row
 
 QUERIES = ["a", "b"]
@@ -275,7 +275,7 @@ def test_a_file_that_is_no_result_is_never_replaced(output: Path, content: bytes
     else:
         output.write_bytes(content)
     before = output.read_bytes()
-    with pytest.raises(OutputError, match="is not a result that can be continued"), Results(output):
+    with pytest.raises(JobError, match="is not a result that can be continued"), Results(output):
         pass
     assert output.read_bytes() == before
     # The lock is free again.
@@ -285,7 +285,7 @@ def test_a_file_that_is_no_result_is_never_replaced(output: Path, content: bytes
 
 
 def test_places_that_cannot_be_written(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="is a folder"), Results(tmp_path):
+    with pytest.raises(JobError, match="is a folder"), Results(tmp_path):
         pass
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match="cannot be written"), Results(tmp_path / "file" / "a.parquet"):

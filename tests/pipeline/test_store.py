@@ -11,7 +11,7 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
-from pipeline.errors import DiskFull, StoreError
+from pipeline.errors import DiskFull, JobError, StoreError
 from pipeline.store import Store
 from turboquant import CacheCodec, Prefix
 from turboquant.identity import Identity
@@ -157,5 +157,5 @@ def test_a_write_that_fails_midway(
 
 def test_a_cache_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(StoreError, match=r"cache.dir: .*file is a file; name a folder"):
+    with pytest.raises(JobError, match=r"cache.dir: .*file is a file; name a folder"):
         Store(tmp_path / "file")

@@ -235,7 +235,7 @@ def test_every_document_has_its_own_deaths(killed: Supervised) -> None:
     ("target", "where"),
     [
         ("pipeline.model:_explain_failure", "before a document was in hand"),
-        ("pipeline.runner:check_documents", "before a document was in hand"),
+        ("pipeline.runner:Inputs", "before a document was in hand"),
         ("pipeline.results:Results.finish", "while the result was written"),
     ],
 )
@@ -252,14 +252,14 @@ def test_a_process_that_dies_without_a_document_is_tried_twice(killed: Supervise
 
 
 def test_an_unforeseen_error_is_one_line_and_no_death(killed: Supervised) -> None:
-    process = killed.start("fail", "pipeline.runner:check_documents", "1")
+    process = killed.start("fail", "pipeline.runner:Inputs", "1")
     out, error = process.communicate()
     assert (process.returncode, out) == (1, "")
     assert error == "error: LookupError: on two lines (--debug shows where)\n"
 
 
 def test_debug_shows_where_the_process_failed(killed: Supervised) -> None:
-    process = killed.start("fail", "pipeline.runner:check_documents", "1", "--debug")
+    process = killed.start("fail", "pipeline.runner:Inputs", "1", "--debug")
     _, error = process.communicate()
     assert process.returncode == 1
     assert "in fail\n" in error

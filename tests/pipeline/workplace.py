@@ -1,4 +1,4 @@
-"""A folder with a model, documents and a job: what a user would have."""
+"""A folder with a model, documents and a job: what a user would have, and the commands as a user gives them."""
 
 from __future__ import annotations
 
@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
+from typer.testing import CliRunner, Result
 
 if TYPE_CHECKING:
     from pipeline.report import Report
 
+ROOT = Path(__file__).parents[2]
 _TEXTS = [
     "The board met on the third of May and decided the budget for the year.",
     "What did the board decide? When does the lease end? Who signed the contract?",
@@ -42,6 +44,7 @@ class Workplace:
             "cache": {"dir": "cache"},
             "output": {"path": "out/a.parquet"},
         }
+        self.table: dict[str, Any] | None = None  # where queries come from, in place of `queries`
         folder.mkdir(exist_ok=True)
         self.save()
 
@@ -51,7 +54,7 @@ class Workplace:
         columns = {"id": list(self.documents), "text": list(self.documents.values())}
         schema = pa.schema([("id", pa.string()), ("text", pa.string())])
         pq.write_table(pa.table(columns, schema=schema), self.folder / "docs.parquet")
-        self.job_file.write_text(yaml.safe_dump(self.tree | {"queries": self.queries}))
+        self.job_file.write_text(yaml.safe_dump(self.tree | {"queries": self.table or self.queries}))
         return self.job_file
 
     def run(self, *overrides: str) -> Report:
@@ -81,3 +84,19 @@ class Workplace:
         """What the last run wrote about itself."""
         content: dict[str, Any] = json.loads(Path(f"{self.output}.run.json").read_text())
         return content
+
+
+def invoke(*arguments: str | Path) -> Result:
+    """Give a command, in this process."""
+    from pipeline.cli import app
+
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def error_of(result: Result) -> str:
+    """The one line on stderr of a command that found its input wrong."""
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    return line.removeprefix("error: ")
