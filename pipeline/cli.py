@@ -17,6 +17,7 @@ import typer
 from pipeline.bench_cli import bench
 from pipeline.cache_cli import app as cache_app
 from pipeline.console import AsJson, Debug, JobFile, Overrides, errors_explained, size, table
+from pipeline.show_cli import show
 
 if TYPE_CHECKING:
     from pipeline.job import Job
@@ -111,6 +112,7 @@ def status(job_file: JobFile, set_: Overrides = None, as_json: AsJson = False, d
             print(table(("documents", f"{found.documents:,}"), ("rows", counts)))
 
 
+app.command()(show)
 app.command()(bench)
 
 

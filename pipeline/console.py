@@ -42,7 +42,7 @@ def errors_explained(debug: bool, quiet: bool = False, computes: bool = True) ->
     except KeyboardInterrupt:
         print("interrupted; the same command resumes", file=sys.stderr)
         raise typer.Exit(130) from None
-    except typer.Exit:
+    except (typer.Exit, BrokenPipeError):  # the latter is click's: whoever read the output has seen enough
         raise
     except Exception as error:
         if debug:

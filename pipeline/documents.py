@@ -79,6 +79,11 @@ def stream_documents(source: Documents, columns: Collection[str] = ()) -> Iterat
             index += 1
 
 
+def document_ids(source: Documents) -> Iterator[str]:
+    """The documents' ids alone, in order; their texts are not read."""
+    return (document_id for _, _, document_id in _ids(_find_files(source.path), source.id))
+
+
 def _text(value: object) -> str:
     return value if isinstance(value, str) and value.strip() else ""
 

@@ -16,7 +16,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from pipeline import __version__
-from pipeline.documents import Document, check_documents, stream_documents
+from pipeline.documents import Document, check_documents, document_ids, stream_documents
 from pipeline.durable import atomic_file
 from pipeline.errors import Interrupted
 from pipeline.groups import ahead, groups
@@ -83,8 +83,7 @@ class Runner:
                         self._stop.check()
                         work.do(group)
                 query_ids = [query.id for query in self._job.queries]
-                ids = (document.id for document in stream_documents(self._job.documents, ()))
-                results.finish((document_id, query_ids) for document_id in ids)
+                results.finish((document_id, query_ids) for document_id in document_ids(self._job.documents))
                 work.finish(done=True)
             except Interrupted:
                 report.interrupted = True

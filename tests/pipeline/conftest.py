@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,14 @@ def write_model(make_tokenizer: Callable[..., Any]) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def tiny_model(write_model: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(tmp_path_factory.mktemp("tiny-llama"))
+
+
+@pytest.fixture(autouse=True)
+def log_level() -> Iterator[None]:
+    """Commands set the level of the package's log."""
+    before = logging.getLogger("pipeline").level
+    yield
+    logging.getLogger("pipeline").setLevel(before)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,36 +16,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import typer
-from typer.testing import CliRunner, Result
+from commands import ROOT, error_of, invoke
 from workplace import Workplace
 
 from pipeline.cli import app
 
-ROOT = Path(__file__).parents[2]
 COMMANDS = ("run", "plan", "status")
-
-
-@pytest.fixture(autouse=True)
-def log_level() -> Iterator[None]:
-    """Commands set the level of the package's log."""
-    import logging
-
-    before = logging.getLogger("pipeline").level
-    yield
-    logging.getLogger("pipeline").setLevel(before)
-
-
-def invoke(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def error_of(result: Result) -> str:
-    """The one line on stderr of a command that found its input wrong."""
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("error: ")
-    return line.removeprefix("error: ")
 
 
 # ---- help
