@@ -38,6 +38,11 @@ app = typer.Typer(
 )
 app.add_typer(cache_app)
 
+RetryFailed = Annotated[
+    bool,
+    typer.Option("--retry-failed/--keep-failed", help="Try rows that failed before again, or keep them as they are."),
+]
+FailFast = Annotated[bool, typer.Option("--fail-fast", help="Stop when a row fails, with exit code 1.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress and no summary.")]
 
 
@@ -45,20 +50,29 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress and
 def run(
     job_file: JobFile,
     set_: Overrides = None,
+    retry_failed: RetryFailed = True,
+    fail_fast: FailFast = False,
     quiet: Quiet = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Run a job, or resume it: the same command. Rows that are answered already are kept."""
     with errors_explained(debug, quiet, computes=False):
+        from pipeline.failures import OnFailure
         from pipeline.supervisor import supervise
 
         job = _load(job_file, set_)
-        report = supervise(job, quiet=quiet or as_json)
+        report = supervise(job, quiet or as_json, OnFailure(keep=not retry_failed, stop=fail_fast))
         if as_json:
             print(json.dumps(asdict(report), indent=1))
         elif not quiet:
-            print(_summary(job, report))
+            print(_summary(job, job_file, report))
+        if report.stopped_at:
+            print(
+                f"stopped at the first failure: {report.stopped_at}; to resume: pipeline run {job_file}",
+                file=sys.stderr,
+            )
+            raise typer.Exit(1)
         if report.interrupted:
             print(f"interrupted; to resume: pipeline run {job_file}", file=sys.stderr)
             raise typer.Exit(130)
@@ -137,11 +151,13 @@ def _load(job_file: Path, overrides: list[str] | None) -> Job:
     return load_job(job_file, overrides or [])
 
 
-def _summary(job: Job, report: Report) -> str:
+def _summary(job: Job, job_file: Path, report: Report) -> str:
     answered = f"{report.rows_answered:,} answered, {report.rows_kept:,} kept, {report.rows_failed:,} failed"
     rows = [("rows", f"{answered} of {report.rows:,} ({report.documents:,} documents)")]
+    for kind, count in sorted(report.failures.items()):
+        rows.append(("failures", f"{count:,} {kind}, first {report.first_failures[kind]}"))
     if report.failures:
-        rows.append(("failures", ", ".join(f"{count:,} {kind}" for kind, count in sorted(report.failures.items()))))
+        rows.append(("", f"to see them: pipeline show {job_file} --failed"))
     if prefixes := report.prefixes_built + report.prefixes_restored:
         built = f"{report.prefixes_built:,} built, {report.prefixes_restored:,} restored"
         bits = f"{report.effective_bits:.2f} bits a value" if report.effective_bits else "uncompressed"

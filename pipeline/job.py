@@ -136,6 +136,7 @@ class Job(_Section):
     prompt: Prompt = Prompt()
     queries: Annotated[tuple[Query, ...], Field(min_length=1, strict=False)]
     generation: Generation = Generation()
+    retries: Annotated[int, Field(ge=0)] = 1  # of what failed in a way that may pass
     cache: Cache
     output: Output
 

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 from pipeline import __version__
 from pipeline.documents import Document, check_documents, document_ids, stream_documents
 from pipeline.durable import atomic_file
-from pipeline.errors import Interrupted
+from pipeline.errors import Interrupted, StoppedAtFailure
+from pipeline.failures import OnFailure
 from pipeline.groups import ahead, groups
 from pipeline.identity import job_identity
 from pipeline.job import Job
@@ -44,7 +45,7 @@ class Runner:
     ``watch`` makes, for a number of rows, who is told how the run goes on: bars and lines unless given. With
     ``report`` the run is the rest of one that was cut off: its documents done are passed over and its counts go on.
     ``condemned`` are documents that get error rows in place of answers, each with what the rows are to say; those in
-    ``alone`` share no batch with others.
+    ``alone`` share no batch with others. ``on_failure``: what is done about rows that fail.
     """
 
     def __init__(
@@ -56,12 +57,14 @@ class Runner:
         report: Report | None = None,
         condemned: Mapping[str, str] | None = None,
         alone: Collection[str] = (),
+        on_failure: OnFailure | None = None,
     ) -> None:
         self._job = job
         self._watch = watch or partial(Progress, quiet=quiet)
         self._stop = Interruption()
         self.report = report or Report()
         self._condemned, self._alone = condemned or {}, alone
+        self._on_failure = on_failure or OnFailure()
 
     def run(self) -> Report:
         """Run, or resume. Returns the report, whose ``interrupted`` says that the user stopped the run early."""
@@ -76,17 +79,19 @@ class Runner:
             self._watch(report.rows) as progress,
             self._stop.listening(),
         ):
-            work = Work(self._job, identity, results, progress, report, self._stop.check, self._condemned)
+            check = self._stop.check
+            work = Work(self._job, identity, results, progress, report, check, self._condemned, self._on_failure)
             try:
                 with work, closing(ahead(self._groups(columns), work.look)) as todos:
                     for group in todos:
-                        self._stop.check()
+                        check()
                         work.do(group)
                 query_ids = [query.id for query in self._job.queries]
                 results.finish((document_id, query_ids) for document_id in document_ids(self._job.documents))
                 work.finish(done=True)
-            except Interrupted:
+            except Interrupted as error:
                 report.interrupted = True
+                report.stopped_at = str(error) if isinstance(error, StoppedAtFailure) else None
                 work.finish(done=False)
             report.seconds = time.monotonic() - started
             self._write_report(identity)

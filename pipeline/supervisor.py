@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from pipeline import errors
 from pipeline.errors import PipelineError
+from pipeline.failures import OnFailure
 from pipeline.progress import Progress
 from pipeline.report import Report
 from pipeline.signals import stops_handled, stops_held_back
@@ -52,18 +53,18 @@ _MEMORY_SIGNALS = (signal.SIGKILL, signal.SIGABRT)  # the kernel's way and Metal
 _log = logging.getLogger(__name__)
 
 
-def supervise(job: Job, quiet: bool = False) -> Report:
+def supervise(job: Job, quiet: bool = False, on_failure: OnFailure | None = None) -> Report:
     """Run a job, or resume it, in a process of its own, with bars and lines unless ``quiet``.
 
     Returns and raises what `Runner.run` does, and KeyboardInterrupt where the user had the run stopped at once. Raises
     PipelineError where the process keeps dying and no document is to blame. To be called from the main thread.
     """
-    return _Supervisor(job, quiet).run()
+    return _Supervisor(job, quiet, on_failure or OnFailure()).run()
 
 
 class _Supervisor:
-    def __init__(self, job: Job, quiet: bool) -> None:
-        self._job = job
+    def __init__(self, job: Job, quiet: bool, on_failure: OnFailure) -> None:
+        self._job, self._on_failure = job, on_failure
         self._started = time.monotonic()
         self._report = Report()  # as of the last documents that are done
         self._deaths: Counter[tuple[str, ...]] = Counter()  # by the documents in hand
@@ -111,7 +112,7 @@ class _Supervisor:
         report = replace(self._report, seconds=time.monotonic() - self._started)
         level = logging.getLogger("pipeline").getEffectiveLevel()
         receiver, sender = SPAWN.Pipe(duplex=False)
-        task = Task(self._job, report, self._condemned, self._alone, level)
+        task = Task(self._job, report, self._condemned, self._alone, self._on_failure, level)
         process = SPAWN.Process(target=work, args=(sender, task), name="model")
         with receiver:
             with sender, stops_held_back():  # also from the new process, which lets them in when it is ready
