@@ -7,7 +7,6 @@ interrupted, resumable; 1 anything else.
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,6 +16,7 @@ import typer
 from pipeline.bench_cli import bench
 from pipeline.cache_cli import app as cache_app
 from pipeline.console import AsJson, Debug, JobFile, Overrides, errors_explained, size, table
+from pipeline.logs import LogFormat, tell
 from pipeline.show_cli import show
 
 if TYPE_CHECKING:
@@ -43,6 +43,13 @@ RetryFailed = Annotated[
     typer.Option("--retry-failed/--keep-failed", help="Try rows that failed before again, or keep them as they are."),
 ]
 FailFast = Annotated[bool, typer.Option("--fail-fast", help="Stop when a row fails, with exit code 1.")]
+Metrics = Annotated[
+    Path | None,
+    typer.Option("--metrics", metavar="FILE", help="Keep the run's numbers in this file, for Prometheus to collect."),
+]
+AsLog = Annotated[
+    LogFormat, typer.Option("--log-format", help="What is written to stderr: lines, or a JSON object a line.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress and no summary.")]
 
 
@@ -52,29 +59,29 @@ def run(
     set_: Overrides = None,
     retry_failed: RetryFailed = True,
     fail_fast: FailFast = False,
+    metrics: Metrics = None,
+    log_format: AsLog = LogFormat.text,
     quiet: Quiet = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Run a job, or resume it: the same command. Rows that are answered already are kept."""
-    with errors_explained(debug, quiet, computes=False):
+    with errors_explained(debug, quiet, computes=False, log_format=log_format):
         from pipeline.failures import OnFailure
         from pipeline.supervisor import supervise
 
         job = _load(job_file, set_)
-        report = supervise(job, quiet or as_json, OnFailure(keep=not retry_failed, stop=fail_fast))
+        shows_nothing = quiet or (as_json and log_format is LogFormat.text)
+        report = supervise(job, shows_nothing, OnFailure(keep=not retry_failed, stop=fail_fast), metrics)
         if as_json:
             print(json.dumps(asdict(report), indent=1))
         elif not quiet:
             print(_summary(job, job_file, report))
         if report.stopped_at:
-            print(
-                f"stopped at the first failure: {report.stopped_at}; to resume: pipeline run {job_file}",
-                file=sys.stderr,
-            )
+            tell(f"stopped at the first failure: {report.stopped_at}; to resume: pipeline run {job_file}", exit_code=1)
             raise typer.Exit(1)
         if report.interrupted:
-            print(f"interrupted; to resume: pipeline run {job_file}", file=sys.stderr)
+            tell(f"interrupted; to resume: pipeline run {job_file}", exit_code=130)
             raise typer.Exit(130)
         if report.rows_failed:
             raise typer.Exit(SOME_ROWS_FAILED)

@@ -5,19 +5,15 @@ Knows the order of things and what happens when the user interrupts; what is don
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import asdict
 from functools import partial
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from pipeline import __version__
 from pipeline.documents import Document, check_documents, document_ids, stream_documents
-from pipeline.durable import atomic_file
 from pipeline.errors import Interrupted, StoppedAtFailure
 from pipeline.failures import OnFailure
 from pipeline.groups import ahead, groups
@@ -27,6 +23,7 @@ from pipeline.progress import Progress, Watcher
 from pipeline.prompts import template_columns
 from pipeline.report import Report
 from pipeline.results import Results
+from pipeline.runfile import RunFile
 from pipeline.signals import stops_handled
 from pipeline.work import Work
 
@@ -78,9 +75,11 @@ class Runner:
             Results(self._job.output.path, _metadata(self._job, identity)) as results,
             self._watch(report.rows) as progress,
             self._stop.listening(),
+            RunFile(self._job, identity, report, started) as run_file,
         ):
-            check = self._stop.check
-            work = Work(self._job, identity, results, progress, report, check, self._condemned, self._on_failure)
+            check, update = self._stop.check, run_file.update
+            on_failure, condemned = self._on_failure, self._condemned
+            work = Work(self._job, identity, results, progress, report, check, update, on_failure, condemned)
             try:
                 with work, closing(ahead(self._groups(columns), work.look)) as todos:
                     for group in todos:
@@ -93,8 +92,6 @@ class Runner:
                 report.interrupted = True
                 report.stopped_at = str(error) if isinstance(error, StoppedAtFailure) else None
                 work.finish(done=False)
-            report.seconds = time.monotonic() - started
-            self._write_report(identity)
         return report
 
     def _groups(self, columns: set[str]) -> Iterator[list[Document]]:
@@ -105,17 +102,6 @@ class Runner:
             if passed <= 0:
                 yield group
             passed -= len(group)
-
-    def _write_report(self, identity: Identity) -> None:
-        versions = {name: metadata.version(name) for name in ("mlx", "mlx-lm")} | {"turboquant-pipeline": __version__}
-        content = {
-            "job": self._job.name,
-            **asdict(self.report),
-            "identity": asdict(identity),
-            "versions": versions,
-        }
-        with atomic_file(self._job.output.path.with_name(f"{self._job.output.path.name}.run.json")) as path:
-            path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 class Interruption:

@@ -42,9 +42,9 @@ _log = logging.getLogger(__name__)
 class Work:
     """What is done with the documents of a run; a context, in which rows are written while the next are computed.
 
-    ``check`` raises Interrupted where the user asked to stop. ``condemned`` are the documents that the model is not to
-    see again, each with what happened. ``on_failure``: what is done about rows that fail. Raises StoppedAtFailure where
-    that is to stop.
+    ``check`` raises Interrupted where the user asked to stop. ``committed`` is called with the report of what is,
+    from any thread. ``on_failure``: what is done about rows that fail; StoppedAtFailure is raised where that is to
+    stop. ``condemned`` are the documents that the model is not to see again, each with what happened.
     """
 
     def __init__(
@@ -55,12 +55,13 @@ class Work:
         progress: Watcher,
         report: Report,
         check: Callable[[], None],
-        condemned: Mapping[str, str],
+        committed: Callable[[Report], None],
         on_failure: OnFailure,
+        condemned: Mapping[str, str],
     ) -> None:
         self._job, self._identity, self._results = job, identity, results
         self._progress, self._report, self._check = progress, report, check
-        self._condemned, self._on_failure = condemned, on_failure
+        self._committed, self._condemned, self._on_failure = committed, condemned, on_failure
         self._renderer = Renderer(job.prompt)
         self._needs = Needs(job.cache.dir, job.output.path)
         self._loaded: Engine | None = None
@@ -175,6 +176,7 @@ class Work:
                 {todo.document_id: [*todo.kept, *(todo.rows[query.id] for query in todo.queries)] for todo in changed}
             )
         self._progress.end_documents([todo.document_id for todo in group], report)
+        self._committed(report)
         if self._loaded is None:
             return
         for todo in group:
