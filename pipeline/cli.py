@@ -16,6 +16,7 @@ import typer
 from pipeline.bench_cli import bench
 from pipeline.cache_cli import app as cache_app
 from pipeline.console import AsJson, Debug, JobFile, Overrides, errors_explained, size, table
+from pipeline.init_cli import init, schema
 from pipeline.logs import LogFormat, tell
 from pipeline.show_cli import show
 
@@ -134,6 +135,8 @@ def status(job_file: JobFile, set_: Overrides = None, as_json: AsJson = False, d
 
 
 app.command()(show)
+app.command()(init)
+app.command()(schema)
 app.command()(bench)
 
 

@@ -12,6 +12,7 @@ import os
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from hashlib import blake2b
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,14 @@ def stream_documents(source: Documents, columns: Collection[str] = ()) -> Iterat
 def document_ids(source: Documents) -> Iterator[str]:
     """The documents' ids alone, in order; their texts are not read."""
     return (document_id for _, _, document_id in _ids(_find_files(source.path), source.id))
+
+
+def first_rows(path: str, count: int) -> list[dict[str, Any]]:
+    """The first rows of the first file that a path names, with their columns of text and whole numbers alone."""
+    file = _find_files(path)[0]
+    with _open(file) as parquet:
+        columns = [field.name for field in parquet.schema_arrow if _is_id(field.type)]
+    return list(islice(_records(file, columns, rows_per_batch=1), count))
 
 
 def _text(value: object) -> str:

@@ -31,8 +31,8 @@ def error_of(result: Result) -> str:
     return line.removeprefix("error: ")
 
 
-def in_terminal(width: int, *arguments: str | Path, **environment: str) -> list[str]:
-    """The lines that a command shows on a terminal of that many columns."""
+def in_terminal(width: int, *arguments: str | Path, typed: str = "", **environment: str) -> list[str]:
+    """The lines that a command shows on a terminal of that many columns, at which something is typed."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 50, width, 0, 0))
     cleared = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR", "CI")}
@@ -44,6 +44,7 @@ def in_terminal(width: int, *arguments: str | Path, **environment: str) -> list[
         env=cleared | {"PYTHONPATH": str(ROOT), "TERM": "xterm"} | environment,
     )
     os.close(slave)
+    os.write(master, typed.encode())
     shown = b""
     with os.fdopen(master, "rb", buffering=0) as screen:
         while True:
