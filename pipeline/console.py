@@ -43,7 +43,7 @@ def errors_explained(
     except KeyboardInterrupt:
         tell("interrupted; the same command resumes", exit_code=130)
         raise typer.Exit(130) from None
-    except (typer.Exit, BrokenPipeError):  # the latter is click's: whoever read the output has seen enough
+    except (typer.Exit, typer.Abort, BrokenPipeError):  # click's own; the last is a reader that has seen enough
         raise
     except Exception as error:
         if debug:

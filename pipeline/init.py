@@ -146,6 +146,5 @@ def _commented(line: str, key: str) -> str:
 def _yaml(value: object) -> str:
     """A value on one line."""
     plain = list(value) if isinstance(value, tuple) else value
-    return (
-        yaml.safe_dump(plain, default_flow_style=True, width=float("inf"), allow_unicode=True).split("\n...")[0].strip()
-    )
+    text = yaml.safe_dump(plain, default_flow_style=True, width=float("inf"), allow_unicode=True)
+    return text.removesuffix("...\n").strip()

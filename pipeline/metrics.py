@@ -25,7 +25,7 @@ def write_metrics(path: Path, job: str, pace: Pace, report: Report, running: boo
         for labels, value in samples:
             named = ",".join(f'{label}="{_escaped(text)}"' for label, text in {"job": job, **labels}.items())
             lines.append(f"pipeline_{name}{{{named}}} {value:.17g}")
-    with atomic_file(path) as temporary:
+    with atomic_file(path, ending=".part") as temporary:  # the collector reads hidden files too if they end in .prom
         temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import datetime, timezone
 from importlib import metadata
+from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline import __version__
 from pipeline.durable import atomic_file
@@ -34,8 +36,7 @@ class RunFile:
     """
 
     def __init__(self, job: Job, identity: Identity, report: Report, started: float) -> None:
-        output = job.output.path
-        self._path = output.with_name(f"{output.name}.run.json")
+        self._path = _path(job.output.path)
         self._job, self._identity, self._report, self._started = job, identity, report, started
         self._last_write = float("-inf")
 
@@ -51,9 +52,8 @@ class RunFile:
         if error is None:
             self._write(report, "interrupted" if report.interrupted else "finished")
             return
-        failed = isinstance(error, Exception)
         with suppress(OutputError):  # which may be what is being raised
-            self._write(report, "failed" if failed else "interrupted", one_line(error) if failed else None)
+            self._write(report, *_end(error))
 
     def update(self, report: Report) -> None:
         """Write what is done so far, unless something has just been written."""
@@ -68,10 +68,36 @@ class RunFile:
             "job": self._job.name,
             "state": state,
             "error": error,
-            "updated": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "updated": _now(),
             **asdict(report),
             "identity": asdict(self._identity),
             "versions": versions,
         }
-        with atomic_file(self._path) as path:
-            path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        _replace(self._path, content)
+
+
+def mark_ended(output: Path, error: BaseException) -> None:
+    """Say that a run has ended whose process was killed, and could not say so itself."""
+    path = _path(output)
+    with suppress(OSError, ValueError, OutputError):
+        content = json.loads(path.read_bytes())
+        if content["state"] == "running":
+            state, why = _end(error)
+            _replace(path, content | {"state": state, "error": why, "updated": _now()})
+
+
+def _path(output: Path) -> Path:
+    return output.with_name(f"{output.name}.run.json")
+
+
+def _end(error: BaseException) -> tuple[State, str | None]:
+    return ("failed", one_line(error)) if isinstance(error, Exception) else ("interrupted", None)
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _replace(path: Path, content: Mapping[str, Any]) -> None:
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

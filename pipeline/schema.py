@@ -34,7 +34,7 @@ KEYS = {
     "generation.seed": "of the samples",
     "generation.stop": "texts that end an answer and are left out of it",
     "generation.batch_size": "queries decoded together; documents with fewer share a batch",
-    "retries": "of what the model fails at, as for want of memory",
+    "retries": "how often what the model fails at, as for want of memory, is tried again",
     "cache": "the compressed prompt caches, one for each document",
     "cache.dir": "the store; any number of jobs may share it",
     "cache.key_bits": "2, 3, 4, 5, 6 or 8",

@@ -27,9 +27,10 @@ from pipeline import errors
 from pipeline.errors import PipelineError
 from pipeline.failures import OnFailure
 from pipeline.report import Report
+from pipeline.runfile import mark_ended
 from pipeline.signals import stops_handled, stops_held_back
 from pipeline.view import View
-from pipeline.worker import DocumentsDone, DocumentsStarted, Failed, Finished, Message, Task, work
+from pipeline.worker import DocumentsDone, DocumentsStarted, Failed, Finished, Message, RunStarted, Task, work
 
 if TYPE_CHECKING:
     from pipeline.job import Job
@@ -46,9 +47,9 @@ def supervise(
 ) -> Report:
     """Run a job, or resume it, in a process of its own, with bars and lines unless ``quiet``.
 
-    ``metrics`` is a file that is to hold the run's numbers while it goes on.
-    Returns and raises what `Runner.run` does, and KeyboardInterrupt where the user had the run stopped at once. Raises
-    PipelineError where the process keeps dying and no document is to blame. To be called from the main thread.
+    ``metrics`` is a file that is to hold the run's numbers while it goes on. Returns and raises what `Runner.run` does,
+    and KeyboardInterrupt where the user had the run stopped at once. Raises PipelineError where the process keeps dying
+    and no document is to blame. To be called from the main thread.
     """
     return _Supervisor(job, View(job.name, quiet, metrics), on_failure or OnFailure()).run()
 
@@ -63,20 +64,29 @@ class _Supervisor:
         self._alone: set[str] = set()  # documents that share no batch any more
         self._in_hand: tuple[str, ...] = ()  # the documents the process has begun on
         self._view = view
+        self._begun = False  # whether the result is this run's
         self._pid: int | None = None
         self._stops_asked = 0
 
     def run(self) -> Report:
         with self._view, self._passing_signals_on():
-            while True:
-                outcome = self._run_process()
-                if isinstance(outcome, Finished):
-                    return outcome.report
-                if isinstance(outcome, Failed):
-                    reraise(outcome)
-                if self._stops_asked:
-                    raise KeyboardInterrupt
-                self._bury(cause_of_death(outcome))
+            try:
+                return self._run_to_the_end()
+            except (PipelineError, KeyboardInterrupt) as error:
+                if self._begun:  # else the file may be another run's
+                    mark_ended(self._job.output.path, error)
+                raise
+
+    def _run_to_the_end(self) -> Report:
+        while True:
+            outcome = self._run_process()
+            if isinstance(outcome, Finished):
+                return outcome.report
+            if isinstance(outcome, Failed):
+                reraise(outcome)
+            if self._stops_asked:
+                raise KeyboardInterrupt
+            self._bury(cause_of_death(outcome))
 
     def _run_process(self) -> Finished | Failed | int:
         """Start the process and listen until it ends: its last message, or its exit code where there is none."""
@@ -86,7 +96,9 @@ class _Supervisor:
                 self._view.show(message)
                 if isinstance(message, Finished | Failed):
                     return message
-                if isinstance(message, DocumentsStarted):
+                if isinstance(message, RunStarted):
+                    self._begun = True
+                elif isinstance(message, DocumentsStarted):
                     self._in_hand = message.document_ids
                 elif isinstance(message, DocumentsDone):
                     self._report = message.report

@@ -31,7 +31,7 @@ def error_of(result: Result) -> str:
     return line.removeprefix("error: ")
 
 
-def in_terminal(width: int, *arguments: str | Path, typed: str = "", **environment: str) -> list[str]:
+def in_terminal(width: int, *arguments: str | Path, typed: str = "", code: int = 0, **environment: str) -> list[str]:
     """The lines that a command shows on a terminal of that many columns, at which something is typed."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 50, width, 0, 0))
@@ -52,5 +52,5 @@ def in_terminal(width: int, *arguments: str | Path, typed: str = "", **environme
                 shown += screen.read(4096)
             except OSError:  # as Linux says that nobody writes any more
                 break
-    assert process.wait() == 0, shown
+    assert process.wait() == code, shown
     return shown.decode().splitlines()

@@ -112,6 +112,13 @@ def test_a_terminal_is_asked_what_is_not_given(workplace: Workplace) -> None:
     assert load_job(file).queries[0].text == "Who?"
 
 
+def test_who_gives_no_answer_gets_no_file(tmp_path: Path) -> None:
+    documents = written(tmp_path, id=[1, 2, 3], page=LONG)
+    screen = in_terminal(100, "init", documents, tmp_path / "job.yaml", typed="\x04", code=1)
+    assert screen[-1].endswith("Aborted!")
+    assert not (tmp_path / "job.yaml").exists()
+
+
 def test_a_job_file_that_exists_is_kept(workplace: Workplace) -> None:
     before = workplace.job_file.read_text()
     documents = workplace.folder / "docs.parquet"

@@ -15,9 +15,13 @@ import pytest
 from commands import ROOT, in_terminal, invoke
 from workplace import Workplace
 
-# The command line, with a model that waits for a line before each answer of the second document.
+from pipeline.metrics import write_metrics
+from pipeline.progress import Progress
+from pipeline.report import Report
+
+# The command line, with a model that waits behind the first answer of the second document until it may go on.
 MAIN = """
-import sys
+import os, sys, time
 from turboquant.blas import load_tuned_blas
 
 load_tuned_blas()
@@ -28,9 +32,10 @@ real = work.Work._answered
 
 def waiting(self):
     real(self)
-    if self._report.documents_done == 1:
+    if self._report.documents_done == 1 and not os.path.exists(sys.argv[2] + ".go"):
         print("waiting", flush=True)
-        open(sys.argv[2] + ".pipe").read()
+        while not os.path.exists(sys.argv[2] + ".go"):
+            time.sleep(0.01)
 
 work.Work._answered = waiting
 if __name__ == "__main__":
@@ -115,7 +120,6 @@ def test_an_unknown_log_format(workplace: Workplace) -> None:
 def test_files_are_current_while_a_run_goes_on(workplace: Workplace) -> None:
     main, metrics = workplace.folder / "main.py", workplace.folder / "metrics" / "run.prom"
     main.write_text(MAIN)
-    os.mkfifo(f"{workplace.job_file}.pipe")
     process = subprocess.Popen(
         [sys.executable, str(main), "run", str(workplace.job_file), "--metrics", str(metrics)],
         stdout=subprocess.PIPE,
@@ -134,8 +138,7 @@ def test_files_are_current_while_a_run_goes_on(workplace: Workplace) -> None:
     assert read["running", "job"] == 1
     assert read["rows", "job"] == 9
     assert 3 <= read["rows_done", "job"] <= 4
-    for _ in range(3):
-        Path(f"{workplace.job_file}.pipe").write_text("")
+    Path(f"{workplace.job_file}.go").touch()
     _, error = process.communicate()
     assert process.returncode == 0, error
     told, read = workplace.report(), numbers(metrics)
@@ -152,6 +155,16 @@ def test_a_name_with_quotes_is_a_label(workplace: Workplace) -> None:
     name, metrics = 'a "job"\\\nof two lines', workplace.folder / "run.prom"
     invoke("run", workplace.save(name=name), "--quiet", "--metrics", metrics)
     assert numbers(metrics)["failures", name, "EmptyDocument"] == 3
+
+
+def test_metrics_are_not_read_before_they_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: list[str] = []
+    real = os.replace
+    monkeypatch.setattr("os.replace", lambda *paths: (names.append(paths[0].name), real(*paths)))
+    write_metrics(tmp_path / "run.prom", "job", Progress(3).pace(), Report(), running=True)
+    (name,) = names
+    assert not name.endswith(".prom")
+    assert numbers(tmp_path / "run.prom")["rows", "job"] == 3
 
 
 def test_metrics_that_cannot_be_written(workplace: Workplace) -> None:
