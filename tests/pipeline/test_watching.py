@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,13 +51,18 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 
-def numbers(file: Path) -> dict[tuple[str, ...], float]:
-    """The samples of a file of metrics, by name and labels, as Prometheus reads them."""
+@pytest.fixture
+def numbers() -> Callable[[Path], dict[tuple[str, ...], float]]:
+    """Reads the samples of a file of metrics, by name and labels, as Prometheus does."""
     parser = pytest.importorskip("prometheus_client.parser", reason="prometheus-client is not installed")
-    families = list(parser.text_string_to_metric_families(file.read_text()))
-    assert all(family.documentation and family.type in ("gauge", "counter") for family in families)
-    samples = [sample for family in families for sample in family.samples]
-    return {(sample.name.removeprefix("pipeline_"), *sample.labels.values()): sample.value for sample in samples}
+
+    def read(file: Path) -> dict[tuple[str, ...], float]:
+        families = list(parser.text_string_to_metric_families(file.read_text()))
+        assert all(family.documentation and family.type in ("gauge", "counter") for family in families)
+        samples = [sample for family in families for sample in family.samples]
+        return {(sample.name.removeprefix("pipeline_"), *sample.labels.values()): sample.value for sample in samples}
+
+    return read
 
 
 # ---- on a terminal
@@ -117,7 +123,7 @@ def test_an_unknown_log_format(workplace: Workplace) -> None:
 # ---- files
 
 
-def test_files_are_current_while_a_run_goes_on(workplace: Workplace) -> None:
+def test_files_are_current_while_a_run_goes_on(workplace: Workplace, numbers: Any) -> None:
     main, metrics = workplace.folder / "main.py", workplace.folder / "metrics" / "run.prom"
     main.write_text(MAIN)
     process = subprocess.Popen(
@@ -150,14 +156,16 @@ def test_files_are_current_while_a_run_goes_on(workplace: Workplace) -> None:
     assert list(metrics.parent.iterdir()) == [metrics]
 
 
-def test_a_name_with_quotes_is_a_label(workplace: Workplace) -> None:
+def test_a_name_with_quotes_is_a_label(workplace: Workplace, numbers: Any) -> None:
     workplace.documents["d1"] = ""
     name, metrics = 'a "job"\\\nof two lines', workplace.folder / "run.prom"
     invoke("run", workplace.save(name=name), "--quiet", "--metrics", metrics)
     assert numbers(metrics)["failures", name, "EmptyDocument"] == 3
 
 
-def test_metrics_are_not_read_before_they_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics_are_not_read_before_they_are_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, numbers: Any
+) -> None:
     names: list[str] = []
     real = os.replace
     monkeypatch.setattr("os.replace", lambda *paths: (names.append(paths[0].name), real(*paths)))
