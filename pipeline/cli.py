@@ -7,7 +7,6 @@ interrupted, resumable; 1 anything else.
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -17,6 +16,9 @@ import typer
 from pipeline.bench_cli import bench
 from pipeline.cache_cli import app as cache_app
 from pipeline.console import AsJson, Debug, JobFile, Overrides, errors_explained, size, table
+from pipeline.init_cli import init, schema
+from pipeline.logs import LogFormat, tell
+from pipeline.show_cli import show
 
 if TYPE_CHECKING:
     from pipeline.job import Job
@@ -37,6 +39,18 @@ app = typer.Typer(
 )
 app.add_typer(cache_app)
 
+RetryFailed = Annotated[
+    bool,
+    typer.Option("--retry-failed/--keep-failed", help="Try rows that failed before again, or keep them as they are."),
+]
+FailFast = Annotated[bool, typer.Option("--fail-fast", help="Stop when a row fails, with exit code 1.")]
+Metrics = Annotated[
+    Path | None,
+    typer.Option("--metrics", metavar="FILE", help="Keep the run's numbers in this file, for Prometheus to collect."),
+]
+AsLog = Annotated[
+    LogFormat, typer.Option("--log-format", help="What is written to stderr: lines, or a JSON object a line.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress and no summary.")]
 
 
@@ -44,22 +58,31 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress and
 def run(
     job_file: JobFile,
     set_: Overrides = None,
+    retry_failed: RetryFailed = True,
+    fail_fast: FailFast = False,
+    metrics: Metrics = None,
+    log_format: AsLog = LogFormat.text,
     quiet: Quiet = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Run a job, or resume it: the same command. Rows that are answered already are kept."""
-    with errors_explained(debug, quiet, computes=False):
+    with errors_explained(debug, quiet, computes=False, log_format=log_format):
+        from pipeline.failures import OnFailure
         from pipeline.supervisor import supervise
 
         job = _load(job_file, set_)
-        report = supervise(job, quiet=quiet or as_json)
+        shows_nothing = quiet or (as_json and log_format is LogFormat.text)
+        report = supervise(job, shows_nothing, OnFailure(keep=not retry_failed, stop=fail_fast), metrics)
         if as_json:
             print(json.dumps(asdict(report), indent=1))
         elif not quiet:
-            print(_summary(job, report))
+            print(_summary(job, job_file, report))
+        if report.stopped_at:
+            tell(f"stopped at the first failure: {report.stopped_at}; to resume: pipeline run {job_file}", exit_code=1)
+            raise typer.Exit(1)
         if report.interrupted:
-            print(f"interrupted; to resume: pipeline run {job_file}", file=sys.stderr)
+            tell(f"interrupted; to resume: pipeline run {job_file}", exit_code=130)
             raise typer.Exit(130)
         if report.rows_failed:
             raise typer.Exit(SOME_ROWS_FAILED)
@@ -112,6 +135,9 @@ def status(job_file: JobFile, set_: Overrides = None, as_json: AsJson = False, d
             print(table(("documents", f"{found.documents:,}"), ("rows", counts)))
 
 
+app.command()(show)
+app.command()(init)
+app.command()(schema)
 app.command()(bench)
 
 
@@ -136,11 +162,13 @@ def _load(job_file: Path, overrides: list[str] | None) -> Job:
     return load_job(job_file, overrides or [])
 
 
-def _summary(job: Job, report: Report) -> str:
+def _summary(job: Job, job_file: Path, report: Report) -> str:
     answered = f"{report.rows_answered:,} answered, {report.rows_kept:,} kept, {report.rows_failed:,} failed"
     rows = [("rows", f"{answered} of {report.rows:,} ({report.documents:,} documents)")]
+    for kind, count in sorted(report.failures.items()):
+        rows.append(("failures", f"{count:,} {kind}, first {report.first_failures[kind]}"))
     if report.failures:
-        rows.append(("failures", ", ".join(f"{count:,} {kind}" for kind, count in sorted(report.failures.items()))))
+        rows.append(("", f"to see them: pipeline show {job_file} --failed"))
     rows += _cut(report.documents_truncated, report.documents_split)
     if prefixes := report.prefixes_built + report.prefixes_restored:
         built = f"{report.prefixes_built:,} built, {report.prefixes_restored:,} restored"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from pipeline.logs import LogFormat, set_up, tell
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="The job file (YAML).")]
 Overrides = Annotated[
@@ -21,7 +22,9 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback when some
 
 
 @contextmanager
-def errors_explained(debug: bool, quiet: bool = False, computes: bool = True) -> Iterator[None]:
+def errors_explained(
+    debug: bool, quiet: bool = False, computes: bool = True, log_format: LogFormat = LogFormat.text
+) -> Iterator[None]:
     """Turn what is raised into one line on stderr and an exit code. ``computes``: MLX may be used in this process."""
     from pipeline.errors import PipelineError, one_line
 
@@ -29,25 +32,24 @@ def errors_explained(debug: bool, quiet: bool = False, computes: bool = True) ->
         from turboquant.blas import load_tuned_blas
 
         load_tuned_blas()  # before anything imports NumPy or MLX: it sets what OpenBLAS reads when it is loaded
-    level = logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO
-    logging.basicConfig(format="%(message)s", stream=sys.stderr)
-    logging.getLogger("pipeline").setLevel(level)
+    set_up(logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO, log_format)
     try:
         yield
     except PipelineError as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        tell(f"error: {error}", logging.ERROR, exit_code=error.exit_code, error_type=type(error).__name__)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
-        print("interrupted; the same command resumes", file=sys.stderr)
+        tell("interrupted; the same command resumes", exit_code=130)
         raise typer.Exit(130) from None
-    except typer.Exit:
+    except (typer.Exit, typer.Abort, BrokenPipeError):  # click's own; the last is a reader that has seen enough
         raise
     except Exception as error:
         if debug:
             raise
-        print(f"error: {type(error).__name__}: {one_line(error)} (--debug shows where)", file=sys.stderr)
+        message = f"error: {type(error).__name__}: {one_line(error)} (--debug shows where)"
+        tell(message, logging.ERROR, exit_code=1, error_type=type(error).__name__)
         raise typer.Exit(1) from None
 
 

@@ -73,7 +73,7 @@ class _Watch(Progress):
 
 def _pipeline(job: Job, warm: bool) -> Outcome:
     watch = _Watch(0, quiet=True)
-    report = Runner(job, watch=lambda rows: watch).run()
+    report = Runner(job.model_copy(update={"retries": 0}), watch=lambda rows: watch).run()
     assert watch.meter is not None
     measured = watch.meter.read()
     if warm and report.prefixes_built:

@@ -16,12 +16,12 @@ TEMPORARY = ".tmp-"  # readers of datasets pass over names that start with a dot
 
 
 @contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path, ending: str = "") -> Iterator[Path]:
     """A temporary path beside `path`; once the block ends well it takes the place of `path`, all or nothing.
 
-    Raises OutputError where the disk refuses.
+    `ending` is for files whose readers go by how names end. Raises OutputError where the disk refuses.
     """
-    temporary = path.with_name(TEMPORARY + path.name)
+    temporary = path.with_name(TEMPORARY + path.name + ending)
     with disk_errors(path, "cannot be written"):
         make_folder(path.parent)
         try:

@@ -136,8 +136,6 @@ class Engine:
         requests: list[Request] = []
         asked: list[tuple[Todo, Query]] = []
         for (todo, _), prefix in zip(ready, prefixes, strict=True):
-            how = "dense" if prefix.is_dense else "packed"
-            self._report.resident[how] = self._report.resident.get(how, 0) + 1
             for query in todo.open:
                 assert todo.tokenised is not None
                 settings = query.settings(self._job.generation)
@@ -147,7 +145,11 @@ class Engine:
         try:
             answers = answer(self._model, requests, self._job.generation.batch_size, on_answer)
         except (RuntimeError, ValueError, MemoryError) as error:
-            raise GenerationFailed(f"the model failed: {one_line(error)}") from error
+            may_pass = not isinstance(error, ValueError)
+            raise GenerationFailed(f"the model failed: {one_line(error)}", may_pass) from error
+        for prefix in prefixes:
+            how = "dense" if prefix.is_dense else "packed"
+            self._report.resident[how] = self._report.resident.get(how, 0) + 1
         for (todo, query), given in zip(asked, answers, strict=True):
             todo.answer(query, given.text, given.finish_reason, given.tokens)
 

@@ -10,6 +10,7 @@
     ├── OutputError            exit 1    the result cannot be written, or another run is writing it
     ├── NotApplicable          exit 1    a contender of a bench can't do what the job asks
     ├── Interrupted            exit 130  stopped by the user; the same command resumes
+    │   └── StoppedAtFailure   exit 1    ... who said beforehand: where a row fails
     └── RowError                         one row failed and the job goes on: the class's name becomes the
         ├── EmptyDocument                row's `error_type`, the message its `error`
         ├── ContextTooLong
@@ -75,6 +76,12 @@ class Interrupted(PipelineError):
     exit_code = 130
 
 
+class StoppedAtFailure(Interrupted):
+    """A row failed, and the user wants to look at that before anything else is done."""
+
+    exit_code = 1
+
+
 class RowError(PipelineError):
     """One row cannot be answered; it becomes an error row and the job goes on."""
 
@@ -96,7 +103,11 @@ class PromptFailed(RowError):
 
 
 class GenerationFailed(RowError):
-    """The model failed while answering."""
+    """The model failed. ``may_pass``: as for want of memory, so that the same may go well a little later."""
+
+    def __init__(self, message: str, may_pass: bool = True) -> None:
+        super().__init__(message)
+        self.may_pass = may_pass
 
 
 class ModelProcessDied(RowError):

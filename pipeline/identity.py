@@ -89,12 +89,15 @@ def row_fingerprints(
     return fingerprints
 
 
-def kept_rows(known: Mapping[str, Row], fingerprints: Mapping[str, str]) -> dict[str, Row]:
-    """Those of a document's known rows that need no new answer, in the order of the fingerprints."""
+def kept_rows(known: Mapping[str, Row], fingerprints: Mapping[str, str], keep_failed: bool = False) -> dict[str, Row]:
+    """Those of a document's known rows that need no new answer, in the order of the fingerprints.
+
+    Failed ones need one unless they are to be kept.
+    """
     return {
         query_id: row
         for query_id, fingerprint in fingerprints.items()
-        if (row := known.get(query_id)) and row.status == "ok" and row.fingerprint == fingerprint
+        if (row := known.get(query_id)) and (keep_failed or row.status == "ok") and row.fingerprint == fingerprint
     }
 
 

@@ -6,7 +6,7 @@ Knows that documents and queries belong together, and how many rows that makes; 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from pipeline.documents import Document, check_documents, document_ids, stream_documents
@@ -38,6 +38,11 @@ class Inputs:
             self._own = self._read_own(job.queries)
             self.documents = self._own.documents
         self.rows = self._own.rows if self._own else self.documents * len(self._shared)
+
+    @property
+    def queries(self) -> Sequence[Query]:
+        """All queries, those of one id once: as that document has it whose own comes first."""
+        return self._own.one_of_each_id() if self._own else self._shared
 
     def stream(self) -> Iterator[Document]:
         """The documents in order, each with its queries."""

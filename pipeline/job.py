@@ -185,6 +185,7 @@ class Job(_Section):
         Discriminator(_kind_of_queries),
     ]
     generation: Generation = Generation()
+    retries: Annotated[int, Field(ge=0)] = 1  # of what failed in a way that may pass
     cache: Cache
     output: Output
 

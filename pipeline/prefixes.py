@@ -112,7 +112,6 @@ class Prefixes:
 
         Raises GenerationFailed where the model fails, DiskFull where there is no room to store it.
         """
-        self._report.context_tokens += sum(len(piece.tokens) for piece in pieces)
         self._store.hold([piece.key for piece in pieces])
         prefix: Prefix | None = None
         built = False
@@ -126,6 +125,7 @@ class Prefixes:
                 prefix = _extended(prefix, segment)
             built |= not was_stored
         assert prefix is not None
+        self._report.context_tokens += sum(len(piece.tokens) for piece in pieces)
         self._count(prefix, built)
         return prefix
 
@@ -155,7 +155,8 @@ class Prefixes:
             with self._timed("prefill_seconds"):
                 segment = prefill(self._loaded.model, piece.tokens, self._codec, before, self._prefilled)
         except (RuntimeError, ValueError, MemoryError) as error:
-            raise GenerationFailed(f"the prefill failed: {one_line(error)}") from error
+            may_pass = not isinstance(error, ValueError)
+            raise GenerationFailed(f"the prefill failed: {one_line(error)}", may_pass) from error
         finally:
             self._progress.end_prefill()
         self._report.prefilled_tokens += len(piece.tokens)

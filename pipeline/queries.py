@@ -84,6 +84,12 @@ class OwnQueries:
             found = self._database.execute("SELECT id FROM queries WHERE document = ? ORDER BY rowid", [document_id])
             return [query_id for (query_id,) in found]
 
+    def one_of_each_id(self) -> list[Query]:
+        """The first query of each id, in the order of rows."""
+        with _errors_explained(), self._lock:
+            found = self._database.execute("SELECT query, min(rowid) FROM queries GROUP BY id ORDER BY min(rowid)")
+            return [Query.model_validate_json(query) for query, _ in found]
+
     def _fill(self, source: QueryTable) -> None:
         assert source.document_id is not None
         for record in _records(source):

@@ -16,6 +16,7 @@ class Report:
     rows_answered: int = 0
     rows_failed: int = 0
     failures: dict[str, int] = field(default_factory=dict)  # by error_type; no Counter, which asdict spoils
+    first_failures: dict[str, str] = field(default_factory=dict)  # which row was the first of each type, and why
     documents_truncated: int = 0  # of those with something to answer, as are
     documents_split: int = 0
     prefixes_built: int = 0
@@ -32,7 +33,19 @@ class Report:
     answer_seconds: float = 0.0
     restarts: int = 0  # of the model's process, which had died
     interrupted: bool = False
+    stopped_at: str | None = None  # the failure that the run was to stop at
 
     def copy(self) -> Report:
         """The numbers as they are now."""
-        return replace(self, failures=dict(self.failures), resident=dict(self.resident))
+        return replace(
+            self,
+            failures=dict(self.failures),
+            first_failures=dict(self.first_failures),
+            resident=dict(self.resident),
+        )
+
+    def add_failure(self, error_type: str, what: str) -> None:
+        """Count a failed row; ``what`` names it and says why."""
+        self.rows_failed += 1
+        self.failures[error_type] = self.failures.get(error_type, 0) + 1
+        self.first_failures.setdefault(error_type, what)

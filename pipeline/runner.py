@@ -5,20 +5,17 @@ Knows the order of things and what happens when the user interrupts; what is don
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import asdict
 from functools import partial
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
-from pipeline import __version__
 from pipeline.documents import Document
-from pipeline.durable import atomic_file
-from pipeline.errors import Interrupted
+from pipeline.errors import Interrupted, StoppedAtFailure
+from pipeline.failures import OnFailure
 from pipeline.groups import ahead, groups
 from pipeline.identity import job_identity
 from pipeline.inputs import Inputs
@@ -26,6 +23,7 @@ from pipeline.job import Job
 from pipeline.progress import Progress, Watcher
 from pipeline.report import Report
 from pipeline.results import Results
+from pipeline.runfile import RunFile
 from pipeline.signals import stops_handled
 from pipeline.work import Work
 
@@ -44,7 +42,7 @@ class Runner:
     ``watch`` makes, for a number of rows, who is told how the run goes on: bars and lines unless given. With
     ``report`` the run is the rest of one that was cut off: its documents done are passed over and its counts go on.
     ``condemned`` are documents that get error rows in place of answers, each with what the rows are to say; those in
-    ``alone`` share no batch with others.
+    ``alone`` share no batch with others. ``on_failure``: what is done about rows that fail.
     """
 
     def __init__(
@@ -56,12 +54,14 @@ class Runner:
         report: Report | None = None,
         condemned: Mapping[str, str] | None = None,
         alone: Collection[str] = (),
+        on_failure: OnFailure | None = None,
     ) -> None:
         self._job = job
         self._watch = watch or partial(Progress, quiet=quiet)
         self._stop = Interruption()
         self.report = report or Report()
         self._condemned, self._alone = condemned or {}, alone
+        self._on_failure = on_failure or OnFailure()
 
     def run(self) -> Report:
         """Run, or resume. Returns the report, whose ``interrupted`` says that the user stopped the run early."""
@@ -74,20 +74,22 @@ class Runner:
             Results(self._job.output.path, _metadata(self._job, identity)) as results,
             self._watch(report.rows) as progress,
             self._stop.listening(),
+            RunFile(self._job, identity, report, started) as run_file,
         ):
-            work = Work(self._job, inputs, identity, results, progress, report, self._stop.check, self._condemned)
+            check, update = self._stop.check, run_file.update
+            on_failure, condemned = self._on_failure, self._condemned
+            work = Work(self._job, inputs, identity, results, progress, report, check, update, on_failure, condemned)
             try:
                 with work, closing(ahead(self._groups(inputs), work.look)) as todos:
                     for group in todos:
-                        self._stop.check()
+                        check()
                         work.do(group)
                 results.finish(inputs.pairs())
                 work.finish(done=True)
-            except Interrupted:
+            except Interrupted as error:
                 report.interrupted = True
+                report.stopped_at = str(error) if isinstance(error, StoppedAtFailure) else None
                 work.finish(done=False)
-            report.seconds = time.monotonic() - started
-            self._write_report(identity)
         return report
 
     def _groups(self, inputs: Inputs) -> Iterator[list[Document]]:
@@ -97,17 +99,6 @@ class Runner:
             if passed <= 0:
                 yield group
             passed -= len(group)
-
-    def _write_report(self, identity: Identity) -> None:
-        versions = {name: metadata.version(name) for name in ("mlx", "mlx-lm")} | {"turboquant-pipeline": __version__}
-        content = {
-            "job": self._job.name,
-            **asdict(self.report),
-            "identity": asdict(identity),
-            "versions": versions,
-        }
-        with atomic_file(self._job.output.path.with_name(f"{self._job.output.path.name}.run.json")) as path:
-            path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 class Interruption:

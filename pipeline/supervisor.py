@@ -15,92 +15,96 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pipeline import errors
 from pipeline.errors import PipelineError
-from pipeline.progress import Progress
+from pipeline.failures import OnFailure
 from pipeline.report import Report
+from pipeline.runfile import mark_ended
 from pipeline.signals import stops_handled, stops_held_back
-from pipeline.worker import (
-    DocumentsDone,
-    DocumentsStarted,
-    Failed,
-    Finished,
-    Logged,
-    Message,
-    Prefilled,
-    PrefillEnded,
-    PrefillStarted,
-    RowsDone,
-    RunStarted,
-    Task,
-    work,
-)
+from pipeline.view import View
+from pipeline.worker import DocumentsDone, DocumentsStarted, Failed, Finished, Message, RunStarted, Task, work
 
 if TYPE_CHECKING:
     from pipeline.job import Job
 
+_SECONDS_OF_PATIENCE = 1.0
 DEATHS = 2  # of the process, in one place, after which it is not tried there again
 SPAWN = multiprocessing.get_context("spawn")  # not fork, which neither Metal nor CUDA survives
 _MEMORY_SIGNALS = (signal.SIGKILL, signal.SIGABRT)  # the kernel's way and Metal's
 _log = logging.getLogger(__name__)
 
 
-def supervise(job: Job, quiet: bool = False) -> Report:
+def supervise(
+    job: Job, quiet: bool = False, on_failure: OnFailure | None = None, metrics: Path | None = None
+) -> Report:
     """Run a job, or resume it, in a process of its own, with bars and lines unless ``quiet``.
 
-    Returns and raises what `Runner.run` does, and KeyboardInterrupt where the user had the run stopped at once. Raises
-    PipelineError where the process keeps dying and no document is to blame. To be called from the main thread.
+    ``metrics`` is a file that is to hold the run's numbers while it goes on. Returns and raises what `Runner.run` does,
+    and KeyboardInterrupt where the user had the run stopped at once. Raises PipelineError where the process keeps dying
+    and no document is to blame. To be called from the main thread.
     """
-    return _Supervisor(job, quiet).run()
+    return _Supervisor(job, View(job.name, quiet, metrics), on_failure or OnFailure()).run()
 
 
 class _Supervisor:
-    def __init__(self, job: Job, quiet: bool) -> None:
-        self._job = job
+    def __init__(self, job: Job, view: View, on_failure: OnFailure) -> None:
+        self._job, self._on_failure = job, on_failure
         self._started = time.monotonic()
         self._report = Report()  # as of the last documents that are done
         self._deaths: Counter[tuple[str, ...]] = Counter()  # by the documents in hand
         self._condemned: dict[str, str] = {}
         self._alone: set[str] = set()  # documents that share no batch any more
         self._in_hand: tuple[str, ...] = ()  # the documents the process has begun on
-        self._view = _View(quiet)
+        self._view = view
+        self._begun = False  # whether the result is this run's
         self._pid: int | None = None
         self._stops_asked = 0
 
     def run(self) -> Report:
         with self._view, self._passing_signals_on():
-            while True:
-                outcome = self._run_process()
-                if isinstance(outcome, Finished):
-                    return outcome.report
-                if isinstance(outcome, Failed):
-                    reraise(outcome)
-                if self._stops_asked:
-                    raise KeyboardInterrupt
-                self._bury(cause_of_death(outcome))
+            try:
+                return self._run_to_the_end()
+            except (PipelineError, KeyboardInterrupt) as error:
+                if self._begun:  # else the file may be another run's
+                    mark_ended(self._job.output.path, error)
+                raise
+
+    def _run_to_the_end(self) -> Report:
+        while True:
+            outcome = self._run_process()
+            if isinstance(outcome, Finished):
+                return outcome.report
+            if isinstance(outcome, Failed):
+                reraise(outcome)
+            if self._stops_asked:
+                raise KeyboardInterrupt
+            self._bury(cause_of_death(outcome))
 
     def _run_process(self) -> Finished | Failed | int:
         """Start the process and listen until it ends: its last message, or its exit code where there is none."""
         self._in_hand = ()
         with self._process() as (process, connection):
-            while (message := receive(connection)) is not None:
+            while (message := receive(connection, self._view.refresh)) is not None:
+                self._view.show(message)
                 if isinstance(message, Finished | Failed):
                     return message
-                if isinstance(message, DocumentsStarted):
+                if isinstance(message, RunStarted):
+                    self._begun = True
+                elif isinstance(message, DocumentsStarted):
                     self._in_hand = message.document_ids
                 elif isinstance(message, DocumentsDone):
                     self._report = message.report
                     self._deaths.pop((), None)
                     if set(self._in_hand) <= set(message.document_ids):
                         self._in_hand = ()
-                self._view.show(message)
             process.join()
             assert process.exitcode is not None
             return process.exitcode
@@ -111,7 +115,7 @@ class _Supervisor:
         report = replace(self._report, seconds=time.monotonic() - self._started)
         level = logging.getLogger("pipeline").getEffectiveLevel()
         receiver, sender = SPAWN.Pipe(duplex=False)
-        task = Task(self._job, report, self._condemned, self._alone, level)
+        task = Task(self._job, report, self._condemned, self._alone, self._on_failure, level)
         process = SPAWN.Process(target=work, args=(sender, task), name="model")
         with receiver:
             with sender, stops_held_back():  # also from the new process, which lets them in when it is ready
@@ -171,58 +175,16 @@ class _Supervisor:
             yield
 
 
-class _View:
-    """What the user sees of the process: its progress, over restarts, and its log."""
-
-    def __init__(self, quiet: bool) -> None:
-        self._quiet = quiet
-        self._progress: Progress | None = None
-        self._open = ExitStack()
-        self._rows_in_hand = 0  # shown as done, and not committed yet
-
-    def __enter__(self) -> _View:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._open.close()
-
-    def show(self, message: Message) -> None:
-        if isinstance(message, Logged):
-            logging.getLogger(message.logger).log(message.level, "%s", message.text)
-        elif isinstance(message, RunStarted) and self._progress is None:
-            self._progress = self._open.enter_context(Progress(message.rows, self._quiet))
-        elif isinstance(message, DocumentsDone):
-            self._rows_in_hand = 0
-        elif self._progress is not None:
-            self._count(self._progress, message)
-
-    def forget_rows_in_hand(self) -> None:
-        """The process died, so what it had in hand is to be done again."""
-        if self._progress is not None:
-            self._progress.end_prefill()
-            self._progress.rows_done(-self._rows_in_hand)
-        self._rows_in_hand = 0
-
-    def _count(self, progress: Progress, message: Message) -> None:
-        if isinstance(message, RowsDone):
-            self._rows_in_hand += message.count
-            progress.rows_done(message.count)
-        elif isinstance(message, PrefillStarted):
-            progress.start_prefill(message.name, message.tokens)
-        elif isinstance(message, Prefilled):
-            progress.prefilled(message.tokens)
-        elif isinstance(message, PrefillEnded):
-            progress.end_prefill()
-
-
 def _named(documents: Sequence[str]) -> str:
     more = f" and {len(documents) - 1} more" if len(documents) > 1 else ""
     return f"document '{documents[0]}'{more}"
 
 
-def receive(connection: Connection) -> Message | None:
-    """The next message; None when there will be none."""
+def receive(connection: Connection, meanwhile: Callable[[], None] = lambda: None) -> Message | None:
+    """The next message; None when there will be none. While there is none yet, ``meanwhile`` is called now and then."""
     try:
+        while not connection.poll(_SECONDS_OF_PATIENCE):
+            meanwhile()
         message: Message = connection.recv()
     except (EOFError, OSError):  # OSError: amid a message
         return None

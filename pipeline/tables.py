@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ class Table:
 
     def _rows(self, file: Path, names: Collection[str], rows_per_batch: int) -> Iterable[tuple[int, dict[str, Any]]]:
         if _format(file) == _JSON:
-            return self._json_rows(file)
+            return self.json_rows(file)
         if _format(file) == _PARQUET:
             needed = {column.name for column in self._columns}
             return enumerate(_parquet_rows(file, sorted(names), needed, rows_per_batch))
@@ -139,7 +140,7 @@ class Table:
 
     def _check_json(self, file: Path) -> None:
         seen: set[str] = set()
-        for _, values in self._json_rows(file):
+        for _, values in self.json_rows(file):
             seen |= values.keys()
         if seen:
             self._check_presence(file, sorted(seen))
@@ -153,7 +154,8 @@ class Table:
             if times > 1:
                 raise InputError(f"{told} has {times} times; rename the others")
 
-    def _json_rows(self, file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    def json_rows(self, file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The numbers and objects of lines that are not blank."""
         try:
             with file.open("rb") as lines:
                 for number, line in enumerate(lines, start=1):
@@ -189,6 +191,27 @@ class Table:
             return {"id": name, "text": file.read_bytes().decode("utf-8", errors="replace").removeprefix("\ufeff")}
         except OSError as error:
             raise InputError(f"{file}: cannot be read: {one_line(error)}") from None
+
+
+def first_rows(path: str, key: str, count: int) -> list[dict[str, Any]]:
+    """The first rows of the first file that a path names, with their columns of texts and whole numbers alone."""
+    table = Table(path, key, ())
+    file = table.files[0]
+    names: Collection[str] = _TEXT_COLUMNS
+    if _format(file) == _PARQUET:
+        with _open_parquet(file) as parquet:
+            names = [field.name for field in parquet.schema_arrow if ID.fits_type(field.type)]
+    if _format(file) != _JSON:
+        return [record.values for record in islice(table.records(names, rows_per_batch=1), count)]
+    rows = [values for _, values in islice(table.json_rows(file), count)]
+    names = [
+        name for name in dict.fromkeys(chain.from_iterable(rows)) if all(_may_be_id(row.get(name)) for row in rows)
+    ]
+    return [{name: row.get(name) for name in names} for row in rows]
+
+
+def _may_be_id(value: object) -> bool:
+    return value is None or ID.fits_value(value)
 
 
 def _format(file: Path) -> str:

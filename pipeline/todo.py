@@ -51,7 +51,8 @@ class Todo:
     @property
     def succeeded(self) -> bool:
         """Whether every query was answered, now or before."""
-        return all(query.id in self.rows and self.rows[query.id].status == "ok" for query in self.queries)
+        rows = [*self.kept, *self.rows.values()]
+        return not self.open and all(row.status == "ok" for row in rows)
 
     def row(self, query: Query) -> Row:
         """The row of a query without what becomes of it."""

@@ -19,7 +19,8 @@ from typing import TYPE_CHECKING
 
 from pipeline.budget import budget_bytes
 from pipeline.documents import Document
-from pipeline.errors import GenerationFailed, Interrupted, ModelProcessDied, RowError
+from pipeline.errors import GenerationFailed, Interrupted, ModelProcessDied, RowError, StoppedAtFailure
+from pipeline.failures import OnFailure, retried
 from pipeline.fitting import Fitting
 from pipeline.identity import context_label, kept_rows, row_fingerprints
 from pipeline.inputs import Inputs
@@ -28,7 +29,7 @@ from pipeline.needs import Needs, output_digest
 from pipeline.progress import Watcher
 from pipeline.prompts import Renderer
 from pipeline.report import Report
-from pipeline.results import Results
+from pipeline.results import Results, Row
 from pipeline.todo import Todo
 
 if TYPE_CHECKING:
@@ -43,8 +44,9 @@ _log = logging.getLogger(__name__)
 class Work:
     """What is done with the documents of a run; a context, in which rows are written while the next are computed.
 
-    ``check`` raises Interrupted where the user asked to stop. ``condemned`` are the documents that the model is not to
-    see again, each with what happened.
+    ``check`` raises Interrupted where the user asked to stop. ``committed`` is called with the report of what is,
+    from any thread. ``on_failure``: what is done about rows that fail; StoppedAtFailure is raised where that is to
+    stop. ``condemned`` are the documents that the model is not to see again, each with what happened.
     """
 
     def __init__(
@@ -56,11 +58,13 @@ class Work:
         progress: Watcher,
         report: Report,
         check: Callable[[], None],
+        committed: Callable[[Report], None],
+        on_failure: OnFailure,
         condemned: Mapping[str, str],
     ) -> None:
         self._job, self._inputs, self._identity, self._results = job, inputs, identity, results
         self._progress, self._report, self._check = progress, report, check
-        self._condemned = condemned
+        self._committed, self._condemned, self._on_failure = committed, condemned, on_failure
         self._renderer, self._fitting = Renderer(job.prompt), Fitting(job)
         self._needs = Needs(job.cache.dir, job.output.path)
         self._loaded: Engine | None = None
@@ -95,7 +99,7 @@ class Work:
             return todo
         cut = self._fitting.mark(rendered, document.queries)
         fingerprints = row_fingerprints(self._identity, rendered, document.queries, self._job.generation, cut)
-        kept = kept_rows(self._results.rows(document.id), fingerprints)
+        kept = kept_rows(self._results.rows(document.id), fingerprints, self._on_failure.keep)
         queries = [query for query in document.queries if query.id not in kept]
         todo = Todo(document, rendered, queries, list(kept.values()), fingerprints, context_label(rendered))
         if document.id in self._condemned:
@@ -107,7 +111,7 @@ class Work:
         if self._job.cache.budget is not None or self._job.cache.keep == "job":
             self._wait()  # until there is room that the group before has no use for any more
         for todo in group:
-            self._report.rows_kept += len(todo.kept)
+            self._report.rows_kept += sum(row.status == "ok" for row in todo.kept)
             self._progress.rows_done(len(todo.kept))
         self._answer_together(group, self._answered)
         self._commit(group)
@@ -138,36 +142,41 @@ class Work:
         if not todo.open:
             return None
         try:
-            return engine.prefix(todo)
+            return retried(lambda: engine.prefix(todo), self._job.retries, self._check)
         except RowError as error:
             todo.fail(error)
             return None
 
     def _answer(self, ready: Sequence[tuple[Todo, Prefix]], on_answer: Callable[[], None]) -> None:
         self._progress.start_documents(list(dict.fromkeys(todo.document_id for todo, _ in ready)))
-        shown = self._shown
         try:
-            with _timed(self._report, "answer_seconds"):
-                self._engine.answer(ready, on_answer)
+            retried(lambda: self._attempt(ready, on_answer), self._job.retries, self._check)
         except GenerationFailed as error:
             if len(ready) == 1:
                 ready[0][0].fail(error)
                 return
             _log.warning("answering %d documents together failed, so each is tried by itself: %s", len(ready), error)
-            self._progress.rows_done(shown - self._shown)
-            self._shown = shown
             for one in ready:
                 self._answer([one], on_answer)
+
+    def _attempt(self, ready: Sequence[tuple[Todo, Prefix]], on_answer: Callable[[], None]) -> None:
+        shown = self._shown
+        try:
+            with _timed(self._report, "answer_seconds"):
+                self._engine.answer(ready, on_answer)
+        except GenerationFailed:
+            self._progress.rows_done(shown - self._shown)
+            self._shown = shown
+            raise
 
     def _commit(self, group: Sequence[Todo]) -> None:
         """Count what became of a group, and have it written while the next is computed."""
         rows = [row for todo in group for row in todo.rows.values()]
         failed = [row for row in rows if row.status == "error"]
         report = self._report
-        report.rows_failed += len(failed)
         report.rows_answered += len(rows) - len(failed)
-        for kind in (str(row.error_type) for row in failed):
-            report.failures[kind] = report.failures.get(kind, 0) + 1
+        for row in [*failed, *(row for todo in group for row in todo.kept if row.status == "error")]:
+            report.add_failure(str(row.error_type), _told(row))
         report.answer_tokens += sum(row.answer_tokens or 0 for row in rows)
         report.documents_done += len(group)
         report.documents_truncated += sum(todo.truncated for todo in group)
@@ -176,6 +185,8 @@ class Work:
         self._shown = 0
         self._wait()
         self._written = self._writer.submit(self._write, group, report.copy())
+        if failed and self._on_failure.stop:
+            raise StoppedAtFailure(_told(failed[0]))
 
     def _write(self, group: Sequence[Todo], report: Report) -> None:
         changed = [todo for todo in group if todo.queries]
@@ -184,6 +195,7 @@ class Work:
                 {todo.document_id: [*todo.kept, *(todo.rows[query.id] for query in todo.queries)] for todo in changed}
             )
         self._progress.end_documents([todo.document_id for todo in group], report)
+        self._committed(report)
         if self._loaded is None:
             return
         for todo in group:
@@ -243,6 +255,11 @@ class Work:
     def _answered(self) -> None:
         self._shown += 1
         self._progress.rows_done(1)
+
+
+def _told(row: Row) -> str:
+    """Which row it is, and why it failed."""
+    return f"document '{row.document_id}', query '{row.query_id}': {row.error}"
 
 
 @contextmanager

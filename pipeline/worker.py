@@ -23,6 +23,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import PipelineError, one_line
+from pipeline.failures import OnFailure
 from pipeline.report import Report
 from pipeline.signals import STOP_SIGNALS
 
@@ -40,6 +41,7 @@ class Task:
     report: Report
     condemned: Mapping[str, str]
     alone: Collection[str]
+    on_failure: OnFailure
     log_level: int
 
 
@@ -177,8 +179,14 @@ def _outcome(outbox: _Outbox, task: Task) -> Finished | Failed:
 
         from pipeline.runner import Runner
 
-        watch = partial(_Teller, outbox.send)
-        runner = Runner(task.job, watch=watch, report=task.report, condemned=task.condemned, alone=task.alone)
+        runner = Runner(
+            task.job,
+            watch=partial(_Teller, outbox.send),
+            report=task.report,
+            condemned=task.condemned,
+            alone=task.alone,
+            on_failure=task.on_failure,
+        )
         return Finished(runner.run())
     except Exception as error:
         return Failed.of(error)

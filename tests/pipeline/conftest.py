@@ -103,14 +103,14 @@ def tiny_model(write_model: Callable[..., Path], tmp_path_factory: pytest.TempPa
     return write_model(tmp_path_factory.mktemp("tiny-llama"))
 
 
-@pytest.fixture
-def workplace(tmp_path: Path, tiny_model: Path) -> Workplace:
-    return Workplace(tmp_path, tiny_model)
-
-
 @pytest.fixture(autouse=True)
 def log_level() -> Iterator[None]:
     """Commands set the level of the package's log."""
     before = logging.getLogger("pipeline").level
     yield
     logging.getLogger("pipeline").setLevel(before)
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, tiny_model: Path) -> Workplace:
+    return Workplace(tmp_path, tiny_model)

@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import typer
-from workplace import ROOT, Workplace, error_of, invoke
+from commands import ROOT, error_of, invoke
+from workplace import Workplace
 
 from pipeline.cli import app
 
@@ -69,6 +70,7 @@ def test_a_wrong_command_line(arguments: list[str]) -> None:
         ("generation.max_token=3", "--set generation.max_token=3: unknown key 'generation.max_token'; did you mean"),
         ("cache.key_bits=7", "cache.key_bits: expected 2, 3, 4, 5, 6 or 8, got 7"),
         ("generation.batch_size=0", "generation.batch_size: expected at least 1, got 0"),
+        ("retries=-1", "retries: expected at least 0, got -1"),
         ("nonsense", "expected key.path=value, such as generation.max_tokens=64"),
         ("queries.7.text=x", "'queries' is a list of 3: use queries.0 to queries.2"),
         ("documents.path=nix.parquet", "nix.parquet does not exist"),

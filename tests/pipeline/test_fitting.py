@@ -9,9 +9,10 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+from commands import error_of, invoke
 from hypothesis import given
 from hypothesis import strategies as st
-from workplace import Workplace, error_of, invoke
+from workplace import Workplace
 
 import pipeline.engine
 from pipeline.documents import Document

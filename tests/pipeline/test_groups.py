@@ -175,7 +175,7 @@ def test_a_document_that_fails_in_a_group_fails_alone(
     monkeypatch.setattr("pipeline.progress.Progress.rows_done", lambda self, count: done.append(count))
     with monkeypatch.context() as patch:
         patch.setattr(pipeline.engine, "answer", failing)
-        report = workplace.run("generation.batch_size=8")
+        report = workplace.run("generation.batch_size=8", "retries=0")
     assert report.failures == {"GenerationFailed": 3}
     assert report.rows_answered == 6
     assert sum(done) == 9

@@ -10,7 +10,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from workplace import Workplace, error_of, invoke
+from commands import error_of, invoke
+from workplace import Workplace
 
 ROWS: list[dict[str, Any]] = [
     {"id": "a", "text": "The board met.", "year": 2019, "lang": "en"},

@@ -10,6 +10,7 @@ import pytest
 
 from pipeline import progress
 from pipeline.progress import Progress, watched
+from pipeline.report import Report
 
 
 class Clock:
@@ -39,6 +40,7 @@ class Terminal(io.StringIO):
 
 
 def work(clock: Clock, quiet: bool = False) -> None:
+    report = Report(documents=3)
     with Progress(12, quiet) as shown:
         for name in "abc":
             shown.start_prefill(name, 4000)
@@ -49,6 +51,10 @@ def work(clock: Clock, quiet: bool = False) -> None:
             for _ in range(4):
                 clock.now += 2
                 shown.rows_done(1)
+            report.documents_done += 1
+            report.prefixes_built += name != "b"
+            report.prefixes_restored += name == "b"
+            shown.end_documents([name], report)
 
 
 def test_a_line_every_half_minute(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,11 +62,28 @@ def test_a_line_every_half_minute(clock: Clock, capsys: pytest.CaptureFixture[st
     out, lines = capsys.readouterr()
     assert out == ""
     assert lines.splitlines() == [
-        "30 s: 0 of 12 rows, 3,000 tokens prefilled",
-        "68 s: 4 of 12 rows, 6,000 tokens prefilled",
-        "106 s: 8 of 12 rows, 9,000 tokens prefilled",
-        "136 s: 8 of 12 rows, 12,000 tokens prefilled",
+        "30 s: 0 of 12 rows, prefill 100 tokens/s",
+        "68 s: 4 of 12 rows, 2:16 left, 1/3 documents, 0.0588 answers/s, 0% hits, prefill 100 tokens/s",
+        "106 s: 8 of 12 rows, 0:53 left, 2/3 documents, 0.0755 answers/s, 50% hits, prefill 100 tokens/s",
+        "136 s: 8 of 12 rows, 1:08 left, 2/3 documents, 0.0588 answers/s, 50% hits, prefill 100 tokens/s",
     ]
+
+
+def test_a_line_also_where_nothing_happens(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(12) as shown:
+        for _ in range(7):
+            clock.now += 10
+            shown.refresh()
+    assert capsys.readouterr().err.splitlines() == ["30 s: 0 of 12 rows", "60 s: 0 of 12 rows"]
+
+
+def test_rows_of_earlier_runs_say_nothing_about_the_pace(clock: Clock) -> None:
+    with Progress(100, quiet=True) as shown:
+        shown.rows_done(80)
+        clock.now += 10
+        shown.rows_done(10)
+        shown.end_documents(["a"], Report(rows_kept=80, rows_answered=10))
+        assert (shown.pace().answers_per_second, shown.pace().seconds_left) == (1, 10)
 
 
 def test_a_short_run_shows_nothing(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,7 +12,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from workplace import ROOT, Workplace, error_of, invoke
+from commands import ROOT, error_of, invoke
+from workplace import Workplace
 
 OWN: list[dict[str, Any]] = [
     {"document": "d2", "id": "a", "text": "Who signed?"},

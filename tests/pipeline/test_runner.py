@@ -437,7 +437,7 @@ def test_a_model_that_fails_on_one_document(
         return result
 
     monkeypatch.setattr(module, where, failing)
-    report = workplace.run()
+    report = workplace.run("retries=0")
     assert report.failures == {"GenerationFailed": 3}
     assert report.rows_answered == 6
     assert workplace.rows()["d1", "who"]["error_type"] == "GenerationFailed"
@@ -452,6 +452,7 @@ def test_failures_are_counted_once_in_the_progress(workplace: Workplace, monkeyp
 
     done: list[int] = []
     monkeypatch.setattr(Progress, "rows_done", lambda self, count: done.append(count))
+    monkeypatch.setattr("pipeline.failures.FIRST_WAIT", 0)
     real = pipeline.engine.answer
 
     def failing(*args: Any) -> Any:

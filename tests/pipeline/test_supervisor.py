@@ -232,14 +232,16 @@ def test_every_document_has_its_own_deaths(killed: Supervised) -> None:
 
 
 @pytest.mark.parametrize(
-    ("target", "where"),
+    ("target", "where", "begun"),
     [
-        ("pipeline.model:_explain_failure", "before a document was in hand"),
-        ("pipeline.runner:Inputs", "before a document was in hand"),
-        ("pipeline.results:Results.finish", "while the result was written"),
+        ("pipeline.model:_explain_failure", "before a document was in hand", True),
+        ("pipeline.runner:Inputs", "before a document was in hand", False),
+        ("pipeline.results:Results.finish", "while the result was written", True),
     ],
 )
-def test_a_process_that_dies_without_a_document_is_tried_twice(killed: Supervised, target: str, where: str) -> None:
+def test_a_process_that_dies_without_a_document_is_tried_twice(
+    killed: Supervised, target: str, where: str, begun: bool
+) -> None:
     process = killed.start("kill", target, "1 1 1 1")
     out, error = process.communicate()
     assert (process.returncode, out) == (1, "")
@@ -248,6 +250,8 @@ def test_a_process_that_dies_without_a_document_is_tried_twice(killed: Supervise
     assert "the model's process was killed by signal 9 (SIGKILL)" in line
     assert where in line
     assert "Traceback" not in error
+    if begun:
+        assert (killed.report()["state"], killed.report()["error"]) == ("failed", line.removeprefix("error: "))
     assert killed.run().rows == 9
 
 
@@ -316,6 +320,7 @@ def test_the_third_signal_stops_a_process_that_is_deaf(killed: Supervised) -> No
     out, error = process.communicate()
     assert (process.returncode, out) == (130, "")
     assert error.endswith("interrupted; the same command resumes\n")
+    assert killed.report()["state"] == "interrupted"
     assert killed.run().rows_kept == 3
 
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
-from typer.testing import CliRunner, Result
 
 if TYPE_CHECKING:
     from pipeline.report import Report
@@ -84,19 +83,3 @@ class Workplace:
         """What the last run wrote about itself."""
         content: dict[str, Any] = json.loads(Path(f"{self.output}.run.json").read_text())
         return content
-
-
-def invoke(*arguments: str | Path) -> Result:
-    """Give a command, in this process."""
-    from pipeline.cli import app
-
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
-def error_of(result: Result) -> str:
-    """The one line on stderr of a command that found its input wrong."""
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("error: ")
-    return line.removeprefix("error: ")

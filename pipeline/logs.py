@@ -1,0 +1,58 @@
+"""What is said on stderr: lines for people, or an object of JSON a line for programs.
+
+Knows how a record reads; nothing of who says what.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from datetime import datetime, timezone
+from enum import Enum
+from typing import Any
+
+_log = logging.getLogger(__name__)
+
+
+class LogFormat(str, Enum):
+    """How the log is written."""
+
+    text = "text"
+    json = "json"
+
+
+def set_up(level: int, log_format: LogFormat) -> None:
+    """Have the package's log written to stderr."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_JsonLines() if log_format is LogFormat.json else logging.Formatter("%(message)s"))
+    logging.basicConfig(handlers=[handler])
+    logging.getLogger("pipeline").setLevel(level)
+
+
+def are_json() -> bool:
+    """Whether stderr is for programs."""
+    return any(isinstance(handler.formatter, _JsonLines) for handler in logging.getLogger().handlers)
+
+
+def tell(text: str, level: int = logging.WARNING, **fields: Any) -> None:
+    """Say something whatever the log's level, with fields for programs."""
+    if not are_json():
+        print(text, file=sys.stderr, flush=True)
+        return
+    record = _log.makeRecord(_log.name, level, __file__, 0, text, (), None, extra={"fields": fields})
+    logging.getLogger().handle(record)
+
+
+class _JsonLines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        content = {
+            "time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds"),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info:
+            content["trace"] = self.formatException(record.exc_info)
+        return json.dumps(content)
