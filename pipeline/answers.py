@@ -15,8 +15,10 @@ import mlx.core as mx
 from mlx_lm.generate import BatchGenerator
 from mlx_lm.sample_utils import apply_top_p
 
+from pipeline.errors import RowError
 from pipeline.job import Settings
 from pipeline.model import LoadedModel
+from pipeline.schemas import Constraint
 from turboquant import Prefix, enabled
 
 Sampler = Callable[[mx.array], mx.array]
@@ -25,24 +27,30 @@ _MARGIN = 8  # tokens before a stop string, of which the first may be half a cha
 
 @dataclass(frozen=True)
 class Request:
-    """One query: its prefix; the tokens behind it, at least one; settings; and a name that its seed is mixed with."""
+    """One query: its prefix; the tokens behind it, at least one; settings; and a name that its seed is mixed with.
+
+    constraint: what keeps the answer to its schema, where it has one; of use once.
+    """
 
     prefix: Prefix
     tokens: list[int]
     settings: Settings
     name: str
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True)
 class Answer:
     """``finish_reason`` is ``stop`` or ``length``; ``tokens`` counts those generated, without the stop token.
 
-    ``text`` ends before the first of the stop strings, if one was met.
+    ``text`` ends before the first of the stop strings, if one was met. Where it was to be JSON and is not, there is a
+    ``failure``.
     """
 
     text: str
     finish_reason: str
     tokens: int
+    failure: RowError | None = None
 
 
 def answer(
@@ -100,6 +108,30 @@ def read_answer(tokens: Iterable[int], stops: Sequence[str], tokenizer: Any) -> 
     return _cut(_decode(taken, tokenizer), stops)[0].strip(), len(taken)
 
 
+class _Row:
+    """A request and what has been generated for it."""
+
+    def __init__(self, request: Request, tokenizer: Any) -> None:
+        self._stops, self._constraint = request.settings.stop, request.constraint
+        self._tokenizer = tokenizer
+        self._tokens: list[int] = []
+
+    def take(self, token: int) -> bool:
+        """Add a token; whether the answer ends with it."""
+        self._tokens.append(token)
+        if self._constraint is not None:
+            return self._constraint.is_complete
+        return bool(self._stops) and _ends_with_one_of(self._stops, self._tokens, self._tokenizer)
+
+    def answer(self, reason: str) -> Answer:
+        """What the tokens make, when there come no more."""
+        count = len(self._tokens)
+        if self._constraint is not None:
+            return Answer(self._constraint.text(self._tokens), reason, count, self._constraint.failure(count))
+        text, stopped = _cut(_decode(self._tokens, self._tokenizer), self._stops)
+        return Answer(text.strip(), "stop" if stopped else reason, count)
+
+
 def _generate(
     generator: BatchGenerator, tokenizer: Any, requests: Sequence[Request], on_answer: Callable[[], None]
 ) -> list[Answer]:
@@ -108,23 +140,20 @@ def _generate(
         max_tokens=[request.settings.max_tokens for request in requests],
         caches=[request.prefix.fork() for request in requests],
         samplers=[make_sampler(request.settings, request.name) for request in requests],
+        logits_processors=[[request.constraint] if request.constraint else [] for request in requests],
     )
-    stops = {number: request.settings.stop for number, request in zip(numbers, requests, strict=True)}
-    generated: dict[int, list[int]] = {number: [] for number in numbers}
+    rows = {number: _Row(request, tokenizer) for number, request in zip(numbers, requests, strict=True)}
     answers: dict[int, Answer] = {}
     while len(answers) < len(numbers):
         for response in generator.next_generated():
             number, reason = response.uid, response.finish_reason
-            tokens = generated[number]
-            if reason != "stop":
-                tokens.append(response.token)
-            if stops[number] and reason is None and _ends_with_one_of(stops[number], tokens, tokenizer):
-                with mx.stream(generator.stream):
-                    generator.remove([number])
+            if reason != "stop" and rows[number].take(response.token):
+                if reason is None:
+                    with mx.stream(generator.stream):
+                        generator.remove([number])
                 reason = "stop"
             if reason is not None:
-                text, stopped = _cut(_decode(tokens, tokenizer), stops[number])
-                answers[number] = Answer(text.strip(), "stop" if stopped else reason, len(tokens))
+                answers[number] = rows[number].answer(reason)
                 on_answer()
     return [answers[number] for number in numbers]
 

@@ -141,7 +141,9 @@ def _part(job: Job, extent: Extent, path: Path) -> Job:
 
     from pipeline.documents import check_documents
     from pipeline.prompts import template_columns
+    from pipeline.schemas import check_schemas
 
+    check_schemas(job)
     check_documents(job.documents, template_columns(job.prompt))
     columns = [document.columns for document in islice(_rendering(job), extent.documents)]
     if not columns:

@@ -30,6 +30,7 @@ from pipeline.model import LoadedModel, load_model, max_context
 from pipeline.progress import Progress
 from pipeline.prompts import PromptTokenizer, Renderer, template_columns
 from pipeline.runner import Runner
+from pipeline.schemas import Grammars
 from turboquant.contenders import group_size_of
 from turboquant.device import on_cpu
 from turboquant.drift import CannotRun
@@ -110,6 +111,7 @@ class _Stock:
 
     def __init__(self, job: Job, loaded: LoadedModel, file: Path) -> None:
         self._job, self._loaded, self._file = job, loaded, file
+        self._grammars = Grammars(loaded.tokenizer, job.schemas)
         self.answers: dict[Pair, str] = {}
         self.answer_tokens = self.left_out = self.disk_bytes = 0
         self.prefill_seconds = 0.0
@@ -152,12 +154,14 @@ class _Stock:
         """Answer a question by stream_generate; returns the seconds until there was a token."""
         started, seconds = time.monotonic(), 0.0
         settings = question.settings
+        constraint = self._grammars.constraint(settings.json_schema)
         responses = stream_generate(
             self._loaded.model,
             self._loaded.tokenizer,
             prompt,
             max_tokens=settings.max_tokens,
             sampler=make_sampler(settings, row_name(*question.pair)),
+            logits_processors=[constraint] if constraint else None,
             prompt_cache=cache,
         )
 
@@ -201,6 +205,11 @@ class _Stock:
         return any(query.settings(self._job.generation).temperature for query in self._job.queries)
 
     @property
+    def has_schemas(self) -> bool:
+        """Whether any query's answer is to be JSON."""
+        return bool(self._job.schemas)
+
+    @property
     def bits(self) -> int:
         """The bits of a quantised cache that are nearest to the job's."""
         return 4 if max(self._job.cache.key_bits, self._job.cache.value_bits) <= 4 else 8
@@ -222,6 +231,8 @@ def _reloaded(stock: _Stock, convert: Callable[[list[Any]], list[Any]] = lambda 
 def _copied(stock: _Stock) -> None:
     if stock.samples:
         raise NotApplicable("mlx-lm's batch_generate has one sampler for all rows, and this job has a seed for each")
+    if stock.has_schemas:
+        raise NotApplicable("mlx-lm's batch_generate holds all rows to one schema, and here each has its own")
     for context, questions in stock.documents():
         cache = stock.prefilled(context)
         for kind in {type(layer) for layer in cache if not hasattr(layer, "merge")}:

@@ -19,6 +19,7 @@ from pipeline.prefixes import Prefixes
 from pipeline.progress import Watcher
 from pipeline.prompts import PromptTokenizer, Rendered
 from pipeline.report import Report
+from pipeline.schemas import Grammars
 from pipeline.store import Store
 from pipeline.todo import Todo, Tokenised
 from turboquant import Prefix
@@ -50,6 +51,7 @@ class Engine:
         self._job, self._report = job, report
         self._model: LoadedModel = load_model(job.model)
         self._tokenizer = PromptTokenizer(self._model.tokenizer)
+        self._grammars = Grammars(self._model.tokenizer, job.schemas)
         self._limit = max_context(self._model.config, self._model.tokenizer)
         warn_of_uncompressed_layers(self._model.model)
         self._shared = self._tokenizer.shared_tokens(shared) if shared else []
@@ -106,14 +108,18 @@ class Engine:
                 assert todo.tokenised is not None
                 settings = query.settings(self._job.generation)
                 name = row_name(todo.document_id, query.id)
-                requests.append(Request(prefix, todo.tokenised.suffixes[query.id], settings, name))
+                constraint = self._grammars.constraint(settings.json_schema)
+                requests.append(Request(prefix, todo.tokenised.suffixes[query.id], settings, name, constraint))
                 asked.append((todo, query))
         try:
             answers = answer(self._model, requests, self._job.generation.batch_size, on_answer)
         except (RuntimeError, ValueError, MemoryError) as error:
             raise GenerationFailed(f"the model failed: {one_line(error)}") from error
         for (todo, query), given in zip(asked, answers, strict=True):
-            todo.answer(query, given.text, given.finish_reason, given.tokens)
+            if given.failure is not None:
+                todo.fail(given.failure, [query])
+            else:
+                todo.answer(query, given.text, given.finish_reason, given.tokens)
 
 
 def too_long(context: int, suffix: int, longest: int, limit: int | None) -> ContextTooLong | None:

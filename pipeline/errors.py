@@ -15,6 +15,7 @@
         ├── ContextTooLong
         ├── PromptFailed
         ├── GenerationFailed
+        ├── AnswerCutOff
         └── ModelProcessDied
 
 A message is one line that names what is wrong, where, and how to put it right. That a job finished with
@@ -97,6 +98,10 @@ class PromptFailed(RowError):
 
 class GenerationFailed(RowError):
     """The model failed while answering."""
+
+
+class AnswerCutOff(RowError):
+    """The answer was to be JSON, and there was no room for all of it."""
 
 
 class ModelProcessDied(RowError):

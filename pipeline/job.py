@@ -6,6 +6,7 @@ template fits its columns, or anything about a model but its name.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections import Counter
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from pipeline.budget import checked_budget
@@ -33,12 +34,39 @@ class Settings:
     top_p: float
     seed: int
     stop: tuple[str, ...] = ()
+    json_schema: str | None = None
 
 
 def _not_blank(text: str) -> str:
     if not text.strip():
         raise ValueError("is empty")
     return text
+
+
+def _schema_text(value: Any) -> str | None:
+    """A JSON schema, given as such or as {file: path}, as the JSON text of it; its keys stay in their order."""
+    if value is None:
+        return None
+    if not isinstance(value, dict):
+        raise ValueError("is neither a JSON schema nor {file: path}")
+    if value.keys() == {"file"}:
+        value = _schema_in(Path(str(value["file"])))
+    try:
+        return json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError) as error:  # YAML has dates, for one
+        raise ValueError(f"is not JSON ({one_line(error)}); put dates and the like in quotes") from None
+
+
+def _schema_in(file: Path) -> dict[str, Any]:
+    try:
+        schema = json.loads(file.read_bytes())
+    except OSError as error:
+        raise ValueError(f"cannot be read from {file}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"cannot be read: {file} is not JSON ({one_line(error)})") from None
+    if not isinstance(schema, dict):
+        raise ValueError(f"cannot be used: {file} holds no JSON object")
+    return schema
 
 
 # Strict, because in lax mode `max_tokens: true` would be 1 and `seed: "7"` would be 7.
@@ -53,6 +81,7 @@ _Temperature = Annotated[float, Field(ge=0)]
 _TopP = Annotated[float, Field(gt=0, le=1)]
 _Seed = Annotated[int, Field(ge=0)]
 _Stop = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)]
+_Schema = Annotated[str | None, BeforeValidator(_schema_text)]
 _Bits = Literal[2, 3, 4, 5, 6, 8]
 
 
@@ -92,15 +121,24 @@ class Query(_Section):
     top_p: _TopP | None = None
     seed: _Seed | None = None
     stop: _Stop | None = None
+    json_schema: _Schema = None  # what the answer is to be JSON of
+
+    @model_validator(mode="after")
+    def _check_stop(self) -> Query:
+        if self.stop and self.json_schema:
+            raise ValueError("has both stop and json_schema; an answer with a schema ends where its JSON does")
+        return self
 
     def settings(self, defaults: Generation) -> Settings:
-        """This query's own settings over the job's defaults."""
+        """This query's own settings over the job's defaults; texts that end an answer end none that has a schema."""
+        stop = defaults.stop if self.stop is None else self.stop
         return Settings(
             max_tokens=defaults.max_tokens if self.max_tokens is None else self.max_tokens,
             temperature=defaults.temperature if self.temperature is None else self.temperature,
             top_p=defaults.top_p if self.top_p is None else self.top_p,
             seed=defaults.seed if self.seed is None else self.seed,
-            stop=defaults.stop if self.stop is None else self.stop,
+            stop=() if self.json_schema else stop,
+            json_schema=self.json_schema,
         )
 
 
@@ -139,6 +177,11 @@ class Job(_Section):
     cache: Cache
     output: Output
 
+    @property
+    def schemas(self) -> frozenset[str]:
+        """The schemas of all queries."""
+        return frozenset(query.json_schema for query in self.queries if query.json_schema)
+
     @model_validator(mode="after")
     def _check_across_sections(self) -> Job:
         for query_id, times in Counter(query.id for query in self.queries).items():
@@ -169,6 +212,9 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> Job:
         return Job.model_validate(tree)
     except ValidationError as error:
         raise JobError(_explain(error.errors(), str(path), overrides)) from None
+
+
+_SCHEMA_FILE = re.compile(r"queries\.\d+\.json_schema\.file")
 
 
 def _feeds_itself(output: Path, documents: str) -> bool:
@@ -231,11 +277,13 @@ def _resolve(value: Any, key: str, base: Path, origin: str) -> Any:
     if isinstance(value, dict):
         prefix = f"{key}." if key else ""
         return {name: _resolve(child, f"{prefix}{name}", base, origin) for name, child in value.items()}
+    if isinstance(value, list) and key == "queries":
+        return [_resolve(child, f"{key}.{number}", base, origin) for number, child in enumerate(value)]
     if not isinstance(value, str) or not value.strip():
         return value
     if key == "model":
         return _resolve_model(value, base, origin)
-    if key not in ("documents.path", "cache.dir", "output.path"):
+    if key not in ("documents.path", "cache.dir", "output.path") and not _SCHEMA_FILE.fullmatch(key):
         return value
     if "://" not in value:
         return _absolute(value, base)

@@ -26,6 +26,7 @@ from pipeline.progress import Progress, Watcher
 from pipeline.prompts import template_columns
 from pipeline.report import Report
 from pipeline.results import Results
+from pipeline.schemas import check_schemas
 from pipeline.signals import stops_handled
 from pipeline.work import Work
 
@@ -66,6 +67,7 @@ class Runner:
     def run(self) -> Report:
         """Run, or resume. Returns the report, whose ``interrupted`` says that the user stopped the run early."""
         started = time.monotonic() - self.report.seconds
+        check_schemas(self._job)
         columns = template_columns(self._job.prompt)
         summary = check_documents(self._job.documents, columns)
         identity = job_identity(self._job)

@@ -21,6 +21,7 @@ from pipeline.model import load_tokenizer, max_context, prefix_bytes, read_confi
 from pipeline.progress import watched
 from pipeline.prompts import PromptTokenizer, Rendered, Renderer, template_columns
 from pipeline.results import Results
+from pipeline.schemas import check_schemas
 from pipeline.stored import StoredContexts, label_number
 from turboquant.identity import Identity
 
@@ -79,6 +80,7 @@ def plan_job(job: Job, quiet: bool = True, effort: Effort | None = None) -> Plan
     """Count everything and look each prefix up in the store. Raises JobError for what is wrong."""
     from pipeline.store import Store
 
+    check_schemas(job)
     count = check_documents(job.documents, template_columns(job.prompt)).count
     path = resolve_model(job.model)
     config, identity = read_config(path), job_identity(job, remember=False)

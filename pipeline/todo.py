@@ -51,8 +51,14 @@ class Todo:
         return replace(row, context_tokens=lengths[0], query_tokens=lengths[1])
 
     def answer(self, query: Query, text: str, finish_reason: str, tokens: int) -> None:
-        """A query ends as this answer."""
-        self.rows[query.id] = replace(self.row(query), answer=text, finish_reason=finish_reason, answer_tokens=tokens)
+        """A query ends as this answer, which is JSON where the query has a schema."""
+        self.rows[query.id] = replace(
+            self.row(query),
+            answer=text,
+            answer_json=text if query.json_schema else None,
+            finish_reason=finish_reason,
+            answer_tokens=tokens,
+        )
 
     def fail(self, error: RowError, queries: Sequence[Query] | None = None) -> None:
         """Queries, all open ones unless given, end as this error."""
