@@ -2,9 +2,9 @@
 
     python -m benches.schemas --model FOLDER [--tokens 1024] [--rows 1 8 32]
 
-The rows share one context of random tokens and have 8 different schemas in turn. Both ways are taken in turn; a step's
-time, in milliseconds, is one that 9 of 10 take longer than, as other work on the machine only slows steps. The mask's is
-the median of all rows and steps, in microseconds, without the wait for the row's last token. The model writes garbage,
+The rows share one context of random tokens and have 8 different schemas in turn. Both ways are taken in turn. A step's
+milliseconds are those that 9 of 10 take longer than, as other work on the machine only slows steps; the mask's
+microseconds are the median of all rows and steps, without the wait for the row's last token. The model writes garbage,
 as its context is, so masks are those of text that no schema foresaw.
 """
 
@@ -85,6 +85,7 @@ def main() -> None:
 
     from pipeline.model import load_model
     from pipeline.schemas import Grammars
+    from pipeline.thinking import Marks
     from turboquant import CacheCodec, enabled, prefill
     from turboquant.prefix import resident
 
@@ -92,7 +93,7 @@ def main() -> None:
     vocabulary = int(loaded.config["vocab_size"])
     texts = [json.dumps(schema) for schema in SCHEMAS]
     started = time.perf_counter()
-    grammars = Grammars(loaded.tokenizer, texts)
+    grammars, marks = Grammars(loaded.tokenizer, texts), Marks(loaded.tokenizer)
     print(f"vocabulary {vocabulary:,}; 8 schemas compiled in {time.perf_counter() - started:.2f} s", flush=True)
     packed = prefill(loaded.model, random_tokens(arguments.tokens, vocabulary, -1), CacheCodec(), 512)
     (prefix,) = resident([packed], "dense")
@@ -101,7 +102,8 @@ def main() -> None:
         free: list[float] = []
         held: list[float] = []
         for _ in range(ROUNDS):
-            constraints = [Timed(grammars.constraint(texts[row % 8]), seconds) for row in range(rows)]
+            held_to = [grammars.constraint(texts[row % 8], marks.watch([], may_think=False)) for row in range(rows)]
+            constraints = [Timed(each, seconds) for each in held_to]
             with enabled(loaded.model):
                 free += step(loaded.model, [prefix.fork() for _ in range(rows)], vocabulary, [None] * rows)
                 held += step(loaded.model, [prefix.fork() for _ in range(rows)], vocabulary, constraints)

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from mlx_lm.generate import batch_generate, generate_step, stream_generate
 from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache
 
-from pipeline.answers import make_sampler, read_answer, row_name
+from pipeline.answers import make_sampler, row_name
 from pipeline.bench import WARM, Outcome, Pair
 from pipeline.documents import stream_documents
 from pipeline.engine import too_long
@@ -29,8 +29,8 @@ from pipeline.meter import Meter
 from pipeline.model import LoadedModel, load_model, max_context
 from pipeline.progress import Progress
 from pipeline.prompts import PromptTokenizer, Renderer, template_columns
+from pipeline.reading import Reader, Reading
 from pipeline.runner import Runner
-from pipeline.schemas import Grammars
 from turboquant.contenders import group_size_of
 from turboquant.device import on_cpu
 from turboquant.drift import CannotRun
@@ -111,7 +111,7 @@ class _Stock:
 
     def __init__(self, job: Job, loaded: LoadedModel, file: Path) -> None:
         self._job, self._loaded, self._file = job, loaded, file
-        self._grammars = Grammars(loaded.tokenizer, job.schemas)
+        self._reader = Reader(loaded.tokenizer, job.schemas)
         self.answers: dict[Pair, str] = {}
         self.answer_tokens = self.left_out = self.disk_bytes = 0
         self.prefill_seconds = 0.0
@@ -119,7 +119,8 @@ class _Stock:
     def documents(self) -> Iterator[tuple[list[int], list[_Question]]]:
         """Each document's context and the questions that the model has room for, in the job's order."""
         job, loaded = self._job, self._loaded
-        renderer, tokenizer = Renderer(job.prompt), PromptTokenizer(loaded.tokenizer)
+        renderer = Renderer(job.prompt)
+        tokenizer = PromptTokenizer(loaded.tokenizer, bool(job.generation.thinking))
         limit = max_context(loaded.config, loaded.tokenizer)
         for document in stream_documents(job.documents, template_columns(job.prompt)):
             questions: list[_Question] = []
@@ -154,14 +155,14 @@ class _Stock:
         """Answer a question by stream_generate; returns the seconds until there was a token."""
         started, seconds = time.monotonic(), 0.0
         settings = question.settings
-        constraint = self._grammars.constraint(settings.json_schema)
+        reading = self._reader.begin(question.suffix, settings)
         responses = stream_generate(
             self._loaded.model,
             self._loaded.tokenizer,
             prompt,
             max_tokens=settings.max_tokens,
             sampler=make_sampler(settings, row_name(*question.pair)),
-            logits_processors=[constraint] if constraint else None,
+            logits_processors=[reading.constraint] if reading.constraint else None,
             prompt_cache=cache,
         )
 
@@ -173,7 +174,7 @@ class _Stock:
                     yield response.token
 
         with closing(responses):
-            self._note(question, tokens())
+            self._note(question, reading, tokens())
         return seconds
 
     def ask_together(self, questions: Sequence[_Question], cache: list[Any]) -> None:
@@ -192,12 +193,14 @@ class _Stock:
                 prefill_batch_size=size,
             )
             for question, tokens in zip(batch, response.token_ids, strict=True):
-                self._note(question, tokens)
+                self._note(question, self._reader.begin(question.suffix, question.settings), tokens)
 
-    def _note(self, question: _Question, tokens: Iterable[int]) -> None:
-        text, count = read_answer(tokens, question.settings.stop, self._loaded.tokenizer)
-        self.answers[question.pair] = text
-        self.answer_tokens += count
+    def _note(self, question: _Question, reading: Reading, tokens: Iterable[int]) -> None:
+        """Take tokens until the answer ends."""
+        any(map(reading.take, tokens))
+        answer = reading.answer("stop")
+        self.answers[question.pair] = answer.text
+        self.answer_tokens += answer.tokens
 
     @property
     def samples(self) -> bool:

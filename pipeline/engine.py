@@ -18,8 +18,8 @@ from pipeline.prefill import warn_of_uncompressed_layers
 from pipeline.prefixes import Prefixes
 from pipeline.progress import Watcher
 from pipeline.prompts import PromptTokenizer, Rendered
+from pipeline.reading import Reader
 from pipeline.report import Report
-from pipeline.schemas import Grammars
 from pipeline.store import Store
 from pipeline.todo import Todo, Tokenised
 from turboquant import Prefix
@@ -50,9 +50,11 @@ class Engine:
             _log.warning("MLX computes with a slow BLAS here: %s", hint)
         self._job, self._report = job, report
         self._model: LoadedModel = load_model(job.model)
-        self._tokenizer = PromptTokenizer(self._model.tokenizer)
-        self._grammars = Grammars(self._model.tokenizer, job.schemas)
+        self._tokenizer = PromptTokenizer(self._model.tokenizer, bool(job.generation.thinking))
+        self._reader = Reader(self._model.tokenizer, job.schemas)
         self._limit = max_context(self._model.config, self._model.tokenizer)
+        if job.prompt.system and not self._tokenizer.has_system_role:
+            _log.warning("the model takes no system text: it is put before the document, in the user's message")
         warn_of_uncompressed_layers(self._model.model)
         self._shared = self._tokenizer.shared_tokens(shared) if shared else []
         about = {"model": job.model, "output": output_digest(job.output.path)}
@@ -108,18 +110,17 @@ class Engine:
                 assert todo.tokenised is not None
                 settings = query.settings(self._job.generation)
                 name = row_name(todo.document_id, query.id)
-                constraint = self._grammars.constraint(settings.json_schema)
-                requests.append(Request(prefix, todo.tokenised.suffixes[query.id], settings, name, constraint))
+                requests.append(Request(prefix, todo.tokenised.suffixes[query.id], settings, name))
                 asked.append((todo, query))
         try:
-            answers = answer(self._model, requests, self._job.generation.batch_size, on_answer)
+            answers = answer(self._model, requests, self._reader, self._job.generation.batch_size, on_answer)
         except (RuntimeError, ValueError, MemoryError) as error:
             raise GenerationFailed(f"the model failed: {one_line(error)}") from error
         for (todo, query), given in zip(asked, answers, strict=True):
             if given.failure is not None:
                 todo.fail(given.failure, [query])
             else:
-                todo.answer(query, given.text, given.finish_reason, given.tokens)
+                todo.answer(query, given)
 
 
 def too_long(context: int, suffix: int, longest: int, limit: int | None) -> ContextTooLong | None:

@@ -101,7 +101,7 @@ class GenerationFailed(RowError):
 
 
 class AnswerCutOff(RowError):
-    """The answer was to be JSON, and there was no room for all of it."""
+    """There was no room for all of an answer that is of no use cut off: JSON, or what follows thinking."""
 
 
 class ModelProcessDied(RowError):

@@ -22,6 +22,7 @@ from pydantic_core import ErrorDetails
 from pipeline.budget import checked_budget
 from pipeline.errors import JobError, one_line, suggestion
 
+ThinkingMode = Literal[False, "drop", "keep"]
 DEFAULT_SYSTEM = "Answer from the document only. If the document does not say, say so."
 
 
@@ -35,6 +36,7 @@ class Settings:
     seed: int
     stop: tuple[str, ...] = ()
     json_schema: str | None = None
+    thinking: ThinkingMode = False
 
 
 def _not_blank(text: str) -> str:
@@ -108,6 +110,7 @@ class Generation(_Section):
     top_p: _TopP = 1.0
     seed: _Seed = 0
     stop: _Stop = ()  # texts that end an answer, and are not part of it
+    thinking: ThinkingMode = False  # whether a model that can is to think first, and what becomes of that
     batch_size: Annotated[int, Field(ge=1)] = 8
 
 
@@ -139,6 +142,7 @@ class Query(_Section):
             seed=defaults.seed if self.seed is None else self.seed,
             stop=() if self.json_schema else stop,
             json_schema=self.json_schema,
+            thinking=defaults.thinking,
         )
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from pipeline.errors import AnswerCutOff, GenerationFailed, JobError, ModelError, RowError, one_line
 from pipeline.job import Job
+from pipeline.thinking import Thinking
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -60,16 +61,16 @@ class Grammars:
         for schema in schemas:
             self._matchers[schema] = LLMatcher(self._tokenizer, _grammar(schema), log_level=0)
 
-    def constraint(self, schema: str | None) -> Constraint | None:
-        """What keeps one answer to one of the schemas; nothing keeps it where it has none."""
-        return None if schema is None else Constraint(self._matchers[schema].deep_copy(), self._tokenizer)
+    def constraint(self, schema: str, thinking: Thinking) -> Constraint:
+        """What keeps one answer to one of the schemas, from where its thinking is over."""
+        return Constraint(self._matchers[schema].deep_copy(), self._tokenizer, thinking)
 
 
 class Constraint:
     """Keeps one row to its schema, as a logits processor of mlx-lm's; whatever rows are beside it."""
 
-    def __init__(self, matcher: Any, tokenizer: Any) -> None:
-        self._matcher, self._tokenizer = matcher, tokenizer
+    def __init__(self, matcher: Any, tokenizer: Any, thinking: Thinking) -> None:
+        self._matcher, self._tokenizer, self._thinking = matcher, tokenizer, thinking
         self._read: int | None = None  # tokens seen, the prompt's among them
 
     def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
@@ -80,10 +81,17 @@ class Constraint:
         import mlx.core as mx
 
         if self._read is not None:
-            self._matcher.consume_tokens(tokens[self._read :].tolist())
+            generated: Any = tokens[self._read :].tolist()
+            for token in generated:
+                self._matcher.consume_tokens(self._thinking.take(token))
         self._read = tokens.size
+        if self._thinking.is_open:
+            return logits
         words = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)  # only the end where it gave up
         allowed = np.unpackbits(words, count=logits.shape[-1], bitorder="little").view(bool)
+        if (mark := self._thinking.awaited) is not None:
+            allowed &= not self._thinking.tokens  # a mark that was begun is ended
+            allowed[mark] = True
         return mx.where(mx.array(allowed), logits, -mx.inf)
 
     @property

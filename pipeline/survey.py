@@ -88,7 +88,8 @@ def plan_job(job: Job, quiet: bool = True, effort: Effort | None = None) -> Plan
     limit = max_context(config, tokenizer)
     rooms = [] if limit is None else [limit - query.settings(job.generation).max_tokens for query in job.queries]
     texts = [query.text for query in job.queries]
-    counter = Counter(PromptTokenizer(tokenizer), texts, rooms, count, effort or Effort())
+    prompts = PromptTokenizer(tokenizer, bool(job.generation.thinking))
+    counter = Counter(prompts, texts, rooms, count, effort or Effort())
     survey = _Survey(job, config, rooms, StoredContexts(Store(job.cache.dir).contexts(identity)))
     for batch in _batches(watched(_documents(job, identity), count, quiet)):
         survey.add(batch, counter)

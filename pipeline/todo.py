@@ -13,6 +13,7 @@ from pipeline.results import Row
 
 if TYPE_CHECKING:
     from pipeline.prefixes import Piece
+    from pipeline.reading import Answer
     from turboquant.segments import Segment
 
 
@@ -50,14 +51,15 @@ class Todo:
         lengths = len(self.tokenised.context), len(self.tokenised.suffixes[query.id])
         return replace(row, context_tokens=lengths[0], query_tokens=lengths[1])
 
-    def answer(self, query: Query, text: str, finish_reason: str, tokens: int) -> None:
+    def answer(self, query: Query, given: Answer) -> None:
         """A query ends as this answer, which is JSON where the query has a schema."""
         self.rows[query.id] = replace(
             self.row(query),
-            answer=text,
-            answer_json=text if query.json_schema else None,
-            finish_reason=finish_reason,
-            answer_tokens=tokens,
+            answer=given.text,
+            answer_json=given.text if query.json_schema else None,
+            thinking=given.thinking,
+            finish_reason=given.finish_reason,
+            answer_tokens=given.tokens,
         )
 
     def fail(self, error: RowError, queries: Sequence[Query] | None = None) -> None:

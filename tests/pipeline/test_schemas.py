@@ -205,7 +205,7 @@ def test_a_run_that_was_interrupted_gives_the_same_bytes(
     undisturbed = structured.output.read_bytes()
     structured.output.unlink()
 
-    from pipeline import answers
+    from pipeline.reading import Reading
 
     taken = []
 
@@ -215,9 +215,9 @@ def test_a_run_that_was_interrupted_gives_the_same_bytes(
             raise KeyboardInterrupt
         return real(row, token)
 
-    real = answers._Row.take
+    real = Reading.take
     with monkeypatch.context() as patch:
-        patch.setattr(answers._Row, "take", take)
+        patch.setattr(Reading, "take", take)
         with pytest.raises(KeyboardInterrupt):
             structured.run()
     assert not structured.output.exists()
