@@ -48,7 +48,7 @@ def compete(contender: str, job: Job, small: Job, folder: Path) -> Outcome:
             Runner(small.model_copy(update={"cache": cache}), quiet=True).run()
             shutil.rmtree(small.output.path.parent)
         return _pipeline(job, warm=contender == WARM)
-    loaded = load_model(job.model)
+    loaded = load_model(job.model, job.revision, job.adapter, job.trust_remote_code)
     if not on_cpu():
         _STOCK[contender](_Stock(small, loaded, folder / f"{contender}-small.safetensors"))
     stock = _Stock(job, loaded, folder / f"{contender}.safetensors")

@@ -49,7 +49,7 @@ class Engine:
         if hint := load_tuned_blas().hint:
             _log.warning("MLX computes with a slow BLAS here: %s", hint)
         self._job, self._report = job, report
-        self._model: LoadedModel = load_model(job.model)
+        self._model: LoadedModel = load_model(job.model, job.revision, job.adapter, job.trust_remote_code)
         self._tokenizer = PromptTokenizer(self._model.tokenizer, bool(job.generation.thinking))
         self._reader = Reader(self._model.tokenizer, job.schemas)
         self._limit = max_context(self._model.config, self._model.tokenizer)

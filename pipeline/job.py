@@ -174,6 +174,9 @@ class Job(_Section):
 
     name: _Text
     model: _Text
+    revision: _Text | None = None  # of a Hugging Face repo: a branch, a tag or a commit
+    adapter: _Path | None = None  # a folder that mlx-lm's training wrote
+    trust_remote_code: bool = False  # run code that comes with the model
     documents: Documents
     prompt: Prompt = Prompt()
     queries: Annotated[tuple[Query, ...], Field(min_length=1, strict=False)]
@@ -287,7 +290,7 @@ def _resolve(value: Any, key: str, base: Path, origin: str) -> Any:
         return value
     if key == "model":
         return _resolve_model(value, base, origin)
-    if key not in ("documents.path", "cache.dir", "output.path") and not _SCHEMA_FILE.fullmatch(key):
+    if key not in ("adapter", "documents.path", "cache.dir", "output.path") and not _SCHEMA_FILE.fullmatch(key):
         return value
     if "://" not in value:
         return _absolute(value, base)

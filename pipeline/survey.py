@@ -82,9 +82,9 @@ def plan_job(job: Job, quiet: bool = True, effort: Effort | None = None) -> Plan
 
     check_schemas(job)
     count = check_documents(job.documents, template_columns(job.prompt)).count
-    path = resolve_model(job.model)
+    path = resolve_model(job.model, job.revision)
     config, identity = read_config(path), job_identity(job, remember=False)
-    tokenizer = load_tokenizer(path)
+    tokenizer = load_tokenizer(path, job.trust_remote_code)
     limit = max_context(config, tokenizer)
     rooms = [] if limit is None else [limit - query.settings(job.generation).max_tokens for query in job.queries]
     texts = [query.text for query in job.queries]
