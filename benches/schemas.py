@@ -2,10 +2,9 @@
 
     python -m benches.schemas --model FOLDER [--tokens 1024] [--rows 1 8 32]
 
-The rows share one context of random tokens and have 8 different schemas in turn. Both ways are taken in turn. A step's
-milliseconds are those that 9 of 10 take longer than, as other work on the machine only slows steps; the mask's
-microseconds are the median of all rows and steps, without the wait for the row's last token. The model writes garbage,
-as its context is, so masks are those of text that no schema foresaw.
+The rows share one context of random tokens and have 8 different schemas in turn. Both ways take their steps in turn.
+Medians: milliseconds of a step, microseconds of a row's mask without the wait for the row's last token. The model
+writes garbage, as its context is, so masks are those of text that no schema foresaw.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from typing import Any
 
 from benches.steps import random_tokens
 
-STEPS, WARM_UP, ROUNDS = 60, 10, 3
+STEPS, WARM_UP = 100, 10
 TEXT = {"type": "string", "maxLength": 30}
 FIELDS: list[dict[str, Any]] = [
     {"name": TEXT},
@@ -37,23 +36,32 @@ SCHEMAS = [
 ]
 
 
-def step(model: Any, forks: Sequence[Any], vocabulary: int, constraints: Sequence[Any]) -> list[float]:
-    """Milliseconds of each step of all rows, each row with its constraint or None."""
+def begin(model: Any, prefix: Any, vocabulary: int, constraints: Sequence[Any]) -> Any:
+    """A generator of a row for each constraint or None."""
     from mlx_lm.generate import BatchGenerator
 
-    count = len(forks)
+    count = len(constraints)
     generator = BatchGenerator(model, stop_tokens=[], completion_batch_size=count, prefill_batch_size=count)
     generator.insert(
         [random_tokens(20 + row % 5, vocabulary, row) for row in range(count)],
-        max_tokens=[STEPS] * count,
-        caches=list(forks),
+        max_tokens=[WARM_UP + STEPS] * count,
+        caches=[prefix.fork() for _ in range(count)],
         logits_processors=[[each] if each else [] for each in constraints],
     )
-    times = []
-    while generator.next_generated():
-        times.append(time.perf_counter())
-    generator.close()
-    return [1e3 * (after - before) for before, after in zip(times[WARM_UP:], times[WARM_UP + 1 :], strict=False)]
+    return generator
+
+
+def measure(generators: Sequence[Any]) -> list[float]:
+    """The median of each generator's steps, in milliseconds."""
+    times: list[list[float]] = [[] for _ in generators]
+    for _ in range(WARM_UP + STEPS):
+        for generator, own in zip(generators, times, strict=True):
+            started = time.perf_counter()
+            generator.next_generated()
+            own.append(1e3 * (time.perf_counter() - started))
+    for generator in generators:
+        generator.close()
+    return [statistics.median(own[WARM_UP:]) for own in times]
 
 
 class Timed:
@@ -99,19 +107,13 @@ def main() -> None:
     (prefix,) = resident([packed], "dense")
     for rows in arguments.rows:
         seconds: list[float] = []
-        free: list[float] = []
-        held: list[float] = []
-        for _ in range(ROUNDS):
-            held_to = [grammars.constraint(texts[row % 8], marks.watch([], may_think=False)) for row in range(rows)]
-            constraints = [Timed(each, seconds) for each in held_to]
-            with enabled(loaded.model):
-                free += step(loaded.model, [prefix.fork() for _ in range(rows)], vocabulary, [None] * rows)
-                held += step(loaded.model, [prefix.fork() for _ in range(rows)], vocabulary, constraints)
-        before, after = (statistics.quantiles(each, n=10)[0] for each in (free, held))
-        mask = statistics.median(seconds)
+        held = [grammars.constraint(texts[row % 8], marks.watch([], may_think=False)) for row in range(rows)]
+        with enabled(loaded.model):
+            ways = [None] * rows, [Timed(each, seconds) for each in held]
+            before, after = measure([begin(loaded.model, prefix, vocabulary, way) for way in ways])
         print(
             f"{rows:4} rows  free {before:7.2f} ms  held {after:7.2f} ms  {after / before - 1:+.1%}"
-            f"  mask {1e6 * mask:.0f} us",
+            f"  mask {1e6 * statistics.median(seconds):.0f} us",
             flush=True,
         )
 

@@ -53,8 +53,8 @@ class Engine:
         self._tokenizer = PromptTokenizer(self._model.tokenizer, bool(job.generation.thinking))
         self._reader = Reader(self._model.tokenizer, job.schemas)
         self._limit = max_context(self._model.config, self._model.tokenizer)
-        if job.prompt.system and not self._tokenizer.has_system_role:
-            _log.warning("the model takes no system text: it is put before the document, in the user's message")
+        if job.prompt.system and self._tokenizer.folds_system:
+            _log.warning("the chat template takes no system text: it is put before the document in the user's message")
         warn_of_uncompressed_layers(self._model.model)
         self._shared = self._tokenizer.shared_tokens(shared) if shared else []
         about = {"model": job.model, "output": output_digest(job.output.path)}

@@ -85,14 +85,14 @@ class PromptTokenizer:
     `tokenizer` is mlx-lm's TokenizerWrapper or a Hugging Face tokenizer. `thinks` is what templates of models that
     can think before they answer are told. Raises ModelError where the chat template cannot be used at all.
 
-    has_system_role: whether a system text has a place of its own; it is put before the context where it has none.
+    folds_system: whether the template has no place for a system text, which then is put before the context.
     """
 
     def __init__(self, tokenizer: Any, thinks: bool = False) -> None:
         self._tokenizer = tokenizer
         self._has_template = _has_chat_template(tokenizer)
         self._template_options = {"enable_thinking": thinks, **_template_options(tokenizer)}
-        self.has_system_role = self._has_template and self._takes_system_role()
+        self.folds_system = self._has_template and not self._takes_system_role()
         self._encode = _find_encoder(tokenizer, add_special_tokens=not self._has_template)
 
     def tokenise(self, rendered: Rendered, query_texts: Sequence[str]) -> TokenisedDocument:
@@ -123,7 +123,7 @@ class PromptTokenizer:
     def prompt_text(self, rendered: Rendered, query_text: str) -> str:
         """The whole prompt of one query as the model reads it. Raises PromptFailed."""
         system, user = rendered.system, f"{rendered.context}\n\n{query_text}"
-        if system is not None and not self.has_system_role:
+        if system is not None and (self.folds_system or not self._has_template):
             system, user = None, f"{system}\n\n{user}"
         if not self._has_template:
             return f"{user}\n\n"

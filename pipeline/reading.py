@@ -71,7 +71,8 @@ class Reading:
     def answer(self, reason: str) -> Answer:
         """What it makes when nothing follows, and why nothing does."""
         count = len(self._thinking.tokens) + len(self._tokens)
-        thought = self._marks.text(self._thinking.tokens) if self._settings.thinking == "keep" else None
+        kept = self._thinking.tokens if self._settings.thinking == "keep" else []
+        thought = self._marks.text(kept) or None
         if self._thinking.is_open:
             failure = AnswerCutOff(f"the model had not ended its thinking after {count:,} tokens; raise max_tokens")
             return Answer("", reason, count, thought, failure)

@@ -50,7 +50,7 @@ def test_an_answer_ends_at_a_stop_string(tokenizer: Any) -> None:
     cut = read(wrapped, tokens, stop=("When",))
     assert cut.text == "The board met. What?"
     assert cut.tokens < len(tokens)
-    assert read(wrapped, tokens) == Answer(TEXT, "stop", len(tokens), "")
+    assert read(wrapped, tokens) == Answer(TEXT, "stop", len(tokens))
 
 
 def test_thinking_is_no_part_of_the_answer(thinker: TokenizerWrapper) -> None:
@@ -69,7 +69,7 @@ def test_a_template_may_have_begun_the_thinking(thinker: TokenizerWrapper, behin
 
 def test_a_template_may_have_ended_the_thinking(thinker: TokenizerWrapper) -> None:
     answer = read(thinker, encode(thinker, "The board met."), prompt="<|assistant|><think>\n\n</think>\n\n")
-    assert (answer.text, answer.thinking, answer.failure) == ("The board met.", "", None)
+    assert (answer.text, answer.thinking, answer.failure) == ("The board met.", None, None)
 
 
 def test_thinking_without_an_end_is_no_answer(thinker: TokenizerWrapper) -> None:
@@ -94,7 +94,7 @@ def test_marks_of_several_tokens(make_tokenizer: Callable[..., Any]) -> None:
     answer = read(wrapped, encode(wrapped, "<|channel>thought\nWhat?<channel|>The board met."))
     assert (answer.text, answer.thinking) == ("The board met.", "What?")
     other = read(wrapped, encode(wrapped, "<|channel>The board met."))
-    assert (other.text, other.thinking) == ("<|channel>The board met.", "")
+    assert (other.text, other.thinking) == ("<|channel>The board met.", None)
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -102,4 +102,4 @@ def test_marks_of_several_tokens(make_tokenizer: Callable[..., Any]) -> None:
 def test_the_two_parts_are_what_was_written(thinker: TokenizerWrapper, thought: str | None, text: str) -> None:
     written = text if thought is None else f"<think>{thought}</think>{text}"
     answer = read(thinker, encode(thinker, written))
-    assert (answer.text, answer.thinking) == (text.strip(), (thought or "").strip())
+    assert (answer.text, answer.thinking) == (text.strip(), (thought or "").strip() or None)

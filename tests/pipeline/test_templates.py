@@ -19,7 +19,7 @@ from pipeline.prompts import PromptTokenizer, Rendered
 
 MINUTES = "The board met on the third of May and decided the budget.\n\nThe lease ends in May."
 SYSTEM = "Answer from the paper only."
-FOLDED = "the model takes no system text: it is put before the document, in the user's message"
+FOLDED = "the chat template takes no system text: it is put before the document in the user's message"
 _words = st.text("aby ,.?!\n\t-(1é<|end|>", max_size=40).filter(str.strip)
 
 
@@ -86,7 +86,7 @@ def test_the_context_ends_where_the_query_begins(tokenizers: dict[str, Any], nam
 @each_family
 def test_where_the_system_text_goes(tokenizers: dict[str, Any], name: str) -> None:
     prompts = PromptTokenizer(tokenizers[name])
-    assert prompts.has_system_role is FAMILIES[name].has_system
+    assert prompts.folds_system is not FAMILIES[name].has_system
     text = prompts.prompt_text(Rendered(SYSTEM, MINUTES), "Who?")
     assert text.count(SYSTEM) == text.count(MINUTES) == 1
     assert text.index(SYSTEM) < text.index(MINUTES) < text.index("Who?")

@@ -107,7 +107,7 @@ def test_a_row_that_is_cut_off_while_it_thinks_fails(thinking_place: Any, write:
     ("template", "text", "thinking", "thought"),
     [
         (TEMPLATE, "<think>What? When?</think>", "keep", "What? When?"),
-        (TEMPLATE, "", "keep", ""),
+        (TEMPLATE, "", "keep", None),
         (TEMPLATE, "", False, None),
         (OPENING, "What? When?</think>", False, None),
         (OPENING, "What? When?</think>", "keep", "What? When?"),
