@@ -139,9 +139,9 @@ def _part(job: Job, extent: Extent, path: Path) -> Job:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from pipeline.constraints import check_schemas
     from pipeline.documents import check_documents
     from pipeline.prompts import template_columns
-    from pipeline.schemas import check_schemas
 
     check_schemas(job)
     check_documents(job.documents, template_columns(job.prompt))

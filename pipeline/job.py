@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -46,29 +47,27 @@ def _not_blank(text: str) -> str:
 
 
 def _schema_text(value: Any) -> str | None:
-    """A JSON schema, given as such or as {file: path}, as the JSON text of it; its keys stay in their order."""
-    if value is None:
-        return None
-    if not isinstance(value, dict):
-        raise ValueError("is neither a JSON schema nor {file: path}")
-    if value.keys() == {"file"}:
-        value = _schema_in(Path(str(value["file"])))
+    """A JSON schema, given as such, as its text or as {file: path}, as its text; keys stay in their order."""
+    origin = ""
+    if isinstance(value, dict) and value.keys() == {"file"}:
+        origin, value = f" in {value['file']}", _content(Path(str(value["file"])))
     try:
-        return json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError) as error:  # YAML has dates, for one
-        raise ValueError(f"is not JSON ({one_line(error)}); put dates and the like in quotes") from None
+        schema = json.loads(value) if isinstance(value, str | bytes) else value
+        text = json.dumps(schema, allow_nan=False)
+    except TypeError as error:
+        raise ValueError(f"has what JSON has not ({one_line(error)}); put dates and the like in quotes") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is not JSON{origin} ({one_line(error)})") from None
+    if not isinstance(schema, dict | NoneType):
+        raise ValueError(f"is no JSON schema{origin}, which is a mapping of keys")
+    return None if schema is None else text
 
 
-def _schema_in(file: Path) -> dict[str, Any]:
+def _content(file: Path) -> bytes:
     try:
-        schema = json.loads(file.read_bytes())
+        return file.read_bytes()
     except OSError as error:
         raise ValueError(f"cannot be read from {file}: {error.strerror}") from None
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"cannot be read: {file} is not JSON ({one_line(error)})") from None
-    if not isinstance(schema, dict):
-        raise ValueError(f"cannot be used: {file} holds no JSON object")
-    return schema
 
 
 # Strict, because in lax mode `max_tokens: true` would be 1 and `seed: "7"` would be 7.

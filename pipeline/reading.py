@@ -9,9 +9,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pipeline.constraints import Constraint, Grammars
 from pipeline.errors import AnswerCutOff, RowError
 from pipeline.job import Settings
-from pipeline.schemas import Constraint, Grammars
 from pipeline.thinking import Marks, Thinking
 
 _MARGIN = 8  # tokens before a stop string, of which the first may be half a character

@@ -16,6 +16,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from pipeline import __version__
+from pipeline.constraints import check_schemas
 from pipeline.documents import Document, check_documents, stream_documents
 from pipeline.durable import atomic_file
 from pipeline.errors import Interrupted
@@ -26,7 +27,6 @@ from pipeline.progress import Progress, Watcher
 from pipeline.prompts import template_columns
 from pipeline.report import Report
 from pipeline.results import Results
-from pipeline.schemas import check_schemas
 from pipeline.signals import stops_handled
 from pipeline.work import Work
 

@@ -12,6 +12,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 from pipeline.budget import budget_bytes, existing
+from pipeline.constraints import check_schemas
 from pipeline.counting import Asked, Counter, Effort, Lengths
 from pipeline.documents import check_documents, stream_documents
 from pipeline.errors import RowError
@@ -21,7 +22,6 @@ from pipeline.model import load_tokenizer, max_context, prefix_bytes, read_confi
 from pipeline.progress import watched
 from pipeline.prompts import PromptTokenizer, Rendered, Renderer, template_columns
 from pipeline.results import Results
-from pipeline.schemas import check_schemas
 from pipeline.stored import StoredContexts, label_number
 from turboquant.identity import Identity
 

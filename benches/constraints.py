@@ -1,6 +1,6 @@
 """Decoding steps of rows that are held to JSON schemas, beside the same rows free, and how long a row's mask takes.
 
-    python -m benches.schemas --model FOLDER [--tokens 1024] [--rows 1 8 32]
+    python -m benches.constraints --model FOLDER [--tokens 1024] [--rows 1 8 32]
 
 The rows share one context of random tokens and have 8 different schemas in turn. Both ways take their steps in turn.
 Medians: milliseconds of a step, microseconds of a row's mask without the wait for the row's last token. The model
@@ -91,8 +91,8 @@ def main() -> None:
 
     load_tuned_blas()
 
+    from pipeline.constraints import Grammars
     from pipeline.model import load_model
-    from pipeline.schemas import Grammars
     from pipeline.thinking import Marks
     from turboquant import CacheCodec, enabled, prefill
     from turboquant.prefix import resident

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from typer.testing import CliRunner, Result
 from workplace import Workplace
 
 from pipeline.cli import app
-from pipeline.job import load_job
+from pipeline.job import Query, load_job
 
 ROOT = Path(__file__).parents[2]
 
@@ -125,27 +126,37 @@ def _write(workplace: Workplace, text: str) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("schema", "words"),
     [
-        ("object", "queries.0.json_schema is neither a JSON schema nor {file: path}"),
+        ("object", "queries.0.json_schema is not JSON (Expecting value"),
+        (["object"], "queries.0.json_schema is no JSON schema, which is a mapping of keys"),
         ({"file": "nix.json"}, "nix.json: No such file or directory"),
-        ("{", "schema.json is not JSON (Expecting"),
-        ("[1]", "schema.json holds no JSON object"),
+        (
+            {"const": date(2029, 9, 10)},
+            "(Object of type date is not JSON serializable); put dates and the like in quotes",
+        ),
+        ({"maximum": float("nan")}, "queries.0.json_schema is not JSON (Out of range float values"),
     ],
 )
-def test_a_schema_that_cannot_be_read(workplace: Workplace, schema: Any, words: str) -> None:
-    is_content = isinstance(schema, str) and schema != "object"
-    workplace.queries[0]["json_schema"] = _write(workplace, schema) if is_content else schema
+def test_a_schema_that_is_none(workplace: Workplace, schema: Any, words: str) -> None:
+    workplace.queries[0]["json_schema"] = schema
     result = invoke("run", workplace.save())
     assert result.exit_code == 2
     assert words in result.stderr
     assert len(result.stderr.splitlines()) == 1
 
 
-def test_dates_that_yaml_made_of_text(workplace: Workplace) -> None:
-    override = "queries.0.json_schema={const: 2029-09-10}"
-    result = invoke("run", workplace.job_file, "--set", override)
+@pytest.mark.parametrize(("text", "words"), [("{", "(Expecting"), ("[1]", ", which is a mapping of keys")])
+def test_a_file_without_a_schema(workplace: Workplace, text: str, words: str) -> None:
+    workplace.queries[0]["json_schema"] = _write(workplace, text)
+    result = invoke("run", workplace.save())
     assert result.exit_code == 2
-    assert "queries.0.json_schema is not JSON (Object of type date" in result.stderr
-    assert "put dates and the like in quotes" in result.stderr
+    assert f" in {workplace.folder}/schema.json" in result.stderr
+    assert words in result.stderr
+
+
+def test_a_schema_may_be_given_as_text() -> None:
+    query = Query(id="q", text="Who?", json_schema=OWNER)
+    assert Query(id="q", text="Who?", json_schema=json.dumps(OWNER)) == query
+    assert Query.model_validate_json(query.model_dump_json()) == query
 
 
 def test_a_query_ends_by_its_schema_or_by_stop_strings(workplace: Workplace) -> None:
@@ -305,7 +316,7 @@ def test_an_object_has_no_other_properties_unless_its_schema_speaks_of_them(
     schema: dict[str, Any], has_others: bool
 ) -> None:
     llguidance = pytest.importorskip("llguidance")
-    from pipeline.schemas import _grammar
+    from pipeline.constraints import _grammar
 
     vocabulary = llguidance.LLTokenizer("byte")
     matcher = llguidance.LLMatcher(vocabulary, _grammar(json.dumps(schema)))
