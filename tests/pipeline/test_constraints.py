@@ -19,7 +19,8 @@ from typer.testing import CliRunner, Result
 from workplace import Workplace
 
 from pipeline.cli import app
-from pipeline.job import Query, load_job
+from pipeline.errors import ModelError
+from pipeline.job import Query, Settings, load_job
 
 ROOT = Path(__file__).parents[2]
 
@@ -270,6 +271,42 @@ def test_an_answer_that_is_cut_off_is_an_error(workplace: Workplace) -> None:
     assert row["error"].startswith("the JSON is not complete after 4 tokens; raise max_tokens, or ")
     assert workplace.rows()["d0", "who"]["status"] == "ok"
     assert invoke("run", workplace.job_file, "--set", "queries.1.max_tokens=60").exit_code == 0
+
+
+def test_a_row_that_llguidance_gives_up_on_takes_no_other_along(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("llguidance")
+    import mlx.core as mx
+
+    workplace.run()
+    before = workplace.answers()
+    workplace.queries[1] |= {"json_schema": OWNER, "max_tokens": 60}
+    from pipeline import answers
+
+    def make_sampler(settings: Settings, name: str) -> Any:
+        """What the schema forbids, in place of what a limit of llguidance's would do."""
+        return (lambda logprobs: mx.argmin(logprobs, axis=-1)) if name == "d1\0when" else real(settings, name)
+
+    real = answers.make_sampler
+    monkeypatch.setattr(answers, "make_sampler", make_sampler)
+    assert workplace.run().failures == {"GenerationFailed": 1}
+    row = workplace.rows()["d1", "when"]
+    assert row["error"].startswith("llguidance gave up on the schema: ")
+    assert "\n" not in row["error"]
+    others = {pair: answer for pair, answer in workplace.answers().items() if pair[1] != "when"}
+    assert others == {pair: before[pair] for pair in others}
+
+
+def test_a_tokenizer_that_does_not_tell_its_bytes() -> None:
+    pytest.importorskip("llguidance")
+    from pipeline.constraints import Grammars
+
+    class Slow:
+        _tokenizer, eos_token_ids = object(), frozenset({1})
+
+    with pytest.raises(ModelError, match=r"^json_schema cannot be used with this model's tokenizer: Only fast"):
+        Grammars(Slow(), [json.dumps(OWNER)])
 
 
 def test_json_may_end_with_the_last_token_there_is_room_for(workplace: Workplace) -> None:
