@@ -7,9 +7,8 @@ its prefix. A row's samples depend on its own seed alone, never on the rows besi
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 from mlx_lm.generate import BatchGenerator
@@ -17,10 +16,10 @@ from mlx_lm.sample_utils import apply_top_p
 
 from pipeline.job import Settings
 from pipeline.model import LoadedModel
+from pipeline.reading import Answer, Reader
 from turboquant import Prefix, enabled
 
 Sampler = Callable[[mx.array], mx.array]
-_MARGIN = 8  # tokens before a stop string, of which the first may be half a character
 
 
 @dataclass(frozen=True)
@@ -33,21 +32,10 @@ class Request:
     name: str
 
 
-@dataclass(frozen=True)
-class Answer:
-    """``finish_reason`` is ``stop`` or ``length``; ``tokens`` counts those generated, without the stop token.
-
-    ``text`` ends before the first of the stop strings, if one was met.
-    """
-
-    text: str
-    finish_reason: str
-    tokens: int
-
-
 def answer(
     loaded: LoadedModel,
     requests: Sequence[Request],
+    reader: Reader,
     batch_size: int,
     on_answer: Callable[[], None] = lambda: None,
 ) -> list[Answer]:
@@ -60,7 +48,7 @@ def answer(
             prefill_batch_size=batch_size,
         )
         try:
-            return _generate(generator, loaded.tokenizer, requests, on_answer)
+            return _generate(generator, reader, requests, on_answer)
         finally:
             generator.close()
 
@@ -90,59 +78,28 @@ def make_sampler(settings: Settings, name: str) -> Sampler | None:
     return sample
 
 
-def read_answer(tokens: Iterable[int], stops: Sequence[str], tokenizer: Any) -> tuple[str, int]:
-    """The text that tokens make, and how many were taken: those up to the first stop string, if there is one."""
-    taken: list[int] = []
-    for token in tokens:
-        taken.append(token)
-        if stops and _ends_with_one_of(stops, taken, tokenizer):
-            break
-    return _cut(_decode(taken, tokenizer), stops)[0].strip(), len(taken)
-
-
 def _generate(
-    generator: BatchGenerator, tokenizer: Any, requests: Sequence[Request], on_answer: Callable[[], None]
+    generator: BatchGenerator, reader: Reader, requests: Sequence[Request], on_answer: Callable[[], None]
 ) -> list[Answer]:
+    readings = [reader.begin(request.tokens, request.settings) for request in requests]
     numbers = generator.insert(
         [list(request.tokens) for request in requests],
         max_tokens=[request.settings.max_tokens for request in requests],
         caches=[request.prefix.fork() for request in requests],
         samplers=[make_sampler(request.settings, request.name) for request in requests],
+        logits_processors=[[reading.constraint] if reading.constraint else [] for reading in readings],
     )
-    stops = {number: request.settings.stop for number, request in zip(numbers, requests, strict=True)}
-    generated: dict[int, list[int]] = {number: [] for number in numbers}
+    rows = dict(zip(numbers, readings, strict=True))
     answers: dict[int, Answer] = {}
     while len(answers) < len(numbers):
         for response in generator.next_generated():
             number, reason = response.uid, response.finish_reason
-            tokens = generated[number]
-            if reason != "stop":
-                tokens.append(response.token)
-            if stops[number] and reason is None and _ends_with_one_of(stops[number], tokens, tokenizer):
-                with mx.stream(generator.stream):
-                    generator.remove([number])
+            if reason != "stop" and rows[number].take(response.token):
+                if reason is None:
+                    with mx.stream(generator.stream):
+                        generator.remove([number])
                 reason = "stop"
             if reason is not None:
-                text, stopped = _cut(_decode(tokens, tokenizer), stops[number])
-                answers[number] = Answer(text.strip(), "stop" if stopped else reason, len(tokens))
+                answers[number] = rows[number].answer(reason)
                 on_answer()
     return [answers[number] for number in numbers]
-
-
-def _decode(tokens: Sequence[int], tokenizer: Any) -> str:
-    text: str = tokenizer.decode(tokens, skip_special_tokens=True)
-    return text
-
-
-def _ends_with_one_of(stops: Sequence[str], tokens: Sequence[int], tokenizer: Any) -> bool:
-    """Whether the last token completed a stop string; told from few tokens, as each has a byte of text at least."""
-    window = max(len(stop.encode()) for stop in stops) + _MARGIN
-    if _cut(_decode(tokens[-window:], tokenizer), stops)[1]:
-        return _cut(_decode(tokens, tokenizer), stops)[1]  # the beginning of a window may not decode as it does whole
-    return False
-
-
-def _cut(text: str, stops: Sequence[str]) -> tuple[str, bool]:
-    """The text before the first stop string, and whether there is one."""
-    found = [at for stop in stops if (at := text.find(stop)) >= 0]
-    return (text[: min(found)], True) if found else (text, False)

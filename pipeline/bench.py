@@ -139,6 +139,10 @@ def _part(job: Job, extent: Extent, path: Path) -> Job:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from pipeline.constraints import check_schemas
+    from pipeline.inputs import Inputs
+
+    check_schemas(Inputs(job).schemas)
     taken = list(islice(_rendering(job), extent.documents))
     if not taken:
         raise InputError("documents.path: there is no document that is fit for the prompt")

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from mlx_lm.generate import batch_generate, generate_step, stream_generate
 from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache
 
-from pipeline.answers import make_sampler, read_answer, row_name
+from pipeline.answers import make_sampler, row_name
 from pipeline.bench import WARM, Outcome, Pair
 from pipeline.engine import too_long
 from pipeline.errors import NotApplicable, PipelineError, RowError, one_line
@@ -30,6 +30,7 @@ from pipeline.meter import Meter
 from pipeline.model import LoadedModel, load_model, max_context
 from pipeline.progress import Progress
 from pipeline.prompts import PromptTokenizer, Renderer
+from pipeline.reading import Reader, Reading
 from pipeline.runner import Runner
 from turboquant.contenders import group_size_of
 from turboquant.device import on_cpu
@@ -48,7 +49,7 @@ def compete(contender: str, job: Job, small: Job, folder: Path) -> Outcome:
             Runner(small.model_copy(update={"cache": cache}), quiet=True).run()
             shutil.rmtree(small.output.path.parent)
         return _pipeline(job, warm=contender == WARM)
-    loaded = load_model(job.model)
+    loaded = load_model(job.model, job.revision, job.adapter, job.trust_remote_code)
     if not on_cpu():
         _STOCK[contender](_Stock(small, loaded, folder / f"{contender}-small.safetensors"))
     stock = _Stock(job, loaded, folder / f"{contender}.safetensors")
@@ -111,6 +112,7 @@ class _Stock:
 
     def __init__(self, job: Job, loaded: LoadedModel, file: Path) -> None:
         self._job, self._loaded, self._file = job, loaded, file
+        self._reader = Reader(loaded.tokenizer, Inputs(job).schemas)
         self.answers: dict[Pair, str] = {}
         self.answer_tokens = self.left_out = self.disk_bytes = 0
         self.prefill_seconds = 0.0
@@ -118,7 +120,8 @@ class _Stock:
     def documents(self) -> Iterator[tuple[list[int], list[_Question]]]:
         """Each document's context and the questions that the model has room for, in the job's order."""
         job, loaded = self._job, self._loaded
-        renderer, tokenizer, fitting = Renderer(job.prompt), PromptTokenizer(loaded.tokenizer), Fitting(job)
+        renderer, fitting = Renderer(job.prompt), Fitting(job)
+        tokenizer = PromptTokenizer(loaded.tokenizer, bool(job.generation.thinking))
         limit = max_context(loaded.config, loaded.tokenizer)
         for document in Inputs(job).stream():
             questions: list[_Question] = []
@@ -154,12 +157,14 @@ class _Stock:
         """Answer a question by stream_generate; returns the seconds until there was a token."""
         started, seconds = time.monotonic(), 0.0
         settings = question.settings
+        reading = self._reader.begin(question.suffix, settings)
         responses = stream_generate(
             self._loaded.model,
             self._loaded.tokenizer,
             prompt,
             max_tokens=settings.max_tokens,
             sampler=make_sampler(settings, row_name(*question.pair)),
+            logits_processors=[reading.constraint] if reading.constraint else None,
             prompt_cache=cache,
         )
 
@@ -171,7 +176,7 @@ class _Stock:
                     yield response.token
 
         with closing(responses):
-            self._note(question, tokens())
+            self._note(question, reading, tokens())
         return seconds
 
     def ask_together(self, questions: Sequence[_Question], cache: list[Any]) -> None:
@@ -190,18 +195,25 @@ class _Stock:
                 prefill_batch_size=size,
             )
             for question, tokens in zip(batch, response.token_ids, strict=True):
-                self._note(question, tokens)
+                self._note(question, self._reader.begin(question.suffix, question.settings), tokens)
 
-    def _note(self, question: _Question, tokens: Iterable[int]) -> None:
-        text, count = read_answer(tokens, question.settings.stop, self._loaded.tokenizer)
-        self.answers[question.pair] = text
-        self.answer_tokens += count
+    def _note(self, question: _Question, reading: Reading, tokens: Iterable[int]) -> None:
+        """Take tokens until the answer ends."""
+        any(map(reading.take, tokens))
+        answer = reading.answer("stop")
+        self.answers[question.pair] = answer.text
+        self.answer_tokens += answer.tokens
 
     @property
     def samples(self) -> bool:
         """Whether any query is not answered greedily."""
         queries = (query for document in Inputs(self._job).stream() for query in document.queries)
         return any(query.settings(self._job.generation).temperature for query in queries)
+
+    @property
+    def has_schemas(self) -> bool:
+        """Whether any query's answer is to be JSON."""
+        return bool(Inputs(self._job).schemas)
 
     @property
     def bits(self) -> int:
@@ -225,6 +237,8 @@ def _reloaded(stock: _Stock, convert: Callable[[list[Any]], list[Any]] = lambda 
 def _copied(stock: _Stock) -> None:
     if stock.samples:
         raise NotApplicable("mlx-lm's batch_generate has one sampler for all rows, and this job has a seed for each")
+    if stock.has_schemas:
+        raise NotApplicable("mlx-lm's batch_generate holds all rows to one schema, and here each has its own")
     for context, questions in stock.documents():
         cache = stock.prefilled(context)
         for kind in {type(layer) for layer in cache if not hasattr(layer, "merge")}:

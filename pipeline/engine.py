@@ -6,7 +6,7 @@ Knows how a document becomes tokens, a prefix and answers; not what becomes of t
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 from pipeline.answers import Request, answer, row_name
@@ -20,6 +20,7 @@ from pipeline.prefill import warn_of_uncompressed_layers
 from pipeline.prefixes import Prefixes
 from pipeline.progress import Watcher
 from pipeline.prompts import PromptTokenizer, Rendered
+from pipeline.reading import Reader
 from pipeline.report import Report
 from pipeline.store import Store
 from pipeline.todo import Todo, Tokenised
@@ -34,7 +35,8 @@ _log = logging.getLogger(__name__)
 class Engine:
     """A job's model and store, loaded.
 
-    shared: what all documents have in common. check: raises Interrupted where the user asked to stop.
+    shared: what all documents have in common. schemas: those that answers may follow. check: raises Interrupted where
+    the user asked to stop.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Engine:
         identity: Identity,
         store: Store,
         shared: Rendered | None,
+        schemas: Collection[str],
         progress: Watcher,
         report: Report,
         check: Callable[[], None],
@@ -50,10 +53,13 @@ class Engine:
         if hint := load_tuned_blas().hint:
             _log.warning("MLX computes with a slow BLAS here: %s", hint)
         self._job, self._report = job, report
-        self._model: LoadedModel = load_model(job.model)
+        self._model: LoadedModel = load_model(job.model, job.revision, job.adapter, job.trust_remote_code)
         self._fitting = Fitting(job)
-        self._tokenizer = PromptTokenizer(self._model.tokenizer)
+        self._tokenizer = PromptTokenizer(self._model.tokenizer, bool(job.generation.thinking))
+        self._reader = Reader(self._model.tokenizer, schemas)
         self._limit = max_context(self._model.config, self._model.tokenizer)
+        if job.prompt.system and self._tokenizer.folds_system:
+            _log.warning("the chat template takes no system text: it is put before the document in the user's message")
         warn_of_uncompressed_layers(self._model.model)
         self._shared = self._tokenizer.shared_tokens(shared) if shared else []
         about = {"model": job.model, "output": output_digest(job.output.path)}
@@ -143,7 +149,7 @@ class Engine:
                 requests.append(Request(prefix, todo.tokenised.suffixes[query.id], settings, name))
                 asked.append((todo, query))
         try:
-            answers = answer(self._model, requests, self._job.generation.batch_size, on_answer)
+            answers = answer(self._model, requests, self._reader, self._job.generation.batch_size, on_answer)
         except (RuntimeError, ValueError, MemoryError) as error:
             may_pass = not isinstance(error, ValueError)
             raise GenerationFailed(f"the model failed: {one_line(error)}", may_pass) from error
@@ -151,7 +157,10 @@ class Engine:
             how = "dense" if prefix.is_dense else "packed"
             self._report.resident[how] = self._report.resident.get(how, 0) + 1
         for (todo, query), given in zip(asked, answers, strict=True):
-            todo.answer(query, given.text, given.finish_reason, given.tokens)
+            if given.failure is not None:
+                todo.fail(given.failure, [query])
+            else:
+                todo.answer(query, given)
 
 
 def too_long(context: int, suffix: int, longest: int, limit: int | None) -> ContextTooLong | None:

@@ -16,6 +16,7 @@
         ├── ContextTooLong
         ├── PromptFailed
         ├── GenerationFailed
+        ├── AnswerCutOff
         └── ModelProcessDied
 
 A message is one line that names what is wrong, where, and how to put it right. That a job finished with
@@ -108,6 +109,10 @@ class GenerationFailed(RowError):
     def __init__(self, message: str, may_pass: bool = True) -> None:
         super().__init__(message)
         self.may_pass = may_pass
+
+
+class AnswerCutOff(RowError):
+    """There was no room for all of an answer that is of no use cut off: JSON, or what follows thinking."""
 
 
 class ModelProcessDied(RowError):

@@ -14,8 +14,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.fingerprints import tokenizer_fingerprint, weights_fingerprint
 from pipeline.job import Cache, Generation, Job, Query
-from pipeline.model import resolve_model, tokenizer_fingerprint, weights_fingerprint
+from pipeline.model import resolve_model
 from pipeline.prompts import Rendered, Renderer
 from turboquant.blas import load_tuned_blas
 from turboquant.identity import Identity
@@ -47,14 +48,14 @@ def job_identity(job: Job, remember: bool = True) -> Identity:
 
     ``remember`` writes the weights' digests to the cache folder, so that they are hashed once.
     """
-    path: Path = resolve_model(job.model)
+    path: Path = resolve_model(job.model, job.revision)
     prefill: str = job.cache.prefill
     if job.cache.prefill == "streaming":
         prefill += f" {job.cache.segment}"
     if shared := Renderer(job.prompt).shared:
         prefill += f" shared={_digest('shared', shared.system, shared.context)[:16]}"
     return Identity(
-        weights=weights_fingerprint(path, job.cache.dir / MEMO, remember),
+        weights=weights_fingerprint(path, job.cache.dir / MEMO, remember, job.adapter, job.trust_remote_code),
         tokenizer=tokenizer_fingerprint(path),
         codec=cache_codec(job.cache).identity,
         prefill=prefill,

@@ -44,6 +44,13 @@ class Inputs:
         """All queries, those of one id once: as that document has it whose own comes first."""
         return self._own.one_of_each_id() if self._own else self._shared
 
+    @property
+    def schemas(self) -> dict[str, str]:
+        """The JSON schemas that answers must follow, each with the id of the first query that has it."""
+        if self._own:
+            return self._own.schemas()
+        return {query.json_schema: query.id for query in reversed(self._shared) if query.json_schema}
+
     def stream(self) -> Iterator[Document]:
         """The documents in order, each with its queries."""
         for document in stream_documents(self._job.documents, self._columns):

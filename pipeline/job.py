@@ -6,12 +6,14 @@ template fits its columns, or anything about a model but its name.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -23,6 +25,7 @@ from pydantic import (
     Field,
     Tag,
     ValidationError,
+    WithJsonSchema,
     model_validator,
 )
 
@@ -30,9 +33,11 @@ from pipeline import yaml_files
 from pipeline.budget import checked_budget
 from pipeline.errors import JobError, one_line
 from pipeline.explain import describe, explain_job
+from pipeline.schema_texts import schema_text
 
 _MOST = (1 << 63) - 1
 _Value = TypeVar("_Value")
+ThinkingMode = Literal[False, "drop", "keep"]
 DEFAULT_SYSTEM = "Answer from the document only. If the document does not say, say so."
 
 
@@ -45,6 +50,8 @@ class Settings:
     top_p: float
     seed: int
     stop: tuple[str, ...] = ()
+    json_schema: str | None = None
+    thinking: ThinkingMode = False
 
 
 def _not_blank(text: _Value) -> _Value:
@@ -75,6 +82,7 @@ _Temperature = Annotated[float, Field(ge=0)]
 _TopP = Annotated[float, Field(gt=0, le=1)]
 _Seed = Annotated[int, Field(ge=0, le=_MOST)]
 _Stop = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)]
+_Schema = Annotated[str | None, BeforeValidator(schema_text), WithJsonSchema({"type": ["object", "string", "null"]})]
 _Bits = Literal[2, 3, 4, 5, 6, 8]
 
 
@@ -104,6 +112,7 @@ class Generation(_Section):
     top_p: _TopP = 1.0
     seed: _Seed = 0
     stop: _Stop = ()  # texts that end an answer, and are not part of it
+    thinking: ThinkingMode = False  # whether a model that can is to think first, and what becomes of that
     batch_size: Annotated[int, Field(ge=1, le=_MOST)] = 8
 
 
@@ -117,15 +126,25 @@ class Query(_Section):
     top_p: _TopP | None = None
     seed: _Seed | None = None
     stop: _Stop | None = None
+    json_schema: _Schema = None  # what the answer is to be JSON of
+
+    @model_validator(mode="after")
+    def _check_stop(self) -> Query:
+        if self.stop and self.json_schema:
+            raise ValueError("has both stop and json_schema; an answer with a schema ends where its JSON does")
+        return self
 
     def settings(self, defaults: Generation) -> Settings:
-        """This query's own settings over the job's defaults."""
+        """This query's own settings over the job's defaults; texts that end an answer end none that has a schema."""
+        stop = defaults.stop if self.stop is None else self.stop
         return Settings(
             max_tokens=defaults.max_tokens if self.max_tokens is None else self.max_tokens,
             temperature=defaults.temperature if self.temperature is None else self.temperature,
             top_p=defaults.top_p if self.top_p is None else self.top_p,
             seed=defaults.seed if self.seed is None else self.seed,
-            stop=defaults.stop if self.stop is None else self.stop,
+            stop=() if self.json_schema else stop,
+            json_schema=self.json_schema,
+            thinking=defaults.thinking,
         )
 
 
@@ -177,6 +196,9 @@ class Job(_Section):
 
     name: _Text
     model: _Text
+    revision: _Text | None = None  # of a Hugging Face repo: a branch, a tag or a commit
+    adapter: _Path | None = None  # a folder that mlx-lm's training wrote
+    trust_remote_code: bool = False  # run code that comes with the model
     documents: Documents
     prompt: Prompt = Prompt()
     queries: Annotated[
@@ -232,6 +254,10 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> Job:
         raise JobError(explain_job(error.errors(), Job, _QUERIES, str(path), overrides)) from None
 
 
+_PATHS = ("adapter", "documents.path", "queries.path", "cache.dir", "output.path")
+_SCHEMA_FILE = re.compile(r"queries\.\d+\.json_schema\.file")
+
+
 def _feeds_itself(output: Path, documents: str) -> bool:
     fixed, recursive, rest = documents.partition("**")
     if recursive:  # the parts are below the output, and end as Parquet does
@@ -245,11 +271,13 @@ def _resolve(value: Any, key: str, base: Path, origin: str) -> Any:
     if isinstance(value, dict):
         prefix = f"{key}." if key else ""
         return {name: _resolve(child, f"{prefix}{name}", base, origin) for name, child in value.items()}
+    if isinstance(value, list) and key == "queries":
+        return [_resolve(child, f"{key}.{number}", base, origin) for number, child in enumerate(value)]
     if not isinstance(value, str) or not value.strip():
         return value
     if key == "model":
         return _resolve_model(value, base, origin)
-    if key not in ("documents.path", "queries.path", "cache.dir", "output.path"):
+    if key not in _PATHS and not _SCHEMA_FILE.fullmatch(key):
         return value
     if "://" not in value:
         return _absolute(value, base)

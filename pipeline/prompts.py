@@ -83,15 +83,17 @@ class Renderer:
 class PromptTokenizer:
     """Turns a rendered document and its queries into tokens, through the model's chat template if it has one.
 
-    `tokenizer` is mlx-lm's TokenizerWrapper or a Hugging Face tokenizer. Raises ModelError where its chat
-    template cannot be used at all.
+    `tokenizer` is mlx-lm's TokenizerWrapper or a Hugging Face tokenizer. `thinks` is what templates of models that
+    can think before they answer are told. Raises ModelError where the chat template cannot be used at all.
+
+    folds_system: whether the template has no place for a system text, which then is put before the context.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, thinks: bool = False) -> None:
         self._tokenizer = tokenizer
         self._has_template = _has_chat_template(tokenizer)
-        self._template_options = _template_options(tokenizer) if self._has_template else {}
-        self._has_system_role = self._has_template and self._takes_system_role()
+        self._template_options = {"enable_thinking": thinks, **_template_options(tokenizer)}
+        self.folds_system = self._has_template and not self._takes_system_role()
         self._encode = _find_encoder(tokenizer, add_special_tokens=not self._has_template)
 
     def tokenise(self, rendered: Rendered, query_texts: Sequence[str]) -> TokenisedDocument:
@@ -122,7 +124,7 @@ class PromptTokenizer:
     def prompt_text(self, rendered: Rendered, query_text: str) -> str:
         """The whole prompt of one query as the model reads it. Raises PromptFailed."""
         system, user = rendered.system, f"{rendered.context}\n\n{query_text}"
-        if system is not None and not self._has_system_role:
+        if system is not None and (self.folds_system or not self._has_template):
             system, user = None, f"{system}\n\n{user}"
         if not self._has_template:
             return f"{user}\n\n"

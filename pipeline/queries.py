@@ -22,7 +22,7 @@ from pipeline.explain import explain
 from pipeline.job import Query, QueryTable, check_unique
 from pipeline.tables import ID, TEXT, Column, Record, Table
 
-_SETTINGS = ("max_tokens", "temperature", "top_p", "seed", "stop")
+_SETTINGS = ("max_tokens", "temperature", "top_p", "seed", "stop", "json_schema")
 _ROWS_PER_BATCH = 256
 _CACHE_KILOBYTES = 32 << 10
 _TABLES = """
@@ -89,6 +89,13 @@ class OwnQueries:
         with _errors_explained(), self._lock:
             found = self._database.execute("SELECT query, min(rowid) FROM queries GROUP BY id ORDER BY min(rowid)")
             return [Query.model_validate_json(query) for query, _ in found]
+
+    def schemas(self) -> dict[str, str]:
+        """The JSON schemas of queries, each with the id of the first query that has it."""
+        what = "json_extract(query, '$.json_schema') AS schema, id, min(rowid) FROM queries"
+        with _errors_explained(), self._lock:
+            found = self._database.execute(f"SELECT {what} WHERE schema NOT NULL GROUP BY schema ORDER BY min(rowid)")
+            return {schema: query_id for schema, query_id, _ in found}
 
     def _fill(self, source: QueryTable) -> None:
         assert source.document_id is not None

@@ -41,6 +41,8 @@ SCHEMA = pa.schema(
         pa.field("document_id", pa.string(), nullable=False),
         pa.field("query_id", pa.string(), nullable=False),
         pa.field("answer", pa.string()),
+        pa.field("answer_json", pa.string()),  # the same, where it is JSON of the query's schema
+        pa.field("thinking", pa.string()),
         pa.field("status", pa.string(), nullable=False),
         pa.field("error_type", pa.string()),
         pa.field("error", pa.string()),
@@ -73,6 +75,8 @@ class Row:
     status: Literal["ok", "error"]
     fingerprint: str
     answer: str | None = None
+    answer_json: str | None = None
+    thinking: str | None = None
     error_type: str | None = None
     error: str | None = None
     finish_reason: str | None = None
@@ -366,7 +370,8 @@ def _row_groups(documents: Iterable[list[Row]]) -> Iterator[list[Row]]:
     for rows in documents:
         group += rows
         count += 1
-        size += sum(len(row.answer or "") + len(row.error or "") + 200 for row in rows)
+        texts = [text for row in rows for text in (row.answer, row.answer_json, row.thinking, row.error) if text]
+        size += sum(map(len, texts)) + 200 * len(rows)
         if count >= _DOCUMENTS_PER_GROUP or size >= _BYTES_PER_GROUP:
             yield group
             group, count, size = [], 0, 0

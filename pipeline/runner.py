@@ -13,6 +13,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from pipeline.constraints import check_schemas
 from pipeline.documents import Document
 from pipeline.errors import Interrupted, StoppedAtFailure
 from pipeline.failures import OnFailure
@@ -67,6 +68,7 @@ class Runner:
         """Run, or resume. Returns the report, whose ``interrupted`` says that the user stopped the run early."""
         started = time.monotonic() - self.report.seconds
         inputs = Inputs(self._job)
+        check_schemas(inputs.schemas)
         identity = job_identity(self._job)
         report = self.report
         report.documents, report.rows = inputs.documents, inputs.rows

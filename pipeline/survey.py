@@ -12,6 +12,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 from pipeline.budget import budget_bytes, existing
+from pipeline.constraints import check_schemas
 from pipeline.counting import Asked, Counter, Effort, Lengths, Questions
 from pipeline.errors import RowError
 from pipeline.fitting import OVERLAP, Fitting, reserved
@@ -83,10 +84,12 @@ def plan_job(job: Job, quiet: bool = True, effort: Effort | None = None) -> Plan
     from pipeline.store import Store
 
     inputs = Inputs(job)
-    path = resolve_model(job.model)
+    check_schemas(inputs.schemas)
+    path = resolve_model(job.model, job.revision)
     config, identity = read_config(path), job_identity(job, remember=False)
-    tokenizer = load_tokenizer(path)
-    counter = Counter(PromptTokenizer(tokenizer), inputs.documents, effort or Effort())
+    tokenizer = load_tokenizer(path, job.trust_remote_code)
+    prompts = PromptTokenizer(tokenizer, bool(job.generation.thinking))
+    counter = Counter(prompts, inputs.documents, effort or Effort())
     stored = StoredContexts(Store(job.cache.dir).contexts(identity))
     survey = _Survey(job, config, max_context(config, tokenizer), stored)
     for batch in _batches(watched(_documents(job, inputs, identity), inputs.documents, quiet)):

@@ -14,6 +14,7 @@ from pipeline.results import Row
 
 if TYPE_CHECKING:
     from pipeline.prefixes import Piece
+    from pipeline.reading import Answer
     from turboquant.segments import Segment
 
 
@@ -62,9 +63,16 @@ class Todo:
         lengths = len(self.tokenised.context), len(self.tokenised.suffixes[query.id])
         return replace(row, context_tokens=lengths[0], query_tokens=lengths[1])
 
-    def answer(self, query: Query, text: str, finish_reason: str, tokens: int) -> None:
-        """A query ends as this answer."""
-        self.rows[query.id] = replace(self.row(query), answer=text, finish_reason=finish_reason, answer_tokens=tokens)
+    def answer(self, query: Query, given: Answer) -> None:
+        """A query ends as this answer, which is JSON where the query has a schema."""
+        self.rows[query.id] = replace(
+            self.row(query),
+            answer=given.text,
+            answer_json=given.text if query.json_schema else None,
+            thinking=given.thinking,
+            finish_reason=given.finish_reason,
+            answer_tokens=given.tokens,
+        )
 
     def conclude(self) -> None:
         """The queries end as what became of them when they were asked of the windows' answers."""

@@ -233,8 +233,9 @@ class Work:
 
             store = self._open_store()
             self._needs.start(self._labels_to_come(), store.make_room)
+            shared, schemas = self._renderer.shared, self._inputs.schemas
             self._loaded = Engine(
-                self._job, self._identity, store, self._renderer.shared, self._progress, self._report, self._check
+                self._job, self._identity, store, shared, schemas, self._progress, self._report, self._check
             )
         return self._loaded
 

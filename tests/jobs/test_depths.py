@@ -20,6 +20,7 @@ from pipeline.answers import Request, answer
 from pipeline.job import Prompt, Settings
 from pipeline.model import LoadedModel, load_model
 from pipeline.prompts import PromptTokenizer, Rendered
+from pipeline.reading import Reader
 from turboquant import CacheCodec, Prefix, enabled
 from turboquant.files import read_segment, write_segment
 from turboquant.identity import Identity
@@ -86,7 +87,7 @@ def answers(loaded: LoadedModel, prefix: Prefix, suffixes: Sequence[list[int]], 
         Request(prefix, suffix, Settings(TOKENS, temperature=0.0, top_p=1.0, seed=0), str(i))
         for i, suffix in enumerate(suffixes)
     ]
-    return [one.text for one in answer(loaded, requests, batch_size)]
+    return [one.text for one in answer(loaded, requests, Reader(loaded.tokenizer), batch_size)]
 
 
 @pytest.mark.parametrize("bits", [4, 3])

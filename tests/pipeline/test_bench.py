@@ -244,16 +244,6 @@ def test_the_table(workplace: Workplace, monkeypatch: pytest.MonkeyPatch, applie
     assert failed == "copied: its process died"
 
 
-def test_an_answer_ends_at_a_stop_string(tokenizer: Any) -> None:
-    from pipeline.answers import read_answer
-
-    tokens = tokenizer.encode("The board met. What? When? Who?")
-    text, count = read_answer(iter(tokens), ["When"], tokenizer)
-    assert text == "The board met. What?"
-    assert count < len(tokens)
-    assert read_answer(tokens, (), tokenizer) == ("The board met. What? When? Who?", len(tokens))
-
-
 def noting(make: Callable[..., Any], done: list[str]) -> Callable[..., Any]:
     """``make``, which notes the documents of the jobs that it is called with."""
 

@@ -7,14 +7,8 @@ import shutil
 import pytest
 
 from pipeline.errors import ModelError
-from pipeline.model import (
-    load_model,
-    load_tokenizer,
-    max_context,
-    resolve_model,
-    tokenizer_fingerprint,
-    weights_fingerprint,
-)
+from pipeline.fingerprints import tokenizer_fingerprint, weights_fingerprint
+from pipeline.model import load_model, load_tokenizer, max_context, resolve_model
 
 CONFIG = {
     "model_type": "llama",
@@ -296,7 +290,7 @@ def test_fingerprint_without_weights(folder, memo):
 
 def test_memo_saves_hashing(folder, memo, monkeypatch):
     before = weights_fingerprint(folder, memo)
-    monkeypatch.setattr("pipeline.model._hash_file", lambda file: pytest.fail(f"hashed {file} again"))
+    monkeypatch.setattr("pipeline.fingerprints._hash_file", lambda file: pytest.fail(f"hashed {file} again"))
     assert weights_fingerprint(folder, memo) == before
 
 

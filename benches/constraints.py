@@ -1,0 +1,126 @@
+"""Decoding steps of rows that are held to JSON schemas, beside the same rows free, and how long a row's mask takes.
+
+    python -m benches.constraints --model FOLDER [--tokens 1024] [--rows 1 8 32]
+
+The rows share one context of random tokens and have 8 different schemas in turn. The two ways take turns of 10 steps.
+Medians: milliseconds of a step, microseconds of a row's mask without the wait for the row's last token. The model
+writes garbage, as its context is, so masks are those of text that no schema foresaw.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from benches.steps import random_tokens
+
+STEPS, TURNS = 10, 12
+TEXT = {"type": "string", "maxLength": 30}
+FIELDS: list[dict[str, Any]] = [
+    {"name": TEXT},
+    {"name": TEXT, "amount": {"type": "integer", "minimum": 0, "maximum": 10**6}},
+    {"kind": {"enum": ["lease", "loan", "sale"]}, "name": TEXT},
+    {"on": {"type": "string", "format": "date"}, "name": TEXT},
+    {"code": {"type": "string", "pattern": "^[A-Z]{2}-[0-9]{4}$"}, "sure": {"type": "boolean"}},
+    {"rate": {"type": "number", "minimum": 0, "maximum": 1}, "name": {"anyOf": [TEXT, {"type": "null"}]}},
+    {"tags": {"type": "array", "items": TEXT, "maxItems": 5}},
+    {"who": {"type": "object", "properties": {"name": TEXT}, "required": ["name"]}, "note": TEXT},
+]
+SCHEMAS = [
+    {"type": "array", "minItems": 50, "items": {"type": "object", "properties": fields, "required": list(fields)}}
+    for fields in FIELDS
+]
+
+
+def begin(model: Any, prefix: Any, vocabulary: int, constraints: Sequence[Any]) -> Any:
+    """A generator of a row for each constraint or None."""
+    from mlx_lm.generate import BatchGenerator
+
+    count = len(constraints)
+    generator = BatchGenerator(model, stop_tokens=[], completion_batch_size=count, prefill_batch_size=count)
+    generator.insert(
+        [random_tokens(20 + row % 5, vocabulary, row) for row in range(count)],
+        max_tokens=[STEPS * TURNS + 1] * count,
+        caches=[prefix.fork() for _ in range(count)],
+        logits_processors=[[each] if each else [] for each in constraints],
+    )
+    return generator
+
+
+def measure(generators: Sequence[Any]) -> list[float]:
+    """The median of what each generator's steps take, in milliseconds; the first turn is not counted."""
+    import mlx.core as mx
+
+    times: list[list[float]] = [[] for _ in generators]
+    for _ in range(TURNS):
+        for generator, own in zip(generators, times, strict=True):
+            started = time.perf_counter()
+            for _ in range(STEPS):
+                generator.next_generated()
+            mx.synchronize(generator.stream)  # which is a step ahead
+            own.append(1e3 * (time.perf_counter() - started) / STEPS)
+    for generator in generators:
+        generator.close()
+    return [statistics.median(own[1:]) for own in times]
+
+
+class Timed:
+    """A constraint, with the seconds that its masks take once its row's last token is known."""
+
+    def __init__(self, constraint: Callable[[Any, Any], Any], seconds: list[float]) -> None:
+        self._constraint, self._seconds = constraint, seconds
+
+    def __call__(self, tokens: Any, logits: Any) -> Any:
+        import mlx.core as mx
+
+        mx.eval(tokens)
+        started = time.perf_counter()
+        masked = self._constraint(tokens, logits)
+        self._seconds.append(time.perf_counter() - started)
+        return masked
+
+
+def main() -> None:
+    """Print a line for each number of rows."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--tokens", type=int, default=1024)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32])
+    arguments = parser.parse_args()
+    from turboquant.blas import load_tuned_blas
+
+    load_tuned_blas()
+
+    from pipeline.constraints import Grammars
+    from pipeline.model import load_model
+    from pipeline.thinking import Marks
+    from turboquant import CacheCodec, enabled, prefill
+    from turboquant.prefix import resident
+
+    loaded = load_model(arguments.model)
+    vocabulary = int(loaded.config["vocab_size"])
+    texts = [json.dumps(schema) for schema in SCHEMAS]
+    started = time.perf_counter()
+    grammars, marks = Grammars(loaded.tokenizer, texts), Marks(loaded.tokenizer)
+    print(f"vocabulary {vocabulary:,}; 8 schemas compiled in {time.perf_counter() - started:.2f} s", flush=True)
+    packed = prefill(loaded.model, random_tokens(arguments.tokens, vocabulary, -1), CacheCodec(), 512)
+    (prefix,) = resident([packed], "dense")
+    for rows in arguments.rows:
+        seconds: list[float] = []
+        held = [grammars.constraint(texts[row % 8], marks.watch([], may_think=False)) for row in range(rows)]
+        with enabled(loaded.model):
+            ways = [None] * rows, [Timed(each, seconds) for each in held]
+            before, after = measure([begin(loaded.model, prefix, vocabulary, way) for way in ways])
+        print(
+            f"{rows:4} rows  free {before:7.2f} ms  held {after:7.2f} ms  {after / before - 1:+.1%}"
+            f"  mask {1e6 * statistics.median(seconds):.0f} us",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
