@@ -6,14 +6,12 @@ template fits its columns, or anything about a model but its name.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (

@@ -1,4 +1,4 @@
-"""A query's JSON schema, as a job file may give it, as text. Knows JSON and files; what a schema means is others' work."""
+"""A query's JSON schema, however a job file gives it, as text. Knows JSON and files, not what a schema means."""
 
 from __future__ import annotations
 

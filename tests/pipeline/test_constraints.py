@@ -88,7 +88,7 @@ def test_without_the_package_it_says_what_to_install(workplace: Workplace, comma
     assert (done.returncode, done.stdout) == (2, "")
     (line,) = done.stderr.splitlines()
     assert line == (
-        "error: queries.1.json_schema of query 'when': needs the package llguidance; install it with "
+        "error: queries: json_schema of query 'when': needs the package llguidance; install it with "
         "`pip install llguidance`, or this project with its extra `schemas`"
     )
 
@@ -115,7 +115,7 @@ def test_a_schema_that_cannot_be_compiled(
     result = invoke(command, workplace.save(model="no/model"))
     assert (result.exit_code, result.stdout) == (2, "")
     (line,) = result.stderr.splitlines()
-    assert line.startswith("error: queries.2.json_schema of query 'who': cannot be compiled: ")
+    assert line.startswith("error: queries: json_schema of query 'who': cannot be compiled: ")
     assert words in line
 
 

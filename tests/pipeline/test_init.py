@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,7 +14,7 @@ from commands import ROOT, error_of, in_terminal, invoke
 from workplace import Workplace
 
 from pipeline.init import guess_columns
-from pipeline.job import Job, load_job
+from pipeline.job import Job, QueryTable, load_job
 from pipeline.schema import KEYS, job_schema
 
 LONG = ["A long text. " * 20, "Another long text. " * 20, "A third. " * 20]
@@ -84,7 +84,7 @@ def test_every_key_is_shown_with_its_default_and_meaning(tmp_path: Path) -> None
     assert head == "# yaml-language-server: $schema=pipeline.schema.json"
     assert json.loads((tmp_path / "pipeline.schema.json").read_text()) == job_schema()
     for key, meaning in KEYS.items():
-        if not key.startswith("queries."):
+        if not key.startswith(("queries.", "queries table.")):
             named = f"{key.rpartition('.')[2]}:"
             assert any(named in line and line.endswith(f"# {meaning}") for line in lines), key
     whole = "\n".join(line.removeprefix("# ").replace("#  ", "  ", 1) for line in lines[2:])
@@ -159,9 +159,16 @@ def keys(model: Any = Job, prefix: str = "") -> set[str]:
     found: set[str] = set()
     for name, field in model.model_fields.items():
         found.add(f"{prefix}{name}")
-        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        found |= {key for kind in kinds if hasattr(kind, "model_fields") for key in keys(kind, f"{prefix}{name}.")}
+        for kind in models(field.annotation):
+            found |= keys(kind, f"{prefix}{name}{' table' if kind is QueryTable else ''}.")
     return found
+
+
+def models(annotation: Any) -> list[Any]:
+    """Those that a type is made of."""
+    if hasattr(annotation, "model_fields"):
+        return [annotation]
+    return [model for part in get_args(annotation) for model in models(part)]
 
 
 def test_every_key_has_a_meaning() -> None:
