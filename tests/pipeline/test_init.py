@@ -166,7 +166,7 @@ def keys(model: Any = Job, prefix: str = "") -> set[str]:
 
 def models(annotation: Any) -> list[Any]:
     """Those that a type is made of."""
-    if hasattr(annotation, "model_fields"):
+    if isinstance(annotation, type) and hasattr(annotation, "model_fields"):
         return [annotation]
     return [model for part in get_args(annotation) for model in models(part)]
 
