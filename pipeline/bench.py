@@ -28,7 +28,7 @@ from pipeline.worker import Failed, end_with_the_parent
 if TYPE_CHECKING:
     from pipeline.documents import Document
 
-SMALL_CHARACTERS, SMALL_TOKENS = 4000, 2
+SMALL_CHARACTERS, SMALL_TOKENS = 1 << 16, 2  # as long as contexts for which other kernels are chosen
 NAIVE, COPIED, COLD, WARM = "naive", "copied", "pipeline-cold", "pipeline-warm"
 CONTENDERS = (NAIVE, "reloaded", COPIED, "quantized", COLD, WARM)  # in the order in which they run
 _log = logging.getLogger(__name__)
