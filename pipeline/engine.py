@@ -153,6 +153,7 @@ class Engine:
         except (RuntimeError, ValueError, MemoryError) as error:
             may_pass = not isinstance(error, ValueError)
             raise GenerationFailed(f"the model failed: {one_line(error)}", may_pass) from error
+        self._report.attention = prefixes[0].attended_by
         for prefix in prefixes:
             how = "dense" if prefix.is_dense else "packed"
             self._report.resident[how] = self._report.resident.get(how, 0) + 1

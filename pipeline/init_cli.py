@@ -17,7 +17,9 @@ Questions = Annotated[
 
 
 def init(
-    documents: Annotated[str, typer.Argument(metavar="DOCUMENTS", help="Parquet: a file, a folder or a glob.")],
+    documents: Annotated[
+        str, typer.Argument(metavar="DOCUMENTS", help="Parquet, JSON Lines or texts: a file, a folder or a glob.")
+    ],
     job_file: Annotated[Path, typer.Argument(metavar="JOB", help="The job file to write.")] = Path("job.yaml"),
     id_: Annotated[str | None, typer.Option("--id", metavar="COLUMN", help="The column of ids.")] = None,
     text: Annotated[str | None, typer.Option("--text", metavar="COLUMN", help="The column of texts.")] = None,

@@ -24,6 +24,7 @@ class Report:
     context_tokens: int = 0
     prefilled_tokens: int = 0
     answer_tokens: int = 0
+    attention: str | None = None  # what attends prefixes: "NumPy", "kernel" (a GPU's) or "MLX"
     resident: dict[str, int] = field(default_factory=dict)  # how prefixes were attended: "packed" or "dense", how many
     prefix_bytes: int = 0
     effective_bits: float = 0.0  # mean over the prefixes

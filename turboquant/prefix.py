@@ -23,7 +23,7 @@ from turboquant.cache import Fork, Mask
 from turboquant.codec import CacheCodec
 from turboquant.device import on_cpu
 from turboquant.dispatch import compressible_layers, enabled
-from turboquant.kernels import backend, has_kernel
+from turboquant.kernels import backend, has_kernel, implementation
 from turboquant.layer import DenseLayer, EncodedLayer
 from turboquant.queries import QueryCollector
 
@@ -85,6 +85,11 @@ class Prefix:
     def is_dense(self) -> bool:
         """Whether layers are decoded."""
         return any(isinstance(layer, DenseLayer) for layer in self.layers)
+
+    @property
+    def attended_by(self) -> str:
+        """What attends its compressed layers, see ``kernels.implementation``."""
+        return implementation(layer for layer in self.layers if isinstance(layer, EncodedLayer | DenseLayer))
 
     @property
     def dense_elements(self) -> int:

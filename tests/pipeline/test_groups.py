@@ -112,6 +112,7 @@ def test_documents_share_a_batch_and_the_answers_are_the_same(
 def test_how_prefixes_are_attended_is_reported(workplace: Workplace, how: str) -> None:
     workplace.run(f"cache.resident={how}")
     assert workplace.report()["resident"] == {how: 3}
+    assert workplace.report()["attention"] == "NumPy"
     answers = workplace.answers()
     workplace.output.unlink()
     workplace.run()

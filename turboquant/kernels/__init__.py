@@ -42,6 +42,14 @@ def has_kernel(layers: Iterable[EncodedLayer]) -> bool:
     return not on_cpu() and all(attention_gpu.knows(layer) for layer in layers)
 
 
+def implementation(layers: Iterable[EncodedLayer | DenseLayer]) -> str:
+    """What attends layers on MLX's default device: ``NumPy``, ``kernel`` (a GPU's) or ``MLX``."""
+    if on_cpu():
+        return "NumPy"
+    encoded = [layer for layer in layers if isinstance(layer, EncodedLayer)]
+    return "kernel" if encoded and has_kernel(encoded) else "MLX"
+
+
 def attend_past_and_own(
     queries: mx.array,
     layer: EncodedLayer | DenseLayer,
