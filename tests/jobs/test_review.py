@@ -23,5 +23,5 @@ def test_contracts_of_one_s_own_are_asked_every_question(tmp_path: Path) -> None
     result = CliRunner().invoke(app, ["plan", str(JOBS / "review.yaml"), *override, "--json"])
     assert result.exit_code == 0, result.output
     plan = json.loads(result.stdout)
-    assert plan["documents"] == 2
-    assert plan["rows"] == 2 * len(questions)
+    assert plan["status"]["documents"] == 2
+    assert plan["status"]["rows"] == 2 * len(questions)
