@@ -237,6 +237,9 @@ def make_place(folder: Path, model: Path, streaming: bool) -> Any:
 
 def main() -> None:
     """Kill, resume, print."""
+    from pipeline import runfile
+
+    runfile.SECONDS_BETWEEN_WRITES = 0.0  # or the number of steps would depend on the time they take
     model, folder, every, *overrides = sys.argv[1:]
     base, streaming = Path(folder), "cache.prefill=streaming" in overrides
     import_everything()

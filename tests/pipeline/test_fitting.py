@@ -99,7 +99,7 @@ def test_a_document_in_windows_that_was_cut_off_is_answered_again_whole(
 
 
 def test_what_fails_on_one_window_fails(long: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
-    long.save(documents={"path": "docs.parquet", "too_long": "split"})
+    long.save(documents={"path": "docs.parquet", "too_long": "split"}, retries=0)
     shown: list[int] = []
     monkeypatch.setattr("pipeline.progress.Progress.rows_done", lambda self, count: shown.append(count))
     with monkeypatch.context() as patch:
