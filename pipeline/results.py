@@ -22,6 +22,7 @@ import os
 import shutil
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import blake2b, sha256
 from itertools import accumulate, groupby
@@ -83,6 +84,11 @@ class Row:
     context_tokens: int | None = None
     query_tokens: int | None = None
     answer_tokens: int | None = None
+
+    @property
+    def failure(self) -> str:
+        """Which row it is, and why it failed."""
+        return f"document '{self.document_id}', query '{self.query_id}': {self.error}"
 
 
 class Results:
@@ -152,12 +158,16 @@ class Results:
 
         Rows that are not asked for are dropped. Where one is missing, OutputError is raised, nothing changed.
         """
+        self.replace(self._expected_rows(documents))
+
+    def replace(self, documents: Iterable[list[Row]]) -> None:
+        """Write the finished file of each document's rows, in the given order, in place of all that is known."""
         self._require_writable()
         with (
             atomic_file(self.output) as temporary,
             pq.ParquetWriter(temporary, self._schema, **_FORMAT) as file,
         ):
-            for group in _row_groups(self._expected_rows(documents)):
+            for group in _row_groups(documents):
                 file.write_table(_table(group, self._schema))
         self._close_finished()
         self._finished = _open_finished(self.output)
@@ -265,6 +275,29 @@ class Results:
                     f"{self.output}: document '{document_id}' has no row for query '{missing[0]}'; run the job again"
                 )
             yield [rows[query_id] for query_id in query_ids]
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a finished file says of its rows. Raises JobError where it is none."""
+    with _finished_file(path) as file:
+        return {key.decode(): value.decode() for key, value in (file.schema_arrow.metadata or {}).items()}
+
+
+def read_documents(path: Path) -> Iterator[list[Row]]:
+    """A finished file's rows document by document, with one row group in memory. Raises JobError where it is none."""
+    with _finished_file(path) as file:
+        for group in range(file.num_row_groups):
+            rows = _to_rows(file.read_row_group(group, use_threads=False))
+            yield from (list(own) for _, own in groupby(rows, key=lambda row: row.document_id))
+
+
+@contextmanager
+def _finished_file(path: Path) -> Iterator[Any]:
+    try:
+        with _open(path) as file:
+            yield file
+    except _BROKEN as error:
+        raise JobError(f"{path}: is not a result that can be read ({one_line(error)})") from None
 
 
 def _part_name(document_id: str) -> str:

@@ -18,6 +18,7 @@ from pipeline.errors import JobError, OutputError, suggestion
 from pipeline.inputs import Inputs
 from pipeline.job import Job
 from pipeline.results import Results, Row
+from pipeline.shards import Shard
 
 LINES = 8  # of an answer, in a table
 _NARROWEST = 24  # columns of an answer beside others
@@ -35,9 +36,14 @@ class Answers:
     """
 
     def __init__(
-        self, job: Job, documents: Collection[str] = (), queries: Collection[str] = (), failed: bool = False
+        self,
+        job: Job,
+        documents: Collection[str] = (),
+        queries: Collection[str] = (),
+        failed: bool = False,
+        shard: Shard | None = None,
     ) -> None:
-        self._job, self._inputs = job, Inputs(job)
+        self._job, self._inputs = job, Inputs(job, shard)
         self._documents, self._failed = frozenset(documents), failed
         ids = [query.id for query in self._inputs.queries]
         for name in queries:
