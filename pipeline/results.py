@@ -297,7 +297,9 @@ def _finished_file(path: Path) -> Iterator[Any]:
         with _open(path) as file:
             yield file
     except _BROKEN as error:
-        raise JobError(f"{path}: is not a result that can be read ({one_line(error)})") from None
+        raise JobError(
+            f"{path}: is not a result that can be read ({one_line(error)}); move it away, and run it again"
+        ) from None
 
 
 def _part_name(document_id: str) -> str:

@@ -23,7 +23,7 @@ _WRITTEN = re.compile(r"([1-9][0-9]*)/([1-9][0-9]*)")
 _RUN_FILE = re.compile(r"([1-9][0-9]*)-of-([1-9][0-9]*)\.parquet\.run\.json")
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Shard:
     """One share of a job's documents: the ``number``-th, from 1, of ``count``.
 
@@ -80,7 +80,7 @@ def shard_statuses(output: Path) -> Iterator[ShardStatus]:
     named = ((_RUN_FILE.fullmatch(file.name), file) for file in shards_folder(output).glob("*.run.json"))
     found = {Shard(int(name[1]), int(name[2])): file for name, file in named if name}
     for shard, file in sorted(found.items(), key=lambda item: (item[0].count, item[0].number)):
-        with suppress(OSError, ValueError, KeyError):
+        with suppress(OSError, ValueError, KeyError, TypeError):
             told = json.loads(file.read_bytes())
             rows, done = told["rows"], told["rows_kept"] + told["rows_answered"]
             yield ShardStatus(

@@ -15,7 +15,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from commands import ROOT, error_of, invoke
+from commands import ROOT, error_of, in_terminal, invoke
 from workplace import Workplace
 
 from pipeline.shards import Shard
@@ -175,8 +175,8 @@ def test_a_shard_keeps_what_is_answered_and_the_merge_wants_what_is_new(place: W
 # ---- as processes
 
 
-def start(place: Workplace, shard: str) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "pipeline.cli", "run", str(place.job_file), "--quiet", "--shard", shard]
+def start(place: Workplace, shard: str, *options: str) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "pipeline.cli", "run", str(place.job_file), "--quiet", "--shard", shard, *options]
     return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)})
 
 
@@ -200,7 +200,11 @@ def test_a_killed_shard_resumes(place: Workplace) -> None:
 def test_shards_at_once_on_one_store(place: Workplace) -> None:
     expected = whole(place)
     shutil.rmtree(place.cache)
-    assert [process.wait() for process in [start(place, f"{number}/3") for number in (1, 2, 3)]] == [0, 0, 0]
+    metrics = [str(place.folder / f"{number}.prom") for number in (1, 2, 3)]
+    running = [start(place, f"{number}/3", "--metrics", file) for number, file in enumerate(metrics, start=1)]
+    assert [process.wait() for process in running] == [0, 0, 0]
+    for number, file in enumerate(metrics, start=1):  # samples of the same name and labels would be refused
+        assert f'pipeline_running{{job="job {number}/3"}} 0' in Path(file).read_text()
     reports = [json.loads(file.read_text()) for file in shards(place).glob("*.run.json")]
     assert sum(report["prefixes_built"] for report in reports) == len(place.segments()) == 11
     assert invoke("cache", "verify", place.job_file).exit_code == 0
@@ -223,6 +227,9 @@ def test_plan_status_and_show_of_a_shard(place: Workplace) -> None:
     shown = invoke("show", place.job_file, "--shard", "2/2").stdout.splitlines()
     assert list(dict.fromkeys(line.split("\t")[0] for line in shown)) == document_ids(shards(place) / "2-of-2.parquet")
     assert invoke("show", place.job_file, "--shard", "1/2").exit_code == 1
+    assert invoke("show", place.job_file).stderr.endswith("no answers yet; pipeline merge takes them from the shards\n")
+    invoke("run", place.job_file, "--quiet", "--shard", "9999/9999")
+    assert in_terminal(80, "show", place.job_file, "--shard", "9999/9999")
     assert invoke("plan", place.job_file, "--shard", "9999/9999").exit_code == 0
 
 
