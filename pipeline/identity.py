@@ -23,7 +23,7 @@ from turboquant.blas import load_tuned_blas
 from turboquant.identity import Identity
 
 if TYPE_CHECKING:
-    from pipeline.results import Row
+    from pipeline.rows import Row
     from turboquant.codec import CacheCodec
 
 MEMO = "fingerprints.json"

@@ -24,7 +24,8 @@ from pipeline.job import Job
 from pipeline.progress import watched
 from pipeline.prompts import Renderer
 from pipeline.report import Report
-from pipeline.results import Results, Row, read_documents, read_metadata
+from pipeline.results import Results
+from pipeline.rows import Row, read_documents, read_metadata
 from pipeline.runfile import RunFile
 from pipeline.shards import Shard, shards_folder
 from pipeline.spill import spill_errors, temporary_database

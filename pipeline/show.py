@@ -17,7 +17,8 @@ from rich.text import Text
 from pipeline.errors import JobError, OutputError, suggestion
 from pipeline.inputs import Inputs
 from pipeline.job import Job
-from pipeline.results import Results, Row
+from pipeline.results import Results
+from pipeline.rows import Row
 from pipeline.shards import Shard, shards_folder
 
 LINES = 8  # of an answer, in a table
