@@ -321,6 +321,11 @@ def _move_a_document(place: Workplace) -> None:
     invoke("run", place.job_file, "--quiet", "--shard", "2/3")
 
 
+def _share_no_batches(place: Workplace) -> None:
+    """No fingerprint covers that, but documents belong to other shards."""
+    place.save(generation=FEW | {"batch_size": 1})
+
+
 def _change_a_text(place: Workplace) -> None:
     place.documents["e5"] += "In all."
     place.save()
@@ -341,6 +346,7 @@ def _change_a_text(place: Workplace) -> None:
         (_run_with_another_codec, "1-of-3.parquet: is of another job: its codec and this one's are not the same; "),
         (_run_with_another_query, "1-of-3.parquet: has no row of document "),
         (_change_a_text, "-of-3.parquet: has no row of document 'e5' and query 'what' as the job is now; "),
+        (_share_no_batches, "1-of-3.parquet: has no row of document 'e2' and query 'what' as the job is now; "),
         (_move_a_document, "the job changed between them; pipeline run JOB with --shard "),
     ],
 )
