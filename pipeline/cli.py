@@ -7,6 +7,7 @@ interrupted, resumable; 1 anything else.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -15,7 +16,7 @@ import typer
 
 from pipeline.bench_cli import bench
 from pipeline.cache_cli import app as cache_app
-from pipeline.console import AsJson, Debug, JobFile, Overrides, errors_explained, size, table
+from pipeline.console import AsJson, Debug, JobFile, OneShard, Overrides, columns, errors_explained, load, size, table
 from pipeline.init_cli import init, schema
 from pipeline.logs import LogFormat, tell
 from pipeline.show_cli import show
@@ -23,6 +24,7 @@ from pipeline.show_cli import show
 if TYPE_CHECKING:
     from pipeline.job import Job
     from pipeline.report import Report
+    from pipeline.shards import ShardStatus
 
 SOME_ROWS_FAILED = 3
 
@@ -57,6 +59,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress and
 @app.command()
 def run(
     job_file: JobFile,
+    one_shard: OneShard = None,
     set_: Overrides = None,
     retry_failed: RetryFailed = True,
     fail_fast: FailFast = False,
@@ -71,31 +74,56 @@ def run(
         from pipeline.failures import OnFailure
         from pipeline.supervisor import supervise
 
-        job = _load(job_file, set_)
+        job, shard = load(job_file, set_, one_shard)
+        named = f"{job_file} --shard {shard}" if shard else str(job_file)
         shows_nothing = quiet or (as_json and log_format is LogFormat.text)
-        report = supervise(job, shows_nothing, OnFailure(keep=not retry_failed, stop=fail_fast), metrics)
+        report = supervise(job, shows_nothing, OnFailure(keep=not retry_failed, stop=fail_fast), metrics, shard)
         if as_json:
             print(json.dumps(asdict(report), indent=1))
         elif not quiet:
-            print(_summary(job, job_file, report))
+            print(_summary(job, named, report))
         if report.stopped_at:
-            tell(f"stopped at the first failure: {report.stopped_at}; to resume: pipeline run {job_file}", exit_code=1)
+            tell(f"stopped at the first failure: {report.stopped_at}; to resume: pipeline run {named}", exit_code=1)
             raise typer.Exit(1)
         if report.interrupted:
-            tell(f"interrupted; to resume: pipeline run {job_file}", exit_code=130)
+            tell(f"interrupted; to resume: pipeline run {named}", exit_code=130)
             raise typer.Exit(130)
         if report.rows_failed:
             raise typer.Exit(SOME_ROWS_FAILED)
 
 
 @app.command()
-def plan(job_file: JobFile, set_: Overrides = None, as_json: AsJson = False, debug: Debug = False) -> None:
+def merge(
+    job_file: JobFile, set_: Overrides = None, quiet: Quiet = False, as_json: AsJson = False, debug: Debug = False
+) -> None:
+    """Write a job's result from those of its shards, when all are done."""
+    with errors_explained(debug, quiet):
+        from pipeline.merge import merge_shards
+
+        job, _ = load(job_file, set_)
+        report = merge_shards(job, quiet or as_json)
+        if as_json:
+            print(json.dumps(asdict(report), indent=1))
+        elif not quiet:
+            print(_summary(job, str(job_file), report))
+        if report.rows_failed:
+            raise typer.Exit(SOME_ROWS_FAILED)
+
+
+@app.command()
+def plan(
+    job_file: JobFile,
+    one_shard: OneShard = None,
+    set_: Overrides = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
     """Check everything and say what a run would cost, without loading weights."""
     with errors_explained(debug):
         from pipeline.survey import plan_job
 
-        job = _load(job_file, set_)
-        found = plan_job(job, quiet=as_json)
+        job, shard = load(job_file, set_, one_shard)
+        found = plan_job(job, quiet=as_json, shard=shard)
         about = "about " if found.estimated else ""
         if as_json:
             print(json.dumps(asdict(found), indent=1))
@@ -106,7 +134,7 @@ def plan(job_file: JobFile, set_: Overrides = None, as_json: AsJson = False, deb
                     "documents",
                     f"{found.status.documents:,} ({about}{found.tokens:,} tokens, the longest {found.longest:,})",
                 ),
-                ("queries", f"{found.status.rows / found.status.documents:,.4g} a document"),
+                ("queries", f"{found.status.rows / max(found.status.documents, 1):,.4g} a document"),
                 ("rows", f"{found.status.rows:,}: {found.status.done:,} done, {found.status.left:,} to do"),
                 ("will fail", _will_fail(found.too_long, found.unreadable)),
                 *_cut(found.truncated, found.split),
@@ -122,17 +150,29 @@ def plan(job_file: JobFile, set_: Overrides = None, as_json: AsJson = False, deb
 
 
 @app.command()
-def status(job_file: JobFile, set_: Overrides = None, as_json: AsJson = False, debug: Debug = False) -> None:
-    """Count a job's rows: done, failed, left."""
+def status(
+    job_file: JobFile,
+    one_shard: OneShard = None,
+    set_: Overrides = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Count a job's rows: done, failed, left. Of its shards too, as their runs last wrote."""
     with errors_explained(debug):
+        from pipeline.shards import shard_statuses
         from pipeline.survey import job_status
 
-        found = job_status(_load(job_file, set_), quiet=as_json)
+        job, shard = load(job_file, set_, one_shard)
+        found = job_status(job, quiet=as_json, shard=shard)
+        shards = list(shard_statuses(job.output.path))
         if as_json:
-            print(json.dumps({**asdict(found), "left": found.left}, indent=1))
+            told = {"shards": [asdict(each) for each in shards]} if shards else {}
+            print(json.dumps({**asdict(found), "left": found.left, **told}, indent=1))
         else:
             counts = f"{found.rows:,}: {found.done:,} done, {found.failed:,} failed, {found.left:,} left"
             print(table(("documents", f"{found.documents:,}"), ("rows", counts)))
+            if shards:
+                print(f"\n{_shards(shards)}")
 
 
 app.command()(show)
@@ -156,19 +196,18 @@ def main() -> None:
     app(prog_name="pipeline")
 
 
-def _load(job_file: Path, overrides: list[str] | None) -> Job:
-    from pipeline.job import load_job
+def _shards(shards: Sequence[ShardStatus]) -> str:
+    heading = ("shard", "state", "rows", "done", "failed", "left", "updated")
+    return columns([heading, *([str(value) for value in vars(shard).values()] for shard in shards)])
 
-    return load_job(job_file, overrides or [])
 
-
-def _summary(job: Job, job_file: Path, report: Report) -> str:
+def _summary(job: Job, named: str, report: Report) -> str:
     answered = f"{report.rows_answered:,} answered, {report.rows_kept:,} kept, {report.rows_failed:,} failed"
     rows = [("rows", f"{answered} of {report.rows:,} ({report.documents:,} documents)")]
     for kind, count in sorted(report.failures.items()):
         rows.append(("failures", f"{count:,} {kind}, first {report.first_failures[kind]}"))
     if report.failures:
-        rows.append(("", f"to see them: pipeline show {job_file} --failed"))
+        rows.append(("", f"to see them: pipeline show {named} --failed"))
     rows += _cut(report.documents_truncated, report.documents_split)
     if prefixes := report.prefixes_built + report.prefixes_restored:
         built = f"{report.prefixes_built:,} built, {report.prefixes_restored:,} restored"

@@ -6,19 +6,35 @@ import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipeline.logs import LogFormat, set_up, tell
+
+if TYPE_CHECKING:
+    from pipeline.job import Job
+    from pipeline.shards import Shard
 
 JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="The job file (YAML).")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a key of the job file; may be repeated."),
 ]
+OneShard = Annotated[
+    str | None, typer.Option("--shard", metavar="K/N", help="Only the K-th of N shares of the documents, such as 3/16.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")]
+
+
+def load(job_file: Path, overrides: list[str] | None, shard: str | None = None) -> tuple[Job, Shard | None]:
+    """The job that a command names, and the shard of it. Raises JobError."""
+    from pipeline.job import load_job
+    from pipeline.shards import Shard
+
+    one = None if shard is None else Shard.parse(shard)
+    return load_job(job_file, overrides or [], one), one
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 A document with few queries would leave most of a batch empty, so documents that follow each other share one. Where
 the cuts are depends on the job alone: rounding depends on which rows share a batch, and a run that was interrupted
-must give what one that was not gives. Knows documents by their size and queries; nothing of models or rows.
+must give what one that was not gives. For the same reason a shard has whole groups, by the ids that these begin with.
+Knows documents by their size and queries; nothing of models or rows.
 """
 
 from __future__ import annotations
@@ -12,14 +13,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
 from pipeline.documents import Document
+from pipeline.shards import Shard
 
 GROUP_CHARACTERS = 200_000  # of text, beyond which no document joins: a group's prefixes are in memory together
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
-def groups(documents: Iterable[Document], batch_size: int, alone: Collection[str] = ()) -> Iterator[list[Document]]:
+def groups(
+    documents: Iterable[Document], batch_size: int, alone: Collection[str] = (), shard: Shard | None = None
+) -> Iterator[list[Document]]:
     """The documents in groups that fill a batch, or fewer where texts are long; one by one around those in ``alone``.
+
+    With a shard, those of its groups alone.
 
     >>> texts = [Document(i, str(i), "a text", {}, ["Who?", "When?", "Why?"]) for i in range(7)]
     >>> [[document.id for document in group] for group in groups(texts, 8)]
@@ -28,6 +34,8 @@ def groups(documents: Iterable[Document], batch_size: int, alone: Collection[str
     [['0'], ['1'], ['2'], ['3', '4', '5'], ['6']]
     """
     for group in _cut(documents, batch_size):
+        if shard is not None and Shard.of(group[0].id, shard.count) != shard:
+            continue
         if any(document.id in alone for document in group):
             yield from ([document] for document in group)
         else:

@@ -18,11 +18,12 @@ from pipeline.fingerprints import tokenizer_fingerprint, weights_fingerprint
 from pipeline.job import Cache, Generation, Job, Query
 from pipeline.model import resolve_model
 from pipeline.prompts import Rendered, Renderer
+from pipeline.shards import Shard
 from turboquant.blas import load_tuned_blas
 from turboquant.identity import Identity
 
 if TYPE_CHECKING:
-    from pipeline.results import Row
+    from pipeline.rows import Row
     from turboquant.codec import CacheCodec
 
 MEMO = "fingerprints.json"
@@ -60,6 +61,12 @@ def job_identity(job: Job, remember: bool = True) -> Identity:
         codec=cache_codec(job.cache).identity,
         prefill=prefill,
     )
+
+
+def result_metadata(job: Job, identity: Identity, shard: Shard | None = None) -> dict[str, str]:
+    """What a result file says of the job, or the shard of it, whose rows it holds."""
+    described = {"job": job.name, **asdict(identity)} | ({"shard": str(shard)} if shard else {})
+    return {f"pipeline.{name}": value for name, value in described.items()}
 
 
 def context_label(rendered: Rendered) -> str:

@@ -6,26 +6,29 @@ Knows that documents and queries belong together, and how many rows that makes; 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
+from itertools import chain
 
 from pipeline.documents import Document, check_documents, document_ids, stream_documents
+from pipeline.groups import groups
 from pipeline.job import Job, Query, QueryTable
 from pipeline.prompts import template_columns
 from pipeline.queries import OwnQueries, read_shared
+from pipeline.shards import Shard
 
 _log = logging.getLogger(__name__)
 
 
 class Inputs:
-    """A job's documents and queries. Raises JobError where something is wrong with them.
+    """A job's documents and queries, or a shard of them. Raises JobError where something is wrong with them.
 
     documents: how many there are, without those of which nothing is asked. rows: how many pairs of a document and a
     query.
     """
 
-    def __init__(self, job: Job) -> None:
-        self._job = job
+    def __init__(self, job: Job, shard: Shard | None = None) -> None:
+        self._job, self._shard = job, shard
         self._columns = template_columns(job.prompt)
         self.documents = check_documents(job.documents, self._columns).count
         self._own: OwnQueries | None = None
@@ -38,6 +41,11 @@ class Inputs:
             self._own = self._read_own(job.queries)
             self.documents = self._own.documents
         self.rows = self._own.rows if self._own else self.documents * len(self._shared)
+        if shard is not None:  # to be counted, as groups go by the length of texts
+            self.documents = self.rows = 0
+            for document in self.stream():
+                self.documents += 1
+                self.rows += len(document.queries)
 
     @property
     def queries(self) -> Sequence[Query]:
@@ -53,16 +61,26 @@ class Inputs:
 
     def stream(self) -> Iterator[Document]:
         """The documents in order, each with its queries."""
-        for document in stream_documents(self._job.documents, self._columns):
-            if queries := self._own.of(document.id) if self._own else self._shared:
-                yield replace(document, queries=queries)
+        return self._every() if self._shard is None else chain.from_iterable(self.groups())
+
+    def groups(self, alone: Collection[str] = ()) -> Iterator[list[Document]]:
+        """The same in groups that are answered together; documents in ``alone`` share none."""
+        return groups(self._every(), self._job.generation.batch_size, alone, self._shard)
 
     def pairs(self) -> Iterator[tuple[str, list[str]]]:
-        """The ids of the documents, in order, each with its queries' ids; reads no texts."""
+        """The ids of the documents, in order, each with its queries' ids; reads no texts, unless for a shard."""
+        if self._shard is not None:
+            yield from ((document.id, [query.id for query in document.queries]) for document in self.stream())
+            return
         shared = [query.id for query in self._shared]
         for document_id in document_ids(self._job.documents):
             if query_ids := self._own.ids_of(document_id) if self._own else shared:
                 yield document_id, query_ids
+
+    def _every(self) -> Iterator[Document]:
+        for document in stream_documents(self._job.documents, self._columns):
+            if queries := self._own.of(document.id) if self._own else self._shared:
+                yield replace(document, queries=queries)
 
     def _read_own(self, source: QueryTable) -> OwnQueries:
         own = OwnQueries(source, document_ids(self._job.documents))

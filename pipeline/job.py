@@ -32,6 +32,7 @@ from pipeline.budget import checked_budget
 from pipeline.errors import JobError, one_line
 from pipeline.explain import describe, explain_job
 from pipeline.schema_texts import schema_text
+from pipeline.shards import Shard
 
 _MOST = (1 << 63) - 1
 _Value = TypeVar("_Value")
@@ -231,11 +232,11 @@ def check_unique(queries: Sequence[Query]) -> None:
             raise ValueError(f"queries: the id '{query_id}' is given {times} times; ids must be unique")
 
 
-def load_job(path: Path, overrides: Sequence[str] = ()) -> Job:
+def load_job(path: Path, overrides: Sequence[str] = (), shard: Shard | None = None) -> Job:
     """Read and check a job file; raises JobError.
 
     Paths in the file are relative to its folder. `overrides` are "key.path=value", the value being YAML;
-    paths in them are relative to the current directory.
+    paths in them are relative to the current directory. The job of a shard has the shard's output.
     """
     tree = yaml_files.parse(yaml_files.read(path), str(path))
     if not isinstance(tree, dict):
@@ -245,7 +246,10 @@ def load_job(path: Path, overrides: Sequence[str] = ()) -> Job:
         tree.setdefault("name", path.stem)
         for override in overrides:
             _apply(override, tree)
-        return Job.model_validate(tree)
+        job = Job.model_validate(tree)
+        if shard is None:
+            return job
+        return Job.model_validate(dict(job) | {"output": Output(path=shard.output(job.output.path))})
     except RecursionError:
         raise JobError(f"{path}: a mapping contains itself") from None
     except ValidationError as error:

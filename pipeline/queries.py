@@ -9,22 +9,20 @@ Knows tables and ids; nothing of documents but their ids.
 from __future__ import annotations
 
 import sqlite3
-import weakref
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from threading import Lock
 from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline.errors import InputError, PipelineError
+from pipeline.errors import InputError
 from pipeline.explain import explain
 from pipeline.job import Query, QueryTable, check_unique
+from pipeline.spill import spill_errors, temporary_database
 from pipeline.tables import ID, TEXT, Column, Record, Table
 
 _SETTINGS = ("max_tokens", "temperature", "top_p", "seed", "stop", "json_schema")
 _ROWS_PER_BATCH = 256
-_CACHE_KILOBYTES = 32 << 10
 _TABLES = """
 CREATE TABLE queries (document TEXT, id TEXT, query TEXT, PRIMARY KEY (document, id));
 CREATE TABLE documents (id TEXT PRIMARY KEY) WITHOUT ROWID;
@@ -51,15 +49,9 @@ class OwnQueries:
     """
 
     def __init__(self, source: QueryTable, document_ids: Iterable[str]) -> None:
-        # A database without a name is a file that is gone when the process is.
-        self._database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
         self._lock = Lock()
-        weakref.finalize(self, self._database.close)
-        with _errors_explained():
-            self._database.execute(f"PRAGMA cache_size = -{_CACHE_KILOBYTES}")
-            self._database.execute("PRAGMA journal_mode = OFF")
-            self._database.executescript(_TABLES)
-            self._database.execute("BEGIN")
+        with spill_errors("queries"):
+            self._database = temporary_database(self, _TABLES)
             self._fill(source)
             self._database.executemany("INSERT INTO documents VALUES (?)", ((key,) for key in document_ids))
             self._database.execute("COMMIT")
@@ -74,26 +66,26 @@ class OwnQueries:
 
     def of(self, document_id: str) -> list[Query]:
         """A document's queries, in the order of their rows; from any thread."""
-        with _errors_explained(), self._lock:
+        with spill_errors("queries"), self._lock:
             found = self._database.execute("SELECT query FROM queries WHERE document = ? ORDER BY rowid", [document_id])
             return [Query.model_validate_json(query) for (query,) in found]
 
     def ids_of(self, document_id: str) -> list[str]:
         """The ids of a document's queries, in the same order; from any thread."""
-        with _errors_explained(), self._lock:
+        with spill_errors("queries"), self._lock:
             found = self._database.execute("SELECT id FROM queries WHERE document = ? ORDER BY rowid", [document_id])
             return [query_id for (query_id,) in found]
 
     def one_of_each_id(self) -> list[Query]:
         """The first query of each id, in the order of rows."""
-        with _errors_explained(), self._lock:
+        with spill_errors("queries"), self._lock:
             found = self._database.execute("SELECT query, min(rowid) FROM queries GROUP BY id ORDER BY min(rowid)")
             return [Query.model_validate_json(query) for query, _ in found]
 
     def schemas(self) -> dict[str, str]:
         """The JSON schemas of queries, each with the id of the first query that has it."""
         what = "json_extract(query, '$.json_schema') AS schema, id, min(rowid) FROM queries"
-        with _errors_explained(), self._lock:
+        with spill_errors("queries"), self._lock:
             found = self._database.execute(f"SELECT {what} WHERE schema NOT NULL GROUP BY schema ORDER BY min(rowid)")
             return {schema: query_id for schema, query_id, _ in found}
 
@@ -112,17 +104,6 @@ class OwnQueries:
 
     def _one(self, what: str) -> Any:
         return self._database.execute(f"SELECT {what}").fetchone()
-
-
-@contextmanager
-def _errors_explained() -> Iterator[None]:
-    try:
-        yield
-    except sqlite3.Error as error:
-        raise PipelineError(
-            f"queries cannot be set down in a temporary file: {error}; free some space, or set TMPDIR to a folder "
-            "that has some"
-        ) from None
 
 
 def _records(source: QueryTable) -> Iterator[Record]:

@@ -11,8 +11,8 @@ its parts when the result is next opened to write. A part wins over the finished
 run answered. A part that cannot be read, or holds something else, is set aside and its rows count as not done. Same
 rows, same bytes.
 
-It knows rows, files and their order on disk. It does not know what a fingerprint is made of, which rows are
-still good, or how answers come about.
+It knows which files there are and their order on disk; how rows are written and read is rows.py's. It does not know
+what a fingerprint is made of, which rows are still good, or how answers come about.
 """
 
 from __future__ import annotations
@@ -20,38 +20,28 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from hashlib import blake2b, sha256
-from itertools import accumulate, groupby
+from hashlib import sha256
+from itertools import groupby
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from pipeline.durable import TEMPORARY, atomic_file, disk_errors, make_folder
 from pipeline.errors import JobError, OutputError, one_line
-
-SCHEMA = pa.schema(
-    [
-        pa.field("document_id", pa.string(), nullable=False),
-        pa.field("query_id", pa.string(), nullable=False),
-        pa.field("answer", pa.string()),
-        pa.field("answer_json", pa.string()),  # the same, where it is JSON of the query's schema
-        pa.field("thinking", pa.string()),
-        pa.field("status", pa.string(), nullable=False),
-        pa.field("error_type", pa.string()),
-        pa.field("error", pa.string()),
-        pa.field("finish_reason", pa.string()),
-        pa.field("context_tokens", pa.int32()),
-        pa.field("query_tokens", pa.int32()),
-        pa.field("answer_tokens", pa.int32()),
-        pa.field("fingerprint", pa.string(), nullable=False),
-    ]
+from pipeline.rows import (
+    BROKEN,
+    FORMAT,
+    SCHEMA,
+    FinishedFile,
+    Row,
+    document_digest,
+    open_finished,
+    read_rows,
+    to_table,
+    write_rows,
 )
 
 # Readers of datasets pass over names that start with a dot.
@@ -59,30 +49,9 @@ _SET_ASIDE = ".bad-"
 _GROUP = ".group"
 _DOCUMENTS_PER_GROUP = 1000
 _BYTES_PER_GROUP = 8 << 20
-_IDS_PER_BATCH = 8192
 # How long to wait for the lock: what held it may be the process of a run that was killed, which ends an instant later.
 SECONDS_FOR_LOCK = 3.0
-_BROKEN = (OSError, ValueError, pa.ArrowException)
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Row:
-    """One answer, or one typed error. `fingerprint` digests, in hex, everything that determined the row."""
-
-    document_id: str
-    query_id: str
-    status: Literal["ok", "error"]
-    fingerprint: str
-    answer: str | None = None
-    answer_json: str | None = None
-    thinking: str | None = None
-    error_type: str | None = None
-    error: str | None = None
-    finish_reason: str | None = None
-    context_tokens: int | None = None
-    query_tokens: int | None = None
-    answer_tokens: int | None = None
 
 
 class Results:
@@ -103,7 +72,7 @@ class Results:
         self._schema = SCHEMA.with_metadata(dict(metadata or {}))
         self._read_only = read_only
         self._lock = FileLock(f"{output}.lock", thread_local=False)  # rows are committed from any thread
-        self._finished: _FinishedFile | None = None
+        self._finished: FinishedFile | None = None
         self._listed: frozenset[int] | None = None  # parts there are, where nothing is going to be written
 
     def __enter__(self) -> Results:
@@ -114,7 +83,7 @@ class Results:
                 self._listed = _list_parts(self.parts)  # first: a run that ends now moves them to the finished file
             else:
                 self._acquire()
-            self._finished = _open_finished(self.output)
+            self._finished = open_finished(self.output)
         except BaseException:
             self._lock.release()
             raise
@@ -144,7 +113,7 @@ class Results:
                 raise ValueError(f"the rows of '{document_id}' are another document's, or a query's given twice")
         self._require_writable()
         if len(documents) > 1:
-            _write(self._group, [row for rows in documents.values() for row in rows])
+            write_rows(self._group, [row for rows in documents.values() for row in rows])
         self._write_parts(documents)
 
     def finish(self, documents: Iterable[tuple[str, Sequence[str]]]) -> None:
@@ -152,15 +121,19 @@ class Results:
 
         Rows that are not asked for are dropped. Where one is missing, OutputError is raised, nothing changed.
         """
+        self.replace(self._expected_rows(documents))
+
+    def replace(self, documents: Iterable[list[Row]]) -> None:
+        """Write the finished file of each document's rows, in the given order, in place of all that is known."""
         self._require_writable()
         with (
             atomic_file(self.output) as temporary,
-            pq.ParquetWriter(temporary, self._schema, **_FORMAT) as file,
+            pq.ParquetWriter(temporary, self._schema, **FORMAT) as file,
         ):
-            for group in _row_groups(self._expected_rows(documents)):
-                file.write_table(_table(group, self._schema))
+            for group in _row_groups(documents):
+                file.write_table(to_table(group, self._schema))
         self._close_finished()
-        self._finished = _open_finished(self.output)
+        self._finished = open_finished(self.output)
         # Until the parts are gone they say the same as the finished file, so a crash here does no harm.
         with disk_errors(self.parts, "cannot be removed"):
             if self.parts.exists():
@@ -195,18 +168,17 @@ class Results:
 
     def _write_parts(self, documents: Mapping[str, Sequence[Row]]) -> None:
         for document_id, rows in documents.items():
-            _write(self._part(document_id), rows)
+            write_rows(self._part(document_id), rows)
         with disk_errors(self._group, "cannot be removed"):
             self._group.unlink(missing_ok=True)
 
     def _distribute_group(self) -> None:
         """Write the parts that a run that was cut off had only written the group of."""
         try:
-            with _open(self._group) as file:
-                rows = _to_rows(file.read(use_threads=False))
+            rows = read_rows(self._group)
         except FileNotFoundError:
             return
-        except _BROKEN as error:
+        except BROKEN as error:
             self._set_aside(self._group, error)
             return
         self._write_parts({key: list(own) for key, own in groupby(rows, key=lambda row: row.document_id)})
@@ -224,13 +196,12 @@ class Results:
             return None
         part = self._part(document_id)
         try:
-            with _open(part) as file:
-                rows = _to_rows(file.read(use_threads=False))
+            rows = read_rows(part)
             if any(row.document_id != document_id for row in rows):
                 raise ValueError("it holds another document's rows")
         except FileNotFoundError:
             return None
-        except _BROKEN as error:
+        except BROKEN as error:
             self._set_aside(part, error)
             return None
         return rows
@@ -246,7 +217,7 @@ class Results:
             return []
         try:
             return self._finished.rows(document_id)
-        except _BROKEN as error:
+        except BROKEN as error:
             _log.warning("%s: damaged, so its rows count as not done: %s", self.output, one_line(error))
             self._close_finished()
             return []
@@ -254,7 +225,7 @@ class Results:
     def _expected_rows(self, documents: Iterable[tuple[str, Sequence[str]]]) -> Iterator[list[Row]]:
         seen: set[bytes] = set()
         for document_id, query_ids in documents:
-            digest = _digest(document_id)
+            digest = document_digest(document_id)
             if digest in seen or len(set(query_ids)) < len(query_ids):
                 raise ValueError(f"document '{document_id}' or one of its queries is expected twice")
             seen.add(digest)
@@ -277,92 +248,6 @@ def _list_parts(parts: Path) -> frozenset[int]:
     return frozenset(map(hash, names))
 
 
-class _FinishedFile:
-    """A finished file's rows by document, with one row group in memory at a time."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = _open(path)
-        metadata = self._file.metadata
-        sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-        self._group_starts = list(accumulate(sizes, initial=0))
-        self._first_rows: dict[bytes, int] | None = None
-        self._group: tuple[int, Any] = (-1, None)
-
-    def close(self) -> None:
-        self._file.close()
-
-    def rows(self, document_id: str) -> list[Row]:
-        if self._first_rows is None:
-            self._first_rows = self._find_first_rows()
-        start = self._first_rows.get(_digest(document_id))
-        return [] if start is None else list(self._rows_from(start, document_id))
-
-    def _find_first_rows(self) -> dict[bytes, int]:
-        first_rows: dict[bytes, int] = {}
-        number = 0
-        for batch in self._file.iter_batches(_IDS_PER_BATCH, columns=["document_id"], use_threads=False):
-            for document_id in batch.column(0).to_pylist():
-                first_rows.setdefault(_digest(document_id), number)
-                number += 1
-        return first_rows
-
-    def _rows_from(self, start: int, document_id: str) -> Iterator[Row]:
-        """The document's rows, which stand together."""
-        first_group = bisect_right(self._group_starts, start) - 1
-        for group in range(first_group, len(self._group_starts) - 1):
-            table = self._read_group(group)
-            ids = table.column("document_id")
-            begin = end = max(start - self._group_starts[group], 0)
-            while end < len(ids) and ids[end].as_py() == document_id:
-                end += 1
-            yield from _to_rows(table.slice(begin, end - begin))
-            if end < len(ids):
-                return
-
-    def _read_group(self, group: int) -> Any:
-        if self._group[0] != group:
-            self._group = (group, self._file.read_row_group(group, use_threads=False))
-        return self._group[1]
-
-
-def _open_finished(path: Path) -> _FinishedFile | None:
-    try:
-        return _FinishedFile(path)
-    except FileNotFoundError:
-        return None
-    except _BROKEN as error:
-        # It may be anything that output.path names by mistake, so it is neither replaced nor moved.
-        raise JobError(
-            f"{path}: exists and is not a result that can be continued ({one_line(error)}); "
-            "move it away, or set another output.path"
-        ) from None
-
-
-_FORMAT = {"compression": "zstd", "write_page_checksum": True}
-
-
-def _open(path: Path) -> Any:
-    """Open a file of rows; page checksums are verified as it is read."""
-    file = pq.ParquetFile(path, page_checksum_verification=True)
-    if not file.schema_arrow.equals(SCHEMA, check_metadata=False):
-        file.close()
-        raise ValueError("its columns are not those of a result")
-    return file
-
-
-def _write(path: Path, rows: Sequence[Row]) -> None:
-    with atomic_file(path) as temporary:
-        pq.write_table(_table(rows, SCHEMA), temporary, **_FORMAT)
-
-
-def _table(rows: Sequence[Row], schema: Any) -> Any:
-    return pa.Table.from_pylist([asdict(row) for row in rows], schema=schema)
-
-
-def _to_rows(table: Any) -> list[Row]:
-    return [Row(**record) for record in table.to_pylist()]
-
-
 def _row_groups(documents: Iterable[list[Row]]) -> Iterator[list[Row]]:
     """Whole documents, in groups that are small enough to be held in memory."""
     group: list[Row] = []
@@ -377,7 +262,3 @@ def _row_groups(documents: Iterable[list[Row]]) -> Iterator[list[Row]]:
             group, count, size = [], 0, 0
     if group:
         yield group
-
-
-def _digest(document_id: str) -> bytes:
-    return blake2b(document_id.encode(), digest_size=16).digest()

@@ -9,27 +9,24 @@ import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, closing, contextmanager
-from dataclasses import asdict
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeline.constraints import check_schemas
 from pipeline.documents import Document
 from pipeline.errors import Interrupted, StoppedAtFailure
 from pipeline.failures import OnFailure
-from pipeline.groups import ahead, groups
-from pipeline.identity import job_identity
+from pipeline.groups import ahead
+from pipeline.identity import job_identity, result_metadata
 from pipeline.inputs import Inputs
 from pipeline.job import Job
 from pipeline.progress import Progress, Watcher
 from pipeline.report import Report
 from pipeline.results import Results
 from pipeline.runfile import RunFile
+from pipeline.shards import Shard
 from pipeline.signals import stops_handled
 from pipeline.work import Work
-
-if TYPE_CHECKING:
-    from turboquant.identity import Identity
 
 _log = logging.getLogger(__name__)
 
@@ -43,7 +40,8 @@ class Runner:
     ``watch`` makes, for a number of rows, who is told how the run goes on: bars and lines unless given. With
     ``report`` the run is the rest of one that was cut off: its documents done are passed over and its counts go on.
     ``condemned`` are documents that get error rows in place of answers, each with what the rows are to say; those in
-    ``alone`` share no batch with others. ``on_failure``: what is done about rows that fail.
+    ``alone`` share no batch with others. ``on_failure``: what is done about rows that fail. ``shard``: whose the job is
+    when it was loaded for one.
     """
 
     def __init__(
@@ -56,8 +54,9 @@ class Runner:
         condemned: Mapping[str, str] | None = None,
         alone: Collection[str] = (),
         on_failure: OnFailure | None = None,
+        shard: Shard | None = None,
     ) -> None:
-        self._job = job
+        self._job, self._shard = job, shard
         self._watch = watch or partial(Progress, quiet=quiet)
         self._stop = Interruption()
         self.report = report or Report()
@@ -67,13 +66,13 @@ class Runner:
     def run(self) -> Report:
         """Run, or resume. Returns the report, whose ``interrupted`` says that the user stopped the run early."""
         started = time.monotonic() - self.report.seconds
-        inputs = Inputs(self._job)
+        inputs = Inputs(self._job, self._shard)
         check_schemas(inputs.schemas)
         identity = job_identity(self._job)
         report = self.report
         report.documents, report.rows = inputs.documents, inputs.rows
         with (
-            Results(self._job.output.path, _metadata(self._job, identity)) as results,
+            Results(self._job.output.path, result_metadata(self._job, identity, self._shard)) as results,
             self._watch(report.rows) as progress,
             self._stop.listening(),
             RunFile(self._job, identity, report, started) as run_file,
@@ -97,7 +96,7 @@ class Runner:
     def _groups(self, inputs: Inputs) -> Iterator[list[Document]]:
         """Those documents that are not done; a group is done whole."""
         passed = self.report.documents_done
-        for group in groups(inputs.stream(), self._job.generation.batch_size, self._alone):
+        for group in inputs.groups(self._alone):
             if passed <= 0:
                 yield group
             passed -= len(group)
@@ -126,8 +125,3 @@ class Interruption:
 
         with stops_handled(note):
             yield
-
-
-def _metadata(job: Job, identity: Identity) -> dict[str, str]:
-    described = {"job": job.name, **asdict(identity)}
-    return {f"pipeline.{name}": value for name, value in described.items()}

@@ -17,7 +17,9 @@ from rich.text import Text
 from pipeline.errors import JobError, OutputError, suggestion
 from pipeline.inputs import Inputs
 from pipeline.job import Job
-from pipeline.results import Results, Row
+from pipeline.results import Results
+from pipeline.rows import Row
+from pipeline.shards import Shard, shards_folder
 
 LINES = 8  # of an answer, in a table
 _NARROWEST = 24  # columns of an answer beside others
@@ -35,9 +37,14 @@ class Answers:
     """
 
     def __init__(
-        self, job: Job, documents: Collection[str] = (), queries: Collection[str] = (), failed: bool = False
+        self,
+        job: Job,
+        documents: Collection[str] = (),
+        queries: Collection[str] = (),
+        failed: bool = False,
+        shard: Shard | None = None,
     ) -> None:
-        self._job, self._inputs = job, Inputs(job)
+        self._job, self._inputs = job, Inputs(job, shard)
         self._documents, self._failed = frozenset(documents), failed
         ids = [query.id for query in self._inputs.queries]
         for name in queries:
@@ -47,7 +54,9 @@ class Answers:
         for name in self._documents.difference(self.ids()):
             raise JobError(f"--document {name}: there is no such document in {job.documents.path}")
         if not job.output.path.exists() and not Results(job.output.path, read_only=True).parts.exists():
-            raise OutputError(f"{job.output.path}: there are no answers yet; pipeline run makes them")
+            in_shards = shards_folder(job.output.path).exists()
+            told = "pipeline merge takes them from the shards" if in_shards else "pipeline run makes them"
+            raise OutputError(f"{job.output.path}: there are no answers yet; {told}")
 
     def ids(self) -> Iterator[str]:
         """The documents to be seen."""
@@ -87,7 +96,7 @@ def tables(answers: Answers, console: Console, full: bool = False) -> Iterator[T
 
     Yields a table for each line, so that none is held. Answers are cut to a few lines unless ``full``.
     """
-    id_width = min(_WIDEST_ID, max(map(cell_len, answers.ids())))
+    id_width = min(_WIDEST_ID, max(map(cell_len, answers.ids()), default=0))
     room = console.width - id_width
     across = max(1, min(len(answers.queries), room // (_NARROWEST + _GAP)))
     width = max(1, room // across - _GAP)

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.console import Debug, JobFile, Overrides, errors_explained
+from pipeline.console import Debug, JobFile, OneShard, Overrides, errors_explained, load
 
 ShownDocuments = Annotated[
     list[str] | None, typer.Option("--document", metavar="ID", help="This document only; may be repeated.")
@@ -29,6 +29,7 @@ def show(
     html: Annotated[
         Path | None, typer.Option("--html", metavar="FILE", help="Write a page with filters instead.")
     ] = None,
+    one_shard: OneShard = None,
     set_: Overrides = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each row.")] = False,
     debug: Debug = False,
@@ -38,11 +39,10 @@ def show(
     Where the output is no terminal, a row is a line: document, query, status and answer, with tabs between.
     """
     with errors_explained(debug, computes=False):
-        from pipeline.job import load_job
         from pipeline.show import Answers, lines, tables
 
-        job = load_job(job_file, set_ or [])
-        answers = Answers(job, document or (), query or (), failed)
+        job, shard = load(job_file, set_, one_shard)
+        answers = Answers(job, document or (), query or (), failed, shard)
         if html:
             from pipeline.page import write_page
 

@@ -28,6 +28,7 @@ from pipeline.errors import PipelineError
 from pipeline.failures import OnFailure
 from pipeline.report import Report
 from pipeline.runfile import mark_ended
+from pipeline.shards import Shard
 from pipeline.signals import stops_handled, stops_held_back
 from pipeline.view import View
 from pipeline.worker import DocumentsDone, DocumentsStarted, Failed, Finished, Message, RunStarted, Task, work
@@ -43,20 +44,26 @@ _log = logging.getLogger(__name__)
 
 
 def supervise(
-    job: Job, quiet: bool = False, on_failure: OnFailure | None = None, metrics: Path | None = None
+    job: Job,
+    quiet: bool = False,
+    on_failure: OnFailure | None = None,
+    metrics: Path | None = None,
+    shard: Shard | None = None,
 ) -> Report:
     """Run a job, or resume it, in a process of its own, with bars and lines unless ``quiet``.
 
-    ``metrics`` is a file that is to hold the run's numbers while it goes on. Returns and raises what `Runner.run` does,
-    and KeyboardInterrupt where the user had the run stopped at once. Raises PipelineError where the process keeps dying
-    and no document is to blame. To be called from the main thread.
+    ``shard``: whose the job is when it was loaded for one. ``metrics`` is a file that is to hold the run's numbers
+    while it goes on. Returns and raises what `Runner.run` does, and KeyboardInterrupt where the user had the run
+    stopped at once. Raises PipelineError where the process keeps dying and no document is to blame. To be called from
+    the main thread.
     """
-    return _Supervisor(job, View(job.name, quiet, metrics), on_failure or OnFailure()).run()
+    name = f"{job.name} {shard}" if shard else job.name
+    return _Supervisor(job, View(name, quiet, metrics), on_failure or OnFailure(), shard).run()
 
 
 class _Supervisor:
-    def __init__(self, job: Job, view: View, on_failure: OnFailure) -> None:
-        self._job, self._on_failure = job, on_failure
+    def __init__(self, job: Job, view: View, on_failure: OnFailure, shard: Shard | None) -> None:
+        self._job, self._on_failure, self._shard = job, on_failure, shard
         self._started = time.monotonic()
         self._report = Report()  # as of the last documents that are done
         self._deaths: Counter[tuple[str, ...]] = Counter()  # by the documents in hand
@@ -115,7 +122,7 @@ class _Supervisor:
         report = replace(self._report, seconds=time.monotonic() - self._started)
         level = logging.getLogger("pipeline").getEffectiveLevel()
         receiver, sender = SPAWN.Pipe(duplex=False)
-        task = Task(self._job, report, self._condemned, self._alone, self._on_failure, level)
+        task = Task(self._job, report, self._condemned, self._alone, self._on_failure, self._shard, level)
         process = SPAWN.Process(target=work, args=(sender, task), name="model")
         with receiver:
             with sender, stops_held_back():  # also from the new process, which lets them in when it is ready

@@ -23,6 +23,7 @@ from pipeline.model import load_tokenizer, max_context, prefix_bytes, read_confi
 from pipeline.progress import watched
 from pipeline.prompts import PromptTokenizer, Rendered, Renderer
 from pipeline.results import Results
+from pipeline.shards import Shard
 from pipeline.stored import StoredContexts, label_number
 from turboquant.identity import Identity
 
@@ -71,19 +72,19 @@ class Plan:
     estimated: bool = False
 
 
-def job_status(job: Job, quiet: bool = True) -> Status:
+def job_status(job: Job, quiet: bool = True, shard: Shard | None = None) -> Status:
     """Count a job's rows; a row answered under other settings, weights or text counts as left."""
-    inputs, rows = Inputs(job), _Rows()
+    inputs, rows = Inputs(job, shard), _Rows()
     for document in watched(_documents(job, inputs, job_identity(job, remember=False)), inputs.documents, quiet):
         rows.add(document)
     return rows.status()
 
 
-def plan_job(job: Job, quiet: bool = True, effort: Effort | None = None) -> Plan:
+def plan_job(job: Job, quiet: bool = True, effort: Effort | None = None, shard: Shard | None = None) -> Plan:
     """Count everything and look each prefix up in the store. Raises JobError for what is wrong."""
     from pipeline.store import Store
 
-    inputs = Inputs(job)
+    inputs = Inputs(job, shard)
     check_schemas(inputs.schemas)
     path = resolve_model(job.model, job.revision)
     config, identity = read_config(path), job_identity(job, remember=False)

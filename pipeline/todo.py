@@ -10,7 +10,7 @@ from pipeline.documents import Document
 from pipeline.errors import RowError
 from pipeline.job import Query
 from pipeline.prompts import Rendered
-from pipeline.results import Row
+from pipeline.rows import Row
 
 if TYPE_CHECKING:
     from pipeline.prefixes import Piece

@@ -29,7 +29,7 @@ from pipeline.needs import Needs, output_digest
 from pipeline.progress import Watcher
 from pipeline.prompts import Renderer
 from pipeline.report import Report
-from pipeline.results import Results, Row
+from pipeline.results import Results
 from pipeline.todo import Todo
 
 if TYPE_CHECKING:
@@ -176,7 +176,7 @@ class Work:
         report = self._report
         report.rows_answered += len(rows) - len(failed)
         for row in [*failed, *(row for todo in group for row in todo.kept if row.status == "error")]:
-            report.add_failure(str(row.error_type), _told(row))
+            report.add_failure(str(row.error_type), row.failure)
         report.answer_tokens += sum(row.answer_tokens or 0 for row in rows)
         report.documents_done += len(group)
         report.documents_truncated += sum(todo.truncated for todo in group)
@@ -186,7 +186,7 @@ class Work:
         self._wait()
         self._written = self._writer.submit(self._write, group, report.copy())
         if failed and self._on_failure.stop:
-            raise StoppedAtFailure(_told(failed[0]))
+            raise StoppedAtFailure(failed[0].failure)
 
     def _write(self, group: Sequence[Todo], report: Report) -> None:
         changed = [todo for todo in group if todo.queries]
@@ -256,11 +256,6 @@ class Work:
     def _answered(self) -> None:
         self._shown += 1
         self._progress.rows_done(1)
-
-
-def _told(row: Row) -> str:
-    """Which row it is, and why it failed."""
-    return f"document '{row.document_id}', query '{row.query_id}': {row.error}"
 
 
 @contextmanager

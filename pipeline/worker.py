@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import PipelineError, one_line
 from pipeline.failures import OnFailure
 from pipeline.report import Report
+from pipeline.shards import Shard
 from pipeline.signals import STOP_SIGNALS
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Task:
     condemned: Mapping[str, str]
     alone: Collection[str]
     on_failure: OnFailure
+    shard: Shard | None
     log_level: int
 
 
@@ -186,6 +188,7 @@ def _outcome(outbox: _Outbox, task: Task) -> Finished | Failed:
             condemned=task.condemned,
             alone=task.alone,
             on_failure=task.on_failure,
+            shard=task.shard,
         )
         return Finished(runner.run())
     except Exception as error:

@@ -22,7 +22,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import JobError, OutputError
-from pipeline.results import SCHEMA, Results, Row
+from pipeline.results import Results
+from pipeline.rows import SCHEMA, Row
 
 QUERIES = ["a", "b"]
 
@@ -417,7 +418,8 @@ def test_a_group_that_cannot_be_read_is_set_aside(output: Path, caplog: pytest.L
 _COMMIT_FOR_EVER = """
 import sys
 from pathlib import Path
-from pipeline.results import Results, Row
+from pipeline.results import Results
+from pipeline.rows import Row
 
 with Results(Path(sys.argv[1])) as results:
     for number in range(1_000_000):

@@ -14,7 +14,8 @@ import pytest
 from commands import ROOT, error_of, in_terminal, invoke
 from workplace import Workplace
 
-from pipeline.results import Results, Row
+from pipeline.results import Results
+from pipeline.rows import Row
 
 HOSTILE = '<script>document.title = "hacked"</script><img src=x onerror="document.title=1">\x1b[2J\u202e & "so" on'
 LONG = "\n".join(f"{number} lease" for number in range(30))
