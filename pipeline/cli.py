@@ -181,7 +181,7 @@ def _summary(job: Job, job_file: Path, report: Report) -> str:
     if report.restarts:
         rows.append(("restarts", f"{report.restarts:,} of the model's process, which had died"))
     rows.append(("seconds", f"{report.seconds:.1f}"))
-    rows.append(("result", str(job.output.path) if not report.interrupted else f"{job.output.path}.parts"))
+    rows.append(("result", f"{job.result_file}.parts" if report.interrupted else job.output.path))
     return table(*rows)
 
 

@@ -5,6 +5,8 @@
     answers.parquet.parts/.group the rows of several documents, until each of them has its part
     answers.parquet.lock         held while a run writes
 
+A result that belongs at a URL is written here too, uploaded when it is finished, and then only there.
+
 A part holds every row of its document and is replaced whole, so a pair is there exactly once whatever crashes.
 Documents that are committed together survive together or not at all: what a crash left of a group is distributed to
 its parts when the result is next opened to write. A part wins over the finished file, whose rows are what an earlier
@@ -24,6 +26,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import blake2b, sha256
+from io import RawIOBase
 from itertools import accumulate, groupby
 from pathlib import Path
 from types import TracebackType
@@ -34,7 +37,8 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from pipeline.durable import TEMPORARY, atomic_file, disk_errors, make_folder
-from pipeline.errors import JobError, OutputError, one_line
+from pipeline.errors import JobError, OutputError, RemoteError, one_line
+from pipeline.remote import open_remote, upload
 
 SCHEMA = pa.schema(
     [
@@ -89,7 +93,8 @@ class Results:
     """The rows of one result, to be used as a context manager.
 
     Opened to write, it holds the lock, clears what a crash left half-written, and sets broken parts aside.
-    `read_only` takes no lock and changes nothing, so that a running job can be looked at.
+    `read_only` takes no lock and changes nothing, so that a running job can be looked at. `url` is where the finished
+    file belongs, if not at `output`.
 
         with Results(output, {"job": fingerprint}) as results:
             if "summary" not in results.rows("doc-1"):
@@ -97,8 +102,15 @@ class Results:
             results.finish([("doc-1", ["summary"])])
     """
 
-    def __init__(self, output: Path, metadata: Mapping[str, str] | None = None, *, read_only: bool = False) -> None:
-        self.output = output
+    def __init__(
+        self,
+        output: Path,
+        metadata: Mapping[str, str] | None = None,
+        *,
+        url: str | None = None,
+        read_only: bool = False,
+    ) -> None:
+        self.output, self._url = output, url
         self.parts = Path(f"{output}.parts")
         self._schema = SCHEMA.with_metadata(dict(metadata or {}))
         self._read_only = read_only
@@ -114,7 +126,7 @@ class Results:
                 self._listed = _list_parts(self.parts)  # first: a run that ends now moves them to the finished file
             else:
                 self._acquire()
-            self._finished = _open_finished(self.output)
+            self._finished = self._open_finished()
         except BaseException:
             self._lock.release()
             raise
@@ -160,11 +172,31 @@ class Results:
             for group in _row_groups(self._expected_rows(documents)):
                 file.write_table(_table(group, self._schema))
         self._close_finished()
-        self._finished = _open_finished(self.output)
+        self._publish()
+        self._finished = self._open_finished()
         # Until the parts are gone they say the same as the finished file, so a crash here does no harm.
         with disk_errors(self.parts, "cannot be removed"):
             if self.parts.exists():
                 shutil.rmtree(self.parts)
+
+    @property
+    def exist(self) -> bool:
+        """Whether anything was answered yet."""
+        return self._finished is not None or self.parts.exists()
+
+    def _publish(self) -> None:
+        if self._url is None:
+            return
+        try:
+            upload(self.output, self._url)
+        except (JobError, RemoteError) as error:
+            raise OutputError(f"{error}; until then the result is at {self.output}") from error
+        with disk_errors(self.output, "cannot be removed"):
+            self.output.unlink()
+
+    def _open_finished(self) -> _FinishedFile | None:
+        here = _open_finished(self.output)  # newer than what is at the URL
+        return here if here is not None or self._url is None else _open_finished(self._url)
 
     def _acquire(self) -> None:
         with disk_errors(self.output, "cannot be written"):
@@ -280,8 +312,8 @@ def _list_parts(parts: Path) -> frozenset[int]:
 class _FinishedFile:
     """A finished file's rows by document, with one row group in memory at a time."""
 
-    def __init__(self, path: Path) -> None:
-        self._file = _open(path)
+    def __init__(self, source: Path | RawIOBase) -> None:
+        self._file = _open(source)
         metadata = self._file.metadata
         sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
         self._group_starts = list(accumulate(sizes, initial=0))
@@ -289,7 +321,7 @@ class _FinishedFile:
         self._group: tuple[int, Any] = (-1, None)
 
     def close(self) -> None:
-        self._file.close()
+        self._file.close(force=True)
 
     def rows(self, document_id: str) -> list[Row]:
         if self._first_rows is None:
@@ -325,9 +357,10 @@ class _FinishedFile:
         return self._group[1]
 
 
-def _open_finished(path: Path) -> _FinishedFile | None:
+def _open_finished(path: Path | str) -> _FinishedFile | None:
+    """The file at a path of this machine, or at a URL."""
     try:
-        return _FinishedFile(path)
+        return _FinishedFile(path if isinstance(path, Path) else open_remote(path))
     except FileNotFoundError:
         return None
     except _BROKEN as error:
@@ -341,11 +374,11 @@ def _open_finished(path: Path) -> _FinishedFile | None:
 _FORMAT = {"compression": "zstd", "write_page_checksum": True}
 
 
-def _open(path: Path) -> Any:
+def _open(source: Path | RawIOBase) -> Any:
     """Open a file of rows; page checksums are verified as it is read."""
-    file = pq.ParquetFile(path, page_checksum_verification=True)
+    file = pq.ParquetFile(source, page_checksum_verification=True)
     if not file.schema_arrow.equals(SCHEMA, check_metadata=False):
-        file.close()
+        file.close(force=True)
         raise ValueError("its columns are not those of a result")
     return file
 

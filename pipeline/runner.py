@@ -73,7 +73,7 @@ class Runner:
         report = self.report
         report.documents, report.rows = inputs.documents, inputs.rows
         with (
-            Results(self._job.output.path, _metadata(self._job, identity)) as results,
+            Results(self._job.result_file, _metadata(self._job, identity), url=self._job.result_url) as results,
             self._watch(report.rows) as progress,
             self._stop.listening(),
             RunFile(self._job, identity, report, started) as run_file,
