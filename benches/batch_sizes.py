@@ -39,7 +39,7 @@ def answers(job: Job) -> dict[Pair, str | None]:
     from pipeline.runner import Runner
 
     Runner(job, quiet=True).run()
-    rows = pq.read_table(job.output.path).to_pylist()
+    rows = pq.read_table(job.result_file).to_pylist()
     return {(row["document_id"], row["query_id"]): row["answer"] for row in rows}
 
 

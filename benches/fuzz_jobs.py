@@ -137,7 +137,7 @@ def outcome(content: bytes, job: Path, number: int) -> str:
 def run(job: Path) -> str:
     """What comes of running a job that was planned, if it writes here."""
     loaded = load_job(job)
-    if not all(path.is_relative_to(job.parent) for path in (loaded.output.path, loaded.cache.dir)):
+    if not all(path.is_relative_to(job.parent) for path in (loaded.result_file, loaded.cache.dir)):
         return "planned"
     try:
         Runner(loaded, quiet=True).run()

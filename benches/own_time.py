@@ -106,7 +106,7 @@ def main() -> None:
         job = load_job(arguments.job, [*arguments.set, *paths])
         if arguments.warm:
             Runner(job, quiet=True).run()
-            job.output.path.unlink()
+            job.result_file.unlink()
         clock = Clock()
         for target, stage in STAGES.items():
             clock.watch(target, stage)

@@ -184,7 +184,7 @@ def _small(part: Job, folder: Path) -> Job:
     pq.write_table(pa.Table.from_pylist([{**first, text: first[text][:SMALL_CHARACTERS]}]), path)
     documents = part.documents.model_copy(update={"path": str(path)})
     cache = part.cache.model_copy(update={"dir": folder / "small" / "cache"})
-    output = part.output.model_copy(update={"path": folder / "small" / "answers.parquet"})
+    output = part.output.model_copy(update={"path": str(folder / "small" / "answers.parquet")})
     small = part.model_copy(update={"documents": documents, "cache": cache, "output": output})
     return _asking(small, list(islice(_rendering(part), 1)), folder / "small-queries.parquet", _briefly)
 
@@ -215,7 +215,7 @@ def _own_job(part: Job, contender: str, resident: str | None, extent: Extent, fo
         return part
     own = folder / f"pipeline-{resident}"  # for cold and warm
     cache = part.cache.model_copy(update={"dir": own / "cache", "resident": resident})
-    output = part.output.model_copy(update={"path": own / f"{contender}.parquet"})
+    output = part.output.model_copy(update={"path": str(own / f"{contender}.parquet")})
     return part.model_copy(update={"cache": cache, "output": output})
 
 

@@ -164,7 +164,7 @@ def status(
 
         job, shard = load(job_file, set_, one_shard)
         found = job_status(job, quiet=as_json, shard=shard)
-        shards = list(shard_statuses(job.output.path))
+        shards = list(shard_statuses(job.result_file))
         if as_json:
             told = {"shards": [asdict(each) for each in shards]} if shards else {}
             print(json.dumps({**asdict(found), "left": found.left, **told}, indent=1))
@@ -220,7 +220,7 @@ def _summary(job: Job, named: str, report: Report) -> str:
     if report.restarts:
         rows.append(("restarts", f"{report.restarts:,} of the model's process, which had died"))
     rows.append(("seconds", f"{report.seconds:.1f}"))
-    rows.append(("result", str(job.output.path) if not report.interrupted else f"{job.output.path}.parts"))
+    rows.append(("result", f"{job.result_file}.parts" if report.interrupted else job.output.path))
     return table(*rows)
 
 

@@ -47,7 +47,7 @@ def compete(contender: str, job: Job, small: Job, folder: Path) -> Outcome:
         if not on_cpu():
             cache = small.cache.model_copy(update={"resident": job.cache.resident})
             Runner(small.model_copy(update={"cache": cache}), quiet=True).run()
-            shutil.rmtree(small.output.path.parent)
+            shutil.rmtree(small.result_file.parent)
         return _pipeline(job, warm=contender == WARM)
     loaded = load_model(job.model, job.revision, job.adapter, job.trust_remote_code)
     if not on_cpu():
@@ -81,7 +81,7 @@ def _pipeline(job: Job, warm: bool) -> Outcome:
         raise PipelineError(f"{report.prefixes_built} prefixes were not in the store, so this was no warm run")
     if broken := report.failures.get("GenerationFailed"):
         raise PipelineError(f"{broken} rows failed: GenerationFailed")
-    rows = pq.read_table(job.output.path).to_pylist()
+    rows = pq.read_table(job.result_file).to_pylist()
     return Outcome(
         {(row["document_id"], row["query_id"]): row["answer"] for row in rows if row["status"] == "ok"},
         report.answer_tokens,

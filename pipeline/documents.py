@@ -10,9 +10,9 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import islice
-from pathlib import Path
 
 from pipeline.errors import InputError, one_line
+from pipeline.files import InputFile
 from pipeline.job import Documents, Query
 from pipeline.tables import ANYTHING, ID, TEXT, Column, Record, Table
 from pipeline.templates import Expression
@@ -39,7 +39,7 @@ class DocumentsSummary:
     """What a check found."""
 
     count: int
-    files: tuple[Path, ...]
+    files: tuple[InputFile, ...]
 
 
 def check_documents(source: Documents, columns: Collection[str] = ()) -> DocumentsSummary:

@@ -62,7 +62,7 @@ class Engine:
             _log.warning("the chat template takes no system text: it is put before the document in the user's message")
         warn_of_uncompressed_layers(self._model.model)
         self._shared = self._tokenizer.shared_tokens(shared) if shared else []
-        about = {"model": job.model, "output": output_digest(job.output.path)}
+        about = {"model": job.model, "output": output_digest(job.result_file)}
         shared_label = context_label(shared) if shared else ""
         self.store = store
         self._prefixes = Prefixes(job, identity, self._model, store, about, progress, report, check, shared_label)

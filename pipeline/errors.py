@@ -7,6 +7,7 @@
     ├── StoreError             exit 1    the cache folder cannot be used
     │   ├── DiskFull                     ... nor anything be written on its disk
     │   └── BudgetTooSmall               ... what a job needs does not fit into its budget
+    ├── RemoteError            exit 1    a file on another machine cannot be reached
     ├── OutputError            exit 1    the result cannot be written, or another run is writing it
     ├── NotApplicable          exit 1    a contender of a bench can't do what the job asks
     ├── Interrupted            exit 130  stopped by the user; the same command resumes
@@ -61,6 +62,12 @@ class DiskFull(StoreError):
 
 class BudgetTooSmall(StoreError):
     """The budget has no room, and nothing in it may be removed."""
+
+
+class RemoteError(PipelineError):
+    """A file on another machine cannot be reached, at the moment."""
+
+    may_pass: ClassVar[bool] = True
 
 
 class OutputError(PipelineError):

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from pipeline.errors import GenerationFailed
+from pipeline.errors import GenerationFailed, RemoteError
 
 FIRST_WAIT = 1.0  # seconds, and twice as long each time
 LONGEST_WAIT = 60.0
@@ -31,13 +31,13 @@ class OnFailure:
 def retried(attempt: Callable[[], _Result], times: int, check: Callable[[], None]) -> _Result:
     """What an attempt gives, which is made again up to so many times while its failure may pass, later each time.
 
-    ``check`` is called now and then while waiting; what it raises ends that. Raises the last GenerationFailed.
+    ``check`` is called now and then while waiting; what it raises ends that. Raises the last failure.
     """
     wait = FIRST_WAIT
     for _ in range(times):
         try:
             return attempt()
-        except GenerationFailed as error:
+        except (GenerationFailed, RemoteError) as error:
             if not error.may_pass:
                 raise
             _log.warning("%s; trying again in %g s", error, wait)

@@ -6,12 +6,13 @@ template fits its columns, or anything about a model but its name.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -35,7 +36,9 @@ from pipeline.schema_texts import schema_text
 from pipeline.shards import Shard
 
 _MOST = (1 << 63) - 1
+_UPLOADS = ("s3", "s3a", "gs", "gcs")  # where a file appears whole or not at all
 _Value = TypeVar("_Value")
+_FileName = TypeVar("_FileName", str, Path)
 ThinkingMode = Literal[False, "drop", "keep"]
 DEFAULT_SYSTEM = "Answer from the document only. If the document does not say, say so."
 
@@ -59,7 +62,7 @@ def _not_blank(text: _Value) -> _Value:
     return text
 
 
-def _possible(path: Path) -> Path:
+def _possible(path: _FileName) -> _FileName:
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError, PermissionError):
@@ -185,13 +188,13 @@ class Cache(_Section):
 
 
 class Output(_Section):
-    """The result file."""
+    """The result file, which may be a URL."""
 
-    path: _Path
+    path: Annotated[str, BeforeValidator(_not_blank), AfterValidator(_possible)]
 
 
 class Job(_Section):
-    """A whole job. Every path is absolute; `model` is a folder's path or a Hugging Face repo id."""
+    """A whole job. Every path is absolute, or a URL; `model` is a folder's path or a Hugging Face repo id."""
 
     name: _Text
     model: _Text
@@ -219,10 +222,24 @@ class Job(_Section):
         self._check_feedback("documents", self.documents.path)
         return self
 
+    @property
+    def result_url(self) -> str | None:
+        """Where the result goes if that is on another machine."""
+        return self.output.path if "://" in self.output.path else None
+
+    @property
+    def result_file(self) -> Path:
+        """Where the result is written on this machine: for good, or until it is uploaded."""
+        if self.result_url is None:
+            return Path(self.output.path)
+        digest = hashlib.sha256(self.result_url.encode()).hexdigest()[:16]
+        return self.cache.dir / "outputs" / digest / PurePosixPath(self.result_url).name
+
     def _check_feedback(self, what: str, path: str) -> None:
-        if _feeds_itself(self.output.path, path):
-            told = f"output.path: {self.output.path} would be read as {what} by the next run"
-            raise ValueError(f"{told}; write it to another folder")
+        for output in (Path(self.output.path), self.result_file):
+            if _feeds_itself(output, path):
+                told = f"output.path: {output} would be read as {what} by the next run"
+                raise ValueError(f"{told}; write it to another folder")
 
 
 def check_unique(queries: Sequence[Query]) -> None:
@@ -249,7 +266,7 @@ def load_job(path: Path, overrides: Sequence[str] = (), shard: Shard | None = No
         job = Job.model_validate(tree)
         if shard is None:
             return job
-        return Job.model_validate(dict(job) | {"output": Output(path=shard.output(job.output.path))})
+        return Job.model_validate(dict(job) | {"output": Output(path=str(shard.output(job.result_file)))})
     except RecursionError:
         raise JobError(f"{path}: a mapping contains itself") from None
     except ValidationError as error:
@@ -281,11 +298,23 @@ def _resolve(value: Any, key: str, base: Path, origin: str) -> Any:
         return _resolve_model(value, base, origin)
     if key not in _PATHS and not _SCHEMA_FILE.fullmatch(key):
         return value
+    value = value.removeprefix("file://")
     if "://" not in value:
         return _absolute(value, base)
     if key in ("documents.path", "queries.path"):
         return value
+    if key == "output.path":
+        return _checked_output(value, origin)
     raise JobError(f"{origin}: {key}: expected a path on this machine, got the URL '{value}'")
+
+
+def _checked_output(url: str, origin: str) -> str:
+    scheme, _, path = url.partition("://")
+    if scheme not in _UPLOADS:
+        raise JobError(f"{origin}: output.path: results can be put on this machine, s3:// and gs://; not at {url}")
+    if path.endswith("/") or not PurePosixPath(path).parent.name:
+        raise JobError(f"{origin}: output.path: {url} must name a file, as {scheme}://bucket/answers.parquet does")
+    return url
 
 
 def _absolute(value: str, base: Path) -> str:

@@ -41,9 +41,9 @@ def merge_shards(job: Job, quiet: bool = True) -> Report:
     """Write the job's result from those of its shards. Raises JobError where they are not all of it, as it is now."""
     started = time.monotonic()
     inputs, identity = Inputs(job), job_identity(job)
-    files = _done_shards(shards_folder(job.output.path), identity)
+    files = _done_shards(shards_folder(job.result_file), identity)
     report = Report(documents=inputs.documents, rows=inputs.rows)
-    with Results(job.output.path, result_metadata(job, identity)) as results:
+    with Results(job.result_file, result_metadata(job, identity), url=job.result_url) as results:
         merged = _Merge(job, inputs, identity, files, report)
         with RunFile(job, identity, report, started):
             results.replace(watched(merged.documents(), inputs.documents, quiet))

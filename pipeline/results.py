@@ -5,6 +5,8 @@
     answers.parquet.parts/.group the rows of several documents, until each of them has its part
     answers.parquet.lock         held while a run writes
 
+A result that belongs at a URL is written here too, uploaded when it is finished, and then only there.
+
 A part holds every row of its document and is replaced whole, so a pair is there exactly once whatever crashes.
 Documents that are committed together survive together or not at all: what a crash left of a group is distributed to
 its parts when the result is next opened to write. A part wins over the finished file, whose rows are what an earlier
@@ -30,7 +32,8 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from pipeline.durable import TEMPORARY, atomic_file, disk_errors, make_folder
-from pipeline.errors import JobError, OutputError, one_line
+from pipeline.errors import JobError, OutputError, RemoteError, one_line
+from pipeline.remote import upload
 from pipeline.rows import (
     BROKEN,
     FORMAT,
@@ -58,7 +61,8 @@ class Results:
     """The rows of one result, to be used as a context manager.
 
     Opened to write, it holds the lock, clears what a crash left half-written, and sets broken parts aside.
-    `read_only` takes no lock and changes nothing, so that a running job can be looked at.
+    `read_only` takes no lock and changes nothing, so that a running job can be looked at. `url` is where the finished
+    file belongs, if not at `output`.
 
         with Results(output, {"job": fingerprint}) as results:
             if "summary" not in results.rows("doc-1"):
@@ -66,8 +70,15 @@ class Results:
             results.finish([("doc-1", ["summary"])])
     """
 
-    def __init__(self, output: Path, metadata: Mapping[str, str] | None = None, *, read_only: bool = False) -> None:
-        self.output = output
+    def __init__(
+        self,
+        output: Path,
+        metadata: Mapping[str, str] | None = None,
+        *,
+        url: str | None = None,
+        read_only: bool = False,
+    ) -> None:
+        self.output, self._url = output, url
         self.parts = Path(f"{output}.parts")
         self._schema = SCHEMA.with_metadata(dict(metadata or {}))
         self._read_only = read_only
@@ -83,7 +94,7 @@ class Results:
                 self._listed = _list_parts(self.parts)  # first: a run that ends now moves them to the finished file
             else:
                 self._acquire()
-            self._finished = open_finished(self.output)
+            self._finished = self._open_finished()
         except BaseException:
             self._lock.release()
             raise
@@ -133,11 +144,31 @@ class Results:
             for group in _row_groups(documents):
                 file.write_table(to_table(group, self._schema))
         self._close_finished()
-        self._finished = open_finished(self.output)
+        self._publish()
+        self._finished = self._open_finished()
         # Until the parts are gone they say the same as the finished file, so a crash here does no harm.
         with disk_errors(self.parts, "cannot be removed"):
             if self.parts.exists():
                 shutil.rmtree(self.parts)
+
+    @property
+    def exist(self) -> bool:
+        """Whether anything was answered yet."""
+        return self._finished is not None or self.parts.exists()
+
+    def _publish(self) -> None:
+        if self._url is None:
+            return
+        try:
+            upload(self.output, self._url)
+        except (JobError, RemoteError) as error:
+            raise OutputError(f"{error}; until then the result is at {self.output}") from error
+        with disk_errors(self.output, "cannot be removed"):
+            self.output.unlink()
+
+    def _open_finished(self) -> FinishedFile | None:
+        here = open_finished(self.output)  # newer than what is at the URL
+        return here if here is not None or self._url is None else open_finished(self._url)
 
     def _acquire(self) -> None:
         with disk_errors(self.output, "cannot be written"):

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from hashlib import blake2b
+from io import RawIOBase
 from itertools import accumulate, groupby
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ import pyarrow.parquet as pq
 
 from pipeline.durable import atomic_file
 from pipeline.errors import JobError, one_line
+from pipeline.remote import open_remote
 
 SCHEMA = pa.schema(
     [
@@ -86,8 +88,8 @@ def to_table(rows: Sequence[Row], schema: Any) -> Any:
 class FinishedFile:
     """A finished file's rows by document, with one row group in memory at a time."""
 
-    def __init__(self, path: Path) -> None:
-        self._file = _open(path)
+    def __init__(self, source: Path | RawIOBase) -> None:
+        self._file = _open(source)
         metadata = self._file.metadata
         sizes = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
         self._group_starts = list(accumulate(sizes, initial=0))
@@ -96,7 +98,7 @@ class FinishedFile:
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        self._file.close(force=True)
 
     def rows(self, document_id: str) -> list[Row]:
         """A document's rows; none where the file has none. Raises what is in BROKEN."""
@@ -133,10 +135,10 @@ class FinishedFile:
         return self._group[1]
 
 
-def open_finished(path: Path) -> FinishedFile | None:
-    """The finished file, if there is one. Raises JobError where it is something else."""
+def open_finished(path: Path | str) -> FinishedFile | None:
+    """The finished file at a path, or at a URL, if there is one. Raises JobError where it is something else."""
     try:
-        return FinishedFile(path)
+        return FinishedFile(path if isinstance(path, Path) else open_remote(path))
     except FileNotFoundError:
         return None
     except BROKEN as error:
@@ -177,11 +179,11 @@ def document_digest(document_id: str) -> bytes:
     return blake2b(document_id.encode(), digest_size=16).digest()
 
 
-def _open(path: Path) -> Any:
+def _open(source: Path | RawIOBase) -> Any:
     """Open a file of rows; page checksums are verified as it is read."""
-    file = pq.ParquetFile(path, page_checksum_verification=True)
+    file = pq.ParquetFile(source, page_checksum_verification=True)
     if not file.schema_arrow.equals(SCHEMA, check_metadata=False):
-        file.close()
+        file.close(force=True)
         raise ValueError("its columns are not those of a result")
     return file
 

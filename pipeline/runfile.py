@@ -1,5 +1,8 @@
 """What a run did so far, for whoever looks: ``<output>.run.json``, replaced whole now and then and at the end.
 
+Where the result belongs at a URL, so does a copy of this file: at the beginning, which shows that files can be put
+there, and at the end.
+
 Knows the file; nothing of how the numbers in it come about.
 """
 
@@ -18,8 +21,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline import __version__
 from pipeline.durable import atomic_file
-from pipeline.errors import OutputError, one_line
+from pipeline.errors import PipelineError, one_line
 from pipeline.job import Job
+from pipeline.remote import RETRIES, upload
 from pipeline.report import Report
 
 if TYPE_CHECKING:
@@ -32,16 +36,18 @@ State = Literal["running", "finished", "interrupted", "failed"]
 class RunFile:
     """The file of one run, which began at ``started`` on the monotonic clock; a context, at whose end it is complete.
 
-    ``report`` is the run's own, and its seconds are set at the end. Raises OutputError where the disk refuses.
+    ``report`` is the run's own, and its seconds are set at the end. Raises OutputError where the disk refuses, and what
+    `upload` does.
     """
 
     def __init__(self, job: Job, identity: Identity, report: Report, started: float) -> None:
-        self._path = _path(job.output.path)
+        self._path = _path(job)
         self._job, self._identity, self._report, self._started = job, identity, report, started
         self._last_write = float("-inf")
 
     def __enter__(self) -> RunFile:
         self.update(self._report)
+        _publish(self._job)
         return self
 
     def __exit__(
@@ -51,9 +57,11 @@ class RunFile:
         report.seconds = time.monotonic() - self._started
         if error is None:
             self._write(report, "interrupted" if report.interrupted else "finished")
+            _publish(self._job)
             return
-        with suppress(OutputError):  # which may be what is being raised
+        with suppress(PipelineError):  # which may be what is being raised
             self._write(report, *_end(error))
+            _publish(self._job, retries=0)
 
     def update(self, report: Report) -> None:
         """Write what is done so far, unless something has just been written."""
@@ -76,18 +84,24 @@ class RunFile:
         _replace(self._path, content)
 
 
-def mark_ended(output: Path, error: BaseException) -> None:
+def mark_ended(job: Job, error: BaseException) -> None:
     """Say that a run has ended whose process was killed, and could not say so itself."""
-    path = _path(output)
-    with suppress(OSError, ValueError, OutputError):
+    path = _path(job)
+    with suppress(OSError, ValueError, PipelineError):
         content = json.loads(path.read_bytes())
         if content["state"] == "running":
             state, why = _end(error)
             _replace(path, content | {"state": state, "error": why, "updated": _now()})
+            _publish(job, retries=0)
 
 
-def _path(output: Path) -> Path:
-    return output.with_name(f"{output.name}.run.json")
+def _path(job: Job) -> Path:
+    return job.result_file.with_name(f"{job.result_file.name}.run.json")
+
+
+def _publish(job: Job, retries: int = RETRIES) -> None:
+    if job.result_url is not None:
+        upload(_path(job), f"{job.result_url}.run.json", retries)
 
 
 def _end(error: BaseException) -> tuple[State, str | None]:

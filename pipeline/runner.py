@@ -71,8 +71,9 @@ class Runner:
         identity = job_identity(self._job)
         report = self.report
         report.documents, report.rows = inputs.documents, inputs.rows
+        metadata = result_metadata(self._job, identity, self._shard)
         with (
-            Results(self._job.output.path, result_metadata(self._job, identity, self._shard)) as results,
+            Results(self._job.result_file, metadata, url=self._job.result_url) as results,
             self._watch(report.rows) as progress,
             self._stop.listening(),
             RunFile(self._job, identity, report, started) as run_file,

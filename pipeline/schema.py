@@ -16,7 +16,7 @@ KEYS = {
     "adapter": "a folder that mlx_lm.lora wrote",
     "trust_remote_code": "true: run Python code that comes with the model",
     "documents": "one each: a row of Parquet, a line of JSON or a text file",
-    "documents.path": "a file, a folder or a glob",
+    "documents.path": "a file, a folder or a glob; may be a URL, as s3://, gs:// or hf://",
     "documents.id": "the column that holds each document's id",
     "documents.text": "the column that holds its text",
     "documents.where": "a condition on columns, such as year > 2020; null for all rows",
@@ -34,7 +34,7 @@ KEYS = {
     "queries.seed": "of the samples",
     "queries.stop": "texts that end this answer and are left out of it",
     "queries.json_schema": "the answer is JSON of this schema, given here or as {file: path}",
-    "queries table.path": "a table of queries: a file, a folder or a glob",
+    "queries table.path": "a table of queries: a file, a folder, a glob or a URL",
     "queries table.id": "the column that names each query",
     "queries table.text": "the column of what is asked",
     "queries table.document_id": "the column that says of which document; null: of every one",
@@ -61,7 +61,7 @@ KEYS = {
     "cache.keep": "job: drop a document's prefix with its last answer",
     "cache.resident": "packed: decode a prefix at every step; dense: once; auto: as the device and memory suggest",
     "output": "the answers, one row for each document and query",
-    "output.path": "a Parquet file; what the run did is told beside it, in .run.json",
+    "output.path": "a Parquet file, also at s3:// or gs://; what the run did is told beside it, in .run.json",
 }
 
 

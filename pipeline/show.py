@@ -53,10 +53,11 @@ class Answers:
         self.queries = [query for query in self._inputs.queries if not queries or query.id in queries]
         for name in self._documents.difference(self.ids()):
             raise JobError(f"--document {name}: there is no such document in {job.documents.path}")
-        if not job.output.path.exists() and not Results(job.output.path, read_only=True).parts.exists():
-            in_shards = shards_folder(job.output.path).exists()
-            told = "pipeline merge takes them from the shards" if in_shards else "pipeline run makes them"
-            raise OutputError(f"{job.output.path}: there are no answers yet; {told}")
+        with self._results() as results:
+            if not results.exist:
+                in_shards = shards_folder(job.result_file).exists()
+                told = "pipeline merge takes them from the shards" if in_shards else "pipeline run makes them"
+                raise OutputError(f"{job.output.path}: there are no answers yet; {told}")
 
     def ids(self) -> Iterator[str]:
         """The documents to be seen."""
@@ -65,7 +66,7 @@ class Answers:
     def __iter__(self) -> Iterator[tuple[str, dict[str, Row | None]]]:
         """Each document and its rows by query id, in input order; None for those that are not there yet."""
         seen = {query.id for query in self.queries}
-        with Results(self._job.output.path, read_only=True) as results:
+        with self._results() as results:
             for document_id, asked in self._pairs():
                 known = results.rows(document_id)
                 rows = {query_id: known.get(query_id) for query_id in asked if query_id in seen}
@@ -73,6 +74,9 @@ class Answers:
                     rows = {query_id: row for query_id, row in rows.items() if row and row.status == "error"}
                 if rows:
                     yield document_id, rows
+
+    def _results(self) -> Results:
+        return Results(self._job.result_file, url=self._job.result_url, read_only=True)
 
     def _pairs(self) -> Iterator[tuple[str, list[str]]]:
         return (pair for pair in self._inputs.pairs() if not self._documents or pair[0] in self._documents)

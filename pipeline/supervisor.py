@@ -81,7 +81,7 @@ class _Supervisor:
                 return self._run_to_the_end()
             except (PipelineError, KeyboardInterrupt) as error:
                 if self._begun:  # else the file may be another run's
-                    mark_ended(self._job.output.path, error)
+                    mark_ended(self._job, error)
                 raise
 
     def _run_to_the_end(self) -> Report:

@@ -231,7 +231,7 @@ class _Document:
 
 def _documents(job: Job, inputs: Inputs, identity: Identity) -> Iterator[_Document]:
     renderer, fitting = Renderer(job.prompt), Fitting(job)
-    with Results(job.output.path, read_only=True) as results:
+    with Results(job.result_file, url=job.result_url, read_only=True) as results:
         for document in inputs.stream():
             every = frozenset(query.id for query in document.queries)
             rows = results.rows(document.id)

@@ -10,27 +10,22 @@ lacks is null; one that no line of a file has is an error.
 
 from __future__ import annotations
 
-import glob
 import json
-import os
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain, islice
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import InputError, one_line, suggestion
+from pipeline.files import JSON, PARQUET, TEXT_FILE, InputFile, find_files
 
 # Without a buffer pyarrow reads a whole column chunk at once, however small the batches are.
 _BUFFER_BYTES = 1 << 20
 _BROKEN = (OSError, ValueError, pa.ArrowException)
-_PARQUET, _JSON, _TEXT = "Parquet", "JSON Lines", "text"
-_FORMATS = {".parquet": _PARQUET, ".jsonl": _JSON, ".ndjson": _JSON, ".txt": _TEXT, ".md": _TEXT, ".markdown": _TEXT}
 _TEXT_COLUMNS = ("id", "text")
 
 
@@ -57,15 +52,15 @@ class Record:
     """One row: the wanted columns, and where it stands."""
 
     values: dict[str, Any]
-    file: Path
+    file: InputFile
     number: int
 
     @property
     def place(self) -> str:
         """Where the row stands, for messages."""
-        if _format(self.file) == _TEXT:
+        if self.file.format == TEXT_FILE:
             return str(self.file)
-        number = f"line {self.number}" if _format(self.file) == _JSON else f"row {self.number} (from 0)"
+        number = f"line {self.number}" if self.file.format == JSON else f"row {self.number} (from 0)"
         return f"{number} of {self.file}"
 
 
@@ -96,16 +91,15 @@ class Table:
     """
 
     def __init__(self, path: str, key: str, columns: Sequence[Column]) -> None:
-        self.files = _find_files(path, key)
+        self.files = find_files(path, key)
         self._columns = columns
-        self._base = _base(path)
 
     def check(self) -> None:
         """Raises InputError where a file lacks a column, or has it in another type. Reads no texts of Parquet."""
         for file in self.files:
-            if _format(file) == _JSON:
+            if file.format == JSON:
                 self._check_json(file)
-            elif _format(file) == _PARQUET:
+            elif file.format == PARQUET:
                 self._check_parquet(file)
             else:
                 self._check_presence(file, _TEXT_COLUMNS)
@@ -119,15 +113,17 @@ class Table:
             for number, values in self._rows(file, names, rows_per_batch):
                 yield Record({name: values.get(name) for name in names}, file, number)
 
-    def _rows(self, file: Path, names: Collection[str], rows_per_batch: int) -> Iterable[tuple[int, dict[str, Any]]]:
-        if _format(file) == _JSON:
+    def _rows(
+        self, file: InputFile, names: Collection[str], rows_per_batch: int
+    ) -> Iterable[tuple[int, dict[str, Any]]]:
+        if file.format == JSON:
             return self.json_rows(file)
-        if _format(file) == _PARQUET:
+        if file.format == PARQUET:
             needed = {column.name for column in self._columns}
             return enumerate(_parquet_rows(file, sorted(names), needed, rows_per_batch))
         return [(0, self._read_text(file, names))]
 
-    def _check_parquet(self, file: Path) -> None:
+    def _check_parquet(self, file: InputFile) -> None:
         with _open_parquet(file) as parquet:
             schema = parquet.schema_arrow
         self._check_presence(file, schema.names)
@@ -138,14 +134,14 @@ class Table:
                     f"{column.user} the column '{column.name}', which in {file} is {kind}; expected {column.kind.words}"
                 )
 
-    def _check_json(self, file: Path) -> None:
+    def _check_json(self, file: InputFile) -> None:
         seen: set[str] = set()
         for _, values in self.json_rows(file):
             seen |= values.keys()
         if seen:
             self._check_presence(file, sorted(seen))
 
-    def _check_presence(self, file: Path, names: Sequence[str]) -> None:
+    def _check_presence(self, file: InputFile, names: Sequence[str]) -> None:
         for column in self._columns:
             times = names.count(column.name)
             told = f"{column.user} the column '{column.name}', which {file}"
@@ -154,10 +150,10 @@ class Table:
             if times > 1:
                 raise InputError(f"{told} has {times} times; rename the others")
 
-    def json_rows(self, file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    def json_rows(self, file: InputFile) -> Iterator[tuple[int, dict[str, Any]]]:
         """The numbers and objects of lines that are not blank."""
         try:
-            with file.open("rb") as lines:
+            with file.open() as lines:
                 for number, line in enumerate(lines, start=1):
                     if line.strip():
                         yield number, self._parse(line, f"line {number} of {file}")
@@ -183,12 +179,13 @@ class Table:
                 )
         return values
 
-    def _read_text(self, file: Path, names: Collection[str]) -> dict[str, Any]:
-        name = os.fsencode(file.relative_to(self._base).as_posix()).decode("utf-8", errors="replace")
+    def _read_text(self, file: InputFile, names: Collection[str]) -> dict[str, Any]:
         if "text" not in names:
-            return {"id": name}
+            return {"id": file.id}
         try:
-            return {"id": name, "text": file.read_bytes().decode("utf-8", errors="replace").removeprefix("\ufeff")}
+            with file.open() as content:
+                text = content.read().decode("utf-8", errors="replace")
+            return {"id": file.id, "text": text.removeprefix("\ufeff")}
         except OSError as error:
             raise InputError(f"{file}: cannot be read: {one_line(error)}") from None
 
@@ -198,10 +195,10 @@ def first_rows(path: str, key: str, count: int) -> list[dict[str, Any]]:
     table = Table(path, key, ())
     file = table.files[0]
     names: Collection[str] = _TEXT_COLUMNS
-    if _format(file) == _PARQUET:
+    if file.format == PARQUET:
         with _open_parquet(file) as parquet:
             names = [field.name for field in parquet.schema_arrow if ID.fits_type(field.type)]
-    if _format(file) != _JSON:
+    if file.format != JSON:
         return [record.values for record in islice(table.records(names, rows_per_batch=1), count)]
     rows = [values for _, values in islice(table.json_rows(file), count)]
     names = [
@@ -214,66 +211,22 @@ def _may_be_id(value: object) -> bool:
     return value is None or ID.fits_value(value)
 
 
-def _format(file: Path) -> str:
-    return _FORMATS.get(file.suffix.lower(), _PARQUET)
-
-
-def _base(path: str) -> Path:
-    """The folder that the ids of text files are relative to: what stands before the first `*` of a glob."""
-    if os.path.isdir(path):
-        return Path(path)
-    while not os.path.isfile(path) and glob.has_magic(path):
-        path = os.path.dirname(path)
-    return Path(os.path.dirname(path) if os.path.isfile(path) else path)
-
-
-def _find_files(path: str, key: str) -> list[Path]:
-    """The files in the order in which they are read."""
-    if "://" in path:
-        raise InputError(f"{key}: URLs cannot be read yet: {path}; copy the files here first")
-    if os.path.isfile(path):
-        return [Path(path)]
-    is_folder = os.path.isdir(path)
-    pattern = os.path.join(glob.escape(path), "*") if is_folder else path
-    # Without recursion and hidden files, which are other programs' temporary files; ordered by name.
-    files = [Path(name) for name in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(name)]
-    if is_folder:
-        files = [file for file in files if file.suffix.lower() in _FORMATS]
-    if not files:
-        raise InputError(_nothing_found(path, key, is_folder))
-    formats = Counter(map(_format, files))
-    if len(formats) > 1:
-        counts = " and ".join(f"{count} {name} file{'s' * (count > 1)}" for name, count in sorted(formats.items()))
-        example = os.path.join(path if is_folder else os.path.dirname(path), f"*{files[0].suffix}")
-        raise InputError(f"{key}: {path} holds {counts}; name those of one format, as by {example}")
-    return files
-
-
-def _nothing_found(path: str, key: str, is_folder: bool) -> str:
-    if is_folder:
-        return f"{key}: the folder {path} holds no file named {', '.join(f'*{suffix}' for suffix in _FORMATS)}"
-    if glob.has_magic(path):
-        return f"{key}: no file matches {path}"
-    beside: list[str] = []
-    with suppress(OSError):
-        beside += [file.name for file in Path(path).parent.glob("*") if file.suffix.lower() in _FORMATS]
-    return f"{key}: {path} does not exist{suggestion(os.path.basename(path), beside)}"
-
-
 def _shortened(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 40 else f"{text[:39]}…"
 
 
-def _open_parquet(file: Path) -> Any:
+@contextmanager
+def _open_parquet(file: InputFile) -> Iterator[Any]:
     try:
-        return pq.ParquetFile(file, buffer_size=_BUFFER_BYTES, pre_buffer=False)
+        with file.open_for_arrow() as source:
+            yield pq.ParquetFile(source, buffer_size=_BUFFER_BYTES, pre_buffer=False)
     except _BROKEN as error:
         raise InputError(f"{file}: cannot be read as Parquet: {one_line(error)}") from None
 
 
 def _parquet_rows(
-    file: Path, names: Sequence[str], needed: Collection[str], rows_per_batch: int
+    file: InputFile, names: Sequence[str], needed: Collection[str], rows_per_batch: int
 ) -> Iterator[dict[str, Any]]:
     with _open_parquet(file) as parquet:
         columns = [name for name in names if name in needed or parquet.schema_arrow.names.count(name) == 1]

@@ -66,7 +66,7 @@ class Work:
         self._progress, self._report, self._check = progress, report, check
         self._committed, self._condemned, self._on_failure = committed, condemned, on_failure
         self._renderer, self._fitting = Renderer(job.prompt), Fitting(job)
-        self._needs = Needs(job.cache.dir, job.output.path)
+        self._needs = Needs(job.cache.dir, job.result_file)
         self._loaded: Engine | None = None
         self._shown = 0  # rows in hand that the progress counts already
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="results")
@@ -223,7 +223,7 @@ class Work:
 
     def _drop(self, store: Store, keys: Collection[str] | None = None) -> None:
         """Remove segments that this job built, all unless ``keys`` are given; another may want to keep its own."""
-        own = output_digest(self._job.output.path)
+        own = output_digest(self._job.result_file)
         store.drop(lambda entry: entry.about.get("output") == own and (keys is None or entry.key in keys))
 
     @property

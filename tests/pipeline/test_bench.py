@@ -270,7 +270,7 @@ def test_a_gpu_is_warmed_up_before_it_is_measured(
     expected = contenders.compete(contender, own, small, folder)
     monkeypatch.setattr(contenders, "on_cpu", lambda: False)
     if contender != "copied":
-        own.output.path.unlink()
+        own.result_file.unlink()
         shutil.rmtree(own.cache.dir)
     done: list[str] = []
     for name in ("Runner", "_Stock"):

@@ -56,7 +56,7 @@ def test_paths_are_relative_to_the_job_file(job_file: Path, tmp_path: Path, monk
     job = load_job(job_file)
     assert job.documents.path == str(tmp_path / "jobs" / "docs.parquet")
     assert job.cache.dir == tmp_path / "jobs" / ".cache"
-    assert job.output.path == tmp_path / "out" / "answers.parquet"
+    assert job.result_file == tmp_path / "out" / "answers.parquet"
 
 
 def test_paths_of_overrides_are_relative_to_the_current_directory(
@@ -66,7 +66,7 @@ def test_paths_of_overrides_are_relative_to_the_current_directory(
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("HOME", str(tmp_path))
     job = load_job(job_file, ["output.path=a.parquet", "documents={path: d/*.parquet}", "cache.dir=~/c"])
-    assert job.output.path == tmp_path / "here" / "a.parquet"
+    assert job.result_file == tmp_path / "here" / "a.parquet"
     assert job.documents.path == str(tmp_path / "here" / "d" / "*.parquet")
     assert job.cache.dir == tmp_path / "c"
 
@@ -236,6 +236,19 @@ def test_scientific_notation_is_a_number(job_file: Path) -> None:
 
 def test_a_url_of_documents_is_kept(job_file: Path) -> None:
     assert load_job(job_file, ["documents.path=s3://b/x.parquet"]).documents.path == "s3://b/x.parquet"
+    assert load_job(job_file, ["documents.path=file:///d/x.parquet"]).documents.path == "/d/x.parquet"
+
+
+def test_a_result_at_a_url_is_written_in_the_store_first(job_file: Path) -> None:
+    job, other = (load_job(job_file, ["cache.dir=/c", f"output.path=s3://b/{name}/a.parquet"]) for name in "xy")
+    assert job.result_url == "s3://b/x/a.parquet"
+    assert (job.result_file.parents[1], job.result_file.name) == (Path("/c/outputs"), "a.parquet")
+    assert job.result_file != other.result_file
+    assert "would be read as documents" in message(
+        job_file, "output.path=s3://b/d/a.parquet", "documents.path=s3://b/d/"
+    )
+    inner = ["cache.dir=/c", "documents.path=/c/**/*.parquet"]
+    assert "/a.parquet would be read as documents" in message(job_file, "output.path=s3://b/a.parquet", *inner)
 
 
 _values = st.recursive(

@@ -174,7 +174,6 @@ def test_a_killed_run_resumes(workplace: Workplace) -> None:
         (OWN, {"text": "txt"}, "did you mean 'text'?"),
         (OWN, {"document": "x"}, "unknown key 'queries.document'; did you mean 'document_id'?"),
         (OWN, {"path": "nix.parquet"}, "queries.path: "),
-        (OWN, {"path": "s3://nix"}, "queries.path: URLs cannot be read yet"),
         (OWN, {}, "queries: the id 'a' is given 2 times; ids must be unique, at "),
         ([OWN[0], OWN[0]], {"document_id": "document"}, "given twice for the document 'd2', the second time in row 1 "),
         ([{**OWN[0], "document": "x"}], {"document_id": "document"}, "is a document's; there is 'x'"),
