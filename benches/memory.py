@@ -1,14 +1,15 @@
 """Peak resident memory of runs of few and many documents, of one huge row group, and of tables of queries.
 
-    python benches/memory.py [--documents 10 1000] [--megabytes 300] [--joined 1000]
+    python benches/memory.py [--documents 10 1000] [--megabytes 300] [--joined 1000] [--kilobytes 100]
 
 Jobs with a tiny model are run by the command line; what is printed is VmHWM of its process and of the model's. The
 documents are short. Those of the huge row group are ten short ones and many of 100 kB of blanks, which are read and
 answered by an error; it is written with pages of 16 rows, as tables.py advises, and of pyarrow's 1,024. Linux only.
 
-Those that are joined have 100 kB of text each, in one row group, of which the model reads the beginning, and twenty
-queries of their own, shuffled in another row group of as many bytes. That job is run undisturbed, then killed when a
-third of it is done and run again, which must give the same bytes, in the order of the documents.
+Those that are joined have 100 kB of text each, or as many as are asked for, in one row group, of which the model reads
+the beginning, and twenty queries of their own, shuffled in another row group of as many bytes. That job is run
+undisturbed, then killed when a third of it is done and run again, which must give the same bytes, in the order of the
+documents.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, nargs="*", default=[10, 1000])
     parser.add_argument("--megabytes", type=int, nargs="*", default=[300], help="of text in one row group")
     parser.add_argument("--joined", type=int, nargs="*", default=[1000], help="documents with queries of their own")
+    parser.add_argument("--kilobytes", type=int, default=100, help="of text in each of those")
     arguments = parser.parse_args()
     print("job                              parent MB  model MB  seconds")
     with tempfile.TemporaryDirectory() as folder:
@@ -58,7 +60,7 @@ def main() -> None:
                 write_row_group(place.folder / "documents.parquet", megabytes << 20, rows_a_page)
                 show(f"{megabytes:,} MB in pages of {rows_a_page:,}", place)
         for count in arguments.joined:
-            show_joined(count, Path(folder) / f"joined-{count}", model)
+            show_joined(count, arguments.kilobytes, Path(folder) / f"joined-{count}", model)
 
 
 def make_model(folder: Path) -> Path:
@@ -83,13 +85,13 @@ def write_row_group(path: Path, size: int, rows_a_page: int) -> None:
     )
 
 
-def show_joined(count: int, folder: Path, model: Path) -> None:
+def show_joined(count: int, kilobytes: int, folder: Path, model: Path) -> None:
     """Run a job of documents with queries of their own, then again with a kill; the results must be the same."""
     queries = {"path": "queries.parquet", "document_id": "document"}
     documents = {"path": "documents.parquet", "too_long": "truncate"}
     place = Place(folder, model, {"keep": "job"}, {"queries": queries, "documents": documents})
     place.write(max_tokens=2)
-    write_joined(place, count)
+    write_joined(place, count, kilobytes)
     name = f"{count:,} x {QUERIES_A_DOCUMENT} joined"
     show(name, place)
     undisturbed = place.output.read_bytes()
@@ -102,9 +104,9 @@ def show_joined(count: int, folder: Path, model: Path) -> None:
     assert place.output.read_bytes() == undisturbed
 
 
-def write_joined(place: Place, count: int) -> None:
+def write_joined(place: Place, count: int, kilobytes: int) -> None:
     """A row group of long documents, and one of their queries in no order."""
-    text = text_of(0, 1400)
+    text = text_of(0, 14 * kilobytes)
     texts = [f"{number}. {text}" for number in range(count)]
     table = pa.table({"id": [f"d{number}" for number in range(count)], "text": texts}, schema=SCHEMA)
     options = {"row_group_size": count * QUERIES_A_DOCUMENT, "compression": None, "use_dictionary": False}

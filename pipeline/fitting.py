@@ -64,7 +64,7 @@ class Fitting:
         if limit is None or self.mark(rendered, document.queries) is None:
             return [rendered]
         room, whole = limit - reserved(document.queries, self._job.generation), len(document.text)
-        most = whole if self._policy == "truncate" else _CHARACTERS_A_TOKEN * max(room, 1)
+        most = _CHARACTERS_A_TOKEN * max(room, 1)
         windows: list[Rendered] = []
         start = end = 0
         while end < whole and (not windows or self._policy == "split"):
@@ -74,6 +74,9 @@ class Fitting:
                 return tokenizer.count([tokenizer.prompt_text(window, _PROBE)])[0]
 
             end = start + longest(min(whole - start, most), room, tokens)
+            if self._policy == "truncate" and start + most == end < whole:  # and there may be room for more
+                most *= 2
+                continue
             if end == start or end - start == whole:
                 return [rendered]
             windows.append(self._rendered(document, start, end))

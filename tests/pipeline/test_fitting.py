@@ -191,6 +191,23 @@ def test_the_template_s_end_is_kept(long: Workplace, tokenizer: Any) -> None:
     assert Fitting(job).windows(document, whole, prompts, 1 << 30) == [whole]
 
 
+@pytest.mark.parametrize("characters", [1, 2, 1 << 20])
+def test_as_much_is_kept_as_there_is_room_for(
+    long: Workplace, tokenizer: Any, characters: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many characters a token is taken to have at first."""
+    monkeypatch.setattr("pipeline.fitting._CHARACTERS_A_TOKEN", characters)
+    job = load_job(long.job_file)
+    text = long.documents["a"]
+    document = Document(0, "a", text, {"text": text}, job.queries)
+    whole, prompts = Renderer(job.prompt).render(document), PromptTokenizer(tokenizer)
+    (cut,) = Fitting(job).windows(document, whole, prompts, 2048)
+    (tokens,) = prompts.count([prompts.prompt_text(cut, job.queries[0].text)])
+    assert 1800 < tokens <= 2048 - 5
+    (needed,) = prompts.count([prompts.prompt_text(whole, job.queries[0].text)])
+    assert Fitting(job).windows(document, whole, prompts, 2 * needed) == [whole]
+
+
 def test_what_has_no_room_at_all_is_an_error(long: Workplace) -> None:
     long.tree["prompt"] = {"system": "word " * 2000}
     result = invoke("run", long.save(), "--quiet")
