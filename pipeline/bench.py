@@ -27,6 +27,7 @@ from pipeline.worker import Failed, end_with_the_parent
 
 if TYPE_CHECKING:
     from pipeline.documents import Document
+    from pipeline.inputs import Inputs
 
 SMALL_CHARACTERS, SMALL_TOKENS = 1 << 16, 2  # as long as contexts for which other kernels are chosen
 NAIVE, COPIED, COLD, WARM = "naive", "copied", "pipeline-cold", "pipeline-warm"
@@ -142,8 +143,9 @@ def _part(job: Job, extent: Extent, path: Path) -> Job:
     from pipeline.constraints import check_schemas
     from pipeline.inputs import Inputs
 
-    check_schemas(Inputs(job).schemas)
-    taken = list(islice(_rendering(job), extent.documents))
+    inputs = Inputs(job)
+    check_schemas(inputs.schemas)
+    taken = list(islice(_rendering(job, inputs), extent.documents))
     if not taken:
         raise InputError("documents.path: there is no document that is fit for the prompt")
     pq.write_table(
@@ -179,6 +181,8 @@ def _small(part: Job, folder: Path) -> Job:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from pipeline.inputs import Inputs
+
     path, text = folder / "small.parquet", part.documents.text
     (first,) = pq.read_table(part.documents.path).slice(0, 1).to_pylist()
     pq.write_table(pa.Table.from_pylist([{**first, text: first[text][:SMALL_CHARACTERS]}]), path)
@@ -186,19 +190,18 @@ def _small(part: Job, folder: Path) -> Job:
     cache = part.cache.model_copy(update={"dir": folder / "small" / "cache"})
     output = part.output.model_copy(update={"path": str(folder / "small" / "answers.parquet")})
     small = part.model_copy(update={"documents": documents, "cache": cache, "output": output})
-    return _asking(small, list(islice(_rendering(part), 1)), folder / "small-queries.parquet", _briefly)
+    return _asking(small, list(islice(Inputs(part).stream(), 1)), folder / "small-queries.parquet", _briefly)
 
 
 def _briefly(queries: Sequence[Query]) -> list[Query]:
     return [query.model_copy(update={"max_tokens": SMALL_TOKENS}) for query in queries]
 
 
-def _rendering(job: Job) -> Iterator[Document]:
-    from pipeline.inputs import Inputs
+def _rendering(job: Job, inputs: Inputs) -> Iterator[Document]:
     from pipeline.prompts import Renderer
 
     renderer = Renderer(job.prompt)
-    for document in Inputs(job).stream():
+    for document in inputs.stream():
         try:
             renderer.render(document)
         except RowError as error:
@@ -208,9 +211,11 @@ def _rendering(job: Job) -> Iterator[Document]:
 
 
 def _own_job(part: Job, contender: str, resident: str | None, extent: Extent, folder: Path) -> Job:
+    from pipeline.inputs import Inputs
+
     if contender == NAIVE:
         asked = folder / "naive-queries.parquet"
-        return _asking(part, list(_rendering(part)), asked, lambda queries: queries[: extent.naive_queries])
+        return _asking(part, list(Inputs(part).stream()), asked, lambda queries: queries[: extent.naive_queries])
     if resident is None:
         return part
     own = folder / f"pipeline-{resident}"  # for cold and warm

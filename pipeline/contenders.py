@@ -112,7 +112,8 @@ class _Stock:
 
     def __init__(self, job: Job, loaded: LoadedModel, file: Path) -> None:
         self._job, self._loaded, self._file = job, loaded, file
-        self._reader = Reader(loaded.tokenizer, Inputs(job).schemas)
+        self._inputs = Inputs(job)
+        self._reader = Reader(loaded.tokenizer, self._inputs.schemas)
         self.answers: dict[Pair, str] = {}
         self.answer_tokens = self.left_out = self.disk_bytes = 0
         self.prefill_seconds = 0.0
@@ -123,7 +124,7 @@ class _Stock:
         renderer, fitting = Renderer(job.prompt), Fitting(job)
         tokenizer = PromptTokenizer(loaded.tokenizer, bool(job.generation.thinking))
         limit = max_context(loaded.config, loaded.tokenizer)
-        for document in Inputs(job).stream():
+        for document in self._inputs.stream():
             questions: list[_Question] = []
             with suppress(RowError):
                 (rendered,) = fitting.windows(document, renderer.render(document), tokenizer, limit)
@@ -207,13 +208,13 @@ class _Stock:
     @property
     def samples(self) -> bool:
         """Whether any query is not answered greedily."""
-        queries = (query for document in Inputs(self._job).stream() for query in document.queries)
+        queries = (query for document in self._inputs.stream() for query in document.queries)
         return any(query.settings(self._job.generation).temperature for query in queries)
 
     @property
     def has_schemas(self) -> bool:
         """Whether any query's answer is to be JSON."""
-        return bool(Inputs(self._job).schemas)
+        return bool(self._inputs.schemas)
 
     @property
     def bits(self) -> int:
