@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from turboquant import plot
 from turboquant.blas import load_tuned_blas
 from turboquant.codebook import SUPPORTED_BITS
+from turboquant.columns import aligned
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -143,11 +144,7 @@ def table(speeds: Sequence[Speed]) -> str:
         relative = f"{s.relative:.2f}x"
         figures = f"{s.microseconds:,.1f}", relative, f"{s.nbytes / 1e6:,.1f}", f"{s.gigabytes_per_second:,.1f}"
         lines.append((f"{s.tokens:,}", str(s.rows), s.way, *figures, encode))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(c.ljust(w) if i == 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-        for line in lines
-    )
+    return aligned(lines, left={2})
 
 
 Attend = Callable[["mx.array"], "mx.array"]

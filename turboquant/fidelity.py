@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from turboquant import plot
 from turboquant.blas import load_tuned_blas
 from turboquant.codebook import SUPPORTED_BITS
+from turboquant.columns import aligned
 
 if TYPE_CHECKING:
     from turboquant.drift import Contender, Fidelity, Sample
@@ -99,12 +100,7 @@ def table(rows: Sequence[Fidelity]) -> str:
     """The figures as aligned text."""
     columns = [[title, *map(render, rows)] for title, render in _COLUMNS]
     lines = list(zip(*(column for column in columns if any(column[1:])), strict=True))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = "\n".join(
-        "  ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-        for line in lines
-    )
-    return f"{text}\n\n{_legend(rows)}"
+    return f"{aligned(lines, left={0, 1})}\n\n{_legend(rows)}"
 
 
 def as_json(rows: Sequence[Fidelity]) -> str:
