@@ -114,6 +114,18 @@ def test_rows_with_tokens_of_their_own(
 
 
 @pytest.mark.usefixtures("emulated")
+def test_one_mask_for_all_rows(random_layer: Callable[..., EncodedLayer]) -> None:
+    layer, queries = random_layer(100, CacheCodec()), mx.random.normal((3, 4, 1, 64))
+    keys, values = (mx.random.normal((3, 2, 20, 64)) for _ in range(2))
+    mask = (mx.arange(20) >= 7)[None, None, None]
+    mx.eval(queries, keys, values, mask)
+    found = attention_gpu.attend_step(queries, layer, keys, values, SCALE, mask)
+    parts = attention.attend_layer(queries, layer, SCALE), attention.attend_dense(queries, keys, values, SCALE, mask)
+    wanted = np.array(attention.merge(parts).output)
+    assert np.linalg.norm(np.array(found) - wanted) < 1e-3 * np.linalg.norm(wanted)
+
+
+@pytest.mark.usefixtures("emulated")
 def test_sharp_attention(random_layer: Callable[..., EncodedLayer]) -> None:
     """What rounding queries to halves costs grows with the scores, which decide between a few tokens here."""
     layer = random_layer(300, CacheCodec())

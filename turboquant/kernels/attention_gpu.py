@@ -75,10 +75,12 @@ def attend_step(
 ) -> mx.array:
     """Attention of one query (B, n_heads, 1, head_dim) a row over a layer and the row's own tokens.
 
-    keys, values: (B, n_kv_heads, T, head_dim). mask: (B, 1, 1, T), true where visible, or None.
+    keys, values: (B, n_kv_heads, T, head_dim). mask: (B or 1, 1, 1, T), true where visible, or None.
     Returns (B, n_heads, 1, head_dim) in the queries' dtype. For layers that ``knows`` knows.
     """
-    own = {"queries": queries, "keys": keys, "values": values} | ({} if mask is None else {"mask": mask})
+    own = {"queries": queries, "keys": keys, "values": values}
+    if mask is not None:
+        own["mask"] = mx.broadcast_to(mask, (queries.shape[0], *mask.shape[1:]))
     return _attend(queries, layer, scale, own).output
 
 
