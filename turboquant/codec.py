@@ -14,6 +14,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -102,10 +103,17 @@ class Codec:
         """Bits a coordinate with the scale counted."""
         return (32 * self.words + 16) / self.head_dim
 
-    def rounding_metric(self, metric: NDArray[np.float64]) -> RoundingMetric:
-        """A metric (H, head_dim, head_dim) of vectors as they are given to ``encode``, made ready for it."""
-        basis = _basis(self.rotation)
-        return RoundingMetric.of(array_module(), basis.T @ metric @ basis)
+    def rounding_metric(self, metric: Any) -> RoundingMetric:
+        """A metric (H, head_dim, head_dim) of vectors as they are given to ``encode``, made ready for it.
+
+        It is of ``device.array_module``: float64 of NumPy's, else float32.
+        """
+        xp = array_module()
+        if xp is np:
+            basis = _basis(self.rotation)
+            return RoundingMetric.of(np, basis.T @ metric @ basis)
+        half = self.rotation.forward(metric).swapaxes(1, 2)  # a product might round to 10 bits, and the metric with it
+        return RoundingMetric.of(mx, self.rotation.forward(half))
 
     def encode(self, x: mx.array, mean: mx.array | None = None, metric: RoundingMetric | None = None) -> Encoded:
         """Compress x (..., head_dim), any float dtype.

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from numpy.typing import NDArray
 
 from turboquant.codec import CacheCodec, Codec, Encoded
 from turboquant.device import array_module, on_cpu
@@ -70,11 +70,13 @@ class EncodedLayer:
 
         queries: the context's own; they decide which tokens are kept finer and how keys are rounded.
         parent: of the tokens before these, whose means are used again, so that the two can be joined.
-        Raises ValueError where K/V are not finite.
+        On a GPU what is returned may still be computed, so that the next layer can be begun meanwhile. Raises
+        ValueError where K/V are not finite.
         """
-        for x in (keys, values):
-            if not mx.isfinite(x).all():
-                raise ValueError("K/V hold numbers that are not finite: the model overflows on this context")
+        finite = mx.isfinite(keys).all() & mx.isfinite(values).all()
+        mx.async_eval(finite)  # type: ignore[no-untyped-call]
+        if on_cpu():  # NumPy may not bear what is not
+            _check_finite(finite)
         codec = codec if parent is None else replace(codec, sinks=max(0, codec.sinks - parent.tokens))
         first = min(codec.sinks, keys.shape[1])
         metric, order, fine = _plan(keys, codec, queries)
@@ -100,7 +102,8 @@ class EncodedLayer:
             key_mean=key_mean,
             value_mean=value_mean,
         )
-        mx.eval(list(layer.tensors().values()))
+        mx.async_eval(list(layer.tensors().values()))  # type: ignore[no-untyped-call]
+        _check_finite(finite)
         return layer
 
     @classmethod
@@ -266,9 +269,12 @@ class DenseLayer:
         return int(self.keys.nbytes + self.values.nbytes)
 
 
-def _plan(
-    keys: mx.array, codec: CacheCodec, queries: ContextQueries | None
-) -> tuple[NDArray[np.float64] | None, mx.array, int]:
+def _check_finite(finite: mx.array) -> None:
+    if not finite:
+        raise ValueError("K/V hold numbers that are not finite: the model overflows on this context")
+
+
+def _plan(keys: mx.array, codec: CacheCodec, queries: ContextQueries | None) -> tuple[Any, mx.array, int]:
     """The metric to round keys in, or None; the order (n_kv_heads, T - S) in which tokens behind the sinks are
     encoded, the finer ones last, int32; and how many those are.
     """

@@ -70,6 +70,7 @@ class Prefix:
                 cache.keys = cache.values = None
             else:
                 layers.append(plain_cache([cache]) if plain else cache)
+        mx.eval([layer.tensors() for layer in layers if isinstance(layer, EncodedLayer)])
         return cls(tuple(layers), tokens)
 
     def fork(self) -> list[Any]:

@@ -13,7 +13,6 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from numpy.typing import NDArray
 
 from turboquant.device import array_module, to_module
 from turboquant.threads import run_in_parallel
@@ -42,28 +41,27 @@ class ContextQueries:
     scale: float
     past: mx.array | None = None
 
-    def look_at(self, keys: mx.array) -> tuple[NDArray[np.float64], Any]:
+    def look_at(self, keys: mx.array) -> tuple[Any, Any]:
         """Where queries look among keys (n_kv_heads, T, head_dim).
 
         Returns the metric in which keys should be close, (n_kv_heads, head_dim, head_dim), half of it from all
         queries, half from the sampled ones by how sharply they look at tokens far from them; and how much each
-        token is looked at, (n_kv_heads, T), summed squares of attention, of ``device.array_module``.
+        token is looked at, (n_kv_heads, T), summed squares of attention. Both are of ``device.array_module``.
         """
         xp, heads = array_module(), keys.shape[0]
         sampled = to_module(xp, self.sampled).reshape(heads, -1, *self.sampled.shape[1:])
         past = None if self.past is None else to_module(xp, self.past).reshape(*sampled.shape[:3], 1)
         turned = to_module(xp, keys).swapaxes(-1, -2)
 
-        def look(some: slice) -> tuple[NDArray[np.float64], Any]:
+        def look(some: slice) -> tuple[Any, Any]:
             before = None if past is None else past[some]
             return _look_at(xp, sampled[some] * self.scale, turned[some], before, self.positions)
 
         each = [slice(head, head + 1) for head in range(heads)] if xp is np else [slice(None)]
         sharp, looks = zip(*run_in_parallel(look, each), strict=True)
+        moment = np.array(self.moment, np.float64) if xp is np else self.moment
         # A metric's size does not matter, so the samples' may be scaled.
-        return _normalised(np.array(self.moment, np.float64)) + _normalised(np.concatenate(sharp)), xp.concatenate(
-            looks
-        )
+        return _normalised(xp, moment) + _normalised(xp, xp.concatenate(sharp)), xp.concatenate(looks)
 
 
 class QueryCollector:
@@ -103,9 +101,7 @@ class QueryCollector:
         return ContextQueries(self._moment, sampled, tuple(self._positions), self._scale, past)
 
 
-def _look_at(
-    xp: Any, sampled: Any, turned: Any, past: Any, positions: Sequence[int]
-) -> tuple[NDArray[np.float64], Any]:
+def _look_at(xp: Any, sampled: Any, turned: Any, past: Any, positions: Sequence[int]) -> tuple[Any, Any]:
     """The moments (H, dim, dim) of sampled queries, each as much as it looks sharply, and the looks (H, T).
 
     sampled: (H, repeats, N, dim), times the scale. turned: (H, dim, T). past: (H, repeats, N, 1) or None.
@@ -132,9 +128,10 @@ def _look_at(
         if past is not None:
             total = total + exponentials(past[:, :, rows], highest)
         squares = squared(weights, total, token, position, sinks)
-        sharp = sharp + (queries * squares.sum(axis=-1).reshape(heads, -1, 1)).swapaxes(-1, -2) @ queries
+        weighted = queries * xp.sqrt(squares.sum(axis=-1).reshape(heads, -1, 1))
+        sharp = sharp + weighted.swapaxes(-1, -2) @ weighted  # of one array with itself, so symmetric however rounded
         looks[:, :stop] += squares.sum(axis=(1, 2))
-    return np.array(sharp, np.float64), looks
+    return sharp, looks
 
 
 @functools.cache
@@ -157,8 +154,7 @@ def _elementwise(xp: Any) -> tuple[Callable[..., Any], Callable[..., Any], Calla
     return first, second, third
 
 
-def _normalised(moments: NDArray[np.float64]) -> NDArray[np.float64]:
+def _normalised(xp: Any, moments: Any) -> Any:
     """(H, dim, dim) each with a trace of 1, where it has any."""
-    trace = np.trace(moments, axis1=1, axis2=2)[:, None, None]
-    normalised: NDArray[np.float64] = moments / np.where(trace > 0, trace, 1.0)
-    return normalised
+    trace = xp.trace(moments, axis1=1, axis2=2)[:, None, None]
+    return moments / xp.where(trace > 0, trace, 1.0)

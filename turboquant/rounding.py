@@ -21,6 +21,7 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
@@ -47,11 +48,12 @@ class RoundingMetric:
     damped: Any
 
     @classmethod
-    def of(cls, xp: Any, metric: NDArray[np.float64]) -> RoundingMetric:
-        """From (H, dim, dim), symmetric and positive semidefinite."""
-        metric = _damped(metric)
-        pull = metric / np.diagonal(metric, axis1=1, axis2=2)[:, :, None] - np.eye(metric.shape[1])
-        return cls(*(xp.array(x.astype(np.float32)) for x in (_feedback(metric), pull, metric)))
+    def of(cls, xp: Any, metric: Any) -> RoundingMetric:
+        """From (H, dim, dim) of that module, symmetric and positive semidefinite; NumPy's had better be float64."""
+        metric = _damped(xp, metric)
+        pull = metric / xp.diagonal(metric, axis1=1, axis2=2)[:, :, None] - xp.eye(metric.shape[1])
+        factor = feedback(metric) if xp is np else _feedback_on_device(metric)
+        return cls(*(x.astype(xp.float32) for x in (factor, pull, metric)))
 
 
 def round_in_metric(xp: Any, unit: Any, metric: RoundingMetric, bits: int) -> tuple[Any, Any]:
@@ -124,15 +126,23 @@ def code_of_bin(bits: int) -> NDArray[np.uint8]:
     return np.searchsorted(lloyd_max(bits).boundaries, centres).astype(np.uint8)
 
 
-def _damped(metric: NDArray[np.float64]) -> NDArray[np.float64]:
+def _damped(xp: Any, metric: Any) -> Any:
     dim = metric.shape[1]
-    mean = np.trace(metric, axis1=1, axis2=2)[:, None, None] / dim
-    mean = np.where(mean > 0, mean, 1.0)
-    return metric / mean + DAMPING * np.eye(dim)
+    mean = xp.trace(metric, axis1=1, axis2=2)[:, None, None] / dim
+    mean = xp.where(mean > 0, mean, 1.0)
+    return metric / mean + DAMPING * xp.eye(dim)
 
 
-def _feedback(metric: NDArray[np.float64]) -> NDArray[np.float64]:
+def feedback(metric: NDArray[np.float64]) -> NDArray[np.float64]:
     """Row i: what coordinate i makes up of each later coordinate's error, (H, dim, dim)."""
     factor = np.linalg.cholesky(metric)
     unit_lower = factor / np.diagonal(factor, axis1=1, axis2=2)[:, None]
     return unit_lower.swapaxes(1, 2) - np.eye(metric.shape[1])
+
+
+def _feedback_on_device(metric: mx.array) -> mx.array:
+    from turboquant.kernels import encoding_gpu  # kernels know metrics
+
+    if encoding_gpu.factors(metric.shape[1]):
+        return encoding_gpu.feedback(metric)
+    return mx.array(feedback(np.array(metric, np.float64)).astype(np.float32))

@@ -116,6 +116,7 @@ def prefill_segment(
             cache.suffix = KVCache()  # so that memory never holds the whole segment twice
         else:
             layers.append(plain_cache([cache], start) if type(cache) is KVCache else cache)
+    mx.eval([layer.tensors() for layer in layers if isinstance(layer, EncodedLayer)])
     return Segment(tuple(layers), start, count)
 
 

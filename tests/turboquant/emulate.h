@@ -20,6 +20,7 @@ typedef _Float16 half;
 #define THREAD
 #define UNROLL
 #define BARRIER wait(group_gate, thread_count)
+#define DEVICE_BARRIER BARRIER
 #define THREAD_INDEX current
 #define GROUP_X group_place[0]
 #define GROUP_Y group_place[1]

@@ -13,7 +13,7 @@ import pytest
 from emulator import emulated_launch
 from numpy.typing import NDArray
 
-from turboquant import CacheCodec, EncodedLayer
+from turboquant import CacheCodec, EncodedLayer, rounding
 from turboquant.codec import Codec, Encoded
 from turboquant.kernels import encoding_gpu
 from turboquant.kernels.launch import Launch
@@ -35,9 +35,14 @@ def emulated(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The kernel is run as C++; lanes hold no blocks in it, so there is one layout."""
     monkeypatch.setattr(encoding_gpu, "launch", functools.partial(emulated_launch, folder, "cuda"))
     monkeypatch.setattr(encoding_gpu, "on_cpu", lambda: False)
-    encoding_gpu._runs.cache_clear()
+    _forget()
     yield
+    _forget()
+
+
+def _forget() -> None:
     encoding_gpu._runs.cache_clear()
+    encoding_gpu._factors.cache_clear()
 
 
 def a_metric(dim: int) -> NDArray[np.float64]:
@@ -75,7 +80,7 @@ def test_nearest_levels(bits: int, dim: int) -> None:
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_rounding_in_a_metric(bits: int, dim: int) -> None:
     codec, x, mean = Codec(dim, bits), vectors(40, dim), mx.zeros((HEADS, 1, dim))
-    metric = codec.rounding_metric(a_metric(dim))
+    metric = codec.rounding_metric(a_metric(dim))  # of NumPy, as on a CPU
     order = mx.broadcast_to(mx.arange(40, dtype=mx.int32), (HEADS, 40))
     found = encoding_gpu.encode(x, order, mean[:, 0], codec, metric)
     assert_equal(found, codec.encode(x, mean, metric), codec, 0.01)  # sums are rounded otherwise, and a tie is a tie
@@ -83,9 +88,31 @@ def test_rounding_in_a_metric(bits: int, dim: int) -> None:
 
 @needs_compiler
 @pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_the_feedback_of_a_metric(dim: int) -> None:
+    metric = a_metric(dim)
+    metric = metric / np.abs(metric).max() + rounding.DAMPING * np.eye(dim)
+    found = np.array(encoding_gpu.feedback(mx.array(metric.astype(np.float32))))
+    np.testing.assert_allclose(found, rounding.feedback(metric), atol=1e-5)
+    assert encoding_gpu.factors(dim)
+
+
+@needs_compiler
+@pytest.mark.usefixtures("emulated")
+def test_a_metric_made_ready_on_a_gpu_is_numpy_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    codec, metric = Codec(64, 4), a_metric(64)
+    expected = codec.rounding_metric(metric)
+    monkeypatch.setattr("turboquant.codec.array_module", lambda: mx)
+    found = codec.rounding_metric(mx.array(metric.astype(np.float32)))
+    for name in ("factor", "pull", "damped"):
+        np.testing.assert_allclose(np.array(getattr(found, name)), getattr(expected, name), atol=1e-4)
+
+
+@needs_compiler
+@pytest.mark.usefixtures("emulated")
 def test_a_vector_s_codes_depend_on_it_alone() -> None:
     codec, x, mean = Codec(64, 3), vectors(40, 64), mx.zeros((HEADS, 64))
-    metric = RoundingMetric.of(mx, a_metric(64))
+    metric = RoundingMetric.of(mx, mx.array(a_metric(64).astype(np.float32)))
     order = mx.broadcast_to(mx.arange(40, dtype=mx.int32), (HEADS, 40))
     whole = encoding_gpu.encode(x, order, mean, codec, metric)
     some = encoding_gpu.encode(x[:, 5:], order[:, 3:20] - 2, mean, codec, metric)

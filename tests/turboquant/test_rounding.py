@@ -69,7 +69,7 @@ def test_vectors_are_rounded_each_by_itself() -> None:
 def test_mlx_rounds_as_numpy_does(bits: int) -> None:
     unit, metric = units(64), a_metric(64)
     codes, factors = rounding.round_in_metric(np, unit, RoundingMetric.of(np, metric), bits)
-    others, other_factors = rounding.round_in_metric(mx, mx.array(unit), RoundingMetric.of(mx, metric), bits)
+    others, other_factors = rounding.round_in_metric(mx, mx.array(unit), RoundingMetric.of(mx, mx.array(metric)), bits)
     assert (np.array(others) == codes).mean() > 0.99  # sums are rounded otherwise, and a tie is a tie
     assert np.abs(np.array(other_factors) - factors).mean() < 1e-3
 

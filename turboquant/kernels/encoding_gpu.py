@@ -1,7 +1,8 @@
 """Compressing vectors on a GPU, from floats to packed codes and scales in one kernel, CUDA or Metal, from one text.
 
 What it computes is codec.py's ``Codec.encode``, with rounding.py's ``round_in_metric`` where a metric is given. Its
-text is ``vectors.h`` and ``encode.h`` in ``text/``; eight lanes work on a vector.
+text is ``vectors.h`` and ``encode.h`` in ``text/``; eight lanes work on a vector. ``feedback.h`` does for a metric what
+rounding.py has LAPACK do on a CPU.
 """
 
 from __future__ import annotations
@@ -23,7 +24,10 @@ HEAD_DIMS = (64, 128, 256)
 THREADS = 128
 INPUTS = ("x", "order", "mean", "signs", "levels", "boundaries")
 METRIC_INPUTS = ("code_of_bin", "feedback", "rows", "diagonal")
+FEEDBACK_THREADS = 512
+SMALLEST_PIVOT = 1e-6  # a damped metric's are larger
 MOST_DISAGREEMENT = 0.02  # of codes with the reference's: sums are rounded otherwise, and a tie is a tie
+MOST_OFF = 1e-3  # a factor, from NumPy's
 _TRIED = (2, 300)  # heads and vectors
 
 
@@ -63,6 +67,41 @@ def encode(x: mx.array, order: mx.array, mean: mx.array, codec: Codec, metric: R
     return Encoded(*launch(what, inputs))
 
 
+def factors(dim: int) -> bool:
+    """Whether there is a GPU, and ``feedback`` is made for such metrics and finds what NumPy does."""
+    return not on_cpu() and dim in HEAD_DIMS and _factors(dim)
+
+
+def feedback(metric: mx.array) -> mx.array:
+    """What each coordinate makes up of each later one's error, (H, dim, dim) float32; see ``RoundingMetric.factor``.
+
+    metric: (H, dim, dim) float32, symmetric and positive definite.
+    """
+    heads, dim, _ = metric.shape
+    what = Launch(
+        "feedback",
+        (("DIM", dim), ("THREADS", FEEDBACK_THREADS), ("SMALLEST_PIVOT", SMALLEST_PIVOT)),
+        ("metric",),
+        (("factor", (heads, dim, dim), mx.float32),),
+        (heads, 1, 1),
+        FEEDBACK_THREADS,
+    )
+    return launch(what, [metric])[0]
+
+
+@functools.cache
+def _factors(dim: int) -> bool:
+    """Tried once."""
+    looks = np.random.default_rng(0).normal(size=(2, dim, dim))
+    metric = looks.swapaxes(1, 2) @ looks / dim + rounding.DAMPING * np.eye(dim)
+
+    def off() -> float:
+        found = np.array(feedback(mx.array(metric.astype(np.float32))))
+        return float(np.abs(found - rounding.feedback(metric)).max())
+
+    return runs("factoring kernels", off, MOST_OFF)
+
+
 @functools.cache
 def _runs(codec: Codec, dtype: mx.Dtype, in_metric: bool) -> bool:
     """Tried once."""
@@ -72,7 +111,7 @@ def _runs(codec: Codec, dtype: mx.Dtype, in_metric: bool) -> bool:
     mean = mx.full((heads, 1, codec.head_dim), 0.1)
     order = mx.broadcast_to(mx.arange(count, dtype=mx.int32), (heads, count))
     looks = random.normal(size=(heads, 2 * codec.head_dim, codec.head_dim))
-    metric = codec.rounding_metric(looks.swapaxes(1, 2) @ looks) if in_metric else None
+    metric = codec.rounding_metric(mx.array((looks.swapaxes(1, 2) @ looks).astype(np.float32))) if in_metric else None
 
     def disagreement() -> float:
         expected, found = codec.encode(x, mean, metric), encode(x, order, mean[:, 0], codec, metric)

@@ -6,6 +6,7 @@
 #define THREAD
 #define UNROLL _Pragma("unroll")
 #define BARRIER __syncthreads()
+#define DEVICE_BARRIER __syncthreads()  // also of what is written to arrays
 #define THREAD_INDEX int(threadIdx.x)
 #define GROUP_X int(blockIdx.x)
 #define GROUP_Y int(blockIdx.y)

@@ -7,6 +7,7 @@
 #define THREAD thread
 #define UNROLL _Pragma("unroll")
 #define BARRIER metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup)
+#define DEVICE_BARRIER metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup | metal::mem_flags::mem_device)
 // MLX declares the positions that it finds by name in a kernel's body, so the body begins with metal_positions.h.
 #define THREAD_INDEX int(index_in_group)
 #define GROUP_X int(group.x)
