@@ -130,6 +130,10 @@ class Engine:
         todo.tokenised.restored = ()
         return prefix
 
+    def settle(self) -> None:
+        """Wait until the prefixes that were built are stored. Raises DiskFull where there is no room for them."""
+        self._prefixes.settle()
+
     def own_keys(self, todo: Todo) -> set[str]:
         """The segments that are the document's alone."""
         tokenised = (each.tokenised for each in (todo, *todo.windows, *todo.combined))

@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise, zip_longest
 from threading import Lock
@@ -58,6 +59,8 @@ class Piece:
 class Prefixes:
     """Gives a job's prefixes, one at a time; what the store has of the next may be read meanwhile.
 
+    A segment that was built is stored while the model goes on; ``settle`` waits until that is done.
+
     about: what is to be told in the store of every segment. check: raises Interrupted where the user asked to stop.
     shared_label: of what all documents have in common.
     """
@@ -80,6 +83,8 @@ class Prefixes:
         self._length = job.cache.segment if job.cache.prefill == "streaming" else None
         self._about, self._progress, self._report, self._check = about, progress, report, check
         self._can_store = True
+        self._saver = ThreadPoolExecutor(1, thread_name_prefix="segments")
+        self._saving: Future[None] | None = None
         self._timing = Lock()
 
     def cut(self, document_id: str, context: Sequence[int], shared: int, label: str) -> list[Piece]:
@@ -129,16 +134,32 @@ class Prefixes:
         self._count(prefix, built)
         return prefix
 
+    def settle(self) -> None:
+        """Wait until what was built is stored. Raises DiskFull where there is no room for it."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
+
     def _segment(self, piece: Piece, before: Prefix | None) -> tuple[Segment, bool]:
         """A segment, and whether it was in the store."""
+        self.settle()
         segment = self._load(piece)
         if segment is not None:
             return segment, True
-        with self._store.building(piece.key, self._check):
+        with ExitStack() as claim:
+            claim.enter_context(self._store.building(piece.key, self._check))
             # Another run may have built it meanwhile, and be done with it before there was anything to wait for.
             if self._store.contains(piece.key) and (segment := self._load(piece)) is not None:
                 return segment, True
-            return self._build(piece, before), False
+            can_store = self._has_room(len(piece.tokens))
+            segment = self._build(piece, before)
+            if can_store:
+                self._saving = self._saver.submit(self._save, claim.pop_all(), piece, segment)
+            return segment, False
+
+    def _save(self, claim: ExitStack, piece: Piece, segment: Segment) -> None:
+        with claim, self._going_on_without():
+            self._store.save(piece.key, segment, self._identity, piece.parent, piece.about)
 
     def _load(self, piece: Piece) -> Segment | None:
         label, whole = str(piece.about["label"]), bool(piece.about["whole"])
@@ -146,9 +167,8 @@ class Prefixes:
             return self._store.load(piece.key, piece.start, self._codec, self._identity, label, whole)
 
     def _build(self, piece: Piece, before: Prefix | None) -> Segment:
-        """Prefill a segment, and store it where that is possible."""
+        """Prefill a segment."""
         self._check()
-        can_store = self._has_room(len(piece.tokens))
         _log.debug("prefix %.12s is built: %d tokens behind %d", piece.key, len(piece.tokens), piece.start)
         self._progress.start_prefill(str(piece.about["document"]), len(piece.tokens))
         try:
@@ -160,9 +180,6 @@ class Prefixes:
         finally:
             self._progress.end_prefill()
         self._report.prefilled_tokens += len(piece.tokens)
-        if can_store:
-            with self._going_on_without():
-                self._store.save(piece.key, segment, self._identity, piece.parent, piece.about)
         return segment
 
     def _has_room(self, tokens: int) -> bool:

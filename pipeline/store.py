@@ -205,7 +205,7 @@ class Store:
         except OSError as error:
             _log.debug("%s: no locks: %s", folder, error)
             return None
-        return FileLock(folder / f"{name}.lock")
+        return FileLock(folder / f"{name}.lock", thread_local=False)  # a segment is stored by another thread
 
     @contextmanager
     def changing(self) -> Iterator[None]:

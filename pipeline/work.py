@@ -114,6 +114,8 @@ class Work:
             self._report.rows_kept += sum(row.status == "ok" for row in todo.kept)
             self._progress.rows_done(len(todo.kept))
         self._answer_together(group, self._answered)
+        if self._loaded is not None:
+            self._loaded.settle()
         self._commit(group)
 
     def _answer_together(self, todos: Sequence[Todo], on_answer: Callable[[], None]) -> None:
