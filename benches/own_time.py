@@ -31,7 +31,7 @@ STAGES = {
     "pipeline.engine:resident": "decoding prefixes once",
     "mlx_lm.generate:BatchGenerator.insert": "answers: joining the batch",
     "pipeline.answers:_decode": "answers: tokens to text",
-    "pipeline.store:Store.save": "store: writing segments",
+    "pipeline.engine:Engine.settle": "waiting for segments to be written",
     "pipeline.store:Store.load": "store: reading segments, not ahead",
     "pipeline.store:Store.make_room": "store: making room",
     "pipeline.engine:Engine.make_ready": "tokenising, not ahead",
