@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from pipeline.logs import LogFormat, set_up, tell
+from pipeline.printable import printable
 
 if TYPE_CHECKING:
     from pipeline.job import Job
@@ -81,11 +82,11 @@ def size(count: float) -> str:
 def table(*rows: tuple[str, str]) -> str:
     """Names and values in two columns."""
     width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+    return printable("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:
     """Rows of equally many cells, aligned at the left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
-    return "\n".join(line.rstrip() for line in lines)
+    return printable("\n".join(line.rstrip() for line in lines))

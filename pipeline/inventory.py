@@ -73,11 +73,13 @@ class Entry:
 def entries(folder: Path) -> Iterator[Entry]:
     """Everything in a store's folder that is a segment, was one or was to become one, by its name; no other file."""
     for path in sorted(folder.glob(f"{REJECTED}/*")):
-        if _SET_ASIDE.fullmatch(path.name):
+        if _SET_ASIDE.fullmatch(path.name) and not path.is_symlink():
             yield Entry(path, size_of(path), 0.0, None, "rejected")
     for path in sorted(folder.glob("??/*")):
         if not _KEY.fullmatch(path.name) or not path.name.startswith(path.parent.name):
             continue
+        if path.is_symlink() or path.parent.is_symlink():
+            continue  # what lies elsewhere is none of the store's
         try:
             used = (path / MANIFEST).stat().st_mtime
             manifest = read_manifest(path)

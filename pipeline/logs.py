@@ -12,6 +12,8 @@ from datetime import datetime, timezone
 from enum import Enum
 from typing import Any
 
+from pipeline.printable import printable
+
 _log = logging.getLogger(__name__)
 
 
@@ -25,7 +27,7 @@ class LogFormat(str, Enum):
 def set_up(level: int, log_format: LogFormat) -> None:
     """Have the package's log written to stderr."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_JsonLines() if log_format is LogFormat.json else logging.Formatter("%(message)s"))
+    handler.setFormatter(_JsonLines() if log_format is LogFormat.json else _Lines())
     logging.basicConfig(handlers=[handler])
     logging.getLogger("pipeline").setLevel(level)
 
@@ -38,10 +40,15 @@ def are_json() -> bool:
 def tell(text: str, level: int = logging.WARNING, **fields: Any) -> None:
     """Say something whatever the log's level, with fields for programs."""
     if not are_json():
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
         return
     record = _log.makeRecord(_log.name, level, __file__, 0, text, (), None, extra={"fields": fields})
     logging.getLogger().handle(record)
+
+
+class _Lines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 class _JsonLines(logging.Formatter):

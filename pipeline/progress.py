@@ -19,6 +19,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 from pipeline.logs import are_json, tell
 from pipeline.pace import Pace
+from pipeline.printable import printable
 from pipeline.report import Report
 
 SECONDS_BETWEEN_LINES = 30.0
@@ -119,7 +120,7 @@ class Progress:
         if self._bar is not None:
             self._prefill = tqdm(
                 total=tokens,
-                desc=f"prefill {name}",
+                desc=f"prefill {printable(name)}",
                 unit="token",
                 leave=False,
                 position=1,

@@ -6,7 +6,6 @@ how answers come about, nor which of them the next run would give again.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Iterator, Sequence
 
 from rich.cells import cell_len
@@ -17,6 +16,7 @@ from rich.text import Text
 from pipeline.errors import JobError, OutputError, suggestion
 from pipeline.inputs import Inputs
 from pipeline.job import Job
+from pipeline.printable import printable
 from pipeline.results import Results
 from pipeline.rows import Row
 from pipeline.shards import Shard, shards_folder
@@ -25,8 +25,6 @@ LINES = 8  # of an answer, in a table
 _NARROWEST = 24  # columns of an answer beside others
 _WIDEST_ID = 24
 _GAP = 2
-# What moves a cursor, rings, colours or turns the reading direction; texts come from anywhere.
-_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069]")
 
 
 class Answers:
@@ -133,4 +131,4 @@ def _cell(row: Row | None, console: Console, width: int, full: bool) -> Text:
 
 
 def _harmless(text: str) -> str:
-    return _CONTROLS.sub("\ufffd", text.replace("\r\n", "\n").expandtabs(4))
+    return printable(text.replace("\r\n", "\n").expandtabs(4))

@@ -102,6 +102,8 @@ class Store:
             needed = segment_bytes(segment) + len(str(about)) + size_of(folder)
             with self.changing():
                 self._make_room(needed)
+                if folder.is_symlink():  # nothing is written or cleared away elsewhere
+                    folder.unlink()
                 if folder.exists():
                     for leftover in folder.glob(".*"):  # of a run that was killed while it wrote
                         leftover.unlink()

@@ -10,6 +10,8 @@ import yaml
 
 from pipeline.errors import JobError, one_line, suggestion
 
+MOST_VALUES = 1_000_000  # of a job file, those of aliases counted wherever they stand
+
 
 class _Loader(yaml.SafeLoader):
     """YAML in which a key given twice is an error, and 1e-3 is a number, which in YAML 1.1 it is not."""
@@ -42,11 +44,28 @@ def read(path: Path) -> bytes:
 def parse(source: bytes | str, origin: str) -> Any:
     """What YAML says. Raises JobError, which names ``origin``, where it is none."""
     try:
-        return yaml.load(source, _Loader)
+        tree = yaml.load(source, _Loader)
+        if _values(tree, {}) > MOST_VALUES:
+            raise JobError(
+                f"{origin}: its aliases multiply to more than {MOST_VALUES:,} values; write out what is meant"
+            )
+        return tree
     except yaml.MarkedYAMLError as error:
         raise JobError(f"{origin}: {_where(error)}{error.problem}{_quoting_hint(error)}") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise JobError(f"{origin}: not YAML: {one_line(error)}") from None
+
+
+def _values(tree: Any, known: dict[int, int]) -> int:
+    """How many values a tree holds; one that contains itself is finite here."""
+    if not isinstance(tree, dict | list):
+        return 1
+    if id(tree) not in known:
+        known[id(tree)] = 1
+        known[id(tree)] = 1 + sum(
+            _values(child, known) for child in (tree.values() if isinstance(tree, dict) else tree)
+        )
+    return known[id(tree)]
 
 
 def _where(error: yaml.MarkedYAMLError) -> str:

@@ -30,6 +30,7 @@ from turboquant.tensor_files import (
     digest_file,
     freeze,
     load_tensors,
+    open_regular,
     parse_json,
     read_header,
     replacing,
@@ -95,9 +96,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a segment, as far as it can be trusted without reading the tensors. Raises SegmentError."""
     path = folder / MANIFEST
     try:
-        if path.stat().st_size > LARGEST_MANIFEST:
-            raise SegmentError("the manifest is too large")
-        manifest = parse_json(path.read_bytes())
+        with open_regular(path) as file:
+            if os.fstat(file.fileno()).st_size > LARGEST_MANIFEST:
+                raise SegmentError("the manifest is too large")
+            manifest = parse_json(file.read())
         checksum = seal(manifest) if isinstance(manifest, dict) else None
     except FileNotFoundError:
         raise SegmentError("absent") from None
@@ -124,7 +126,7 @@ def read_segment(folder: Path, key: str, codec: CacheCodec, start: int = 0) -> S
     if manifest.get("start") != start:
         raise SegmentError(f"it stands behind {manifest.get('start')} tokens, expected {start}")
     try:
-        with (folder / TENSORS).open("rb") as file:
+        with open_regular(folder / TENSORS) as file:
             size = os.fstat(file.fileno()).st_size
             if size != manifest.get("bytes"):
                 raise SegmentError(f"{size} bytes of tensors, expected {manifest.get('bytes')}")
@@ -147,7 +149,7 @@ def verify_segment(folder: Path, key: str) -> None:
     if manifest.get("key") != key:
         raise SegmentError("the manifest holds another segment's key")
     try:
-        with (folder / TENSORS).open("rb") as file:
+        with open_regular(folder / TENSORS) as file:
             read_header(file)
             if digest_file(file) != manifest.get("checksum"):
                 raise SegmentError("checksum")
