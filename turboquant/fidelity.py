@@ -134,6 +134,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--extra-bits", type=float, metavar="BITS", help="most that finer tokens may cost, in bits a value")
     add("--prefill", choices=("exact", "streaming", "both"), default="exact",
         help="compress the finished context, or while it is read (default: exact)")  # fmt: skip
+    add("--segment", type=_count, metavar="N", help="also N tokens at a time, as a job's prefill: streaming")
     add("--mlx-kv-bits", nargs="*", type=int, choices=(2, 3, 4, 5, 6, 8), default=[8, 4], metavar="BITS",
         help="mlx-lm's own quantised cache beside them (default: 8 4; nothing for none)")  # fmt: skip
     add("--plot", type=Path, metavar="FILE", help="draw divergence against effective bits (needs matplotlib)")
@@ -226,7 +227,7 @@ def _sample(options: argparse.Namespace, model: Any, tokenizer: Any, path: Path,
 
 def _contenders(options: argparse.Namespace) -> list[Contender]:
     from turboquant.codec import CacheCodec
-    from turboquant.contenders import affine, exact, streaming
+    from turboquant.contenders import affine, exact, in_segments, streaming
 
     pairs = [(k, v) for k in SUPPORTED_BITS for v in SUPPORTED_BITS] if options.all_pairs else options.bits
     names = ("sinks", "window", "extra_bits")
@@ -240,7 +241,7 @@ def _contenders(options: argparse.Namespace) -> list[Contender]:
     for mode in modes:
         rows += [affine(bits, mode) for bits in options.mlx_kv_bits]
         rows += [exact(codec) if mode == "exact" else streaming(codec) for codec in codecs]
-    return rows
+    return rows + [in_segments(codec, options.segment) for codec in codecs if options.segment]
 
 
 def _prompt(tokenizer: Any, system: str | None, document: str, question: str) -> list[int]:

@@ -20,26 +20,20 @@ import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
 from turboquant.codec import CacheCodec
+from turboquant.frozen import MALFORMED, STOCK_CACHES, freeze, restore_layer, restore_stock, take, tokens_held
 from turboquant.identity import FORMAT_VERSION, Identity
 from turboquant.layer import EncodedLayer
 from turboquant.segments import Segment
 from turboquant.tensor_files import (
-    MALFORMED,
-    STOCK_CACHES,
     FileError,
     digest_file,
-    freeze,
     load_tensors,
     open_regular,
     parse_json,
     read_header,
     replacing,
-    restore_layer,
-    restore_stock,
     save_tensors,
     seal,
-    take,
-    tokens_held,
     write_text,
 )
 

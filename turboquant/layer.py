@@ -1,26 +1,21 @@
 """One attention layer's K/V of a finished context, compressed.
 
-Knows which tokens are kept as they are (the first ones, attention sinks), which are encoded finer (the last ones, and
-those that the context's own queries look at) and which are not. Every query to come sees all of them, so their order
-is of no account. Knows nothing of prompts, batches or files; ``tensors`` and ``from_tensors`` are all that those need.
+Knows the tensors of tokens kept as they are (the first ones, attention sinks), of those encoded finer (the last ones,
+and those that the context's own queries look at) and of the others; which is which, and their codes, are encoding.py's.
+Every query to come sees all of them, so their order is of no account. Knows nothing of prompts, batches or files;
+``tensors`` and ``from_tensors`` are all that those need.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from turboquant.codec import CacheCodec, Codec, Encoded
-from turboquant.device import array_module, on_cpu
+from turboquant.encoding import encode_context
 from turboquant.queries import ContextQueries
-from turboquant.rounding import RoundingMetric
-
-# Tokens encoded at a time, so that the encoder's float32 scratch stays small; a GPU needs more to be busy.
-ENCODE_TILE, GPU_ENCODE_TILE = 4096, 1 << 14
 
 
 @dataclass(frozen=True)
@@ -73,38 +68,9 @@ class EncodedLayer:
         On a GPU what is returned may still be computed, so that the next layer can be begun meanwhile. Raises
         ValueError where K/V are not finite.
         """
-        finite = mx.isfinite(keys).all() & mx.isfinite(values).all()
-        mx.async_eval(finite)  # type: ignore[no-untyped-call]
-        if on_cpu():  # NumPy may not bear what is not
-            _check_finite(finite)
         codec = codec if parent is None else replace(codec, sinks=max(0, codec.sinks - parent.tokens))
-        first = min(codec.sinks, keys.shape[1])
-        metric, order, fine = _plan(keys, codec, queries)
-        in_metric = None if metric is None else codec.keys(keys.shape[-1]).rounding_metric(metric)
-        parts = []
-        for x, of, metric_of, frozen in (
-            (keys, CacheCodec.keys, in_metric, None if parent is None else parent.key_mean),
-            (values, CacheCodec.values, None, None if parent is None else parent.value_mean),
-        ):
-            rest, split = x[:, first:], order.shape[1] - fine
-            mean = _mean(rest) if frozen is None else frozen
-            coarse = _encode(rest, order[:, :split], of(codec, x.shape[-1]), mean, metric_of)
-            parts.append((coarse, _encode(rest, order[:, split:], of(codec.fine, x.shape[-1]), mean, metric_of), mean))
-        (coarse_keys, fine_keys, key_mean), (coarse_values, fine_values, value_mean) = parts
-        layer = cls(
-            codec=codec,
-            sink_keys=_half(keys[:, :first]),
-            sink_values=_half(values[:, :first]),
-            keys=coarse_keys,
-            values=coarse_values,
-            fine_keys=fine_keys,
-            fine_values=fine_values,
-            key_mean=key_mean,
-            value_mean=value_mean,
-        )
-        mx.async_eval(list(layer.tensors().values()))  # type: ignore[no-untyped-call]
-        _check_finite(finite)
-        return layer
+        means = None if parent is None else (parent.key_mean, parent.value_mean)
+        return cls.from_tensors(encode_context(keys, values, codec, queries, means), codec)
 
     @classmethod
     def join(cls, layers: Sequence[EncodedLayer]) -> EncodedLayer:
@@ -267,58 +233,3 @@ class DenseLayer:
     def nbytes(self) -> int:
         """Bytes of keys and values."""
         return int(self.keys.nbytes + self.values.nbytes)
-
-
-def _check_finite(finite: mx.array) -> None:
-    if not finite:
-        raise ValueError("K/V hold numbers that are not finite: the model overflows on this context")
-
-
-def _plan(keys: mx.array, codec: CacheCodec, queries: ContextQueries | None) -> tuple[Any, mx.array, int]:
-    """The metric to round keys in, or None; the order (n_kv_heads, T - S) in which tokens behind the sinks are
-    encoded, the finer ones last, int32; and how many those are.
-    """
-    heads, tokens, _ = keys.shape
-    window, looked_at = codec.fine_tokens(tokens, queries is not None)
-    count = max(0, tokens - codec.sinks)
-    order = mx.broadcast_to(mx.arange(count, dtype=mx.int32), (heads, count))
-    if queries is None:
-        return None, order, window
-    metric, looks = queries.look_at(keys)
-    split = count - window - looked_at
-    if 0 < split < count:
-        xp = array_module()
-        looks = xp.where(xp.arange(count) < count - window, looks[:, codec.sinks :], np.inf)
-        by_looks = xp.argpartition(looks, split, axis=1)
-        parts = [xp.sort(part, axis=1) for part in (by_looks[:, :split], by_looks[:, split:])]
-        order = mx.array(xp.concatenate(parts, axis=1)).astype(mx.int32)
-    return metric if codec.query_aware else None, order, window + looked_at
-
-
-def _mean(x: mx.array) -> mx.array:
-    """(n_kv_heads, 1, head_dim) float32, zero for no tokens."""
-    if x.shape[1] == 0:
-        return mx.zeros((x.shape[0], 1, x.shape[2]), mx.float32)
-    return x.astype(mx.float32).mean(axis=1, keepdims=True)
-
-
-def _encode(x: mx.array, order: mx.array, codec: Codec, mean: mx.array, metric: RoundingMetric | None) -> Encoded:
-    """Encode vectors of x (n_kv_heads, T, head_dim), those that ``order`` (n_kv_heads, E) names."""
-    from turboquant.kernels import encoding_gpu  # kernels know layers
-
-    if order.shape[1] and encoding_gpu.usable(codec, x.dtype, metric is not None):
-        return encoding_gpu.encode(x, order, mean[:, 0], codec, metric)
-    parts, tile = [], ENCODE_TILE if on_cpu() else GPU_ENCODE_TILE
-    for start in range(0, max(1, order.shape[1]), tile):
-        some = mx.take_along_axis(x, order[:, start : start + tile, None], axis=1)
-        part = codec.encode(some, mean, metric)
-        mx.eval(part.codes, part.scales)
-        parts.append(part)
-    return parts[0] if len(parts) == 1 else Encoded.concatenate(parts)
-
-
-def _half(x: mx.array) -> mx.array:
-    """As 16-bit floats: bfloat16 stays, float32 (a model run on a CPU) becomes float16, saturating."""
-    if x.dtype == mx.bfloat16:
-        return mx.contiguous(x)
-    return mx.contiguous(mx.clip(x, -65504.0, 65504.0).astype(mx.float16))

@@ -1,8 +1,8 @@
 """Prompt caches that compress themselves: made for a model, from a filled cache, and kept in files.
 
 The functions have the calls of mlx-lm's of the same names. Knows mlx-lm's caches and this package's; how a file is
-written and distrusted is tensor_files.py's. A file is one ``.safetensors``, whose metadata holds a sealed manifest: the
-format's version, each layer's kind and codec, and a checksum over all tensors.
+written and distrusted is tensor_files.py's and frozen.py's. A file is one ``.safetensors``, whose metadata holds a
+sealed manifest: the format's version, each layer's kind and codec, and a checksum over all tensors.
 """
 
 from __future__ import annotations
@@ -23,23 +23,18 @@ from turboquant.cache import Fork
 from turboquant.codec import CacheCodec
 from turboquant.codec_json import dump_codec, parse_codec
 from turboquant.dispatch import compressible_layers
+from turboquant.frozen import MALFORMED, STOCK_CACHES, freeze, restore_layer, restore_stock, take
 from turboquant.layer import EncodedLayer
 from turboquant.streaming import BLOCK, TurboQuantKVCache
 from turboquant.tensor_files import (
-    MALFORMED,
-    STOCK_CACHES,
     FileError,
     digest_stored,
     digest_tensors,
-    freeze,
     load_tensors,
     parse_json,
     read_header,
     replacing,
-    restore_layer,
-    restore_stock,
     seal,
-    take,
 )
 
 FORMAT_VERSION = 1

@@ -268,9 +268,10 @@ def test_the_command_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
 def test_the_command_prints_a_table_and_a_picture(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     picture = tmp_path / "picture.png"
-    assert main([*COMMAND, "--bits", "4", "--prefill", "both", "--plot", str(picture)]) == 0
+    assert main([*COMMAND, "--bits", "4", "--prefill", "both", "--segment", "40", "--plot", str(picture)]) == 0
     head, *rows = capsys.readouterr().out.split("\n\n")[0].splitlines()
     assert head.split()[:2] == ["cache", "prefill"]
+    assert rows.pop().split()[:5] == ["turboquant", "segments", "of", "40", "4/4"]
     assert [row.split()[:3] for row in rows] == [
         [cache, prefill, f"{bits}/{bits}"]
         for prefill in ("exact", "streaming")

@@ -81,7 +81,7 @@ def test_a_static_offset_of_the_keys_costs_nothing() -> None:
 def test_tiles_of_the_encoder_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     keys, values = kv(1000)
     whole = EncodedLayer.encode(keys, values, CacheCodec()).tensors()
-    monkeypatch.setattr("turboquant.layer.ENCODE_TILE", 77)
+    monkeypatch.setattr("turboquant.encoding.ENCODE_TILE", 77)
     tiled = EncodedLayer.encode(keys, values, CacheCodec()).tensors()
     assert all(mx.array_equal(whole[name], tiled[name]) for name in whole)
 
