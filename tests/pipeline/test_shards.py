@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -39,6 +40,22 @@ def place(workplace: Workplace) -> Workplace:
     workplace.documents |= {f"e{number}": f"Paper {number} says {number * 7}. " * 6 for number in range(8)}
     workplace.save(generation=FEW)
     return workplace
+
+
+def test_three_machines_over_ssh(place: Workplace, tmp_path: Path) -> None:
+    """As README writes it, with an ssh that runs the command here."""
+    expected = whole(place)
+    (programs := tmp_path / "programs").mkdir()
+    for name, body in (
+        ("ssh", 'shift 2; exec sh -c "$*"'),
+        ("pipeline", f'exec {sys.executable} -m pipeline.cli "$@"'),
+    ):
+        (programs / name).write_text(f"#!/bin/sh\n{body}\n")
+        (programs / name).chmod(0o755)
+    (block,) = re.findall(r"^```sh\n(n=0; .*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    environment = os.environ | {"PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    subprocess.run(["sh", "-c", block], cwd=place.folder, env=environment, check=True, timeout=300)
+    assert place.output.read_bytes() == expected
 
 
 def shards(place: Workplace) -> Path:

@@ -1,0 +1,115 @@
+"""What README and docs say to type exists, and what can be tried here does what they say."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+from pydantic import BaseModel
+
+from pipeline.cli import app
+from pipeline.job import Job, QueryTable, load_job
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
+OF_OTHERS = {
+    "--turbo-kv-bits",
+    "--parsable",
+    "--array",
+    "--gpus",
+    "--wrap",
+    "--dependency",
+    "--check",
+    "--adapter-path",
+    "--strict",
+}
+_OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
+
+
+def text_of(page: Path) -> str:
+    return page.read_text(encoding="utf-8")
+
+
+def code(page: Path) -> list[str]:
+    """What a page gives to type: blocks of sh, and what stands between backticks."""
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", text_of(page), re.M | re.S)
+    blocks = [block for language, block in fenced if language == "sh"]
+    return blocks + re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text_of(page), flags=re.M | re.S))
+
+
+def options_of_the_command_line() -> dict[str, set[str]]:
+    """The options of each command, by its name."""
+
+    def options(command: Any) -> set[str]:
+        found = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+        return found.union(*(options(child) for child in getattr(command, "commands", {}).values()))
+
+    group: Any = typer.main.get_command(app)
+    return {name: options(command) for name, command in group.commands.items()} | {"": options(group)}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_and_their_options_exist(page: Path) -> None:
+    known = options_of_the_command_line()
+    for text in code(page):
+        for name, rest in re.findall(r"\bpipeline ([a-z]+)\b([^\n'&;|]*)", text):
+            assert name in known, text
+            assert set(_OPTION.findall(rest)) <= known[name], text
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_scripts_and_their_options_exist(page: Path) -> None:
+    """`python -m benches.steps`, `benches/kills.py`, `python -m turboquant.bench --json`."""
+    for text in code(page):
+        for module, path, rest in re.findall(
+            r"(?:python -m ((?:benches|turboquant|tests)[\w.]*)|((?:benches|jobs)/[\w/]+\.py))([^\n'&;|]*)", text
+        ):
+            script = ROOT / (path or f"{module.replace('.', '/')}.py")
+            assert script.is_file(), text
+            source = text_of(script)
+            assert all(f'"{option}"' in source for option in _OPTION.findall(rest) if option not in OF_OTHERS), text
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_options_that_are_spoken_of_exist(page: Path) -> None:
+    known = OF_OTHERS.union(*options_of_the_command_line().values())
+    sources = "".join(
+        text_of(path) for name in ("benches", "turboquant", "jobs") for path in (ROOT / name).rglob("*.py")
+    )
+    for text in code(page):
+        for option in _OPTION.findall(text):
+            assert option in known or f'"{option}"' in sources, text
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", text_of(page)):
+        path, _, anchor = target.partition("#")
+        if "://" in target:
+            continue
+        there = (page.parent / path) if path else page
+        assert there.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", text_of(there), re.M)
+            assert anchor in {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}, target
+
+
+def test_the_job_file_says_all_that_can_be_said(tmp_path: Path) -> None:
+    """README's is a job, and names every key there is."""
+    whole, table = (
+        yaml.safe_load(block) for block in re.findall(r"^```yaml\n(.*?)^```", text_of(ROOT / "README.md"), re.M | re.S)
+    )
+    (tmp_path / "terms.json").write_text('{"type": "object"}')
+    (tmp_path / "adapters").mkdir()
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump(whole))
+    job = load_job(tmp_path / "job.yaml")
+    assert set(whole) == set(Job.model_fields)
+    for name in Job.model_fields:
+        section = getattr(job, name)
+        if isinstance(section, BaseModel):
+            assert set(whole[name]) == set(type(section).model_fields), name
+    assert set(table["queries"]) == set(QueryTable.model_fields)
