@@ -24,7 +24,7 @@ DEMO_MODEL = str(ROOT / "jobs" / "demo" / "model")
 
 @dataclass(frozen=True)
 class Figures:
-    """``page`` has what these commands print; they are words behind ``python -m``."""
+    """``page`` has what these commands print: scripts, or modules as ``python -m`` runs them."""
 
     name: str
     page: str
@@ -42,8 +42,8 @@ ALL = (
         "README.md",
         (
             f"pipeline.cli run jobs/summarize.yaml --quiet {IN_OUT}",
-            "jobs.demo.evaluate {out}/jobs/{job}/answers.parquet",
-            "jobs.demo.evaluate --uncompressed",
+            "jobs/demo/evaluate.py {out}/jobs/{job}/answers.parquet",
+            "jobs/demo/evaluate.py --uncompressed",
         ),
     ),
     Figures("own-time", "performance.md", ("benches.own_time", "benches.own_time --warm")),
@@ -115,9 +115,11 @@ def run(figures: Figures, out: Path, places: dict[str, str]) -> bool:
         _write(file, [sys.executable, "-m", "pipeline.cli", "doctor"])
         for command in figures.commands:
             words = [word.format(job=figures.name, **places) for word in command.split()]
-            print(f"\n$ python -m {' '.join(words)}", file=file, flush=True)
+            if not words[0].endswith(".py"):
+                words.insert(0, "-m")
+            print(f"\n$ python {' '.join(words)}", file=file, flush=True)
             started = time.monotonic()
-            if _write(file, [sys.executable, "-m", *words]) not in (0, 3):  # some rows of a run may fail
+            if _write(file, [sys.executable, *words]) not in (0, 3):  # some rows of a run may fail
                 return False
             print(f"({time.monotonic() - started:.0f} s)", file=file, flush=True)
     return True
