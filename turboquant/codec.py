@@ -25,6 +25,7 @@ from turboquant.device import array_module, fused, to_module
 from turboquant.packing import pack, packed_words, unpack
 from turboquant.rotation import Rotation
 from turboquant.rounding import RoundingMetric, round_in_metric
+from turboquant.threads import run_in_parallel
 
 SMALLEST_SCALE = 2.0**-24  # float16's smallest positive number
 LARGEST_SCALE = 65504.0  # and its largest
@@ -168,7 +169,12 @@ class Codec:
     def _round_in_metric(self, unit: mx.array, metric: RoundingMetric) -> tuple[mx.array, mx.array]:
         xp = array_module()
         coordinates = to_module(xp, mx.contiguous(unit.swapaxes(1, 2)))
-        codes, factors = round_in_metric(xp, coordinates, metric, self.bits)
+
+        def rounded(some: slice) -> tuple[Any, Any]:
+            return round_in_metric(xp, coordinates[some], metric.of_heads(some), self.bits)
+
+        heads = [slice(head, head + 1) for head in range(unit.shape[0])] if xp is np else [slice(None)]
+        codes, factors = (xp.concatenate(parts) for parts in zip(*run_in_parallel(rounded, heads), strict=True))
         return mx.array(codes).swapaxes(1, 2), mx.array(factors)
 
 

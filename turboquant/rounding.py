@@ -55,6 +55,10 @@ class RoundingMetric:
         factor = feedback(metric) if xp is np else _feedback_on_device(metric)
         return cls(*(x.astype(xp.float32) for x in (factor, pull, metric)))
 
+    def of_heads(self, some: slice) -> RoundingMetric:
+        """That of some of the heads."""
+        return RoundingMetric(self.factor[some], self.pull[some], self.damped[some])
+
 
 def round_in_metric(xp: Any, unit: Any, metric: RoundingMetric, bits: int) -> tuple[Any, Any]:
     """Codes (H, dim, T) uint8, and a factor (H, T) for each vector's levels, that are close to ``unit`` in ``metric``.
