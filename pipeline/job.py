@@ -193,6 +193,15 @@ class Output(_Section):
     path: Annotated[str, BeforeValidator(_not_blank), AfterValidator(_possible)]
 
 
+class Scale(_Section):
+    """Workers of a run on a Ray cluster: how many, and what each of them asks for."""
+
+    workers: Annotated[int, Field(ge=1, le=_MOST)] | None = None  # as many as the cluster holds
+    num_cpus: Annotated[float, Field(gt=0)] | None = None
+    num_gpus: Annotated[float, Field(ge=0)] | None = None
+    resources: dict[str, Annotated[float, Field(gt=0)]] = {}
+
+
 class Job(_Section):
     """A whole job. Every path is absolute, or a URL; `model` is a folder's path or a Hugging Face repo id."""
 
@@ -212,6 +221,7 @@ class Job(_Section):
     retries: Annotated[int, Field(ge=0)] = 1  # of what failed in a way that may pass
     cache: Cache
     output: Output
+    scale: Scale = Scale()
 
     @model_validator(mode="after")
     def _check_across_sections(self) -> Job:
