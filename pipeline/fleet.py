@@ -50,14 +50,15 @@ class Fleet(Crew):
         self._asked: set[str] = set()  # stores of which it is known what they have
         self._stored: dict[int, str] = {}  # the store that has a context, by its label's number
         self._own: dict[str, tuple[Member | None, set[str]]] = {}  # segments to be dropped, and who can, by document
-        self._said: set[str] = set()
         self._devices: set[str] = set()
 
     def answered(self, groups: Iterator[list[Todo]]) -> Generator[Sequence[Todo]]:
         """The groups, as they are answered."""
         self._leases = leases = Leases(groups, self._where)
         while not leases.are_done:
-            yield from leases.done()
+            for group in leases.done():
+                self._show(group)
+                yield group
             try:
                 self._run.check()
             except Interrupted:
@@ -66,8 +67,11 @@ class Fleet(Crew):
             if leases.is_waiting:
                 self._engage()
             self._hand_out()
-            if (group := self._next_event()()) is not None:
-                yield group
+            if (answered := self._next_event()()) is not None:
+                yield answered
+
+    def _show(self, group: Sequence[Todo]) -> None:
+        self._run.progress.rows_done(sum(len(todo.rows) for todo in group))
 
     def _next_event(self) -> Callable[[], Sequence[Todo] | None]:
         try:
@@ -126,9 +130,10 @@ class Fleet(Crew):
             return
         ready = told.ready
         member.about = WorkerReport(ready.host, ready.pid, ready.log)
+        if self._devices and ready.device not in self._devices:
+            others = " and ".join(sorted(self._devices))
+            _log.warning("workers compute on %s and on %s: answers may depend on which it was", others, ready.device)
         self._devices.add(ready.device)
-        if len(self._devices) > 1:
-            self._say(f"workers compute on {' and '.join(sorted(self._devices))}: answers may depend on which it was")
         store = ready.store or member.name
         if store in self._asked:
             self._has_come(member, store)
@@ -163,7 +168,7 @@ class Fleet(Crew):
         member.leases.remove(lease)
         self._count(member, told)
         if told.outcomes is None:
-            self._leases.lose(lease, None, None)
+            self._leases.lose(lease, lease.store, None)
             return None
         self._leases.give_back(lease)
         self._take_in(lease, member, told.outcomes)
@@ -175,10 +180,11 @@ class Fleet(Crew):
             todo.truncated, todo.split = outcome.truncated, outcome.split
             if outcome.keys:
                 self._own[todo.document_id] = member, outcome.keys
-        self._run.progress.rows_done(sum(len(todo.rows) for todo in lease.group))
+        self._show(lease.group)
 
     def _count(self, member: Member, told: Told) -> None:
-        report, seconds = told.report, max(time.monotonic() - member.since, 1e-9)
+        report = max(told.report, member.report, key=lambda report: report.answer_seconds)  # one may overtake another
+        seconds = max(time.monotonic() - member.since, 1e-9)
         outcomes = told.outcomes or ()
         documents = member.about.documents + len(outcomes)
         answers = member.about.answers + sum(len(outcome.rows) for outcome in outcomes)
@@ -240,11 +246,6 @@ class Fleet(Crew):
         while any(member.leases for member in self._staff.members.values()):
             if (group := self._next_event()()) is not None:
                 yield group
-
-    def _say(self, text: str) -> None:
-        if text not in self._said:
-            self._said.add(text)
-            _log.warning("%s", text)
 
     @property
     def _is_loaded(self) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -29,6 +30,13 @@ if TYPE_CHECKING:
 LOCAL, CLIENT = "ray", "ray://"
 SECONDS_TO_CONNECT = 10.0
 _OBJECT_STORE = 512 << 20  # bytes: only leases and answers pass through it
+# What Ray reads when it is imported. It would print dozens of lines of its own logs for each worker or node that is
+# lost, which the run's log says in one, and a warning of what another version is going to do.
+_ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS_SKIP_REGEX": ".*",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
 
 
 def run_on_ray(
@@ -43,7 +51,7 @@ def run_on_ray(
 
     Raises JobError where Ray is not installed or the address is none, RemoteError where nothing answers there.
     """
-    check_address(address)
+    _check_address(address)
     name = f"{job.name} {shard}" if shard else job.name
     with View(name, quiet, metrics) as view, _connected(address):
         from pipeline.fleet import Fleet
@@ -61,11 +69,13 @@ def run_on_ray(
         return report
 
 
-def check_address(address: str) -> None:
-    """Raise JobError where an address is none that a run may be on."""
+def _check_address(address: str) -> None:
+    """Import Ray. Raises JobError where it is not installed, or an address is none that a run may be on."""
     host, _, port = address.removeprefix(CLIENT).rpartition(":")
     if address != LOCAL and not (address.startswith(CLIENT) and host and port.isdecimal()):
         raise JobError(f"--on {address}: expected ray, or ray://HOST:PORT with the client port of a head, mostly 10001")
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     try:
         import ray  # noqa: F401
     except ImportError:
@@ -78,16 +88,15 @@ def check_address(address: str) -> None:
 @contextmanager
 def _connected(address: str) -> Iterator[None]:
     """While the block runs, Ray is connected; where the cluster was started for that, it ends too."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else Ray warns of what it is going to do
     import ray
 
     there = os.environ.get("RAY_ADDRESS", "local") if address == LOCAL else address
-    if address != LOCAL:
-        _check_reachable(address)
+    _check_reachable(address, there)
     options = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE} if there == "local" else {}
     try:
-        ray.init(there, log_to_driver=False, logging_level=logging.ERROR, **options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it warns of what then is an error
+            ray.init(there, log_to_driver=False, logging_level=logging.ERROR, **options)
     except Exception as error:
         raise RemoteError(f"--on {address}: no connection to Ray at {there}: {one_line(error)}") from error
     try:
@@ -96,12 +105,14 @@ def _connected(address: str) -> Iterator[None]:
         ray.shutdown()
 
 
-def _check_reachable(address: str) -> None:
-    host, _, port = address.removeprefix(CLIENT).rpartition(":")
+def _check_reachable(address: str, there: str) -> None:
+    host, _, port = there.removeprefix(CLIENT).rpartition(":")
+    if not host:  # it is found by Ray, or started
+        return
     try:
         socket.create_connection((host, int(port)), SECONDS_TO_CONNECT).close()
-    except (OSError, OverflowError) as error:
+    except (OSError, ValueError, OverflowError) as error:
         raise RemoteError(
-            f"--on {address}: nothing answers there within {SECONDS_TO_CONNECT:g} s ({one_line(error)}); start the "
-            "cluster with `ray start --head`, and see that its client port, mostly 10001, can be reached from here"
+            f"--on {address}: nothing answers at {there} within {SECONDS_TO_CONNECT:g} s ({one_line(error)}); start "
+            "the cluster with `ray start --head`, and see that this port of the head can be reached from here"
         ) from None

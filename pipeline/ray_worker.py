@@ -152,7 +152,7 @@ class RayWorker:
         self._identity = identity
         self._engine = Engine(job, identity, store, shared, schemas, progress, self._report, self._check_stop)
         self._answering = Answering(self._engine, job.retries, progress, self._report, self._check_stop)
-        device = f"a CPU with {self._blas.threads} threads" if on_cpu() else "a GPU"
+        device = f"a CPU, {self._blas.threads} threads" if on_cpu() else "a GPU"
         return Ready(socket.gethostname(), os.getpid(), _log_file(), store.name(), device)
 
     def _queue(self, number: int, group: Sequence[Todo]) -> None:

@@ -360,9 +360,21 @@ def test_addresses_that_are_none(workplace: Workplace, address: str) -> None:
     assert error.startswith(f"--on {address}: expected ray, or ray://HOST:PORT")
 
 
-def test_a_head_that_is_not_there(workplace: Workplace) -> None:
-    result = invoke("run", workplace.job_file, "--on", "ray://127.0.0.1:9")
+@pytest.mark.parametrize(("address", "at"), [("ray://127.0.0.1:9", "ray://127.0.0.1:9"), ("ray", "127.0.0.1:9")])
+def test_a_head_that_is_not_there(workplace: Workplace, monkeypatch: pytest.MonkeyPatch, address: str, at: str) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    result = invoke("run", workplace.job_file, "--on", address)
     assert result.exit_code == 1
     (line,) = result.stderr.splitlines()
-    assert line.startswith("error: --on ray://127.0.0.1:9: nothing answers there within 10 s")
+    assert line.startswith(f"error: --on {address}: nothing answers at {at} within 10 s")
     assert not workplace.output.parent.exists()
+
+
+def test_a_cluster_of_this_machine_alone(workplace: Workplace) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    command = [sys.executable, "-m", "pipeline.cli", "run", str(workplace.job_file), "--on", "ray", "--quiet"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env=environment | {"PYTHONPATH": str(ROOT)}
+    )
+    assert (done.stdout, done.stderr) == ("", "")
+    assert len(workplace.rows()) == 9
