@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -155,6 +156,21 @@ def test_a_driver_that_is_elsewhere(place: Workplace, cluster: Cluster) -> None:
 def test_documents_that_share_a_batch_are_handed_out_together(place: Workplace) -> None:
     place.tree["generation"] = {"max_tokens": 3, "batch_size": 8}
     on_ray(place)
+    assert place.output.read_bytes() == alone(place)
+
+
+def test_what_workers_log_is_in_the_log_with_their_names(place: Workplace, caplog: pytest.LogCaptureFixture) -> None:
+    on_ray(place, "--debug")
+    built = [re.fullmatch(r"(\S+): prefix \w+ is built: .*", line) for line in caplog.messages]
+    assert {found[1] for found in built if found} <= set(place.report()["workers"])
+    assert sum(bool(found) for found in built) == 8
+
+
+def test_a_run_that_is_to_stop_at_a_failure(place: Workplace) -> None:
+    place.documents = {"long": "word " * 3000, **place.documents}
+    result = on_ray(place, "--fail-fast", code=1)
+    assert "stopped at the first failure: document 'long'" in result.stderr
+    on_ray(place, code=3)
     assert place.output.read_bytes() == alone(place)
 
 
