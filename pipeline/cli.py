@@ -53,6 +53,10 @@ Metrics = Annotated[
 AsLog = Annotated[
     LogFormat, typer.Option("--log-format", help="What is written to stderr: lines, or a JSON object a line.")
 ]
+On = Annotated[
+    str | None,
+    typer.Option("--on", metavar="RAY", help="Run on a Ray cluster: ray, or ray://HOST:PORT with its client port."),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress and no summary.")]
 
 
@@ -60,6 +64,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress and
 def run(
     job_file: JobFile,
     one_shard: OneShard = None,
+    on: On = None,
     set_: Overrides = None,
     retry_failed: RetryFailed = True,
     fail_fast: FailFast = False,
@@ -70,23 +75,31 @@ def run(
     debug: Debug = False,
 ) -> None:
     """Run a job, or resume it: the same command. Rows that are answered already are kept."""
-    with errors_explained(debug, quiet, computes=False, log_format=log_format):
+    with errors_explained(debug, quiet, computes=on is not None, log_format=log_format):
         from pipeline.failures import OnFailure
-        from pipeline.supervisor import supervise
 
         job, shard = load(job_file, set_, one_shard)
         named = f"{job_file} --shard {shard}" if shard else str(job_file)
+        again = f"pipeline run {named} --on {on}" if on else f"pipeline run {named}"
         shows_nothing = quiet or (as_json and log_format is LogFormat.text)
-        report = supervise(job, shows_nothing, OnFailure(keep=not retry_failed, stop=fail_fast), metrics, shard)
+        on_failure = OnFailure(keep=not retry_failed, stop=fail_fast)
+        if on is None:
+            from pipeline.supervisor import supervise
+
+            report = supervise(job, shows_nothing, on_failure, metrics, shard)
+        else:
+            from pipeline.on_ray import run_on_ray
+
+            report = run_on_ray(job, on, shows_nothing, on_failure, metrics, shard)
         if as_json:
             print(json.dumps(asdict(report), indent=1))
         elif not quiet:
             print(_summary(job, named, report))
         if report.stopped_at:
-            tell(f"stopped at the first failure: {report.stopped_at}; to resume: pipeline run {named}", exit_code=1)
+            tell(f"stopped at the first failure: {report.stopped_at}; to resume: {again}", exit_code=1)
             raise typer.Exit(1)
         if report.interrupted:
-            tell(f"interrupted; to resume: pipeline run {named}", exit_code=130)
+            tell(f"interrupted; to resume: {again}", exit_code=130)
             raise typer.Exit(130)
         if report.rows_failed:
             raise typer.Exit(SOME_ROWS_FAILED)
@@ -217,7 +230,11 @@ def _summary(job: Job, named: str, report: Report) -> str:
         rows.append(("prefill", _rate(report.prefilled_tokens, report.prefill_seconds)))
     if report.answer_tokens:
         rows.append(("answers", _rate(report.answer_tokens, report.answer_seconds)))
-    if report.restarts:
+    if workers := report.workers.values():
+        machines, lost = len({worker.host for worker in workers}), sum(worker.lost for worker in workers)
+        where = f"{machines:,} machine{'s' * (machines > 1)}"
+        rows.append(("workers", f"{len(workers):,} on {where}, {lost:,} of them lost"))
+    elif report.restarts:
         rows.append(("restarts", f"{report.restarts:,} of the model's process, which had died"))
     rows.append(("seconds", f"{report.seconds:.1f}"))
     rows.append(("result", f"{job.result_file}.parts" if report.interrupted else job.output.path))

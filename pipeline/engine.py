@@ -81,6 +81,7 @@ class Engine:
             return
         if len(windows) > 1:
             todo.windows = [self._part(todo, window, todo.open) for window in windows]
+            todo.split = True
             return
         todo.truncated = windows[0] is not todo.rendered
         self._tokenise(todo, windows[0])

@@ -36,6 +36,7 @@ from pipeline.schema_texts import schema_text
 from pipeline.shards import Shard
 
 _MOST = (1 << 63) - 1
+_RAYS_OWN = ("CPU", "GPU", "memory", "object_store_memory")
 _UPLOADS = ("s3", "s3a", "gs", "gcs")  # where a file appears whole or not at all
 _Value = TypeVar("_Value")
 _FileName = TypeVar("_FileName", str, Path)
@@ -72,6 +73,18 @@ def _possible(path: _FileName) -> _FileName:
     return path
 
 
+def _countable(amount: float) -> float:
+    if amount > 1 and amount % 1:
+        raise ValueError(f"is {amount:g}; above 1 Ray takes whole numbers only")
+    return amount
+
+
+def _custom(resources: dict[str, float]) -> dict[str, float]:
+    if known := [name for name in resources if name in _RAYS_OWN]:
+        raise ValueError(f"has {known[0]}, which is one of Ray's own; write scale.num_cpus or scale.num_gpus instead")
+    return resources
+
+
 # Strict, because in lax mode `max_tokens: true` would be 1 and `seed: "7"` would be 7.
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
@@ -86,6 +99,7 @@ _Seed = Annotated[int, Field(ge=0, le=_MOST)]
 _Stop = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)]
 _Schema = Annotated[str | None, BeforeValidator(schema_text), WithJsonSchema({"type": ["object", "string", "null"]})]
 _Bits = Literal[2, 3, 4, 5, 6, 8]
+_Amount = Annotated[float, Field(gt=0), AfterValidator(_countable)]
 
 
 class Documents(_Section):
@@ -193,6 +207,15 @@ class Output(_Section):
     path: Annotated[str, BeforeValidator(_not_blank), AfterValidator(_possible)]
 
 
+class Scale(_Section):
+    """Workers of a run on a Ray cluster: how many, and what each of them asks for."""
+
+    workers: Annotated[int, Field(ge=1, le=_MOST)] | None = None  # as many as the cluster holds
+    num_cpus: _Amount | None = None
+    num_gpus: Annotated[float, Field(ge=0), AfterValidator(_countable)] | None = None
+    resources: Annotated[dict[str, _Amount], AfterValidator(_custom)] = {}
+
+
 class Job(_Section):
     """A whole job. Every path is absolute, or a URL; `model` is a folder's path or a Hugging Face repo id."""
 
@@ -212,6 +235,7 @@ class Job(_Section):
     retries: Annotated[int, Field(ge=0)] = 1  # of what failed in a way that may pass
     cache: Cache
     output: Output
+    scale: Scale = Scale()
 
     @model_validator(mode="after")
     def _check_across_sections(self) -> Job:

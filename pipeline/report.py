@@ -4,6 +4,33 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+_GROWING = (  # counts that add up, of prefixes, tokens and seconds
+    "prefixes_built",
+    "prefixes_restored",
+    "context_tokens",
+    "prefilled_tokens",
+    "prefix_bytes",
+    "prefill_seconds",
+    "restore_seconds",
+    "answer_seconds",
+)
+
+
+@dataclass(frozen=True)
+class WorkerReport:
+    """What one worker of a run on many machines did so far. ``log``: where on its machine its log is."""
+
+    host: str
+    pid: int
+    log: str
+    documents: int = 0
+    answers: int = 0
+    prefilled_tokens: int = 0
+    documents_per_second: float = 0.0  # since it was ready
+    answers_per_second: float = 0.0
+    prefill_tokens_per_second: float = 0.0  # while it prefilled
+    lost: bool = False  # it died, or its machine went
+
 
 @dataclass
 class Report:
@@ -33,6 +60,7 @@ class Report:
     restore_seconds: float = 0.0
     answer_seconds: float = 0.0
     restarts: int = 0  # of the model's process, which had died
+    workers: dict[str, WorkerReport] = field(default_factory=dict)  # of a run on many machines, by name
     interrupted: bool = False
     stopped_at: str | None = None  # the failure that the run was to stop at
 
@@ -43,6 +71,7 @@ class Report:
             failures=dict(self.failures),
             first_failures=dict(self.first_failures),
             resident=dict(self.resident),
+            workers=dict(self.workers),
         )
 
     def add_failure(self, error_type: str, what: str) -> None:
@@ -50,3 +79,16 @@ class Report:
         self.rows_failed += 1
         self.failures[error_type] = self.failures.get(error_type, 0) + 1
         self.first_failures.setdefault(error_type, what)
+
+    def add_growth(self, before: Report, after: Report) -> None:
+        """Count what another's counts of prefixes, tokens and seconds have grown by; its rows are counted elsewhere."""
+        mine, theirs = (report.prefixes_built + report.prefixes_restored for report in (self, after))
+        grown = theirs - before.prefixes_built - before.prefixes_restored
+        if grown:
+            bits = theirs * after.effective_bits - (theirs - grown) * before.effective_bits
+            self.effective_bits = (mine * self.effective_bits + bits) / (mine + grown)
+        for name in _GROWING:
+            setattr(self, name, getattr(self, name) + getattr(after, name) - getattr(before, name))
+        for how, count in after.resident.items():
+            self.resident[how] = self.resident.get(how, 0) + count - before.resident.get(how, 0)
+        self.attention = after.attention or self.attention

@@ -8,7 +8,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from hashlib import blake2b
 from io import RawIOBase
 from itertools import accumulate, groupby
@@ -40,6 +40,13 @@ SCHEMA = pa.schema(
     ]
 )
 FORMAT = {"compression": "zstd", "write_page_checksum": True}
+# Of a part: of so few rows zstd, dictionaries and statistics take as long again as all the rest.
+_PART_FORMAT = {
+    "compression": "snappy",
+    "write_page_checksum": True,
+    "use_dictionary": False,
+    "write_statistics": False,
+}
 BROKEN = (OSError, ValueError, pa.ArrowException)  # what reading a damaged or foreign file raises
 _IDS_PER_BATCH = 8192
 
@@ -75,14 +82,16 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Write a file of rows, whole or not at all. Raises OutputError where the disk refuses."""
+    """Write a part, whole or not at all. Raises OutputError where the disk refuses."""
+    content = pa.BufferOutputStream()
+    pq.write_table(to_table(rows, SCHEMA), content, **_PART_FORMAT)
     with atomic_file(path) as temporary:
-        pq.write_table(to_table(rows, SCHEMA), temporary, **FORMAT)
+        temporary.write_bytes(content.getvalue())
 
 
 def to_table(rows: Sequence[Row], schema: Any) -> Any:
     """A table of rows, to be written with FORMAT."""
-    return pa.Table.from_pylist([asdict(row) for row in rows], schema=schema)
+    return pa.Table.from_pylist([vars(row) for row in rows], schema=schema)
 
 
 class FinishedFile:

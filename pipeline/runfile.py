@@ -71,7 +71,6 @@ class RunFile:
 
     def _write(self, report: Report, state: State, error: str | None = None) -> None:
         self._last_write = time.monotonic()
-        versions = {name: metadata.version(name) for name in ("mlx", "mlx-lm")} | {"turboquant-pipeline": __version__}
         content = {
             "job": self._job.name,
             "state": state,
@@ -79,9 +78,14 @@ class RunFile:
             "updated": _now(),
             **asdict(report),
             "identity": asdict(self._identity),
-            "versions": versions,
+            "versions": versions(),
         }
         _replace(self._path, content)
+
+
+def versions() -> dict[str, str]:
+    """The packages that decide what a model of given weights computes."""
+    return {name: metadata.version(name) for name in ("mlx", "mlx-lm")} | {"turboquant-pipeline": __version__}
 
 
 def mark_ended(job: Job, error: BaseException) -> None:

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from pipeline.constraints import check_schemas
+from pipeline.crew import Alone, Crew, Run
 from pipeline.documents import Document
 from pipeline.errors import Interrupted, StoppedAtFailure
 from pipeline.failures import OnFailure
@@ -41,7 +42,7 @@ class Runner:
     ``report`` the run is the rest of one that was cut off: its documents done are passed over and its counts go on.
     ``condemned`` are documents that get error rows in place of answers, each with what the rows are to say; those in
     ``alone`` share no batch with others. ``on_failure``: what is done about rows that fail. ``shard``: whose the job is
-    when it was loaded for one.
+    when it was loaded for one. ``crew``: makes who answers the documents, this process unless given.
     """
 
     def __init__(
@@ -55,8 +56,9 @@ class Runner:
         alone: Collection[str] = (),
         on_failure: OnFailure | None = None,
         shard: Shard | None = None,
+        crew: Callable[[Run], Crew] = Alone,
     ) -> None:
-        self._job, self._shard = job, shard
+        self._job, self._shard, self._crew = job, shard, crew
         self._watch = watch or partial(Progress, quiet=quiet)
         self._stop = Interruption()
         self.report = report or Report()
@@ -78,20 +80,23 @@ class Runner:
             self._stop.listening(),
             RunFile(self._job, identity, report, started) as run_file,
         ):
-            check, update = self._stop.check, run_file.update
-            on_failure, condemned = self._on_failure, self._condemned
-            work = Work(self._job, inputs, identity, results, progress, report, check, update, on_failure, condemned)
+            run = Run(self._job, inputs, identity, progress, report, self._stop.check)
+            crew = self._crew(run)
+            work = Work(run, crew, results, run_file.update, self._on_failure, self._condemned)
             try:
-                with work, closing(ahead(self._groups(inputs), work.look)) as todos:
-                    for group in todos:
-                        check()
-                        work.do(group)
+                with (
+                    work,
+                    closing(ahead(self._groups(inputs), work.look)) as todos,
+                    closing(crew.answered(todos)) as answered,
+                ):
+                    for group in answered:
+                        work.commit(group)
                 results.finish(inputs.pairs())
-                work.finish(done=True)
+                crew.finish(done=True)
             except Interrupted as error:
                 report.interrupted = True
                 report.stopped_at = str(error) if isinstance(error, StoppedAtFailure) else None
-                work.finish(done=False)
+                crew.finish(done=False)
         return report
 
     def _groups(self, inputs: Inputs) -> Iterator[list[Document]]:

@@ -62,6 +62,11 @@ KEYS = {
     "cache.resident": "packed: decode a prefix at every step; dense: once; auto: as the device and memory suggest",
     "output": "the answers, one row for each document and query",
     "output.path": "a Parquet file, also at s3:// or gs://; what the run did is told beside it, in .run.json",
+    "scale": "workers of a run with --on ray; see docs/scaling.md",
+    "scale.workers": "how many; null: as many as the cluster holds",
+    "scale.num_cpus": "of each; null: all that its machine has for it",
+    "scale.num_gpus": "of each; null: 1 where there are GPUs, else 0",
+    "scale.resources": "what else each takes of a machine, by Ray's names, as {mac: 1}",
 }
 
 

@@ -21,6 +21,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from filelock import FileLock, Timeout
 
@@ -35,6 +36,7 @@ from turboquant.segments import Segment
 
 LOCKS = "locks"
 SECONDS_BETWEEN_TRIES = 0.25  # for a lock that another process holds
+_NAME = "name"
 _ABSENT = "absent"
 _FOLDER_BYTES = 8192  # for the small files beside the segments
 _log = logging.getLogger(__name__)
@@ -192,6 +194,18 @@ class Store:
                 start, tokens = manifest.get("start"), manifest.get("tokens")
                 if type(start) is int and type(tokens) is int and tokens > 0:
                     yield entry.label, start + tokens
+
+    def name(self) -> str:
+        """Tells this folder from any other, on whatever machine that is; empty where it cannot be written."""
+        file = self._folder / LOCKS / _NAME
+        try:
+            with self.changing():
+                if not (file.exists() and file.read_text()):
+                    file.write_text(uuid4().hex)
+                return file.read_text()
+        except OSError as error:
+            _log.debug("%s: has no name: %s", self._folder, error)
+            return ""
 
     def used_bytes(self) -> int:
         """The size of every file in the folder."""

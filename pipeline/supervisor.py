@@ -15,7 +15,7 @@ import os
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection
@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from pipeline import errors
 from pipeline.errors import PipelineError
-from pipeline.failures import OnFailure
+from pipeline.failures import DEATHS, OnFailure, named, twice_died
 from pipeline.report import Report
 from pipeline.runfile import mark_ended
 from pipeline.shards import Shard
@@ -37,7 +37,6 @@ if TYPE_CHECKING:
     from pipeline.job import Job
 
 _SECONDS_OF_PATIENCE = 1.0
-DEATHS = 2  # of the process, in one place, after which it is not tried there again
 SPAWN = multiprocessing.get_context("spawn")  # not fork, which neither Metal nor CUDA survives
 _MEMORY_SIGNALS = (signal.SIGKILL, signal.SIGABRT)  # the kernel's way and Metal's
 _log = logging.getLogger(__name__)
@@ -145,7 +144,7 @@ class _Supervisor:
         self._report = replace(self._report, restarts=self._report.restarts + 1)
         documents = self._in_hand
         self._deaths[documents] += 1
-        where = f"with {_named(documents)} in hand" if documents else self._stage()
+        where = f"with {named(documents)} in hand" if documents else self._stage()
         if self._deaths[documents] < DEATHS:
             _log.warning("the model's process %s, %s; starting it again", cause, where)
         elif not documents:
@@ -157,10 +156,7 @@ class _Supervisor:
             self._alone.update(documents)
         else:
             _log.warning("the model's process %s, %s again; its rows become errors", cause, where)
-            self._condemned[documents[0]] = (
-                f"the model's process {cause}, twice, while this document was prefilled or answered; try a shorter "
-                "document, a smaller generation.batch_size or max_tokens, or fewer cache.key_bits and cache.value_bits"
-            )
+            self._condemned[documents[0]] = twice_died(cause)
 
     def _stage(self) -> str:
         report = self._report
@@ -180,11 +176,6 @@ class _Supervisor:
 
         with stops_handled(pass_on):
             yield
-
-
-def _named(documents: Sequence[str]) -> str:
-    more = f" and {len(documents) - 1} more" if len(documents) > 1 else ""
-    return f"document '{documents[0]}'{more}"
 
 
 def receive(connection: Connection, meanwhile: Callable[[], None] = lambda: None) -> Message | None:

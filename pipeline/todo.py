@@ -23,8 +23,8 @@ class Todo:
     """A document of which ``queries`` are to be answered; ``rows`` are what became of them, by query id.
 
     rendered: None where the prompt cannot be rendered. kept: rows that need no new answer. fingerprints: of all rows,
-    by query id. label: of the context. truncated: its end is left out. windows: where it is read in several, each with
-    the same queries. combined: the queries, one each, that are asked of what was answered on the windows.
+    by query id. label: of the context. truncated: its end is left out. split: it is read in windows. windows: those,
+    each with the same queries. combined: the queries, one each, that are asked of what was answered on the windows.
     """
 
     document: Document
@@ -34,6 +34,7 @@ class Todo:
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     label: str = ""
     truncated: bool = False
+    split: bool = False
     windows: Sequence[Todo] = ()
     combined: Sequence[Todo] = ()
     rows: dict[str, Row] = field(default_factory=dict)

@@ -183,7 +183,7 @@ def _outcome(outbox: _Outbox, task: Task) -> Finished | Failed:
 
         runner = Runner(
             task.job,
-            watch=partial(_Teller, outbox.send),
+            watch=partial(Teller, outbox.send),
             report=task.report,
             condemned=task.condemned,
             alone=task.alone,
@@ -252,13 +252,13 @@ class _LogHandler(logging.Handler):
         self._outbox.send(Logged(record.name, record.levelno, self.format(record)))
 
 
-class _Teller:
+class Teller:
     """Tells the parent how the run goes on."""
 
     def __init__(self, send: Callable[[Message], None], rows: int) -> None:
         self._send, self._rows = send, rows
 
-    def __enter__(self) -> _Teller:
+    def __enter__(self) -> Teller:
         self._send(RunStarted(self._rows))
         return self
 

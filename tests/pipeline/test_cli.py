@@ -274,13 +274,13 @@ INTERRUPTIBLE = """
 import time
 from turboquant.blas import load_tuned_blas
 load_tuned_blas()
-from pipeline import work
-real = work.Work._answered
+from pipeline import answering
+real = answering.Answering._answered
 def slowly(self):
     real(self)
     print("answered", flush=True)
     time.sleep(0.3)
-work.Work._answered = slowly
+answering.Answering._answered = slowly
 if __name__ == "__main__":
     from pipeline.cli import main
     main()

@@ -182,7 +182,7 @@ def test_a_disk_that_is_full_when_bytes_are_made_durable(workplace: Workplace, m
 
 def at_commit(monkeypatch: pytest.MonkeyPatch, number: int, happens: Callable[[], Any]) -> None:
     """Something happens before a document's rows are committed, the ``number``-th's."""
-    real, calls = pipeline.work.Work._commit, []
+    real, calls = pipeline.work.Work.commit, []
 
     def commit(*args: Any) -> None:
         calls.append(1)
@@ -190,7 +190,7 @@ def at_commit(monkeypatch: pytest.MonkeyPatch, number: int, happens: Callable[[]
             happens()
         real(*args)
 
-    monkeypatch.setattr(pipeline.work.Work, "_commit", commit)
+    monkeypatch.setattr(pipeline.work.Work, "commit", commit)
 
 
 @pytest.mark.parametrize("override", [(), ("cache.keep=job",), ("cache.budget=120000",)])

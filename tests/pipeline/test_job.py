@@ -147,6 +147,10 @@ def test_a_query_overrides_the_defaults() -> None:
         ("=3", "expected key.path=value"),
         ("a..b=3", "expected key.path=value"),
         ("documents.path=*.parquet", "put a value that starts with {{ or * in quotes"),
+        ("scale.workers=0", "scale.workers: expected at least 1, got 0"),
+        ("scale.num_gpus=1.5", "scale.num_gpus is 1.5; above 1 Ray takes whole numbers only"),
+        ("scale.resources={mac: 0}", "scale.resources.mac: expected more than 0, got 0"),
+        ("scale.resources={GPU: 1}", "scale.resources has GPU, which is one of Ray's own; write scale.num_cpus or"),
         ("prompt.context={{ text }}", "put a value that starts with {{ or * in quotes"),
     ],
 )

@@ -550,7 +550,7 @@ def run_python(*arguments: str, code: str = DIE) -> subprocess.CompletedProcess[
         ("pipeline.prefixes:Prefixes._prefilled", "before", 2),  # amid a prefill
         ("mlx.core:save_safetensors", "half", 2),  # amid a segment's tensors
         ("turboquant.files:write_text", "before", 2),  # tensors without a manifest
-        ("pipeline.work:Work._answered", "after", 4),  # amid a document's answers
+        ("pipeline.answering:Answering._answered", "after", 4),  # amid a document's answers
         ("pipeline.results:Results.commit", "after", 3),  # all parts, no result
         ("shutil:rmtree", "before", 1),  # the result is in place, and the parts are
     ],
@@ -577,9 +577,9 @@ def test_a_killed_run_is_resumed(workplace: Workplace, tmp_path: Path, target: s
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, target: str, call: int) -> None:
     """SIGINT to this process at the given call of a method."""
-    from pipeline import prefixes, work
+    from pipeline import answering, prefixes
 
-    owner = prefixes.Prefixes if target == "_prefilled" else work.Work
+    owner = prefixes.Prefixes if target == "_prefilled" else answering.Answering
     real, calls = getattr(owner, target), []
 
     def interrupting(*args: Any) -> Any:

@@ -26,10 +26,10 @@ import os, sys, time
 from turboquant.blas import load_tuned_blas
 
 load_tuned_blas()
-from pipeline import runfile, supervisor, view, work
+from pipeline import answering, runfile, supervisor, view
 
 runfile.SECONDS_BETWEEN_WRITES = view.SECONDS_BETWEEN_METRICS = supervisor._SECONDS_OF_PATIENCE = 0.01
-real = work.Work._answered
+real = answering.Answering._answered
 
 def waiting(self):
     real(self)
@@ -38,7 +38,7 @@ def waiting(self):
         while not os.path.exists(sys.argv[2] + ".go"):
             time.sleep(0.01)
 
-work.Work._answered = waiting
+answering.Answering._answered = waiting
 if __name__ == "__main__":
     from pipeline.cli import main
     main()
