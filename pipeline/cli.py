@@ -72,9 +72,17 @@ def run(
     """Run a job, or resume it: the same command. Rows that are answered already are kept."""
     with errors_explained(debug, quiet, computes=False, log_format=log_format):
         from pipeline.failures import OnFailure
+        from pipeline.ranks import follows
         from pipeline.supervisor import supervise
+        from turboquant.blas import load_tuned_blas
 
         job, shard = load(job_file, set_, one_shard)
+        if follows(job):
+            load_tuned_blas()  # before anything imports NumPy or MLX
+            from pipeline.follower import follow
+
+            follow(job)
+            return
         named = f"{job_file} --shard {shard}" if shard else str(job_file)
         shows_nothing = quiet or (as_json and log_format is LogFormat.text)
         report = supervise(job, shows_nothing, OnFailure(keep=not retry_failed, stop=fail_fast), metrics, shard)

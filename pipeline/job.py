@@ -193,6 +193,12 @@ class Output(_Section):
     path: Annotated[str, BeforeValidator(_not_blank), AfterValidator(_possible)]
 
 
+class Scale(_Section):
+    """How a job is spread over processes."""
+
+    ranks: Annotated[int, Field(ge=1, le=_MOST)] = 1  # that hold the model between them
+
+
 class Job(_Section):
     """A whole job. Every path is absolute, or a URL; `model` is a folder's path or a Hugging Face repo id."""
 
@@ -212,6 +218,7 @@ class Job(_Section):
     retries: Annotated[int, Field(ge=0)] = 1  # of what failed in a way that may pass
     cache: Cache
     output: Output
+    scale: Scale = Scale()
 
     @model_validator(mode="after")
     def _check_across_sections(self) -> Job:
@@ -220,6 +227,10 @@ class Job(_Section):
         else:
             check_unique(self.queries)
         self._check_feedback("documents", self.documents.path)
+        if self.scale.ranks > 1 and self.adapter is not None:
+            raise ValueError("adapter: mlx-lm splits no model with an adapter over ranks; fuse them with `mlx_lm.fuse`")
+        if self.scale.ranks > 1 and self.cache.keep == "job":
+            raise ValueError("cache.keep: job is for a model in one process; set cache.budget to bound the store")
         return self
 
     @property

@@ -62,6 +62,8 @@ KEYS = {
     "cache.resident": "packed: decode a prefix at every step; dense: once; auto: as the device and memory suggest",
     "output": "the answers, one row for each document and query",
     "output.path": "a Parquet file, also at s3:// or gs://; what the run did is told beside it, in .run.json",
+    "scale": "how the work is spread over processes",
+    "scale.ranks": "how many hold the model between them, as mlx.launch starts them",
 }
 
 

@@ -24,9 +24,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from pipeline.budget import existing
+from pipeline.budget import budget_bytes, existing
 from pipeline.errors import BudgetTooSmall, DiskFull, JobError, StoreError, is_disk_full, one_line
 from pipeline.inventory import REJECTED, Entry, entries, eviction_order, remove, size_of
+from pipeline.job import Cache
 from pipeline.needs import JOBS
 from turboquant import CacheCodec
 from turboquant.files import MANIFEST, SegmentError, read_segment, segment_bytes, write_segment
@@ -38,6 +39,11 @@ SECONDS_BETWEEN_TRIES = 0.25  # for a lock that another process holds
 _ABSENT = "absent"
 _FOLDER_BYTES = 8192  # for the small files beside the segments
 _log = logging.getLogger(__name__)
+
+
+def open_store(cache: Cache, is_needed: Callable[[str], bool]) -> Store:
+    """The store that a job names; see Store."""
+    return Store(cache.dir, None if cache.budget is None else budget_bytes(cache.budget, cache.dir), is_needed)
 
 
 class Store:

@@ -17,7 +17,6 @@ from itertools import islice
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from pipeline.budget import budget_bytes
 from pipeline.documents import Document
 from pipeline.errors import GenerationFailed, Interrupted, ModelProcessDied, RowError, StoppedAtFailure
 from pipeline.failures import OnFailure, retried
@@ -240,11 +239,9 @@ class Work:
         return self._loaded
 
     def _open_store(self) -> Store:
-        from pipeline.store import Store
+        from pipeline.store import open_store
 
-        cache = self._job.cache
-        budget = None if cache.budget is None else budget_bytes(cache.budget, cache.dir)
-        return Store(cache.dir, budget, self._needs.wants)
+        return open_store(self._job.cache, self._needs.wants)
 
     def _labels_to_come(self) -> Iterator[str]:
         if self._renderer.shared:
