@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 from mlx_lm.generate import BatchGenerator
-from mlx_lm.sample_utils import apply_top_p
+from mlx_lm.sample_utils import apply_top_p, greedy_sampler
 
 from pipeline.job import Settings
 from pipeline.model import LoadedModel
+from pipeline.ranks import ALONE, Ranks
 from pipeline.reading import Answer, Reader
 from turboquant import Prefix, enabled
 
@@ -38,17 +39,24 @@ def answer(
     reader: Reader,
     batch_size: int,
     on_answer: Callable[[], None] = lambda: None,
+    ranks: Ranks = ALONE,
 ) -> list[Answer]:
-    """Answer all requests, ``batch_size`` rows at a time, rows joining as others leave; in the requests' order."""
+    """Answer all requests, ``batch_size`` rows at a time, rows joining as others leave; in the requests' order.
+
+    ranks: those that hold the model between them, and do this all at once.
+    """
     with enabled(loaded.model):
         generator = BatchGenerator(
             loaded.model,
             stop_tokens=[[token] for token in sorted(loaded.tokenizer.eos_token_ids)],
+            sampler=ranks.agreeing(greedy_sampler),
             completion_batch_size=batch_size,
             prefill_batch_size=batch_size,
         )
         try:
-            return _generate(generator, reader, requests, on_answer)
+            answers = _generate(generator, reader, requests, on_answer, ranks)
+            ranks.settle(generator.stream)  # where a step begun for nobody is under way
+            return answers
         finally:
             generator.close()
 
@@ -79,14 +87,19 @@ def make_sampler(settings: Settings, name: str) -> Sampler | None:
 
 
 def _generate(
-    generator: BatchGenerator, reader: Reader, requests: Sequence[Request], on_answer: Callable[[], None]
+    generator: BatchGenerator,
+    reader: Reader,
+    requests: Sequence[Request],
+    on_answer: Callable[[], None],
+    ranks: Ranks,
 ) -> list[Answer]:
     readings = [reader.begin(request.tokens, request.settings) for request in requests]
+    samplers = [make_sampler(request.settings, request.name) for request in requests]
     numbers = generator.insert(
         [list(request.tokens) for request in requests],
         max_tokens=[request.settings.max_tokens for request in requests],
         caches=[request.prefix.fork() for request in requests],
-        samplers=[make_sampler(request.settings, request.name) for request in requests],
+        samplers=[sampler and ranks.agreeing(sampler) for sampler in samplers],
         logits_processors=[[reading.constraint] if reading.constraint else [] for reading in readings],
     )
     rows = dict(zip(numbers, readings, strict=True))

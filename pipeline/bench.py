@@ -101,6 +101,8 @@ def bench(job: Job, extent: Extent, chosen: Collection[str] = CONTENDERS) -> lis
     """
     if unknown := set(chosen) - set(CONTENDERS):
         raise JobError(f"--contender {min(unknown)}: there is no such contender; there are: {', '.join(CONTENDERS)}")
+    if job.scale.ranks > 1:
+        raise JobError("scale.ranks: the bench is of one process; --set scale.ranks=1")
     beside = existing(job.cache.dir.parent)
     with (
         stops_handled(signal.default_int_handler),

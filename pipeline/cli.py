@@ -77,8 +77,17 @@ def run(
     """Run a job, or resume it: the same command. Rows that are answered already are kept."""
     with errors_explained(debug, quiet, computes=on is not None, log_format=log_format):
         from pipeline.failures import OnFailure
+        from pipeline.ranks import follows
 
         job, shard = load(job_file, set_, one_shard)
+        if on is None and follows(job):
+            from turboquant.blas import load_tuned_blas
+
+            load_tuned_blas()  # before anything imports NumPy or MLX
+            from pipeline.follower import follow
+
+            follow(job)
+            return
         named = f"{job_file} --shard {shard}" if shard else str(job_file)
         again = f"pipeline run {named} --on {on}" if on else f"pipeline run {named}"
         shows_nothing = quiet or (as_json and log_format is LogFormat.text)

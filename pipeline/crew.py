@@ -14,7 +14,6 @@ from itertools import islice
 from typing import TYPE_CHECKING
 
 from pipeline.answering import Answering
-from pipeline.budget import budget_bytes
 from pipeline.errors import RowError
 from pipeline.identity import context_label
 from pipeline.inputs import Inputs
@@ -134,8 +133,9 @@ class Alone(Crew):
 
     def _load(self) -> Engine:
         from pipeline.engine import Engine
+        from pipeline.store import open_store
 
-        run, store = self._run, open_store(self._run.job, self._needs)
+        run, store = self._run, open_store(self._run.job.cache, self._needs.wants)
         self._needs.start(self._labels_to_come(), store.make_room)
         schemas = run.inputs.schemas
         self._loaded = Engine(run.job, run.identity, store, self._shared, schemas, run.progress, run.report, run.check)
@@ -147,17 +147,10 @@ class Alone(Crew):
         drop_segments(self._loaded.store, self._run.job, own)
 
     def _drop_all(self) -> None:
-        store = self._loaded.store if self._loaded is not None else open_store(self._run.job, self._needs)
-        drop_segments(store, self._run.job)
+        from pipeline.store import open_store
 
-
-def open_store(job: Job, needs: Needs) -> Store:
-    """A job's store, from which is not evicted what is needed."""
-    from pipeline.store import Store
-
-    cache = job.cache
-    budget = None if cache.budget is None else budget_bytes(cache.budget, cache.dir)
-    return Store(cache.dir, budget, needs.wants)
+        job = self._run.job
+        drop_segments(self._loaded.store if self._loaded else open_store(job.cache, self._needs.wants), job)
 
 
 def drop_segments(store: Store, job: Job, keys: set[str] | None = None) -> None:

@@ -20,6 +20,7 @@ from pipeline.prefill import warn_of_uncompressed_layers
 from pipeline.prefixes import Prefixes
 from pipeline.progress import Watcher
 from pipeline.prompts import PromptTokenizer, Rendered
+from pipeline.ranks import common_ground, meet
 from pipeline.reading import Reader
 from pipeline.report import Report
 from pipeline.store import Store
@@ -36,7 +37,8 @@ class Engine:
     """A job's model and store, loaded.
 
     shared: what all documents have in common. schemas: those that answers may follow. check: raises Interrupted where
-    the user asked to stop.
+    the user asked to stop. Where other processes hold the model too, this is the first of them, and the others do with
+    their parts what it does.
     """
 
     def __init__(
@@ -53,7 +55,11 @@ class Engine:
         if hint := load_tuned_blas().hint:
             _log.warning("MLX computes with a slow BLAS here: %s", hint)
         self._job, self._report = job, report
-        self._model: LoadedModel = load_model(job.model, job.revision, job.adapter, job.trust_remote_code)
+        self._ranks = meet(job.scale.ranks)
+        with self._ranks.doing("begin", ground=common_ground(identity), schemas=sorted(schemas)):
+            self._model: LoadedModel = load_model(
+                job.model, job.revision, job.adapter, job.trust_remote_code, self._ranks
+            )
         self._fitting = Fitting(job)
         self._tokenizer = PromptTokenizer(self._model.tokenizer, bool(job.generation.thinking))
         self._reader = Reader(self._model.tokenizer, schemas)
@@ -65,7 +71,9 @@ class Engine:
         about = {"model": job.model, "output": output_digest(job.result_file)}
         shared_label = context_label(shared) if shared else ""
         self.store = store
-        self._prefixes = Prefixes(job, identity, self._model, store, about, progress, report, check, shared_label)
+        self._prefixes = Prefixes(
+            job, identity, self._model, store, about, progress, report, check, shared_label, self._ranks
+        )
 
     def make_ready(self, todo: Todo) -> None:
         """Tokenise a document's prompts, and restore what the store has of its prefix; from any thread, once.
@@ -116,19 +124,31 @@ class Engine:
             todo.fail(error)
             return
         context, ids = tokens.context, [query.id for query in queries]
-        shared = len(self._shared) if context[: len(self._shared)] == self._shared else 0
-        pieces = self._prefixes.cut(todo.document_id, context, shared, todo.label)
+        pieces = self._prefixes.cut(todo.document_id, context, self._common(context), todo.label)
         todo.tokenised = Tokenised(context, dict(zip(ids, tokens.suffixes, strict=True)), pieces)
         for query in todo.open:
             suffix, longest = todo.tokenised.suffixes[query.id], query.settings(self._job.generation).max_tokens
             if refused := too_long(len(context), len(suffix), longest, self._limit):
                 todo.fail(refused, [query])
 
+    def _common(self, context: Sequence[int]) -> int:
+        """How many of a context's first tokens all documents have."""
+        return len(self._shared) if context[: len(self._shared)] == self._shared else 0
+
     def prefix(self, todo: Todo) -> Prefix:
         """The prefix of a document that is ready. Raises GenerationFailed or DiskFull."""
-        assert todo.tokenised is not None
-        prefix = self._prefixes.prefix(todo.tokenised.pieces, todo.tokenised.restored)
-        todo.tokenised.restored = ()
+        tokenised = todo.tokenised
+        assert tokenised is not None
+        with self._ranks.doing(
+            "build",
+            key=tokenised.pieces[-1].key,
+            document=todo.document_id,
+            context=tokenised.context,
+            shared=self._common(tokenised.context),
+            label=todo.label,
+        ):
+            prefix = self._prefixes.prefix(tokenised.pieces, tokenised.restored)
+        tokenised.restored = ()
         return prefix
 
     def settle(self) -> None:
@@ -145,16 +165,22 @@ class Engine:
         """Answer all open queries of documents together, into their rows. Raises GenerationFailed."""
         prefixes = resident([prefix for _, prefix in ready], self._job.cache.resident)
         requests: list[Request] = []
+        told: list[tuple[int, list[int], dict[str, object], str]] = []  # of the requests, to the other ranks
         asked: list[tuple[Todo, Query]] = []
-        for (todo, _), prefix in zip(ready, prefixes, strict=True):
+        keys: list[str] = []
+        for number, (todo, _) in enumerate(ready):
+            assert todo.tokenised is not None
+            keys.append(todo.tokenised.pieces[-1].key)
             for query in todo.open:
-                assert todo.tokenised is not None
-                settings = query.settings(self._job.generation)
+                suffix, settings = todo.tokenised.suffixes[query.id], query.settings(self._job.generation)
                 name = row_name(todo.document_id, query.id)
-                requests.append(Request(prefix, todo.tokenised.suffixes[query.id], settings, name))
+                requests.append(Request(prefixes[number], suffix, settings, name))
+                told.append((number, suffix, vars(settings), name))
                 asked.append((todo, query))
+        size = self._job.generation.batch_size
         try:
-            answers = answer(self._model, requests, self._reader, self._job.generation.batch_size, on_answer)
+            with self._ranks.doing("answer", prefixes=keys, requests=told):
+                answers = answer(self._model, requests, self._reader, size, on_answer, self._ranks)
         except (RuntimeError, ValueError, MemoryError) as error:
             may_pass = not isinstance(error, ValueError)
             raise GenerationFailed(f"the model failed: {one_line(error)}", may_pass) from error

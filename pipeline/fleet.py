@@ -21,7 +21,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from pipeline.crew import Crew, Run, drop_segments, open_store
+from pipeline.crew import Crew, Run, drop_segments
 from pipeline.errors import Interrupted, JobError, PipelineError, one_line
 from pipeline.failures import named
 from pipeline.leases import Lease, Leases
@@ -257,7 +257,9 @@ class Fleet(Crew):
             member.actor.drop.remote(keys)
 
     def _drop_all(self) -> None:
-        drop_segments(open_store(self._run.job, self._needs), self._run.job)
+        from pipeline.store import open_store
+
+        drop_segments(open_store(self._run.job.cache, self._needs.wants), self._run.job)
         dropped = [member.actor.drop.remote(None) for member in self._staff.members.values() if member.store]
         with suppress(RayError):
             ray.get(dropped, timeout=_SECONDS_FOR_DROPPING)

@@ -55,6 +55,8 @@ def job_identity(job: Job, remember: bool = True) -> Identity:
         prefill += f" {job.cache.segment}"
     if shared := Renderer(job.prompt).shared:
         prefill += f" shared={_digest('shared', shared.system, shared.context)[:16]}"
+    if job.scale.ranks > 1:  # which add up in another order than one does, so round otherwise
+        prefill += f" ranks={job.scale.ranks}"
     return Identity(
         weights=weights_fingerprint(path, job.cache.dir / MEMO, remember, job.adapter, job.trust_remote_code),
         tokenizer=tokenizer_fingerprint(path),

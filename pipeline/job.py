@@ -208,8 +208,9 @@ class Output(_Section):
 
 
 class Scale(_Section):
-    """Workers of a run on a Ray cluster: how many, and what each of them asks for."""
+    """How a job is spread: over processes, and over workers of a Ray cluster, with what each of those asks for."""
 
+    ranks: Annotated[int, Field(ge=1, le=_MOST)] = 1  # that hold the model between them
     workers: Annotated[int, Field(ge=1, le=_MOST)] | None = None  # as many as the cluster holds
     num_cpus: _Amount | None = None
     num_gpus: Annotated[float, Field(ge=0), AfterValidator(_countable)] | None = None
@@ -244,6 +245,10 @@ class Job(_Section):
         else:
             check_unique(self.queries)
         self._check_feedback("documents", self.documents.path)
+        if self.scale.ranks > 1 and self.adapter is not None:
+            raise ValueError("adapter: mlx-lm splits no model with an adapter over ranks; fuse them with `mlx_lm.fuse`")
+        if self.scale.ranks > 1 and self.cache.keep == "job":
+            raise ValueError("cache.keep: job is for a model in one process; set cache.budget to bound the store")
         return self
 
     @property

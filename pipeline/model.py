@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.errors import ModelError, one_line
+from pipeline.ranks import ALONE, Ranks
 from turboquant.blas import load_tuned_blas
 
 if TYPE_CHECKING:
@@ -44,12 +45,16 @@ class LoadedModel:
 
 
 def load_model(
-    name: str | Path, revision: str | None = None, adapter: Path | None = None, trust_remote_code: bool = False
+    name: str | Path,
+    revision: str | None = None,
+    adapter: Path | None = None,
+    trust_remote_code: bool = False,
+    ranks: Ranks = ALONE,
 ) -> LoadedModel:
     """Load a model folder or a Hugging Face repo, in a form that suits the device.
 
     revision: of the repo. adapter: a folder that mlx-lm's training wrote. trust_remote_code: run code that comes with
-    the model, where it needs that.
+    the model, where it needs that. ranks: those that hold the model between them, of which each loads its part.
 
     On a GPU weights stay as they are. On a CPU they become float32, quantized layers included: MLX computes
     half precision there at 2 to 5 GFLOP/s and quantized layers at 2, float32 at the speed of the BLAS.
@@ -76,7 +81,9 @@ def load_model(
         )
 
     model, tokenizer, config = _explain_failure(path, loaded)
-    _explain_failure(path, lambda: settle_weights(model))
+    if ranks.count > 1:
+        _require_parts(path, model, config, ranks.count)
+    _explain_failure(path, lambda: settle_weights(model, ranks.group))
     return LoadedModel(model, tokenizer, config, path)
 
 
@@ -228,11 +235,33 @@ def _read_object(file: Path) -> dict[str, Any]:
 # ---- loading
 
 
+def _require_parts(path: Path, model: Any, config: Mapping[str, Any], count: int) -> None:
+    """Heads are not cut, though mlx-lm would try: each rank has as many, and the keys and values of its own."""
+    if not hasattr(model, "shard"):
+        raise ModelError(f"model {path}: mlx-lm can't split a {config.get('model_type')}; set scale.ranks to 1")
+    text = config.get("text_config") or config
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        heads = text.get(name)
+        if isinstance(heads, int) and heads % count:
+            raise ModelError(
+                f"model {path}: {count} ranks can't share its {heads} {name} evenly; set scale.ranks to a divisor"
+            )
+
+
 def _explain_failure(path: Path, load: Callable[[], Loaded]) -> Loaded:
     """mlx-lm and transformers raise whatever comes to hand; the reason is in the text."""
     try:
         return load()
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError) as error:
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        ImportError,
+        AssertionError,
+    ) as error:
         hint = _TRUST if "trust_remote_code" in str(error) else ""
         raise ModelError(f"model {path}: mlx-lm can't load it ({one_line(error)}){hint}") from error
 

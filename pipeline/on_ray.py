@@ -49,8 +49,11 @@ def run_on_ray(
 ) -> Report:
     """Run a job, or resume it, on the cluster at an address; the rest, and what is returned, is as of `supervise`.
 
-    Raises JobError where Ray is not installed or the address is none, RemoteError where nothing answers there.
+    Raises JobError where Ray is not installed, the address is none or the job's model is to be in several processes,
+    RemoteError where nothing answers there.
     """
+    if job.scale.ranks > 1:
+        raise JobError("scale.ranks: on a Ray cluster each worker holds the whole model; set it to 1")
     _check_address(address)
     name = f"{job.name} {shard}" if shard else job.name
     with View(name, quiet, metrics) as view, _connected(address):

@@ -22,6 +22,7 @@ from pipeline.job import Job
 from pipeline.model import LoadedModel, prefix_bytes
 from pipeline.prefill import prefill
 from pipeline.progress import Watcher
+from pipeline.ranks import ALONE, Ranks
 from pipeline.report import Report
 from pipeline.store import Store
 from turboquant import Prefix
@@ -62,7 +63,8 @@ class Prefixes:
     A segment that was built is stored while the model goes on; ``settle`` waits until that is done.
 
     about: what is to be told in the store of every segment. check: raises Interrupted where the user asked to stop.
-    shared_label: of what all documents have in common.
+    shared_label: of what all documents have in common. ranks: those that hold the model between them, each of which has
+    the prefixes of its part, and restores one or builds it where all do.
     """
 
     def __init__(
@@ -76,9 +78,10 @@ class Prefixes:
         report: Report,
         check: Callable[[], None],
         shared_label: str = "",
+        ranks: Ranks = ALONE,
     ) -> None:
         self._identity, self._loaded, self._store = identity, loaded, store
-        self.shared_label = shared_label
+        self.shared_label, self._ranks = shared_label, ranks
         self._codec = cache_codec(job.cache)
         self._length = job.cache.segment if job.cache.prefill == "streaming" else None
         self._about, self._progress, self._report, self._check = about, progress, report, check
@@ -121,14 +124,12 @@ class Prefixes:
         prefix: Prefix | None = None
         built = False
         for piece, ready in zip_longest(pieces, restored):
-            segment, was_stored = (ready, True) if ready is not None else self._segment(piece, prefix)
-            try:
-                prefix = _extended(prefix, segment)
-            except ValueError as error:  # another parent's, though all its checksums are right
-                self._store.reject(piece.key, one_line(error))
-                segment, was_stored = self._segment(piece, prefix)
-                prefix = _extended(prefix, segment)
-            built |= not was_stored
+            stored = self._stored(piece, prefix, ready)
+            if self._ranks.everywhere(stored is not None):
+                prefix = stored
+            else:
+                prefix, was_stored = self._built(piece, prefix)
+                built |= not was_stored
         assert prefix is not None
         self._report.context_tokens += sum(len(piece.tokens) for piece in pieces)
         self._count(prefix, built)
@@ -140,22 +141,26 @@ class Prefixes:
         if saving is not None:
             saving.result()
 
-    def _segment(self, piece: Piece, before: Prefix | None) -> tuple[Segment, bool]:
-        """A segment, and whether it was in the store."""
-        self.settle()
-        segment = self._load(piece)
-        if segment is not None:
-            return segment, True
+    def _stored(self, piece: Piece, before: Prefix | None, ready: Segment | None = None) -> Prefix | None:
+        """The prefix with a piece that the store has, which may be loaded already."""
+        if ready is None:
+            self.settle()
+            ready = self._load(piece)
+        try:
+            return None if ready is None else _extended(before, ready)
+        except ValueError as error:  # another parent's, though all its checksums are right
+            self._store.reject(piece.key, one_line(error))
+            return None
+
+    def _built(self, piece: Piece, before: Prefix | None) -> tuple[Prefix, bool]:
+        """The prefix with a piece that the store did not have, and whether it has it by now."""
         with ExitStack() as claim:
-            claim.enter_context(self._store.building(piece.key, self._check))
-            # Another run may have built it meanwhile, and be done with it before there was anything to wait for.
-            if self._store.contains(piece.key) and (segment := self._load(piece)) is not None:
-                return segment, True
-            can_store = self._has_room(len(piece.tokens))
-            segment = self._build(piece, before)
-            if can_store:
-                self._saving = self._saver.submit(self._save, claim.pop_all(), piece, segment)
-            return segment, False
+            if self._ranks.count == 1:  # two runs could wait for each other on two ranks, so there all build
+                claim.enter_context(self._store.building(piece.key, self._check))
+                # Another run may have built it meanwhile, and be done with it before there was anything to wait for.
+                if self._store.contains(piece.key) and (stored := self._stored(piece, before)) is not None:
+                    return stored, True
+            return _extended(before, self._build(piece, before, claim)), False
 
     def _save(self, claim: ExitStack, piece: Piece, segment: Segment) -> None:
         with claim, self._going_on_without():
@@ -166,9 +171,10 @@ class Prefixes:
         with self._timed("restore_seconds"):
             return self._store.load(piece.key, piece.start, self._codec, self._identity, label, whole)
 
-    def _build(self, piece: Piece, before: Prefix | None) -> Segment:
-        """Prefill a segment."""
-        self._check()
+    def _build(self, piece: Piece, before: Prefix | None, claim: ExitStack) -> Segment:
+        """Prefill a segment, and begin to store it where that is possible; ``claim`` ends when it is."""
+        self._ranks.check(self._check)
+        can_store = self._has_room(len(piece.tokens))
         _log.debug("prefix %.12s is built: %d tokens behind %d", piece.key, len(piece.tokens), piece.start)
         self._progress.start_prefill(str(piece.about["document"]), len(piece.tokens))
         try:
@@ -180,12 +186,14 @@ class Prefixes:
         finally:
             self._progress.end_prefill()
         self._report.prefilled_tokens += len(piece.tokens)
+        if can_store:
+            self._saving = self._saver.submit(self._save, claim.pop_all(), piece, segment)
         return segment
 
     def _has_room(self, tokens: int) -> bool:
         """Whether a segment of so many tokens can be stored, asked before it is prefilled. Raises DiskFull."""
         with self._going_on_without():
-            self._store.make_room(prefix_bytes(self._codec, self._loaded.config, tokens))
+            self._store.make_room(prefix_bytes(self._codec, self._loaded.config, tokens) // self._ranks.count)
             return True
         return False
 
@@ -203,7 +211,7 @@ class Prefixes:
             self._can_store = False
 
     def _prefilled(self, tokens: int) -> None:
-        self._check()
+        self._ranks.check(self._check)
         self._progress.prefilled(tokens)
 
     def _count(self, prefix: Prefix, built: bool) -> None:

@@ -130,24 +130,25 @@ class RayWorker:
 
     def drop(self, keys: set[str] | None) -> None:
         """Remove segments that the job has built, all unless ``keys`` are given."""
-        from pipeline.crew import drop_segments, open_store
+        from pipeline.crew import drop_segments
         from pipeline.needs import Needs
+        from pipeline.store import open_store
 
         others = Needs(self._job.cache.dir, self._job.result_file)  # what the job itself needs, its driver knows
-        drop_segments(open_store(self._job, others), self._job, keys)
+        drop_segments(open_store(self._job.cache, others.wants), self._job, keys)
 
     def _start(self, identity: Identity, versions: Mapping[str, str], schemas: Collection[str]) -> Ready:
         from pipeline.answering import Answering
-        from pipeline.crew import open_store
         from pipeline.engine import Engine
         from pipeline.needs import Needs
         from pipeline.progress import Progress
         from pipeline.prompts import Renderer
+        from pipeline.store import open_store
         from turboquant.device import on_cpu
 
         self._check(identity, versions)
         job, progress = self._job, Progress(0, quiet=True)
-        store = open_store(job, Needs(job.cache.dir))
+        store = open_store(job.cache, Needs(job.cache.dir).wants)
         shared = Renderer(job.prompt).shared
         self._identity = identity
         self._engine = Engine(job, identity, store, shared, schemas, progress, self._report, self._check_stop)

@@ -25,9 +25,10 @@ from uuid import uuid4
 
 from filelock import FileLock, Timeout
 
-from pipeline.budget import existing
+from pipeline.budget import budget_bytes, existing
 from pipeline.errors import BudgetTooSmall, DiskFull, JobError, StoreError, is_disk_full, one_line
 from pipeline.inventory import REJECTED, Entry, entries, eviction_order, remove, size_of
+from pipeline.job import Cache
 from pipeline.needs import JOBS
 from turboquant import CacheCodec
 from turboquant.files import MANIFEST, SegmentError, read_segment, segment_bytes, write_segment
@@ -40,6 +41,11 @@ _NAME = "name"
 _ABSENT = "absent"
 _FOLDER_BYTES = 8192  # for the small files beside the segments
 _log = logging.getLogger(__name__)
+
+
+def open_store(cache: Cache, is_needed: Callable[[str], bool]) -> Store:
+    """The store that a job names; see Store."""
+    return Store(cache.dir, None if cache.budget is None else budget_bytes(cache.budget, cache.dir), is_needed)
 
 
 class Store:

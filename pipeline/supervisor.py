@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from pipeline import errors
 from pipeline.errors import PipelineError
 from pipeline.failures import DEATHS, OnFailure, named, twice_died
+from pipeline.ranks import RESUMES
 from pipeline.report import Report
 from pipeline.runfile import mark_ended
 from pipeline.shards import Shard
@@ -73,6 +74,7 @@ class _Supervisor:
         self._begun = False  # whether the result is this run's
         self._pid: int | None = None
         self._stops_asked = 0
+        self._deserted = False  # by the other ranks of the job, if it has any
 
     def run(self) -> Report:
         with self._view, self._passing_signals_on():
@@ -90,6 +92,11 @@ class _Supervisor:
                 return outcome.report
             if isinstance(outcome, Failed):
                 reraise(outcome)
+            if self._deserted:
+                raise PipelineError(
+                    "stopped by SIGTERM, as mlx.launch does when another of the processes that hold the model ends; "
+                    f"{RESUMES}"
+                )
             if self._stops_asked:
                 raise KeyboardInterrupt
             self._bury(cause_of_death(outcome))
@@ -145,12 +152,12 @@ class _Supervisor:
         documents = self._in_hand
         self._deaths[documents] += 1
         where = f"with {named(documents)} in hand" if documents else self._stage()
+        if self._job.scale.ranks > 1:
+            raise PipelineError(f"the model's process {cause}, {where}; the others can't go on without; {RESUMES}")
         if self._deaths[documents] < DEATHS:
             _log.warning("the model's process %s, %s; starting it again", cause, where)
         elif not documents:
-            raise PipelineError(
-                f"the model's process {cause}, twice, {where}; what was committed is kept, and the same command resumes"
-            )
+            raise PipelineError(f"the model's process {cause}, twice, {where}; {RESUMES}")
         elif len(documents) > 1:
             _log.warning("the model's process %s, %s again; each is tried by itself", cause, where)
             self._alone.update(documents)
@@ -166,14 +173,20 @@ class _Supervisor:
 
     @contextmanager
     def _passing_signals_on(self) -> Iterator[None]:
-        """While the block runs, what asks this process to stop asks the other; the third time it is killed."""
+        """While the block runs, what asks this process to stop asks the other; the third time it is killed.
+
+        At once where it is a rank that waits for others, of which mlx.launch says by SIGTERM that one has ended.
+        """
 
         def pass_on(number: int, frame: Any) -> None:
             self._stops_asked += 1
+            self._deserted |= number == signal.SIGTERM and self._job.scale.ranks > 1
             if self._pid is not None:
                 with suppress(ProcessLookupError):
-                    os.kill(self._pid, number if self._stops_asked < 3 else signal.SIGKILL)
+                    os.kill(self._pid, signal.SIGKILL if self._deserted or self._stops_asked >= 3 else number)
 
+        if self._job.scale.ranks > 1:  # it may come yet when the run has ended by itself, before that is told
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         with stops_handled(pass_on):
             yield
 

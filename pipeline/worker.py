@@ -179,6 +179,7 @@ def _outcome(outbox: _Outbox, task: Task) -> Finished | Failed:
 
         load_tuned_blas()  # before anything imports NumPy or MLX: it sets what OpenBLAS reads when it is loaded
 
+        from pipeline.ranks import leading
         from pipeline.runner import Runner
 
         runner = Runner(
@@ -190,7 +191,8 @@ def _outcome(outbox: _Outbox, task: Task) -> Finished | Failed:
             on_failure=task.on_failure,
             shard=task.shard,
         )
-        return Finished(runner.run())
+        with leading(task.job):
+            return Finished(runner.run())
     except Exception as error:
         return Failed.of(error)
 

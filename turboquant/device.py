@@ -31,10 +31,12 @@ def fused(f: Callable[..., mx.array]) -> Callable[..., mx.array]:
     return lambda *arrays: f(*arrays) if on_cpu() else compiled(*arrays)
 
 
-def settle_weights(model: Any) -> None:
+def settle_weights(model: Any, group: mx.distributed.Group | None = None) -> None:
     """Read a lazily loaded model's weights from disk; on a CPU as float32, quantised ones too.
 
     MLX computes half precision there at 2 to 5 GFLOP/s and quantised layers at 2, float32 at the speed of the BLAS.
+
+    group: of processes that hold the model between them, of which each keeps its part.
     """
     from mlx_lm.utils import dequantize_model
 
@@ -42,4 +44,6 @@ def settle_weights(model: Any) -> None:
         model.set_dtype(mx.float32)  # scales before weights: dequantising in half precision would round
         dequantize_model(model)
         model.set_dtype(mx.float32)  # some formats dequantise to bfloat16 whatever their scales
+    if group is not None:
+        model.shard(group)
     mx.eval(model.parameters())

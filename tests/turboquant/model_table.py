@@ -35,13 +35,19 @@ A model held by another, such as a vision model's language model, is treated as 
 `turboquant.families.explain(model)` says the same of a loaded model, layer by layer.
 
 """
+SPLIT = """
+## Split over ranks
+
+What mlx-lm can split over processes that hold the model between them (`scale.ranks`), where they divide its heads:
+"""
 
 
 def document() -> str:
     """The whole of docs/models.md."""
     lines = ["| model type | status | kept as it is, and why |", "| --- | --- | --- |"]
     lines += [f"| {' | '.join(row(file))} |" for file in model_files()]
-    return INTRODUCTION + "\n".join(lines) + "\n"
+    split = [file for file in model_files() if functions(file, "shard")]
+    return INTRODUCTION + "\n".join(lines) + "\n" + SPLIT + ", ".join(split) + ".\n"
 
 
 def model_files() -> list[str]:
