@@ -30,7 +30,7 @@ STAGES = {
     "mlx_lm.generate:BatchGenerator.next_generated": "answers: the model, in BatchGenerator",
     "pipeline.engine:resident": "decoding prefixes once",
     "mlx_lm.generate:BatchGenerator.insert": "answers: joining the batch",
-    "pipeline.answers:_decode": "answers: tokens to text",
+    "pipeline.reading:Reading.answer": "answers: tokens to text",
     "pipeline.engine:Engine.settle": "waiting for segments to be written",
     "pipeline.store:Store.load": "store: reading segments, not ahead",
     "pipeline.store:Store.make_room": "store: making room",

@@ -26,6 +26,11 @@ OF_OTHERS = {
     "--check",
     "--adapter-path",
     "--strict",
+    "--head",
+    "--generate",
+    "--address",
+    "--resources",
+    "--hostfile",
 }
 _OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 
