@@ -94,7 +94,7 @@ def main() -> None:
     from turboquant.blas import load_tuned_blas
 
     load_tuned_blas()
-    from pipeline.job import load_job
+    from pipeline.job_file import load_job
 
     with tempfile.TemporaryDirectory() as folder:
         jobs = {

@@ -30,7 +30,7 @@ from benches.fuzz_files import PIECES, change, spoil
 from benches.tiny import Place, text_of, write_model
 from pipeline.cli import app
 from pipeline.errors import ModelError
-from pipeline.job import load_job
+from pipeline.job_file import load_job
 from pipeline.runner import Runner
 
 LINES = [{"id": f"d{number}", "text": text_of(number, 3), "year": 2020 + number} for number in range(3)]

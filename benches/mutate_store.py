@@ -199,7 +199,7 @@ class Listening(logging.Handler):
 
 def run(place: Place) -> Any:
     """Run a job in this process; returns its report."""
-    from pipeline.job import load_job
+    from pipeline.job_file import load_job
     from pipeline.runner import Runner
 
     return Runner(load_job(place.folder / "job.yaml"), quiet=True).run()

@@ -87,7 +87,7 @@ def measure(latency: float, documents: int, workers: int) -> tuple[float, float,
 
     import pipeline.staff
     from pipeline.fleet import Fleet
-    from pipeline.job import load_job
+    from pipeline.job_file import load_job
     from pipeline.runner import Runner
     from pipeline.work import Work
 

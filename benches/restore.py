@@ -39,7 +39,7 @@ def measure(job_file: Path, folder: Path, rounds: int, count: int | None = None)
     """Prefill, store and restore the context of every document, or of the first ``count``."""
     from pipeline.documents import stream_documents
     from pipeline.identity import cache_codec, job_identity
-    from pipeline.job import load_job
+    from pipeline.job_file import load_job
     from pipeline.model import load_model
     from pipeline.prefill import prefill
     from pipeline.prompts import PromptTokenizer, Renderer, template_columns

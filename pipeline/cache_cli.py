@@ -89,7 +89,7 @@ def _store(where: Path, budget: str | None = None) -> tuple[Path, int | None]:
     """The folder of a store, and its budget in bytes."""
     from pipeline.budget import budget_bytes, checked_budget
     from pipeline.errors import JobError
-    from pipeline.job import load_job
+    from pipeline.job_file import load_job
 
     said: int | str | None = budget
     if where.is_dir():

@@ -31,7 +31,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback when some
 
 def load(job_file: Path, overrides: list[str] | None, shard: str | None = None) -> tuple[Job, Shard | None]:
     """The job that a command names, and the shard of it. Raises JobError."""
-    from pipeline.job import load_job
+    from pipeline.job_file import load_job
     from pipeline.shards import Shard
 
     one = None if shard is None else Shard.parse(shard)

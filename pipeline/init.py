@@ -20,7 +20,8 @@ from pydantic import BaseModel
 from pipeline.documents import check_documents
 from pipeline.durable import atomic_file
 from pipeline.errors import InputError, JobError
-from pipeline.job import Job, load_job
+from pipeline.job import Job
+from pipeline.job_file import load_job
 from pipeline.prompts import template_columns
 from pipeline.schema import KEYS, job_schema
 from pipeline.tables import first_rows

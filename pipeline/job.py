@@ -1,14 +1,13 @@
-"""The YAML job: what a job file may say, its defaults, and the errors that say what is wrong with one.
+"""The job: what may be said of one, the defaults, and what must hold across its sections.
 
-It knows keys, types, bounds and paths. It does not know what is in the files that the paths name, whether a
-template fits its columns, or anything about a model but its name.
+It knows keys, types, bounds and paths; how a job file is read is job_file.py's. It does not know what is in the files
+that the paths name, whether a template fits its columns, or anything about a model but its name.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,21 +22,16 @@ from pydantic import (
     Discriminator,
     Field,
     Tag,
-    ValidationError,
     WithJsonSchema,
     model_validator,
 )
 
-from pipeline import yaml_files
 from pipeline.budget import checked_budget
-from pipeline.errors import JobError, one_line
-from pipeline.explain import describe, explain_job
+from pipeline.errors import one_line
 from pipeline.schema_texts import schema_text
-from pipeline.shards import Shard
 
 _MOST = (1 << 63) - 1
 _RAYS_OWN = ("CPU", "GPU", "memory", "object_store_memory")
-_UPLOADS = ("s3", "s3a", "gs", "gcs")  # where a file appears whole or not at all
 _Value = TypeVar("_Value")
 _FileName = TypeVar("_FileName", str, Path)
 ThinkingMode = Literal[False, "drop", "keep"]
@@ -177,7 +171,7 @@ class QueryTable(_Section):
 
 
 # What stands for a kind of queries in the location of pydantic's errors.
-_QUERIES = {"<list>": Query, "<table>": QueryTable}
+QUERIES = {"<list>": Query, "<table>": QueryTable}
 
 
 def _kind_of_queries(value: Any) -> str:
@@ -278,112 +272,9 @@ def check_unique(queries: Sequence[Query]) -> None:
             raise ValueError(f"queries: the id '{query_id}' is given {times} times; ids must be unique")
 
 
-def load_job(path: Path, overrides: Sequence[str] = (), shard: Shard | None = None) -> Job:
-    """Read and check a job file; raises JobError.
-
-    Paths in the file are relative to its folder. `overrides` are "key.path=value", the value being YAML;
-    paths in them are relative to the current directory. The job of a shard has the shard's output.
-    """
-    tree = yaml_files.parse(yaml_files.read(path), str(path))
-    if not isinstance(tree, dict):
-        raise JobError(f"{path}: expected a mapping of keys, such as 'model: ...', got {describe(tree)}")
-    try:
-        tree = _resolve(tree, "", path.parent, str(path))
-        tree.setdefault("name", path.stem)
-        for override in overrides:
-            _apply(override, tree)
-        job = Job.model_validate(tree)
-        if shard is None:
-            return job
-        return Job.model_validate(dict(job) | {"output": Output(path=str(shard.output(job.result_file)))})
-    except RecursionError:
-        raise JobError(f"{path}: a mapping contains itself") from None
-    except ValidationError as error:
-        raise JobError(explain_job(error.errors(), Job, _QUERIES, str(path), overrides)) from None
-
-
-_PATHS = ("adapter", "documents.path", "queries.path", "cache.dir", "output.path")
-_SCHEMA_FILE = re.compile(r"queries\.\d+\.json_schema\.file")
-
-
 def _feeds_itself(output: Path, documents: str) -> bool:
     fixed, recursive, rest = documents.partition("**")
     if recursive:  # the parts are below the output, and end as Parquet does
         names = output, output.with_suffix(".parquet")
         return output.is_relative_to(fixed) and any(path.match(f"*{rest.rpartition('/')[2]}") for path in names)
     return output.parent == Path(documents) or output.match(documents)
-
-
-def _resolve(value: Any, key: str, base: Path, origin: str) -> Any:
-    """`value` with the paths in it made absolute; `key` is where in the job it stands."""
-    if isinstance(value, dict):
-        prefix = f"{key}." if key else ""
-        return {name: _resolve(child, f"{prefix}{name}", base, origin) for name, child in value.items()}
-    if isinstance(value, list) and key == "queries":
-        return [_resolve(child, f"{key}.{number}", base, origin) for number, child in enumerate(value)]
-    if not isinstance(value, str) or not value.strip():
-        return value
-    if key == "model":
-        return _resolve_model(value, base, origin)
-    if key not in _PATHS and not _SCHEMA_FILE.fullmatch(key):
-        return value
-    value = value.removeprefix("file://")
-    if "://" not in value:
-        return _absolute(value, base)
-    if key in ("documents.path", "queries.path"):
-        return value
-    if key == "output.path":
-        return _checked_output(value, origin)
-    raise JobError(f"{origin}: {key}: expected a path on this machine, got the URL '{value}'")
-
-
-def _checked_output(url: str, origin: str) -> str:
-    scheme, _, path = url.partition("://")
-    if scheme not in _UPLOADS:
-        raise JobError(f"{origin}: output.path: results can be put on this machine, s3:// and gs://; not at {url}")
-    if path.endswith("/") or not PurePosixPath(path).parent.name:
-        raise JobError(f"{origin}: output.path: {url} must name a file, as {scheme}://bucket/answers.parquet does")
-    return url
-
-
-def _absolute(value: str, base: Path) -> str:
-    return os.path.abspath(base / os.path.expanduser(value))
-
-
-def _resolve_model(value: str, base: Path, origin: str) -> str:
-    folder = _absolute(value, base)
-    if os.path.isdir(folder):
-        return folder
-    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", value):
-        return value
-    raise JobError(
-        f"{origin}: model: there is no folder {folder}, and '{value}' is not a Hugging Face repo id (owner/name)"
-    )
-
-
-def _apply(override: str, tree: dict[Any, Any]) -> None:
-    """Put `key.path=value` into the tree."""
-    key, equals, text = override.partition("=")
-    key, origin = key.strip(), f"--set {override}"
-    if not equals or not all(key.split(".")):
-        raise JobError(f"{origin}: expected key.path=value, such as generation.max_tokens=64")
-    value = _resolve(yaml_files.parse(text, origin), key, Path.cwd(), origin)
-    *parents, last = key.split(".")
-    node: Any = tree
-    for depth, part in enumerate(parents, start=1):
-        if isinstance(node, dict) and node.get(part) is None:
-            node[part] = {}
-        node = node[_index(node, part, ".".join(parents[:depth]), origin)]
-    node[_index(node, last, key, origin)] = value
-
-
-def _index(node: Any, part: str, key: str, origin: str) -> str | int:
-    """What to index a node of the tree with to reach its child `part`."""
-    if isinstance(node, dict):
-        return part
-    parent = key.rpartition(".")[0]
-    if not isinstance(node, list):
-        raise JobError(f"{origin}: '{parent}' is {describe(node)} and has no keys")
-    if not part.isdecimal() or int(part) >= len(node):
-        raise JobError(f"{origin}: '{parent}' is a list of {len(node)}: use {parent}.0 to {parent}.{len(node) - 1}")
-    return int(part)

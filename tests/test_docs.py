@@ -12,7 +12,8 @@ import yaml
 from pydantic import BaseModel
 
 from pipeline.cli import app
-from pipeline.job import Job, QueryTable, load_job
+from pipeline.job import Job, QueryTable
+from pipeline.job_file import load_job
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -103,10 +104,17 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}, target
 
 
+def test_the_short_job_is_one(tmp_path: Path) -> None:
+    (block,) = re.findall(r"^```yaml\n(.*?)^```", text_of(ROOT / "README.md"), re.M | re.S)
+    (tmp_path / "job.yaml").write_text(block)
+    assert [query.id for query in load_job(tmp_path / "job.yaml").queries] == ["parties", "summary"]
+
+
 def test_the_job_file_says_all_that_can_be_said(tmp_path: Path) -> None:
-    """README's is a job, and names every key there is."""
+    """It is a job, and names every key there is."""
     whole, table = (
-        yaml.safe_load(block) for block in re.findall(r"^```yaml\n(.*?)^```", text_of(ROOT / "README.md"), re.M | re.S)
+        yaml.safe_load(block)
+        for block in re.findall(r"^```yaml\n(.*?)^```", text_of(ROOT / "docs" / "jobs.md"), re.M | re.S)
     )
     (tmp_path / "terms.json").write_text('{"type": "object"}')
     (tmp_path / "adapters").mkdir()

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.job import load_job
+from pipeline.job_file import load_job
 from pipeline.model import LoadedModel, load_model
 from pipeline.runner import Runner
 from turboquant import CacheCodec, Prefix, enabled

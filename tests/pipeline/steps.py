@@ -151,7 +151,7 @@ def files_hold(place: Any) -> int:
     import pyarrow.parquet as pq
 
     from pipeline.identity import cache_codec
-    from pipeline.job import load_job
+    from pipeline.job_file import load_job
     from turboquant.files import read_manifest, read_segment
 
     codec = cache_codec(load_job(place.job_file).cache)

@@ -260,7 +260,7 @@ def test_a_gpu_is_warmed_up_before_it_is_measured(
 ) -> None:
     """By little work, which leaves no trace in what is measured."""
     from pipeline import contenders
-    from pipeline.job import load_job
+    from pipeline.job_file import load_job
 
     job, folder = load_job(workplace.save(), []), workplace.folder / "bench"
     folder.mkdir()

@@ -20,7 +20,8 @@ from workplace import Workplace
 
 from pipeline.cli import app
 from pipeline.errors import ModelError
-from pipeline.job import Query, Settings, load_job
+from pipeline.job import Query, Settings
+from pipeline.job_file import load_job
 
 ROOT = Path(__file__).parents[2]
 

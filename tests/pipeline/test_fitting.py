@@ -17,7 +17,7 @@ from workplace import Workplace
 import pipeline.engine
 from pipeline.documents import Document
 from pipeline.fitting import Fitting, combined, longest
-from pipeline.job import load_job
+from pipeline.job_file import load_job
 from pipeline.prompts import PromptTokenizer, Rendered, Renderer
 
 LONG = "The board met on the third of May, and café no. {} was decided. "

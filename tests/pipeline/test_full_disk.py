@@ -73,7 +73,7 @@ def whole_bytes(workplace: Workplace) -> bytes:
 
 def stop(workplace: Workplace) -> PipelineError | None:
     """Why a run stops, if it does; nothing half is left."""
-    from pipeline.job import load_job
+    from pipeline.job_file import load_job
     from pipeline.runner import Runner
 
     try:
@@ -259,7 +259,7 @@ def test_documents_that_changed_between_runs(workplace: Workplace) -> None:
 
 
 def test_a_column_that_is_gone_changes_nothing(workplace: Workplace) -> None:
-    from pipeline.job import load_job
+    from pipeline.job_file import load_job
     from pipeline.runner import Runner
 
     workplace.run()

@@ -10,7 +10,7 @@ import pytest
 from workplace import Workplace
 
 from pipeline.identity import row_fingerprints
-from pipeline.job import load_job
+from pipeline.job_file import load_job
 from pipeline.prompts import Rendered
 from turboquant.identity import Identity
 

@@ -14,7 +14,8 @@ from commands import ROOT, error_of, in_terminal, invoke
 from workplace import Workplace
 
 from pipeline.init import guess_columns
-from pipeline.job import Job, QueryTable, load_job
+from pipeline.job import Job, QueryTable
+from pipeline.job_file import load_job
 from pipeline.schema import KEYS, job_schema
 
 LONG = ["A long text. " * 20, "Another long text. " * 20, "A third. " * 20]

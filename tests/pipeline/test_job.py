@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import JobError
-from pipeline.job import Generation, Query, Settings, load_job
+from pipeline.job import Generation, Query, Settings
+from pipeline.job_file import load_job
 
 MINIMAL = """\
 model: owner/name

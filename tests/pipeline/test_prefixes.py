@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from workplace import Workplace
 
 import pipeline.prefixes
-from pipeline.job import load_job
+from pipeline.job_file import load_job
 from pipeline.prefixes import segment_ends
 from pipeline.prompts import SHARED_CHARACTERS
 from pipeline.survey import plan_job
@@ -214,7 +214,7 @@ def test_a_segment_of_another_parent_is_refused(
 ) -> None:
     """Right by all its checksums, under the right key, but encoded about other means."""
     from pipeline.identity import cache_codec
-    from pipeline.job import load_job
+    from pipeline.job_file import load_job
     from turboquant.files import read_segment, write_segment
     from turboquant.identity import Identity
 

@@ -501,7 +501,7 @@ import importlib, os, signal, sys
 from pathlib import Path
 job, log, target, when, count = sys.argv[1:]
 import pipeline.prefixes
-from pipeline.job import load_job
+from pipeline.job_file import load_job
 from pipeline.runner import Runner
 
 prefill = pipeline.prefixes.prefill

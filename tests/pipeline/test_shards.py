@@ -43,7 +43,7 @@ def place(workplace: Workplace) -> Workplace:
 
 
 def test_three_machines_over_ssh(place: Workplace, tmp_path: Path) -> None:
-    """As README writes it, with an ssh that runs the command here."""
+    """As docs/scaling.md writes it, with an ssh that runs the command here."""
     expected = whole(place)
     (programs := tmp_path / "programs").mkdir()
     for name, body in (
@@ -52,7 +52,9 @@ def test_three_machines_over_ssh(place: Workplace, tmp_path: Path) -> None:
     ):
         (programs / name).write_text(f"#!/bin/sh\n{body}\n")
         (programs / name).chmod(0o755)
-    (block,) = re.findall(r"^```sh\n(n=0; .*?)^```$", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    (block,) = re.findall(
+        r"^```sh\n(n=0; .*?)^```$", (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8"), re.M | re.S
+    )
     environment = os.environ | {"PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     subprocess.run(["sh", "-c", block], cwd=place.folder, env=environment, check=True, timeout=300)
     assert place.output.read_bytes() == expected

@@ -271,7 +271,7 @@ import logging, sys, time
 from pathlib import Path
 job, folder, waits = sys.argv[1], Path(sys.argv[2]), sys.argv[3] == "waits"
 import pipeline.prefixes
-from pipeline.job import load_job
+from pipeline.job_file import load_job
 from pipeline.runner import Runner
 
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")

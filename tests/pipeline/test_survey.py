@@ -14,7 +14,8 @@ from workplace import Workplace
 
 from pipeline.counting import Effort
 from pipeline.errors import JobError
-from pipeline.job import Job, load_job
+from pipeline.job import Job
+from pipeline.job_file import load_job
 from pipeline.prompts import PromptTokenizer
 from pipeline.survey import job_status, plan_job
 
