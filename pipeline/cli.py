@@ -22,9 +22,10 @@ from pipeline.logs import LogFormat, tell
 from pipeline.show_cli import show
 
 if TYPE_CHECKING:
+    from pipeline.failures import OnFailure
     from pipeline.job import Job
     from pipeline.report import Report
-    from pipeline.shards import ShardStatus
+    from pipeline.shards import Shard, ShardStatus
 
 SOME_ROWS_FAILED = 3
 
@@ -81,25 +82,13 @@ def run(
 
         job, shard = load(job_file, set_, one_shard)
         if on is None and follows(job):
-            from turboquant.blas import load_tuned_blas
-
-            load_tuned_blas()  # before anything imports NumPy or MLX
-            from pipeline.follower import follow
-
-            follow(job)
+            _follow(job)
             return
         named = f"{job_file} --shard {shard}" if shard else str(job_file)
         again = f"pipeline run {named} --on {on}" if on else f"pipeline run {named}"
         shows_nothing = quiet or (as_json and log_format is LogFormat.text)
         on_failure = OnFailure(keep=not retry_failed, stop=fail_fast)
-        if on is None:
-            from pipeline.supervisor import supervise
-
-            report = supervise(job, shows_nothing, on_failure, metrics, shard)
-        else:
-            from pipeline.on_ray import run_on_ray
-
-            report = run_on_ray(job, on, shows_nothing, on_failure, metrics, shard)
+        report = _run(job, on, shows_nothing, on_failure, metrics, shard)
         if as_json:
             print(json.dumps(asdict(report), indent=1))
         elif not quiet:
@@ -221,6 +210,28 @@ def main() -> None:
 def _shards(shards: Sequence[ShardStatus]) -> str:
     heading = ("shard", "state", "rows", "done", "failed", "left", "updated")
     return columns([heading, *([str(value) for value in vars(shard).values()] for shard in shards)])
+
+
+def _follow(job: Job) -> None:
+    from turboquant.blas import load_tuned_blas
+
+    load_tuned_blas()  # before anything imports NumPy or MLX
+    from pipeline.follower import follow
+
+    follow(job)
+
+
+def _run(
+    job: Job, on: str | None, quiet: bool, on_failure: OnFailure, metrics: Path | None, shard: Shard | None
+) -> Report:
+    """Run the job on this machine, or on a cluster."""
+    if on is not None:
+        from pipeline.on_ray import run_on_ray
+
+        return run_on_ray(job, on, quiet, on_failure, metrics, shard)
+    from pipeline.supervisor import supervise
+
+    return supervise(job, quiet, on_failure, metrics, shard)
 
 
 def _summary(job: Job, named: str, report: Report) -> str:

@@ -32,6 +32,7 @@ OF_OTHERS = {
     "--address",
     "--resources",
     "--hostfile",
+    "--backend",
 }
 _OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
 
