@@ -97,12 +97,12 @@ def _connected(address: str) -> Iterator[None]:
     _check_reachable(address, there)
     options = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE} if there == "local" else {}
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it warns of what then is an error
-            ray.init(there, log_to_driver=False, logging_level=logging.ERROR, **options)
-    except Exception as error:
-        raise RemoteError(f"--on {address}: no connection to Ray at {there}: {one_line(error)}") from error
-    try:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # it warns of what then is an error
+                ray.init(there, log_to_driver=False, logging_level=logging.ERROR, **options)
+        except Exception as error:
+            raise RemoteError(f"--on {address}: no connection to Ray at {there}: {one_line(error)}") from error
         yield
     finally:
         ray.shutdown()
