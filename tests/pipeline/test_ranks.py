@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -163,13 +164,12 @@ def test_a_run_that_is_cut_off_goes_on(place: Workplace) -> None:
     place.save(generation={"max_tokens": 5, "batch_size": 3})
     for killed in (0, 1):
         code, said = stopped(place, [(killed, signal.SIGKILL)])[1 - killed]
-        lines = [line for line in said.splitlines() if not line.startswith("[ring]")]  # which are MLX's own
+        # MLX writes lines of its own in pieces, between which this one may stand.
+        told = re.findall("error: .*; what was committed is kept, and the same command resumes$", said, re.M)
         ended = killed == 0 and code == -signal.SIGTERM  # as a follower may be before it has said anything
         assert code == 1 or ended, said
-        assert len(lines) == 1 or ended, said
-        for line in lines:
-            assert line.startswith("error: ")
-            assert line.endswith("; what was committed is kept, and the same command resumes")
+        assert len(told) == 1 or ended, said
+        assert "Traceback" not in said
     found = stopped(place, [(0, signal.SIGINT), (1, signal.SIGINT)])  # as a terminal does
     assert [code for code, _ in found] == [130, 0], found
     assert ended_well(run(place, "--quiet"))
@@ -263,7 +263,7 @@ def test_another_job_on_the_other_rank_is_refused(place: Workplace) -> None:
     assert ranks[1].returncode == 2
     assert "rank 1: its codec is not the first rank's" in said
     assert code == 1
-    assert ended.splitlines()[-1].startswith("error: ")
+    assert "error: " in ended.splitlines()[-1]  # MLX may be amid a line of its own
 
 
 def test_what_is_wrong_on_the_first_rank_is_told_once(place: Workplace) -> None:
