@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.model import adapter_files, weight_files
+from turboquant.plain_files import open_regular
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -104,7 +105,8 @@ def _hash_file(file: Path) -> str:
 
 def _read_memo(memo: Path) -> Memo:
     try:
-        content = json.loads(memo.read_bytes())
+        with open_regular(memo) as file:
+            content = json.loads(file.read())
         files = content["files"] if content["format"] == _MEMO_FORMAT else {}
         return {path: entry for path, entry in files.items() if isinstance(entry, dict)}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

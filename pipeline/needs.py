@@ -19,6 +19,7 @@ from pathlib import Path
 
 from pipeline.durable import atomic_file
 from pipeline.errors import BudgetTooSmall, OutputError
+from turboquant.plain_files import open_regular
 
 JOBS = "jobs"
 SECONDS_BETWEEN_WRITES = 60.0
@@ -112,7 +113,8 @@ class Needs:
 
 def _labels(file: Path) -> set[int]:
     try:
-        return {int(label, 16) for label in json.loads(file.read_bytes())["labels"]}
+        with open_regular(file) as opened:
+            return {int(label, 16) for label in json.loads(opened.read())["labels"]}
     except (OSError, ValueError, KeyError, TypeError):
         return set()
 

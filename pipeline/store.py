@@ -33,6 +33,7 @@ from pipeline.needs import JOBS
 from turboquant import CacheCodec
 from turboquant.files import MANIFEST, SegmentError, read_segment, segment_bytes, write_segment
 from turboquant.identity import Identity
+from turboquant.plain_files import open_regular
 from turboquant.segments import Segment
 
 LOCKS = "locks"
@@ -46,6 +47,11 @@ _log = logging.getLogger(__name__)
 def open_store(cache: Cache, is_needed: Callable[[str], bool]) -> Store:
     """The store that a job names; see Store."""
     return Store(cache.dir, None if cache.budget is None else budget_bytes(cache.budget, cache.dir), is_needed)
+
+
+def _read(file: Path) -> str:
+    with open_regular(file) as opened:
+        return opened.read().decode()
 
 
 class Store:
@@ -206,9 +212,9 @@ class Store:
         file = self._folder / LOCKS / _NAME
         try:
             with self.changing():
-                if not (file.exists() and file.read_text()):
-                    file.write_text(uuid4().hex)
-                return file.read_text()
+                if not file.exists() or not (name := _read(file)):
+                    file.write_text(name := uuid4().hex)
+                return name
         except OSError as error:
             _log.debug("%s: has no name: %s", self._folder, error)
             return ""

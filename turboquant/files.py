@@ -23,12 +23,12 @@ from turboquant.codec import CacheCodec
 from turboquant.frozen import MALFORMED, STOCK_CACHES, freeze, restore_layer, restore_stock, take, tokens_held
 from turboquant.identity import FORMAT_VERSION, Identity
 from turboquant.layer import EncodedLayer
+from turboquant.plain_files import open_regular
 from turboquant.segments import Segment
 from turboquant.tensor_files import (
     FileError,
     digest_file,
     load_tensors,
-    open_regular,
     parse_json,
     read_header,
     replacing,

@@ -10,7 +10,6 @@ import contextlib
 import json
 import math
 import os
-import stat
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -134,15 +133,6 @@ def digest_stored(file: BinaryIO, header: Mapping[str, Stored]) -> str:
 
 
 # --- reading
-
-
-def open_regular(path: Path) -> BinaryIO:
-    """A file to be read from its beginning. Raises OSError, also for what is no plain file and might never end."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError("it is no plain file")
-    return open(descriptor, "rb")
 
 
 def read_header(file: BinaryIO) -> tuple[dict[str, Stored], dict[str, str]]:

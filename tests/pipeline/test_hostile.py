@@ -14,6 +14,8 @@ from typer.testing import CliRunner
 from workplace import Workplace
 
 from pipeline.cli import app
+from pipeline.identity import MEMO
+from pipeline.store import Store
 
 ESCAPE = "\x1b]0;owned\x07"
 
@@ -67,6 +69,16 @@ def test_a_pipe_in_place_of_a_file(name: str, workplace: Workplace) -> None:
     report = workplace.run()
     assert report.prefixes_built == 3
     assert workplace.output.read_bytes() == answers
+
+
+@pytest.mark.parametrize("name", ["jobs/another.json", "locks/name", MEMO])
+def test_a_pipe_among_a_store_s_other_files(name: str, workplace: Workplace) -> None:
+    file = workplace.cache / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    os.mkfifo(file)
+    report = workplace.run("cache.budget=100MB")
+    assert (report.rows_answered, report.prefixes_built) == (9, 3)
+    assert Store(workplace.cache).name() == "" if name == "locks/name" else len(Store(workplace.cache).name()) == 32
 
 
 def test_names_are_shown_and_not_obeyed(workplace: Workplace) -> None:
