@@ -15,6 +15,7 @@ from workplace import Workplace
 
 from pipeline.cli import app
 from pipeline.identity import MEMO
+from pipeline.needs import Needs
 from pipeline.store import Store
 
 ESCAPE = "\x1b]0;owned\x07"
@@ -76,8 +77,9 @@ def test_a_pipe_among_a_store_s_other_files(name: str, workplace: Workplace) -> 
     file = workplace.cache / name
     file.parent.mkdir(parents=True, exist_ok=True)
     os.mkfifo(file)
-    report = workplace.run("cache.budget=100MB")
+    report = workplace.run()
     assert (report.rows_answered, report.prefixes_built) == (9, 3)
+    assert not Needs(workplace.cache).wants("a context")
     assert Store(workplace.cache).name() == "" if name == "locks/name" else len(Store(workplace.cache).name()) == 32
 
 
