@@ -89,10 +89,7 @@ def run(
         shows_nothing = quiet or (as_json and log_format is LogFormat.text)
         on_failure = OnFailure(keep=not retry_failed, stop=fail_fast)
         report = _run(job, on, shows_nothing, on_failure, metrics, shard)
-        if as_json:
-            print(json.dumps(asdict(report), indent=1))
-        elif not quiet:
-            print(_summary(job, named, report))
+        _tell(job, named, report, quiet, as_json)
         if report.stopped_at:
             tell(f"stopped at the first failure: {report.stopped_at}; to resume: {again}", exit_code=1)
             raise typer.Exit(1)
@@ -113,10 +110,7 @@ def merge(
 
         job, _ = load(job_file, set_)
         report = merge_shards(job, quiet or as_json)
-        if as_json:
-            print(json.dumps(asdict(report), indent=1))
-        elif not quiet:
-            print(_summary(job, str(job_file), report))
+        _tell(job, str(job_file), report, quiet, as_json)
         if report.rows_failed:
             raise typer.Exit(SOME_ROWS_FAILED)
 
@@ -232,6 +226,13 @@ def _run(
     from pipeline.supervisor import supervise
 
     return supervise(job, quiet, on_failure, metrics, shard)
+
+
+def _tell(job: Job, named: str, report: Report, quiet: bool, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(asdict(report), indent=1))
+    elif not quiet:
+        print(_summary(job, named, report))
 
 
 def _summary(job: Job, named: str, report: Report) -> str:
