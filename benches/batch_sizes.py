@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from pipeline.job import Job
+    from pipeline.job.job import Job
 
 ROOT = Path(__file__).resolve().parent.parent
 TIE = 1e-4
@@ -36,7 +36,7 @@ def answers(job: Job) -> dict[Pair, str | None]:
     """Run a job; its answers."""
     import pyarrow.parquet as pq
 
-    from pipeline.runner import Runner
+    from pipeline.running.runner import Runner
 
     Runner(job, quiet=True).run()
     rows = pq.read_table(job.result_file).to_pylist()
@@ -50,11 +50,11 @@ def partings(job: Job, size: int, first: dict[Pair, str | None], other: dict[Pai
         return []
     import mlx.core as mx
 
-    from pipeline.documents import stream_documents
-    from pipeline.identity import cache_codec
-    from pipeline.model import load_model
-    from pipeline.prefill import prefill
-    from pipeline.prompts import PromptTokenizer, Renderer, template_columns
+    from pipeline.answering.identity import cache_codec
+    from pipeline.answering.prefill import prefill
+    from pipeline.inputs.documents import stream_documents
+    from pipeline.inputs.prompts import PromptTokenizer, Renderer, template_columns
+    from pipeline.models.loading import load_model
     from turboquant import enabled
     from turboquant.prefix import resident
     from turboquant.segments import join
@@ -94,7 +94,7 @@ def main() -> None:
     from turboquant.blas import load_tuned_blas
 
     load_tuned_blas()
-    from pipeline.job_file import load_job
+    from pipeline.job.job_file import load_job
 
     with tempfile.TemporaryDirectory() as folder:
         jobs = {

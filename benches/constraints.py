@@ -95,9 +95,9 @@ def main() -> None:
 
     load_tuned_blas()
 
-    from pipeline.constraints import Grammars
-    from pipeline.model import load_model
-    from pipeline.thinking import Marks
+    from pipeline.models.constraints import Grammars
+    from pipeline.models.loading import load_model
+    from pipeline.models.thinking import Marks
     from turboquant import CacheCodec, enabled, prefill
     from turboquant.prefix import resident
 

@@ -30,8 +30,8 @@ from benches.fuzz_files import PIECES, change, spoil
 from benches.tiny import Place, text_of, write_model
 from pipeline.cli import app
 from pipeline.errors import ModelError
-from pipeline.job_file import load_job
-from pipeline.runner import Runner
+from pipeline.job.job_file import load_job
+from pipeline.running.runner import Runner
 
 LINES = [{"id": f"d{number}", "text": text_of(number, 3), "year": 2020 + number} for number in range(3)]
 ASKED = [{"document": f"d{number}", "id": "q", "text": "Why?", "max_tokens": 2} for number in (2, 0)]
@@ -64,7 +64,7 @@ def fuzz(mutations: int, seed: int, folder: Path) -> Counter[str]:
     rng = random.Random(seed)
     jobs = write_jobs(folder)
     counts: Counter[str] = Counter()
-    with patch("pipeline.model._snapshot", not_here):
+    with patch("pipeline.models.loading._snapshot", not_here):
         for number in range(mutations):
             content = mutated(rng.choice(jobs), jobs, rng)
             counts[outcome(content, folder / "job.yaml", number)] += 1

@@ -199,8 +199,8 @@ class Listening(logging.Handler):
 
 def run(place: Place) -> Any:
     """Run a job in this process; returns its report."""
-    from pipeline.job_file import load_job
-    from pipeline.runner import Runner
+    from pipeline.job.job_file import load_job
+    from pipeline.running.runner import Runner
 
     return Runner(load_job(place.folder / "job.yaml"), quiet=True).run()
 

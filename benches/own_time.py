@@ -21,21 +21,21 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-GROUP = "pipeline.answering:Answering.answer"
+GROUP = "pipeline.answering.answering:Answering.answer"
 REST = "everything else"
 MODEL = {"prefill: the model", "prefill: encoding", "answers: the model, in BatchGenerator", "decoding prefixes once"}
 STAGES = {
     "turboquant.segments:feed": "prefill: the model",
     "turboquant.layer:EncodedLayer.encode": "prefill: encoding",
     "mlx_lm.generate:BatchGenerator.next_generated": "answers: the model, in BatchGenerator",
-    "pipeline.engine:resident": "decoding prefixes once",
+    "pipeline.answering.engine:resident": "decoding prefixes once",
     "mlx_lm.generate:BatchGenerator.insert": "answers: joining the batch",
-    "pipeline.reading:Reading.answer": "answers: tokens to text",
-    "pipeline.engine:Engine.settle": "waiting for segments to be written",
-    "pipeline.store:Store.load": "store: reading segments, not ahead",
-    "pipeline.store:Store.make_room": "store: making room",
-    "pipeline.engine:Engine.make_ready": "tokenising, not ahead",
-    "pipeline.work:Work._wait": "waiting for rows to be written",
+    "pipeline.models.reading:Reading.answer": "answers: tokens to text",
+    "pipeline.answering.engine:Engine.settle": "waiting for segments to be written",
+    "pipeline.cache.store:Store.load": "store: reading segments, not ahead",
+    "pipeline.cache.store:Store.make_room": "store: making room",
+    "pipeline.answering.engine:Engine.make_ready": "tokenising, not ahead",
+    "pipeline.answering.work:Work._wait": "waiting for rows to be written",
     GROUP: REST,
 }
 
@@ -98,8 +98,8 @@ def main() -> None:
     from turboquant.blas import load_tuned_blas
 
     load_tuned_blas()
-    from pipeline.job_file import load_job
-    from pipeline.runner import Runner
+    from pipeline.job.job_file import load_job
+    from pipeline.running.runner import Runner
 
     with tempfile.TemporaryDirectory() as folder:
         paths = [f"cache.dir={folder}/cache", f"output.path={folder}/out.parquet"]

@@ -21,7 +21,7 @@ def measure(model: Any, tokens: Sequence[int], rounds: int) -> dict[str, float]:
     """Best seconds, by what was done."""
     from mlx_lm.models.cache import make_prompt_cache
 
-    from pipeline.prefill import CPU_CHUNK
+    from pipeline.answering.prefill import CPU_CHUNK
     from turboquant import CacheCodec, enabled, prefill
     from turboquant.dispatch import compressible_layers
     from turboquant.prefix import feed, prefill_caches
@@ -80,7 +80,7 @@ def main() -> None:
     from turboquant.blas import load_tuned_blas
 
     blas = load_tuned_blas()
-    from pipeline.model import load_model
+    from pipeline.models.loading import load_model
 
     loaded = load_model(arguments.model)
     text = loaded.tokenizer.encode(arguments.text.read_text())

@@ -54,7 +54,7 @@ def dummy(latency: float) -> type[Any]:
     """A worker without a model, that takes so many seconds for a lease."""
     from dataclasses import replace
 
-    from pipeline.ray_worker import Outcome, RayWorker, Ready
+    from pipeline.scale.ray_worker import Outcome, RayWorker, Ready
 
     class Dummy(RayWorker):
         def _start(self, *_: Any) -> Ready:
@@ -85,11 +85,11 @@ def measure(latency: float, documents: int, workers: int) -> tuple[float, float,
     """Documents a second from the first that was done, CPU and wall seconds of the driver, and its peak in bytes."""
     import ray
 
-    import pipeline.staff
-    from pipeline.fleet import Fleet
-    from pipeline.job_file import load_job
-    from pipeline.runner import Runner
-    from pipeline.work import Work
+    import pipeline.scale.staff
+    from pipeline.answering.work import Work
+    from pipeline.job.job_file import load_job
+    from pipeline.running.runner import Runner
+    from pipeline.scale.fleet import Fleet
 
     moments: list[float] = []
     real = Work.commit
@@ -98,7 +98,7 @@ def measure(latency: float, documents: int, workers: int) -> tuple[float, float,
         moments.append(time.monotonic())
         real(self, group)
 
-    Work.commit, pipeline.staff.RayWorker = commit, dummy(latency)  # type: ignore[method-assign, misc]
+    Work.commit, pipeline.scale.staff.RayWorker = commit, dummy(latency)  # type: ignore[method-assign, misc]
     with tempfile.TemporaryDirectory() as folder:
         job = load_job(place(Path(folder), documents, workers).folder / "job.yaml")
         ray.init("local", num_cpus=workers, include_dashboard=False, object_store_memory=200 << 20, log_to_driver=False)

@@ -55,7 +55,7 @@ def main() -> None:
     import mlx.core as mx
     from mlx_lm.models.cache import make_prompt_cache
 
-    from pipeline.model import load_model
+    from pipeline.models.loading import load_model
     from turboquant import CacheCodec, enabled, prefill
     from turboquant.prefix import feed, resident
 

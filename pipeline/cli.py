@@ -14,18 +14,29 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.bench_cli import bench
-from pipeline.cache_cli import app as cache_app
-from pipeline.console import AsJson, Debug, JobFile, OneShard, Overrides, columns, errors_explained, load, size, table
-from pipeline.init_cli import init, schema
-from pipeline.logs import LogFormat, tell
-from pipeline.show_cli import show
+from pipeline.commands.bench_cli import bench
+from pipeline.commands.cache_cli import app as cache_app
+from pipeline.commands.console import (
+    AsJson,
+    Debug,
+    JobFile,
+    OneShard,
+    Overrides,
+    columns,
+    errors_explained,
+    load,
+    size,
+    table,
+)
+from pipeline.commands.init_cli import init, schema
+from pipeline.commands.show_cli import show
+from pipeline.telling.logs import LogFormat, tell
 
 if TYPE_CHECKING:
     from pipeline.failures import OnFailure
-    from pipeline.job import Job
+    from pipeline.job.job import Job
+    from pipeline.job.shards import Shard, ShardStatus
     from pipeline.report import Report
-    from pipeline.shards import Shard, ShardStatus
 
 SOME_ROWS_FAILED = 3
 
@@ -78,7 +89,7 @@ def run(
     """Run a job, or resume it: the same command. Rows that are answered already are kept."""
     with errors_explained(debug, quiet, computes=on is not None, log_format=log_format):
         from pipeline.failures import OnFailure
-        from pipeline.ranks import follows
+        from pipeline.models.ranks import follows
 
         job, shard = load(job_file, set_, one_shard)
         if on is None and follows(job):
@@ -106,7 +117,7 @@ def merge(
 ) -> None:
     """Write a job's result from those of its shards, when all are done."""
     with errors_explained(debug, quiet):
-        from pipeline.merge import merge_shards
+        from pipeline.commands.merge import merge_shards
 
         job, _ = load(job_file, set_)
         report = merge_shards(job, quiet or as_json)
@@ -125,7 +136,7 @@ def plan(
 ) -> None:
     """Check everything and say what a run would cost, without loading weights."""
     with errors_explained(debug):
-        from pipeline.survey import plan_job
+        from pipeline.commands.survey import plan_job
 
         job, shard = load(job_file, set_, one_shard)
         found = plan_job(job, quiet=as_json, shard=shard)
@@ -164,8 +175,8 @@ def status(
 ) -> None:
     """Count a job's rows: done, failed, left. Of its shards too, as their runs last wrote."""
     with errors_explained(debug):
-        from pipeline.shards import shard_statuses
-        from pipeline.survey import job_status
+        from pipeline.commands.survey import job_status
+        from pipeline.job.shards import shard_statuses
 
         job, shard = load(job_file, set_, one_shard)
         found = job_status(job, quiet=as_json, shard=shard)
@@ -190,7 +201,7 @@ app.command()(bench)
 def doctor(as_json: AsJson = False, debug: Debug = False) -> None:
     """Show device, BLAS, versions and measured speed, and what to fix."""
     with errors_explained(debug):
-        from pipeline import doctor as module
+        from pipeline.commands import doctor as module
 
         checks = module.examine()
         print(module.as_json(checks) if as_json else module.render(checks))
@@ -210,7 +221,7 @@ def _follow(job: Job) -> None:
     from turboquant.blas import load_tuned_blas
 
     load_tuned_blas()  # before anything imports NumPy or MLX
-    from pipeline.follower import follow
+    from pipeline.answering.follower import follow
 
     follow(job)
 
@@ -220,10 +231,10 @@ def _run(
 ) -> Report:
     """Run the job on this machine, or on a cluster."""
     if on is not None:
-        from pipeline.on_ray import run_on_ray
+        from pipeline.scale.on_ray import run_on_ray
 
         return run_on_ray(job, on, quiet, on_failure, metrics, shard)
-    from pipeline.supervisor import supervise
+    from pipeline.running.supervisor import supervise
 
     return supervise(job, quiet, on_failure, metrics, shard)
 

@@ -12,8 +12,8 @@ import yaml
 from pydantic import BaseModel
 
 from pipeline.cli import app
-from pipeline.job import Job, QueryTable
-from pipeline.job_file import load_job
+from pipeline.job.job import Job, QueryTable
+from pipeline.job.job_file import load_job
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]

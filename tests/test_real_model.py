@@ -20,9 +20,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.job_file import load_job
-from pipeline.model import LoadedModel, load_model
-from pipeline.runner import Runner
+from pipeline.job.job_file import load_job
+from pipeline.models.loading import LoadedModel, load_model
+from pipeline.running.runner import Runner
 from turboquant import CacheCodec, Prefix, enabled
 from turboquant.prefix import PrefillCache
 

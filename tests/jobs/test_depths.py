@@ -16,11 +16,11 @@ import pytest
 import yaml
 from mlx_lm.generate import generate_step
 
-from pipeline.answers import Request, answer
-from pipeline.job import Prompt, Settings
-from pipeline.model import LoadedModel, load_model
-from pipeline.prompts import PromptTokenizer, Rendered
-from pipeline.reading import Reader
+from pipeline.answering.answers import Request, answer
+from pipeline.inputs.prompts import PromptTokenizer, Rendered
+from pipeline.job.job import Prompt, Settings
+from pipeline.models.loading import LoadedModel, load_model
+from pipeline.models.reading import Reader
 from turboquant import CacheCodec, Prefix, enabled
 from turboquant.files import read_segment, write_segment
 from turboquant.identity import Identity

@@ -127,7 +127,7 @@ def run_watched(place: Any, overrides: list[str], step: int | None) -> tuple[lis
 @contextmanager
 def _noting_prefills(log: Path) -> Iterator[None]:
     """Every prefill that is begun, by its tokens."""
-    import pipeline.prefixes as module
+    import pipeline.answering.prefixes as module
 
     real = module.prefill
 
@@ -150,8 +150,8 @@ def files_hold(place: Any) -> int:
     """
     import pyarrow.parquet as pq
 
-    from pipeline.identity import cache_codec
-    from pipeline.job_file import load_job
+    from pipeline.answering.identity import cache_codec
+    from pipeline.job.job_file import load_job
     from turboquant.files import read_manifest, read_segment
 
     codec = cache_codec(load_job(place.job_file).cache)
@@ -215,12 +215,6 @@ def import_everything() -> None:
     import mlx_lm.models.llama  # noqa: F401
     import transformers.models.llama  # noqa: F401
 
-    import pipeline.engine
-    import pipeline.model
-    import pipeline.prefixes
-    import pipeline.runner
-    import pipeline.store  # noqa: F401
-
 
 def make_place(folder: Path, model: Path, streaming: bool) -> Any:
     """A workplace of two documents and two queries; where the prefill is streaming, of three segments a document."""
@@ -237,7 +231,7 @@ def make_place(folder: Path, model: Path, streaming: bool) -> Any:
 
 def main() -> None:
     """Kill, resume, print."""
-    from pipeline import runfile
+    from pipeline.output import runfile
 
     runfile.SECONDS_BETWEEN_WRITES = 0.0  # or the number of steps would depend on the time they take
     model, folder, every, *overrides = sys.argv[1:]

@@ -17,9 +17,9 @@ import pytest
 from typer.testing import CliRunner, Result
 from workplace import Workplace
 
-from pipeline import bench
-from pipeline.bench import CONTENDERS, Row
 from pipeline.cli import app
+from pipeline.commands import bench
+from pipeline.commands.bench import CONTENDERS, Row
 
 ROOT = Path(__file__).parents[2]
 PIPELINE = {
@@ -259,8 +259,8 @@ def test_a_gpu_is_warmed_up_before_it_is_measured(
     contender: str, workplace: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By little work, which leaves no trace in what is measured."""
-    from pipeline import contenders
-    from pipeline.job_file import load_job
+    from pipeline.commands import contenders
+    from pipeline.job.job_file import load_job
 
     job, folder = load_job(workplace.save(), []), workplace.folder / "bench"
     folder.mkdir()

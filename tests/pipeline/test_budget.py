@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.budget import budget_bytes, checked_budget
+from pipeline.job.budget import budget_bytes, checked_budget
 
 
 @pytest.mark.parametrize(

@@ -161,7 +161,7 @@ def test_an_unforeseen_error_is_one_line(workplace: Workplace, monkeypatch: pyte
     def fail(*_: Any, **__: Any) -> None:
         raise LookupError("on\ntwo lines")
 
-    monkeypatch.setattr("pipeline.survey.plan_job", fail)
+    monkeypatch.setattr("pipeline.commands.survey.plan_job", fail)
     result = invoke("plan", workplace.job_file)
     assert result.exit_code == 1
     assert result.stderr == "error: LookupError: on two lines (--debug shows where)\n"
@@ -223,10 +223,10 @@ def test_plan_and_status_print_tables_or_json(workplace: Workplace) -> None:
 
 
 def test_an_estimated_plan_says_so(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline.counting import Effort
+    from pipeline.inputs.counting import Effort
 
-    monkeypatch.setattr("pipeline.survey.Effort", lambda: Effort(0, 0, 0))
-    monkeypatch.setattr("pipeline.survey._DOCUMENTS_PER_BATCH", 1)
+    monkeypatch.setattr("pipeline.commands.survey.Effort", lambda: Effort(0, 0, 0))
+    monkeypatch.setattr("pipeline.commands.survey._DOCUMENTS_PER_BATCH", 1)
     shown = invoke("plan", workplace.job_file).stdout
     assert "3 (about " in shown
     assert "prefill    about " in shown
@@ -237,7 +237,7 @@ def test_an_estimated_plan_says_so(workplace: Workplace, monkeypatch: pytest.Mon
 
 
 def test_a_result_that_another_run_writes(workplace: Workplace) -> None:
-    from pipeline.results import Results
+    from pipeline.output.results import Results
 
     with Results(workplace.output):
         result = invoke("run", workplace.job_file)
@@ -274,7 +274,7 @@ INTERRUPTIBLE = """
 import time
 from turboquant.blas import load_tuned_blas
 load_tuned_blas()
-from pipeline import answering
+from pipeline.answering import answering
 real = answering.Answering._answered
 def slowly(self):
     real(self)

@@ -20,8 +20,8 @@ from workplace import Workplace
 
 from pipeline.cli import app
 from pipeline.errors import ModelError
-from pipeline.job import Query, Settings
-from pipeline.job_file import load_job
+from pipeline.job.job import Query, Settings
+from pipeline.job.job_file import load_job
 
 ROOT = Path(__file__).parents[2]
 
@@ -218,7 +218,7 @@ def test_a_run_that_was_interrupted_gives_the_same_bytes(
     undisturbed = structured.output.read_bytes()
     structured.output.unlink()
 
-    from pipeline.reading import Reading
+    from pipeline.models.reading import Reading
 
     taken = []
 
@@ -283,7 +283,7 @@ def test_a_row_that_llguidance_gives_up_on_takes_no_other_along(
     workplace.run()
     before = workplace.answers()
     workplace.queries[1] |= {"json_schema": OWNER, "max_tokens": 60}
-    from pipeline import answers
+    from pipeline.answering import answers
 
     def make_sampler(settings: Settings, name: str) -> Any:
         """What the schema forbids, in place of what a limit of llguidance's would do."""
@@ -301,7 +301,7 @@ def test_a_row_that_llguidance_gives_up_on_takes_no_other_along(
 
 def test_a_tokenizer_that_does_not_tell_its_bytes() -> None:
     pytest.importorskip("llguidance")
-    from pipeline.constraints import Grammars
+    from pipeline.models.constraints import Grammars
 
     class Slow:
         _tokenizer, eos_token_ids = object(), frozenset({1})
@@ -354,7 +354,7 @@ def test_an_object_has_no_other_properties_unless_its_schema_speaks_of_them(
     schema: dict[str, Any], has_others: bool
 ) -> None:
     llguidance = pytest.importorskip("llguidance")
-    from pipeline.constraints import _grammar
+    from pipeline.models.constraints import _grammar
 
     vocabulary = llguidance.LLTokenizer("byte")
     matcher = llguidance.LLMatcher(vocabulary, _grammar(json.dumps(schema)))

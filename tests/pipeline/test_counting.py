@@ -9,9 +9,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.counting import Asked, Counter, Effort, Lengths, Questions
-from pipeline.prompts import PromptTokenizer, Rendered
-from pipeline.stored import StoredContexts, label_number
+from pipeline.cache.stored import StoredContexts, label_number
+from pipeline.inputs.counting import Asked, Counter, Effort, Lengths, Questions
+from pipeline.inputs.prompts import PromptTokenizer, Rendered
 
 QUERIES = ("What did the board decide?", "Who signed the contract?", "\n1")
 TEXT = "The board met on the third of May and decided the budget. "

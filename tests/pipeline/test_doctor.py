@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from pipeline import doctor
-from pipeline.doctor import Check, as_json, examine, render
+from pipeline.commands import doctor
+from pipeline.commands.doctor import Check, as_json, examine, render
 from turboquant.blas import Blas
 
 

@@ -10,9 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.documents import Document, check_documents, stream_documents
 from pipeline.errors import InputError
-from pipeline.job import Documents
+from pipeline.inputs.documents import Document, check_documents, stream_documents
+from pipeline.job.job import Documents
 
 
 def write(path: Path, **columns: Any) -> Path:
@@ -148,8 +148,8 @@ def test_an_empty_id_names_its_row(tmp_path: Path, missing: str | None) -> None:
 _MEASURE = """
 import resource, sys
 from pathlib import Path
-from pipeline.documents import stream_documents
-from pipeline.job import Documents
+from pipeline.inputs.documents import stream_documents
+from pipeline.job.job import Documents
 
 def peak():
     if sys.platform == "linux":  # whose ru_maxrss counts the parent process too

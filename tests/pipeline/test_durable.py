@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.durable import atomic_file
+from pipeline.files.durable import atomic_file
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:

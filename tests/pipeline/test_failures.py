@@ -22,7 +22,8 @@ from turboquant.blas import load_tuned_blas
 
 load_tuned_blas()
 if __name__ == "__mp_main__":
-    from pipeline import engine, failures
+    from pipeline import failures
+    from pipeline.answering import engine
     failures.FIRST_WAIT = 0.01
     real, left = engine.answer, int(os.environ["FAILURES"])
 

@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from workplace import Workplace
 
-import pipeline.engine
-from pipeline.documents import Document
-from pipeline.fitting import Fitting, combined, longest
-from pipeline.job_file import load_job
-from pipeline.prompts import PromptTokenizer, Rendered, Renderer
+import pipeline.answering.engine
+from pipeline.inputs.documents import Document
+from pipeline.inputs.fitting import Fitting, combined, longest
+from pipeline.inputs.prompts import PromptTokenizer, Rendered, Renderer
+from pipeline.job.job_file import load_job
 
 LONG = "The board met on the third of May, and café no. {} was decided. "
 
@@ -91,7 +91,7 @@ def test_a_document_in_windows_that_was_cut_off_is_answered_again_whole(
     whole = long.output.read_bytes()
     long.output.unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.engine, "answer", calls_fail_at(9, KeyboardInterrupt()))
+        patch.setattr(pipeline.answering.engine, "answer", calls_fail_at(9, KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             long.run()
     assert long.run().rows_kept == 3
@@ -101,9 +101,11 @@ def test_a_document_in_windows_that_was_cut_off_is_answered_again_whole(
 def test_what_fails_on_one_window_fails(long: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     long.save(documents={"path": "docs.parquet", "too_long": "split"}, retries=0)
     shown: list[int] = []
-    monkeypatch.setattr("pipeline.progress.Progress.rows_done", lambda self, count: shown.append(count))
+    monkeypatch.setattr("pipeline.telling.progress.Progress.rows_done", lambda self, count: shown.append(count))
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.engine, "answer", calls_fail_at(2, RuntimeError("[malloc] Unable to allocate")))
+        patch.setattr(
+            pipeline.answering.engine, "answer", calls_fail_at(2, RuntimeError("[malloc] Unable to allocate"))
+        )
         report = long.run()
     assert report.failures == {"GenerationFailed": 3}
     assert str(long.rows()["a", "what"]["error"]).startswith("window 2 of ")
@@ -113,7 +115,7 @@ def test_what_fails_on_one_window_fails(long: Workplace, monkeypatch: pytest.Mon
 
 def calls_fail_at(number: int, error: BaseException) -> Callable[..., Any]:
     """What answers, but for one call."""
-    real, calls = pipeline.engine.answer, iter(range(1, 1000))
+    real, calls = pipeline.answering.engine.answer, iter(range(1, 1000))
 
     def answer(*arguments: Any) -> Any:
         if next(calls) == number:
@@ -196,7 +198,7 @@ def test_as_much_is_kept_as_there_is_room_for(
     long: Workplace, tokenizer: Any, characters: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many characters a token is taken to have at first."""
-    monkeypatch.setattr("pipeline.fitting._CHARACTERS_A_TOKEN", characters)
+    monkeypatch.setattr("pipeline.inputs.fitting._CHARACTERS_A_TOKEN", characters)
     job = load_job(long.job_file)
     text = long.documents["a"]
     document = Document(0, "a", text, {"text": text}, job.queries)

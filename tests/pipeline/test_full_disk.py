@@ -18,7 +18,7 @@ import pytest
 from steps import files_hold
 from workplace import Workplace
 
-import pipeline.work
+import pipeline.answering.work
 from pipeline.errors import InputError, OutputError, PipelineError
 
 ROOT = Path(__file__).parents[2]
@@ -73,8 +73,8 @@ def whole_bytes(workplace: Workplace) -> bytes:
 
 def stop(workplace: Workplace) -> PipelineError | None:
     """Why a run stops, if it does; nothing half is left."""
-    from pipeline.job_file import load_job
-    from pipeline.runner import Runner
+    from pipeline.job.job_file import load_job
+    from pipeline.running.runner import Runner
 
     try:
         Runner(load_job(workplace.job_file), quiet=True).run()
@@ -182,7 +182,7 @@ def test_a_disk_that_is_full_when_bytes_are_made_durable(workplace: Workplace, m
 
 def at_commit(monkeypatch: pytest.MonkeyPatch, number: int, happens: Callable[[], Any]) -> None:
     """Something happens before a document's rows are committed, the ``number``-th's."""
-    real, calls = pipeline.work.Work.commit, []
+    real, calls = pipeline.answering.work.Work.commit, []
 
     def commit(*args: Any) -> None:
         calls.append(1)
@@ -190,7 +190,7 @@ def at_commit(monkeypatch: pytest.MonkeyPatch, number: int, happens: Callable[[]
             happens()
         real(*args)
 
-    monkeypatch.setattr(pipeline.work.Work, "commit", commit)
+    monkeypatch.setattr(pipeline.answering.work.Work, "commit", commit)
 
 
 @pytest.mark.parametrize("override", [(), ("cache.keep=job",), ("cache.budget=120000",)])
@@ -259,8 +259,8 @@ def test_documents_that_changed_between_runs(workplace: Workplace) -> None:
 
 
 def test_a_column_that_is_gone_changes_nothing(workplace: Workplace) -> None:
-    from pipeline.job_file import load_job
-    from pipeline.runner import Runner
+    from pipeline.job.job_file import load_job
+    from pipeline.running.runner import Runner
 
     workplace.run()
     before = workplace.output.read_bytes()

@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from workplace import Workplace
 
-import pipeline.engine
-import pipeline.prefixes
-from pipeline.documents import Document
-from pipeline.groups import GROUP_CHARACTERS, ahead, groups
-from pipeline.job import Query
+import pipeline.answering.engine
+import pipeline.answering.prefixes
+from pipeline.inputs.documents import Document
+from pipeline.inputs.groups import GROUP_CHARACTERS, ahead, groups
+from pipeline.job.job import Query
 
 TOGETHER = {"max_tokens": 5, "batch_size": 8}  # with three queries a document, three documents
 
@@ -88,13 +88,13 @@ def test_documents_share_a_batch_and_the_answers_are_the_same(
     workplace: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batches: list[int] = []
-    real = pipeline.engine.answer
+    real = pipeline.answering.engine.answer
 
     def watching(loaded: Any, requests: Any, *rest: Any) -> Any:
         batches.append(len(requests))
         return real(loaded, requests, *rest)
 
-    monkeypatch.setattr(pipeline.engine, "answer", watching)
+    monkeypatch.setattr(pipeline.answering.engine, "answer", watching)
     workplace.documents |= {str(n): f"{n} and {n}" for n in range(4)}
     workplace.run()
     assert batches == [3] * 7
@@ -121,7 +121,7 @@ def test_how_prefixes_are_attended_is_reported(workplace: Workplace, how: str) -
 
 def test_only_one_group_s_prefixes_are_alive(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[Any] = []
-    real = pipeline.prefixes.prefill
+    real = pipeline.answering.prefixes.prefill
 
     def watching(*args: Any) -> Any:
         gc.collect()
@@ -130,7 +130,7 @@ def test_only_one_group_s_prefixes_are_alive(workplace: Workplace, monkeypatch: 
         alive.append(weakref.ref(segment.layers[0]))
         return segment
 
-    monkeypatch.setattr("pipeline.prefixes.prefill", watching)
+    monkeypatch.setattr("pipeline.answering.prefixes.prefill", watching)
     workplace.tree["generation"] = TOGETHER
     workplace.documents |= {str(n): f"{n} and {n}" for n in range(6)}
     assert workplace.run().prefixes_built == 9
@@ -151,7 +151,7 @@ def test_the_parts_of_a_group_are_those_of_its_documents(workplace: Workplace, m
 
     workplace.tree["generation"] = TOGETHER
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.results.Results.finish", full)
+        patch.setattr("pipeline.output.results.Results.finish", full)
         with pytest.raises(KeyboardInterrupt):
             workplace.run()
     parts = [pq.read_table(file).to_pylist() for file in workplace.output.parent.glob("*.parts/??/*.parquet")]
@@ -164,7 +164,7 @@ def test_a_document_that_fails_in_a_group_fails_alone(
     workplace.run()
     whole = workplace.output.read_bytes()
     workplace.output.unlink()
-    real = pipeline.engine.answer
+    real = pipeline.answering.engine.answer
 
     def failing(loaded: Any, requests: Any, *rest: Any) -> Any:
         answers = real(loaded, requests, *rest)
@@ -173,9 +173,9 @@ def test_a_document_that_fails_in_a_group_fails_alone(
         return answers
 
     done: list[int] = []
-    monkeypatch.setattr("pipeline.progress.Progress.rows_done", lambda self, count: done.append(count))
+    monkeypatch.setattr("pipeline.telling.progress.Progress.rows_done", lambda self, count: done.append(count))
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.engine, "answer", failing)
+        patch.setattr(pipeline.answering.engine, "answer", failing)
         report = workplace.run("generation.batch_size=8", "retries=0")
     assert report.failures == {"GenerationFailed": 3}
     assert report.rows_answered == 6
@@ -195,13 +195,13 @@ def test_the_next_group_is_restored_ahead(workplace: Workplace, monkeypatch: pyt
     before = workplace.output.read_bytes()
     workplace.output.unlink()
     threads: list[str] = []
-    real = pipeline.prefixes.Prefixes._load
+    real = pipeline.answering.prefixes.Prefixes._load
 
     def loading(self: Any, piece: Any) -> Any:
         threads.append(threading.current_thread().name)
         return real(self, piece)
 
-    monkeypatch.setattr(pipeline.prefixes.Prefixes, "_load", loading)
+    monkeypatch.setattr(pipeline.answering.prefixes.Prefixes, "_load", loading)
     report = workplace.run()
     assert (report.prefixes_restored, report.prefixes_built) == (7, 0)
     assert len(threads) == 7

@@ -13,10 +13,10 @@ import pytest
 from typer.testing import CliRunner
 from workplace import Workplace
 
+from pipeline.answering.identity import MEMO
+from pipeline.cache.needs import Needs
+from pipeline.cache.store import Store
 from pipeline.cli import app
-from pipeline.identity import MEMO
-from pipeline.needs import Needs
-from pipeline.store import Store
 
 ESCAPE = "\x1b]0;owned\x07"
 

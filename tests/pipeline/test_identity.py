@@ -9,9 +9,9 @@ from dataclasses import asdict
 import pytest
 from workplace import Workplace
 
-from pipeline.identity import row_fingerprints
-from pipeline.job_file import load_job
-from pipeline.prompts import Rendered
+from pipeline.answering.identity import row_fingerprints
+from pipeline.inputs.prompts import Rendered
+from pipeline.job.job_file import load_job
 from turboquant.identity import Identity
 
 

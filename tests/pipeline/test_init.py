@@ -13,10 +13,10 @@ import yaml
 from commands import ROOT, error_of, in_terminal, invoke
 from workplace import Workplace
 
-from pipeline.init import guess_columns
-from pipeline.job import Job, QueryTable
-from pipeline.job_file import load_job
-from pipeline.schema import KEYS, job_schema
+from pipeline.commands.init import guess_columns
+from pipeline.job.job import Job, QueryTable
+from pipeline.job.job_file import load_job
+from pipeline.job.schema import KEYS, job_schema
 
 LONG = ["A long text. " * 20, "Another long text. " * 20, "A third. " * 20]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.inventory import Entry, entries, eviction_order, remove, size_of
+from pipeline.cache.inventory import Entry, entries, eviction_order, remove, size_of
 from turboquant.files import MANIFEST, TENSORS
 from turboquant.identity import FORMAT_VERSION
 from turboquant.tensor_files import seal

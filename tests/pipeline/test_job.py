@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.errors import JobError
-from pipeline.job import Generation, Query, Settings
-from pipeline.job_file import load_job
+from pipeline.job.job import Generation, Query, Settings
+from pipeline.job.job_file import load_job
 
 MINIMAL = """\
 model: owner/name
@@ -286,6 +286,6 @@ def test_any_value_anywhere_is_accepted_or_a_job_error(
 
 
 def test_loading_a_job_imports_nothing_heavy() -> None:
-    code = "import sys, pipeline.job; print(*{'pyarrow', 'mlx', 'transformers', 'jinja2'} & set(sys.modules))"
+    code = "import sys, pipeline.job.job; print(*{'pyarrow', 'mlx', 'transformers', 'jinja2'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == ""

@@ -6,12 +6,12 @@ from collections.abc import Iterator
 
 import pytest
 
-from pipeline.documents import Document
-from pipeline.job import Query
-from pipeline.leases import Lease, Leases
-from pipeline.prompts import Rendered
-from pipeline.rows import Row
-from pipeline.todo import Todo
+from pipeline.answering.todo import Todo
+from pipeline.inputs.documents import Document
+from pipeline.inputs.prompts import Rendered
+from pipeline.job.job import Query
+from pipeline.output.rows import Row
+from pipeline.scale.leases import Lease, Leases
 
 QUERIES = [Query(id="who", text="Who?"), Query(id="when", text="When?")]
 
@@ -96,7 +96,7 @@ def test_documents_go_where_their_prefixes_are(monkeypatch: pytest.MonkeyPatch) 
     assert [taken(given.take("near", True)) for _ in range(3)] == ["b", "c", "d"]
     assert given.take("near", False) is None
     assert given.take("near", True) is None  # a worker of the other store may be free soon
-    monkeypatch.setattr("pipeline.leases.PATIENCE", 0.0)
+    monkeypatch.setattr("pipeline.scale.leases.PATIENCE", 0.0)
     assert given.take("near", False) is None
     assert taken(given.take("near", True)) == "a"
 

@@ -7,8 +7,8 @@ import shutil
 import pytest
 
 from pipeline.errors import ModelError
-from pipeline.fingerprints import tokenizer_fingerprint, weights_fingerprint
-from pipeline.model import load_model, load_tokenizer, max_context, resolve_model
+from pipeline.models.fingerprints import tokenizer_fingerprint, weights_fingerprint
+from pipeline.models.loading import load_model, load_tokenizer, max_context, resolve_model
 
 CONFIG = {
     "model_type": "llama",
@@ -290,7 +290,7 @@ def test_fingerprint_without_weights(folder, memo):
 
 def test_memo_saves_hashing(folder, memo, monkeypatch):
     before = weights_fingerprint(folder, memo)
-    monkeypatch.setattr("pipeline.fingerprints._hash_file", lambda file: pytest.fail(f"hashed {file} again"))
+    monkeypatch.setattr("pipeline.models.fingerprints._hash_file", lambda file: pytest.fail(f"hashed {file} again"))
     assert weights_fingerprint(folder, memo) == before
 
 

@@ -90,7 +90,7 @@ def test_an_adapter_on_quantised_weights(workplace: Workplace) -> None:
     import mlx.core as mx
     from mlx_lm import convert
 
-    from pipeline.model import load_model
+    from pipeline.models.loading import load_model
 
     quantised = workplace.folder / "quantised"
     convert(str(workplace.model), str(quantised), quantize=True, q_group_size=64, q_bits=8)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import needs as module
-from pipeline.needs import JOBS, Needs
+from pipeline.cache import needs as module
+from pipeline.cache.needs import JOBS, Needs
 
 OUTPUT = Path("/results/a.parquet")
 

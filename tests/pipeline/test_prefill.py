@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.prefill import warn_of_uncompressed_layers
+from pipeline.answering.prefill import warn_of_uncompressed_layers
 from turboquant.families import Support
 
 
@@ -21,6 +21,6 @@ from turboquant.families import Support
 def test_layers_kept_uncompressed_are_told_with_the_reason(
     support: Support, told: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("pipeline.prefill.explain", lambda model: support)
+    monkeypatch.setattr("pipeline.answering.prefill.explain", lambda model: support)
     warn_of_uncompressed_layers(object())
     assert caplog.messages == told

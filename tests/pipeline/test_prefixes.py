@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from workplace import Workplace
 
-import pipeline.prefixes
-from pipeline.job_file import load_job
-from pipeline.prefixes import segment_ends
-from pipeline.prompts import SHARED_CHARACTERS
-from pipeline.survey import plan_job
+import pipeline.answering.prefixes
+from pipeline.answering.prefixes import segment_ends
+from pipeline.commands.survey import plan_job
+from pipeline.inputs.prompts import SHARED_CHARACTERS
+from pipeline.job.job_file import load_job
 
 EXAMPLES = "Example. Who met? The board met. When? On the third of May. " * 30
 
@@ -26,13 +26,13 @@ EXAMPLES = "Example. Who met? The board met. When? On the third of May. " * 30
 def prefilled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The lengths of the segments whose prefill was begun."""
     lengths: list[int] = []
-    real = pipeline.prefixes.prefill
+    real = pipeline.answering.prefixes.prefill
 
     def counting(model: Any, tokens: list[int], *args: Any) -> Any:
         lengths.append(len(tokens))
         return real(model, tokens, *args)
 
-    monkeypatch.setattr("pipeline.prefixes.prefill", counting)
+    monkeypatch.setattr("pipeline.answering.prefixes.prefill", counting)
     return lengths
 
 
@@ -162,14 +162,14 @@ def test_an_interrupted_streaming_prefill_goes_on_from_its_last_segment(
     streaming.output.unlink()
     prefilled.clear()
     with monkeypatch.context() as patch:
-        real = pipeline.prefixes.Prefixes._prefilled
+        real = pipeline.answering.prefixes.Prefixes._prefilled
 
         def interrupting(self: Any, tokens: int) -> None:
             if len(prefilled) == 5:
                 signal.raise_signal(signal.SIGINT)
             real(self, tokens)
 
-        patch.setattr(pipeline.prefixes.Prefixes, "_prefilled", interrupting)
+        patch.setattr(pipeline.answering.prefixes.Prefixes, "_prefilled", interrupting)
         assert streaming.run().interrupted
     first = list(prefilled)
     prefilled.clear()
@@ -213,8 +213,8 @@ def test_a_segment_of_another_parent_is_refused(
     streaming: Workplace, prefilled: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Right by all its checksums, under the right key, but encoded about other means."""
-    from pipeline.identity import cache_codec
-    from pipeline.job_file import load_job
+    from pipeline.answering.identity import cache_codec
+    from pipeline.job.job_file import load_job
     from turboquant.files import read_segment, write_segment
     from turboquant.identity import Identity
 
@@ -240,18 +240,18 @@ def test_a_segment_of_another_parent_is_refused(
 def test_contexts_of_a_finished_job_may_be_dropped(workplace: Workplace, prefilled: list[int]) -> None:
     workplace.tree["cache"] = {"dir": "cache", "keep": "job"}
     most = 0
-    real = pipeline.prefixes.prefill
+    real = pipeline.answering.prefixes.prefill
 
     def watching(*args: Any) -> Any:
         nonlocal most
         most = max(most, len(workplace.segments()))
         return real(*args)
 
-    pipeline.prefixes.prefill, back = watching, pipeline.prefixes.prefill
+    pipeline.answering.prefixes.prefill, back = watching, pipeline.answering.prefixes.prefill
     try:
         workplace.run_with(prompt={"system": EXAMPLES})
     finally:
-        pipeline.prefixes.prefill = back
+        pipeline.answering.prefixes.prefill = back
     assert len(prefilled) == 4
     assert most == 1  # what all have, between two documents
     assert workplace.segments() == []
@@ -262,7 +262,7 @@ def test_contexts_of_a_finished_job_may_be_dropped(workplace: Workplace, prefill
 def test_what_another_job_needs_is_not_dropped(workplace: Workplace, make_other: Callable[[], Workplace]) -> None:
     other = make_other()
     with pytest.MonkeyPatch.context() as patch:  # which is interrupted amid its second document
-        real = pipeline.prefixes.Prefixes._prefilled
+        real = pipeline.answering.prefixes.Prefixes._prefilled
         calls: list[int] = []
 
         def interrupting(self: Any, tokens: int) -> None:
@@ -271,7 +271,7 @@ def test_what_another_job_needs_is_not_dropped(workplace: Workplace, make_other:
                 signal.raise_signal(signal.SIGINT)
             real(self, tokens)
 
-        patch.setattr(pipeline.prefixes.Prefixes, "_prefilled", interrupting)
+        patch.setattr(pipeline.answering.prefixes.Prefixes, "_prefilled", interrupting)
         assert other.run().interrupted
     workplace.tree["cache"] = {"dir": str(other.cache), "keep": "job"}
     workplace.run()

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from pipeline.documents import Document
 from pipeline.errors import EmptyDocument, JobError, ModelError, PromptFailed
-from pipeline.job import Prompt
-from pipeline.prompts import PromptTokenizer, Rendered, Renderer, template_columns
+from pipeline.inputs.documents import Document
+from pipeline.inputs.prompts import PromptTokenizer, Rendered, Renderer, template_columns
+from pipeline.job.job import Prompt
 
 MINUTES = "The board met on the third of May and decided the budget.\n\nThe lease ends in May."
 

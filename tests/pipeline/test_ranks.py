@@ -21,7 +21,7 @@ from commands import ROOT, error_of, invoke
 from workplace import Workplace
 
 from pipeline.errors import PipelineError
-from pipeline.ranks import Ranks
+from pipeline.models.ranks import Ranks
 
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 PARTS = ("exact ranks=2", "exact ranks=2 rank=1")  # the prefill of each rank's identity

@@ -24,7 +24,7 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 from ray.cluster_utils import Cluster
 
-from pipeline.ray_worker import RayWorker
+from pipeline.scale.ray_worker import RayWorker
 
 # Ray's own warnings; and the client servers of two clusters on one machine want the same port.
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.xdist_group("ray")]
@@ -189,15 +189,15 @@ def test_prefixes_are_dropped_with_the_last_answer(place: Workplace) -> None:
 
 
 def test_documents_go_to_the_machine_that_has_their_prefixes(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.leases.PATIENCE", 60.0)
-    monkeypatch.setattr("pipeline.staff.RayWorker", with_stores_of_their_own(place.folder / "first"))
+    monkeypatch.setattr("pipeline.scale.leases.PATIENCE", 60.0)
+    monkeypatch.setattr("pipeline.scale.staff.RayWorker", with_stores_of_their_own(place.folder / "first"))
     on_ray(place)
     expected = place.output.read_bytes()
     stored = sorted(place.folder.glob("store-*/??/*/segment.json"))
     assert len(stored) == 8
     assert len({file.parents[2] for file in stored}) == 2
     place.output.unlink()
-    monkeypatch.setattr("pipeline.staff.RayWorker", with_stores_of_their_own(place.folder / "second"))
+    monkeypatch.setattr("pipeline.scale.staff.RayWorker", with_stores_of_their_own(place.folder / "second"))
     on_ray(place)
     assert (place.report()["prefixes_built"], place.report()["prefixes_restored"]) == (0, 8)
     assert place.output.read_bytes() == expected
@@ -227,7 +227,7 @@ def test_rows_fail_as_on_one_machine(place: Workplace) -> None:
 def test_a_worker_that_is_killed_costs_nothing(
     place: Workplace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("pipeline.staff.RayWorker", dying(place.folder, {"d1": 1, "e2": 1}))
+    monkeypatch.setattr("pipeline.scale.staff.RayWorker", dying(place.folder, {"d1": 1, "e2": 1}))
     on_ray(place)
     assert place.output.read_bytes() == alone(place)
     assert "with document 'd1' in hand; its leases go to others" in caplog.text
@@ -239,7 +239,7 @@ def test_a_worker_that_is_killed_costs_nothing(
 def test_a_document_that_kills_its_worker_twice_becomes_error_rows(
     place: Workplace, monkeypatch: pytest.MonkeyPatch, seconds: float
 ) -> None:
-    monkeypatch.setattr("pipeline.staff.RayWorker", dying(place.folder, {"d1": 99}, seconds))
+    monkeypatch.setattr("pipeline.scale.staff.RayWorker", dying(place.folder, {"d1": 99}, seconds))
     on_ray(place, code=3)
     failed = {pair: row for pair, row in place.rows().items() if row["status"] == "error"}
     assert list(failed) == [("d1", query["id"]) for query in place.queries]
@@ -253,7 +253,7 @@ def test_a_document_that_kills_its_worker_twice_becomes_error_rows(
 def test_a_node_that_is_removed_costs_nothing(
     place: Workplace, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("pipeline.staff.RayWorker", waiting(place.folder))
+    monkeypatch.setattr("pipeline.scale.staff.RayWorker", waiting(place.folder))
     node = cluster.add_node(**NODE)
 
     def remove() -> None:
@@ -321,7 +321,7 @@ def test_a_machine_without_the_model_is_named(place: Workplace, monkeypatch: pyt
         def __init__(self, job: Any, log_level: int) -> None:
             super().__init__(job.model_copy(update={"model": "/nowhere/model"}), log_level)
 
-    monkeypatch.setattr("pipeline.staff.RayWorker", Elsewhere)
+    monkeypatch.setattr("pipeline.scale.staff.RayWorker", Elsewhere)
     error = error_of(invoke("run", place.job_file, "--on", "ray", "--quiet"))
     assert error.startswith("worker ")
     assert "model /nowhere/model: no such folder" in error
@@ -329,9 +329,9 @@ def test_a_machine_without_the_model_is_named(place: Workplace, monkeypatch: pyt
 
 @pytest.mark.parametrize("package", ["mlx", "mlx-lm", "turboquant-pipeline"])
 def test_other_versions_are_refused(place: Workplace, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
-    from pipeline.runfile import versions
+    from pipeline.output.runfile import versions
 
-    monkeypatch.setattr("pipeline.fleet.versions", lambda: versions() | {package: "9.9"})
+    monkeypatch.setattr("pipeline.scale.fleet.versions", lambda: versions() | {package: "9.9"})
     error = error_of(invoke("run", place.job_file, "--on", "ray", "--quiet"))
     assert f"{package} is {versions()[package]} here and 9.9 where the run was started" in error
 
@@ -343,7 +343,7 @@ def test_other_weights_are_refused(place: Workplace, monkeypatch: pytest.MonkeyP
         def __init__(self, job: Any, log_level: int) -> None:
             super().__init__(job.model_copy(update={"model": other}), log_level)
 
-    monkeypatch.setattr("pipeline.staff.RayWorker", Elsewhere)
+    monkeypatch.setattr("pipeline.scale.staff.RayWorker", Elsewhere)
     error = error_of(invoke("run", place.job_file, "--on", "ray", "--quiet"))
     assert "its weights here and where the run was started are not the same" in error
 
@@ -353,7 +353,7 @@ def test_a_worker_that_cannot_start_ends_the_run(place: Workplace, monkeypatch: 
         def _start(self, *arguments: Any) -> Any:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr("pipeline.staff.RayWorker", Stillborn)
+    monkeypatch.setattr("pipeline.scale.staff.RayWorker", Stillborn)
     result = invoke("run", place.job_file, "--on", "ray", "--quiet")
     assert result.exit_code == 1
     assert "twice, before a document was in hand, most likely while the model was loaded" in result.stderr

@@ -10,8 +10,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from pipeline.job import Settings, ThinkingMode
-from pipeline.reading import Answer, Reader
+from pipeline.job.job import Settings, ThinkingMode
+from pipeline.models.reading import Answer, Reader
 
 TEXT = "The board met. What? When? Who?"
 

@@ -25,11 +25,11 @@ from moto.backends import get_backend
 from moto.server import ThreadedMotoServer
 from workplace import Workplace
 
-from pipeline import remote
-from pipeline.documents import check_documents, stream_documents
 from pipeline.errors import OutputError, RemoteError
-from pipeline.job import Documents
-from pipeline.results import Results, Row
+from pipeline.files import remote
+from pipeline.inputs.documents import check_documents, stream_documents
+from pipeline.job.job import Documents
+from pipeline.output.results import Results, Row
 
 URL = "s3://bucket/out/a.parquet"
 

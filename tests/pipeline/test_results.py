@@ -22,8 +22,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.errors import JobError, OutputError
-from pipeline.results import Results
-from pipeline.rows import SCHEMA, Row
+from pipeline.output.results import Results
+from pipeline.output.rows import SCHEMA, Row
 
 QUERIES = ["a", "b"]
 
@@ -121,7 +121,7 @@ def test_a_finished_file_is_continued(output: Path) -> None:
 
 
 def test_rows_are_found_across_row_groups(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.results._DOCUMENTS_PER_GROUP", 2)
+    monkeypatch.setattr("pipeline.output.results._DOCUMENTS_PER_GROUP", 2)
     ids = [str(number) for number in range(7)]
     run(output, ids)
     assert pq.ParquetFile(output).metadata.num_row_groups == 4
@@ -133,7 +133,7 @@ def test_rows_are_found_across_row_groups(output: Path, monkeypatch: pytest.Monk
 
 
 def test_a_row_group_is_bounded_by_its_bytes(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.results._BYTES_PER_GROUP", 1000)
+    monkeypatch.setattr("pipeline.output.results._BYTES_PER_GROUP", 1000)
     run(output, [str(number) for number in range(6)])
     assert pq.ParquetFile(output).metadata.num_row_groups == 2
 
@@ -164,7 +164,7 @@ def test_pairs_are_expected_and_committed_once(output: Path) -> None:
 
 
 def test_two_runs_cannot_write_one_result(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.results.SECONDS_FOR_LOCK", 0)
+    monkeypatch.setattr("pipeline.output.results.SECONDS_FOR_LOCK", 0)
     with Results(output) as results:
         with pytest.raises(OutputError, match=f"{output}: another run is writing"), Results(output):
             pass
@@ -418,8 +418,8 @@ def test_a_group_that_cannot_be_read_is_set_aside(output: Path, caplog: pytest.L
 _COMMIT_FOR_EVER = """
 import sys
 from pathlib import Path
-from pipeline.results import Results
-from pipeline.rows import Row
+from pipeline.output.results import Results
+from pipeline.output.rows import Row
 
 with Results(Path(sys.argv[1])) as results:
     for number in range(1_000_000):

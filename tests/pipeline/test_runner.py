@@ -19,9 +19,9 @@ import pyarrow.parquet as pq
 import pytest
 from workplace import Workplace
 
-import pipeline.engine
-import pipeline.prefixes
-import pipeline.store
+import pipeline.answering.engine
+import pipeline.answering.prefixes
+import pipeline.cache.store
 from pipeline.errors import ModelError, OutputError
 
 
@@ -29,13 +29,13 @@ from pipeline.errors import ModelError, OutputError
 def prefilled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The lengths of the contexts whose prefill was begun."""
     lengths: list[int] = []
-    real = pipeline.prefixes.prefill
+    real = pipeline.answering.prefixes.prefill
 
     def counting(model: Any, tokens: list[int], *args: Any) -> Any:
         lengths.append(len(tokens))
         return real(model, tokens, *args)
 
-    monkeypatch.setattr("pipeline.prefixes.prefill", counting)
+    monkeypatch.setattr("pipeline.answering.prefixes.prefill", counting)
     return lengths
 
 
@@ -81,7 +81,7 @@ def test_the_report_beside_the_result(workplace: Workplace, tiny_model: Path) ->
 
 
 def test_stop_tokens_end_an_answer_and_count_in_the_fingerprint(workplace: Workplace) -> None:
-    from pipeline.model import load_tokenizer
+    from pipeline.models.loading import load_tokenizer
 
     workplace.queries[0]["max_tokens"] = 1
     workplace.run()
@@ -114,7 +114,7 @@ def test_restored_prefixes_give_the_same_bytes(workplace: Workplace, prefilled: 
 def test_nothing_is_computed_twice(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     workplace.run()
     before = workplace.output.read_bytes()
-    monkeypatch.setattr("pipeline.model.load_model", None)
+    monkeypatch.setattr("pipeline.models.loading.load_model", None)
     assert counts(workplace.run()) == (9, 0, 0, 0, 0)
     assert workplace.output.read_bytes() == before
 
@@ -149,7 +149,7 @@ def test_removed_queries_and_documents_disappear(workplace: Workplace, monkeypat
     workplace.run()
     old = workplace.rows()
     del workplace.documents["d1"], workplace.queries[0]
-    monkeypatch.setattr("pipeline.model.load_model", None)
+    monkeypatch.setattr("pipeline.models.loading.load_model", None)
     assert counts(workplace.run()) == (4, 0, 0, 0, 0)
     left = [("d0", "when"), ("d0", "who"), ("d2", "when"), ("d2", "who")]
     assert workplace.rows() == {pair: old[pair] for pair in left}
@@ -362,7 +362,7 @@ def test_a_store_that_refuses_costs_nothing_but_the_store(
     def refuse(*_: Any) -> int:
         raise error
 
-    monkeypatch.setattr(pipeline.store, "write_segment", refuse)
+    monkeypatch.setattr(pipeline.cache.store, "write_segment", refuse)
     caplog.clear()
     assert counts(workplace.run()) == (0, 9, 0, 3, 0)
     assert workplace.output.read_bytes() == before
@@ -448,21 +448,21 @@ def test_a_model_that_fails_on_one_document(
 
 
 def test_failures_are_counted_once_in_the_progress(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline.progress import Progress
+    from pipeline.telling.progress import Progress
 
     done: list[int] = []
     monkeypatch.setattr(Progress, "rows_done", lambda self, count: done.append(count))
     monkeypatch.setattr("pipeline.failures.FIRST_WAIT", 0)
-    real = pipeline.engine.answer
+    real = pipeline.answering.engine.answer
 
     def failing(*args: Any) -> Any:
         real(*args)
         raise RuntimeError("after the last answer")
 
-    monkeypatch.setattr(pipeline.engine, "answer", failing)
+    monkeypatch.setattr(pipeline.answering.engine, "answer", failing)
     assert workplace.run().rows_failed == 9
     assert sum(done) == 9
-    monkeypatch.setattr(pipeline.engine, "answer", real)
+    monkeypatch.setattr(pipeline.answering.engine, "answer", real)
     workplace.documents["d0"] = ""
     done.clear()
     workplace.run()
@@ -477,7 +477,7 @@ def test_failures_are_counted_once_in_the_progress(workplace: Workplace, monkeyp
 
 def test_one_prefix_is_alive_at_a_time(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[Any] = []
-    real = pipeline.prefixes.prefill
+    real = pipeline.answering.prefixes.prefill
 
     def watching(*args: Any) -> Any:
         gc.collect()
@@ -486,7 +486,7 @@ def test_one_prefix_is_alive_at_a_time(workplace: Workplace, monkeypatch: pytest
         alive.extend([weakref.ref(prefix), *map(weakref.ref, prefix.layers)])
         return prefix
 
-    monkeypatch.setattr("pipeline.prefixes.prefill", watching)
+    monkeypatch.setattr("pipeline.answering.prefixes.prefill", watching)
     workplace.documents |= {str(n): f"{n} and {n}" for n in range(4)}
     assert workplace.run().prefixes_built == 7
     gc.collect()
@@ -500,16 +500,16 @@ DIE = """
 import importlib, os, signal, sys
 from pathlib import Path
 job, log, target, when, count = sys.argv[1:]
-import pipeline.prefixes
-from pipeline.job_file import load_job
-from pipeline.runner import Runner
+import pipeline.answering.prefixes
+from pipeline.job.job_file import load_job
+from pipeline.running.runner import Runner
 
-prefill = pipeline.prefixes.prefill
+prefill = pipeline.answering.prefixes.prefill
 def logging_prefill(model, tokens, *rest):
     with open(log, "a") as file:
         print(len(tokens), file=file)
     return prefill(model, tokens, *rest)
-pipeline.prefixes.prefill = logging_prefill
+pipeline.answering.prefixes.prefill = logging_prefill
 
 module, name = target.split(":")
 owner = importlib.import_module(module)
@@ -547,11 +547,11 @@ def run_python(*arguments: str, code: str = DIE) -> subprocess.CompletedProcess[
 @pytest.mark.parametrize(
     ("target", "when", "count"),
     [
-        ("pipeline.prefixes:Prefixes._prefilled", "before", 2),  # amid a prefill
+        ("pipeline.answering.prefixes:Prefixes._prefilled", "before", 2),  # amid a prefill
         ("mlx.core:save_safetensors", "half", 2),  # amid a segment's tensors
         ("turboquant.files:write_text", "before", 2),  # tensors without a manifest
-        ("pipeline.answering:Answering._answered", "after", 4),  # amid a document's answers
-        ("pipeline.results:Results.commit", "after", 3),  # all parts, no result
+        ("pipeline.answering.answering:Answering._answered", "after", 4),  # amid a document's answers
+        ("pipeline.output.results:Results.commit", "after", 3),  # all parts, no result
         ("shutil:rmtree", "before", 1),  # the result is in place, and the parts are
     ],
 )
@@ -577,7 +577,7 @@ def test_a_killed_run_is_resumed(workplace: Workplace, tmp_path: Path, target: s
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, target: str, call: int) -> None:
     """SIGINT to this process at the given call of a method."""
-    from pipeline import answering, prefixes
+    from pipeline.answering import answering, prefixes
 
     owner = prefixes.Prefixes if target == "_prefilled" else answering.Answering
     real, calls = getattr(owner, target), []
@@ -614,7 +614,7 @@ def test_an_interrupted_prefill_stops_at_the_next_chunk(workplace: Workplace, mo
     workplace.documents["d1"] *= 5
     chunks: list[int] = []
     with monkeypatch.context() as patch:
-        from pipeline.progress import Progress
+        from pipeline.telling.progress import Progress
 
         patch.setattr(Progress, "prefilled", lambda self, tokens: chunks.append(tokens))
         interrupt_at(patch, "_prefilled", 2)  # the first chunk of d1, which has four
@@ -644,7 +644,7 @@ def test_a_second_interrupt_stops_at_once(workplace: Workplace, monkeypatch: pyt
 
 def test_two_runs_on_one_result(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     messages: list[str] = []
-    real = pipeline.engine.answer
+    real = pipeline.answering.engine.answer
 
     def meanwhile(*args: Any) -> Any:
         with pytest.raises(OutputError) as caught:
@@ -652,8 +652,8 @@ def test_two_runs_on_one_result(workplace: Workplace, monkeypatch: pytest.Monkey
         messages.append(str(caught.value))
         return real(*args)
 
-    monkeypatch.setattr(pipeline.engine, "answer", meanwhile)
-    monkeypatch.setattr("pipeline.results.SECONDS_FOR_LOCK", 0)
+    monkeypatch.setattr(pipeline.answering.engine, "answer", meanwhile)
+    monkeypatch.setattr("pipeline.output.results.SECONDS_FOR_LOCK", 0)
     assert workplace.run().rows_answered == 9
     expected = f"{workplace.output}: another run is writing this result; wait for it, or set another output.path"
     assert messages == [expected] * 3

@@ -19,7 +19,7 @@ import pytest
 from commands import ROOT, error_of, in_terminal, invoke
 from workplace import Workplace
 
-from pipeline.shards import Shard
+from pipeline.job.shards import Shard
 
 FEW = {"max_tokens": 3, "batch_size": 8}  # three documents of three queries share a batch
 
@@ -27,12 +27,12 @@ FEW = {"max_tokens": 3, "batch_size": 8}  # three documents of three queries sha
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """`pipeline run` runs in this process, which takes a tenth of the time."""
-    from pipeline.runner import Runner
+    from pipeline.running.runner import Runner
 
     def run(job: Any, quiet: bool, on_failure: Any, metrics: Any, shard: Any) -> Any:
         return Runner(job, quiet=True, on_failure=on_failure, shard=shard).run()
 
-    monkeypatch.setattr("pipeline.supervisor.supervise", run)
+    monkeypatch.setattr("pipeline.running.supervisor.supervise", run)
 
 
 @pytest.fixture
@@ -114,7 +114,7 @@ def test_documents_that_share_no_batch_are_in_the_same_shard_in_any_order(place:
 def test_merged_shards_are_what_a_run_without_writes(
     place: Workplace, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
-    monkeypatch.setattr("pipeline.groups.GROUP_CHARACTERS", 700)  # some batches end before they are full
+    monkeypatch.setattr("pipeline.inputs.groups.GROUP_CHARACTERS", 700)  # some batches end before they are full
     expected = whole(place)
     assert run_shards(place, count) == [0] * count
     found = [document_ids(shards(place) / f"{number}-of-{count}.parquet") for number in range(1, count + 1)]
@@ -131,16 +131,16 @@ def test_merged_shards_are_what_a_run_without_writes(
 
 @pytest.mark.usefixtures("here")
 def test_batches_are_those_of_a_run_without_shards(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
-    import pipeline.engine
+    import pipeline.answering.engine
 
     batches: list[set[str]] = []
-    real = pipeline.engine.answer
+    real = pipeline.answering.engine.answer
 
     def watching(loaded: Any, requests: Any, *rest: Any) -> Any:
         batches.append({request.name for request in requests})
         return real(loaded, requests, *rest)
 
-    monkeypatch.setattr("pipeline.engine.answer", watching)
+    monkeypatch.setattr("pipeline.answering.engine.answer", watching)
     place.run()
     without = list(batches)
     batches.clear()

@@ -16,11 +16,11 @@ import pytest
 from steps import watching
 from workplace import Workplace
 
-import pipeline.engine
-import pipeline.prefixes
-from pipeline.inventory import Entry, eviction_order, size_of
-from pipeline.needs import Needs
-from pipeline.store import Store
+import pipeline.answering.engine
+import pipeline.answering.prefixes
+from pipeline.cache.inventory import Entry, eviction_order, size_of
+from pipeline.cache.needs import Needs
+from pipeline.cache.store import Store
 
 ROOT = Path(__file__).parents[2]
 STREAMING = ("cache.prefill=streaming", "cache.segment=512")
@@ -35,13 +35,13 @@ def long_text(name: str, times: int = 70) -> str:
 def prefilled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The lengths of the segments whose prefill was begun."""
     lengths: list[int] = []
-    real = pipeline.prefixes.prefill
+    real = pipeline.answering.prefixes.prefill
 
     def counting(model: Any, tokens: list[int], *rest: Any) -> Any:
         lengths.append(len(tokens))
         return real(model, tokens, *rest)
 
-    monkeypatch.setattr("pipeline.prefixes.prefill", counting)
+    monkeypatch.setattr("pipeline.answering.prefixes.prefill", counting)
     return lengths
 
 
@@ -61,7 +61,7 @@ def forget(workplace: Workplace) -> None:
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
     """SIGINT to this process at a call of ``_prefilled``, which every chunk makes once."""
-    real, calls = pipeline.prefixes.Prefixes._prefilled, []
+    real, calls = pipeline.answering.prefixes.Prefixes._prefilled, []
 
     def interrupting(self: Any, tokens: int) -> None:
         calls.append(1)
@@ -69,7 +69,7 @@ def interrupt_at(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
             signal.raise_signal(signal.SIGINT)
         real(self, tokens)
 
-    monkeypatch.setattr(pipeline.prefixes.Prefixes, "_prefilled", interrupting)
+    monkeypatch.setattr(pipeline.answering.prefixes.Prefixes, "_prefilled", interrupting)
 
 
 # ---- a budget
@@ -117,7 +117,7 @@ def test_what_an_interrupted_job_needs_is_kept_for_a_week(
     needed = {path.name for path in workplace.segments()}
     workplace.output.unlink()
     with monkeypatch.context() as patch:  # all are stored, and none is done
-        patch.setattr(pipeline.engine, "answer", lambda *_: signal.raise_signal(signal.SIGINT) or [])
+        patch.setattr(pipeline.answering.engine, "answer", lambda *_: signal.raise_signal(signal.SIGINT) or [])
         with pytest.raises(BaseException):  # noqa: B017, PT011
             workplace.run()
     other = Workplace(tmp_path / "other", workplace.model)
@@ -270,12 +270,12 @@ RUN = """
 import logging, sys, time
 from pathlib import Path
 job, folder, waits = sys.argv[1], Path(sys.argv[2]), sys.argv[3] == "waits"
-import pipeline.prefixes
-from pipeline.job_file import load_job
-from pipeline.runner import Runner
+import pipeline.answering.prefixes
+from pipeline.job.job_file import load_job
+from pipeline.running.runner import Runner
 
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
-real, prefilled = pipeline.prefixes.prefill, pipeline.prefixes.Prefixes._prefilled
+real, prefilled = pipeline.answering.prefixes.prefill, pipeline.answering.prefixes.Prefixes._prefilled
 def prefill(model, tokens, *rest):
     with open(folder / "begun", "a") as file:
         print(hash(tuple(tokens)), file=file)
@@ -288,7 +288,7 @@ def amid(self, tokens):
             time.sleep(0.01)
         waits = False
     prefilled(self, tokens)
-pipeline.prefixes.prefill, pipeline.prefixes.Prefixes._prefilled = prefill, amid
+pipeline.answering.prefixes.prefill, pipeline.answering.prefixes.Prefixes._prefilled = prefill, amid
 Runner(load_job(Path(job)), quiet=True).run()
 """
 

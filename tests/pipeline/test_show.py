@@ -14,8 +14,8 @@ import pytest
 from commands import ROOT, error_of, in_terminal, invoke
 from workplace import Workplace
 
-from pipeline.results import Results
-from pipeline.rows import Row
+from pipeline.output.results import Results
+from pipeline.output.rows import Row
 
 HOSTILE = '<script>document.title = "hacked"</script><img src=x onerror="document.title=1">\x1b[2J\u202e & "so" on'
 LONG = "\n".join(f"{number} lease" for number in range(30))
@@ -237,7 +237,7 @@ def test_a_page_is_whole_or_not_there(answered: Workplace, monkeypatch: pytest.M
 
     file = answered.folder / "page.html"
     file.write_text("before")
-    monkeypatch.setattr("pipeline.page.said", fail)
+    monkeypatch.setattr("pipeline.commands.page.said", fail)
     assert invoke("show", answered.job_file, "--html", file).exit_code == 1
     assert file.read_text() == "before"
     assert not list(answered.folder.glob(".tmp-*"))

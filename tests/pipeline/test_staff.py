@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 
-from pipeline.job import Scale
+from pipeline.job.job import Scale
 
 pytest.importorskip("ray", reason="ray is not installed")
 
-from pipeline.staff import Machine, wanted
+from pipeline.scale.staff import Machine, wanted
 
 HEAD = {"CPU": 4.0}
 MAC = {"CPU": 10.0, "mac": 1.0}

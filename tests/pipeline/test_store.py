@@ -11,8 +11,8 @@ import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
+from pipeline.cache.store import Store
 from pipeline.errors import DiskFull, JobError, StoreError
-from pipeline.store import Store
 from turboquant import CacheCodec, Prefix
 from turboquant.identity import Identity
 from turboquant.segments import Segment

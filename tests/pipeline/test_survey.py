@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 from workplace import Workplace
 
-from pipeline.counting import Effort
+from pipeline.commands.survey import job_status, plan_job
 from pipeline.errors import JobError
-from pipeline.job import Job
-from pipeline.job_file import load_job
-from pipeline.prompts import PromptTokenizer
-from pipeline.survey import job_status, plan_job
+from pipeline.inputs.counting import Effort
+from pipeline.inputs.prompts import PromptTokenizer
+from pipeline.job.job import Job
+from pipeline.job.job_file import load_job
 
 
 @pytest.fixture(autouse=True)
@@ -103,7 +103,7 @@ def test_what_is_stored_is_not_tokenised_again(
     counted: list[str] = []
     count = PromptTokenizer.count
     monkeypatch.setattr(PromptTokenizer, "count", lambda self, texts: counted.extend(texts) or count(self, texts))
-    monkeypatch.setattr("pipeline.stored._CHECKED_FIRST", 0)
+    monkeypatch.setattr("pipeline.cache.stored._CHECKED_FIRST", 0)
     plan = plan_job(job(workplace))
     assert (plan.hits, plan.misses) == (2, 1)
     assert plan.tokens - plan.tokens_to_prefill == before.tokens
@@ -118,7 +118,7 @@ def test_a_stored_context_that_ends_elsewhere_is_no_hit(
     workplace.queries[0]["max_tokens"] = 1
     workplace.documents = {str(number): f"Paper {number}." for number in range(40)}
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.prompts._PROBES", ())
+        patch.setattr("pipeline.inputs.prompts._PROBES", ())
         run()
         assert plan_job(job(workplace)).hits == 40
     workplace.queries.append({"id": "new", "text": "Why?"})
@@ -139,7 +139,7 @@ def test_contexts_of_another_identity_are_no_hits(workplace: Workplace, run: Cal
 
 
 def test_a_plan_beyond_the_effort_is_estimated(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.survey._DOCUMENTS_PER_BATCH", 1)
+    monkeypatch.setattr("pipeline.commands.survey._DOCUMENTS_PER_BATCH", 1)
     for number in range(8):
         workplace.documents[f"e{number}"] = f"Paper {number}. The board met and decided the budget. " * (9 + number)
     workplace.documents |= {"long": "The board met. " * 1900, "blank": " "}
@@ -156,7 +156,7 @@ def test_a_plan_beyond_the_effort_is_estimated(workplace: Workplace, monkeypatch
 def test_the_last_token_that_fits(
     workplace: Workplace, run: Callable[[], None], monkeypatch: pytest.MonkeyPatch, effort: Effort
 ) -> None:
-    monkeypatch.setattr("pipeline.survey._DOCUMENTS_PER_BATCH", 1)
+    monkeypatch.setattr("pipeline.commands.survey._DOCUMENTS_PER_BATCH", 1)
     workplace.queries = workplace.queries[:1]
     workplace.documents = {"first": "The board met; twice! " * 20, "near": "The board met; twice! " * 100}
     run()
@@ -233,6 +233,6 @@ def test_a_model_without_weights_is_found_out(workplace: Workplace, tmp_path: Pa
 
 def test_importing_loads_no_mlx() -> None:
     """The tuned BLAS must come before MLX, so no module may import it on the way."""
-    code = "import json, sys, pipeline.survey, pipeline.runner; print(json.dumps(sorted(sys.modules)))"
+    code = "import json, sys, pipeline.commands.survey, pipeline.running.runner; print(json.dumps(sorted(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"mlx.core", "mlx_lm", "transformers"} & set(json.loads(done.stdout))

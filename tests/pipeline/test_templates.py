@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from workplace import Workplace
 
 from pipeline.cli import app
-from pipeline.prompts import PromptTokenizer, Rendered
+from pipeline.inputs.prompts import PromptTokenizer, Rendered
 
 MINUTES = "The board met on the third of May and decided the budget.\n\nThe lease ends in May."
 SYSTEM = "Answer from the paper only."

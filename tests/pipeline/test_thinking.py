@@ -44,7 +44,7 @@ def write(monkeypatch: pytest.MonkeyPatch) -> Callable[[Workplace, str], None]:
     """`write(workplace, text)`: what the model writes next; then what it would by itself."""
 
     def script(workplace: Workplace, text: str) -> None:
-        from pipeline.model import load_tokenizer
+        from pipeline.models.loading import load_tokenizer
 
         tokens = load_tokenizer(workplace.model).encode(text, add_special_tokens=False)
 
@@ -57,7 +57,7 @@ def write(monkeypatch: pytest.MonkeyPatch) -> Callable[[Workplace, str], None]:
 
             return sample
 
-        monkeypatch.setattr("pipeline.answers.make_sampler", make_sampler)
+        monkeypatch.setattr("pipeline.answering.answers.make_sampler", make_sampler)
 
     return script
 

@@ -12,8 +12,8 @@ import pytest
 from typer.testing import CliRunner
 from workplace import Workplace
 
+from pipeline.cache.needs import Needs
 from pipeline.cli import app
-from pipeline.needs import Needs
 
 
 def invoke(*arguments: object) -> tuple[int, str, str]:

@@ -16,9 +16,9 @@ import pytest
 from commands import ROOT, in_terminal, invoke
 from workplace import Workplace
 
-from pipeline.metrics import write_metrics
-from pipeline.progress import Progress
 from pipeline.report import Report
+from pipeline.telling.metrics import write_metrics
+from pipeline.telling.progress import Progress
 
 # The command line, with a model that waits behind the first answer of the second document until it may go on.
 MAIN = """
@@ -26,7 +26,10 @@ import os, sys, time
 from turboquant.blas import load_tuned_blas
 
 load_tuned_blas()
-from pipeline import answering, runfile, supervisor, view
+from pipeline.answering import answering
+from pipeline.output import runfile
+from pipeline.running import supervisor
+from pipeline.running import view
 
 runfile.SECONDS_BETWEEN_WRITES = view.SECONDS_BETWEEN_METRICS = supervisor._SECONDS_OF_PATIENCE = 0.01
 real = answering.Answering._answered
@@ -188,7 +191,7 @@ def test_the_report_of_a_run_that_stopped_says_why(workplace: Workplace, monkeyp
         raise LookupError("on\ntwo lines")
 
     with monkeypatch.context() as patch:
-        patch.setattr("pipeline.results.Results.finish", fail)
+        patch.setattr("pipeline.output.results.Results.finish", fail)
         with pytest.raises(LookupError):
             workplace.run()
     told = workplace.report()

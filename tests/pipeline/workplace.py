@@ -58,8 +58,8 @@ class Workplace:
 
     def run(self, *overrides: str) -> Report:
         """Run the job as it is now, in this process."""
-        from pipeline.job_file import load_job
-        from pipeline.runner import Runner
+        from pipeline.job.job_file import load_job
+        from pipeline.running.runner import Runner
 
         return Runner(load_job(self.save(), overrides), quiet=True).run()
 

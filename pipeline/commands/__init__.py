@@ -1,0 +1,1 @@
+"""What each command does, and how it is said at the command line."""

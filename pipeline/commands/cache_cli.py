@@ -1,0 +1,126 @@
+"""``pipeline cache``: look at the store, check it and shrink it. Arguments in, tables and exit codes out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline.commands.console import AsJson, Debug, columns, errors_explained, size, table
+
+if TYPE_CHECKING:
+    from pipeline.cache.upkeep import Listed
+
+BAD_FOUND = 1
+
+app = typer.Typer(
+    name="cache",
+    help="Look at the store of prefixes, check it and shrink it.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Where = Annotated[Path, typer.Argument(metavar="JOB|FOLDER", help="A job file, or the folder its cache.dir names.")]
+
+
+@app.command("ls")
+def list_(where: Where, as_json: AsJson = False, debug: Debug = False) -> None:
+    """List what is stored: for which model, how big, how old, last used when, still needed or not."""
+    with errors_explained(debug):
+        from pipeline.cache.upkeep import list_store
+
+        folder, _ = _store(where)
+        listed = list(list_store(folder))
+        print(json.dumps([asdict(entry) for entry in listed], indent=1) if as_json else _listing(folder, listed))
+
+
+@app.command()
+def verify(where: Where, as_json: AsJson = False, debug: Debug = False) -> None:
+    """Read every byte and compare checksums; what is bad is set aside and rebuilt when wanted; exit code 1."""
+    with errors_explained(debug):
+        from pipeline.cache.upkeep import verify_store
+
+        folder, _ = _store(where)
+        found = verify_store(folder)
+        if as_json:
+            print(json.dumps(asdict(found), indent=1))
+        else:
+            rows = [("good", f"{found.good:,}"), ("bad", f"{len(found.bad):,}"), ("read", size(found.bytes))]
+            print(table(*rows, *((f"  {key[:12]}", reason) for key, reason in found.bad.items())))
+        if found.bad:
+            raise typer.Exit(BAD_FOUND)
+
+
+@app.command()
+def gc(
+    where: Where,
+    budget: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Shrink to this: 20GB, 10% of the disk (default: the job's).")
+    ] = None,
+    unused_for: Annotated[
+        float | None, typer.Option(metavar="DAYS", min=0, help="Remove what was not used for so many days.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed, and remove nothing.")] = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Remove what is of no use, then what was used least recently; never what an unfinished job needs."""
+    with errors_explained(debug):
+        from pipeline.cache.upkeep import DAY, collect
+
+        folder, own_budget = _store(where, budget)
+        seconds = None if unused_for is None else unused_for * DAY
+        found = collect(folder, own_budget, seconds, dry_run)
+        if as_json:
+            print(json.dumps(asdict(found), indent=1))
+            return
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in found.reasons.items())
+        removed = f"{found.removed:,} segments, {size(found.removed_bytes)}{f' ({reasons})' if reasons else ''}"
+        left = f"{found.left:,} segments, {size(found.left_bytes)}"
+        print(table(("would remove" if dry_run else "removed", removed), ("left", left)))
+
+
+def _store(where: Path, budget: str | None = None) -> tuple[Path, int | None]:
+    """The folder of a store, and its budget in bytes."""
+    from pipeline.errors import JobError
+    from pipeline.job.budget import budget_bytes, checked_budget
+    from pipeline.job.job_file import load_job
+
+    said: int | str | None = budget
+    if where.is_dir():
+        folder = where
+    elif where.suffix in (".yaml", ".yml"):
+        job = load_job(where)
+        folder, said = job.cache.dir, budget or job.cache.budget
+    else:
+        raise JobError(f"{where}: neither a job file (.yaml) nor a folder")
+    try:
+        return folder, None if said is None else budget_bytes(checked_budget(said), folder)
+    except ValueError as error:
+        raise JobError(f"--budget: {error}") from None
+
+
+def _listing(folder: Path, listed: Iterable[Listed]) -> str:
+    rows = [("key", "tokens", "size", "age", "unused for", "", "model", "document")]
+    total = count = 0
+    for entry in listed:
+        note = entry.problem or ("needed" if entry.needed else "")
+        ages = (_duration(entry.age), _duration(entry.unused_for))
+        rows.append((entry.key[:12], f"{entry.tokens:,}", size(entry.bytes), *ages, note, entry.model, entry.document))
+        total, count = total + entry.bytes, count + 1
+    listing = f"{columns(rows)}\n" if count else ""
+    return f"{listing}{count:,} segments, {size(total)} in {folder}"
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"

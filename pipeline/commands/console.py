@@ -1,0 +1,92 @@
+"""What the commands have in common: options, how errors are told, how numbers and tables look."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from pipeline.printable import printable
+from pipeline.telling.logs import LogFormat, set_up, tell
+
+if TYPE_CHECKING:
+    from pipeline.job.job import Job
+    from pipeline.job.shards import Shard
+
+JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="The job file (YAML).")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a key of the job file; may be repeated."),
+]
+OneShard = Annotated[
+    str | None, typer.Option("--shard", metavar="K/N", help="Only the K-th of N shares of the documents, such as 3/16.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")]
+
+
+def load(job_file: Path, overrides: list[str] | None, shard: str | None = None) -> tuple[Job, Shard | None]:
+    """The job that a command names, and the shard of it. Raises JobError."""
+    from pipeline.job.job_file import load_job
+    from pipeline.job.shards import Shard
+
+    one = None if shard is None else Shard.parse(shard)
+    return load_job(job_file, overrides or [], one), one
+
+
+@contextmanager
+def errors_explained(
+    debug: bool, quiet: bool = False, computes: bool = True, log_format: LogFormat = LogFormat.text
+) -> Iterator[None]:
+    """Turn what is raised into one line on stderr and an exit code. ``computes``: MLX may be used in this process."""
+    from pipeline.errors import PipelineError, one_line
+
+    if computes:
+        from turboquant.blas import load_tuned_blas
+
+        load_tuned_blas()  # before anything imports NumPy or MLX: it sets what OpenBLAS reads when it is loaded
+    set_up(logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO, log_format)
+    try:
+        yield
+    except PipelineError as error:
+        if debug:
+            raise
+        tell(f"error: {error}", logging.ERROR, exit_code=error.exit_code, error_type=type(error).__name__)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        tell("interrupted; the same command resumes", exit_code=130)
+        raise typer.Exit(130) from None
+    except (typer.Exit, typer.Abort, BrokenPipeError):  # click's own; the last is a reader that has seen enough
+        raise
+    except Exception as error:
+        if debug:
+            raise
+        message = f"error: {type(error).__name__}: {one_line(error)} (--debug shows where)"
+        tell(message, logging.ERROR, exit_code=1, error_type=type(error).__name__)
+        raise typer.Exit(1) from None
+
+
+def size(count: float) -> str:
+    """Bytes, in a unit that suits them."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:,.1f} GB"
+
+
+def table(*rows: tuple[str, str]) -> str:
+    """Names and values in two columns."""
+    width = max(len(name) for name, _ in rows)
+    return printable("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
+
+
+def columns(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of equally many cells, aligned at the left."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return printable("\n".join(line.rstrip() for line in lines))

@@ -1,0 +1,152 @@
+"""A first job file for somebody's documents, in which every key is explained.
+
+Knows how columns are guessed and how the file reads. What keys there are is the job's to say, what they mean the
+schema's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from pipeline.errors import InputError, JobError
+from pipeline.files.durable import atomic_file
+from pipeline.files.tables import first_rows
+from pipeline.inputs.documents import check_documents
+from pipeline.inputs.prompts import template_columns
+from pipeline.job.job import Job
+from pipeline.job.job_file import load_job
+from pipeline.job.schema import KEYS, job_schema
+
+MODEL = "mlx-community/Llama-3.2-3B-Instruct-4bit"
+QUESTION = "Summarize the document."
+SCHEMA_FILE = "pipeline.schema.json"
+_ID_NAMES = ("id", "document_id", "doc_id", "uuid", "key", "name", "file", "filename", "file_name", "path", "url")
+_TEXT_NAMES = ("text", "content", "contents", "body", "document", "transcript", "markdown")
+_ROWS = 20  # to guess from
+_LONGEST_ID = 200  # characters, of a column that is not called as ids are
+_COMMENTS_AT = 44
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a first job file is made of."""
+
+    documents: str
+    id: str
+    text: str
+    model: str
+    queries: Sequence[str]
+
+
+def guess_columns(documents: str) -> tuple[str, str]:
+    """The columns that hold ids and texts, to judge by their names and first rows. Raises InputError."""
+    rows = first_rows(documents, "DOCUMENTS", _ROWS)
+    names = list(rows[0]) if rows else []
+    texts = [name for name in names if name.isidentifier() and any(isinstance(row[name], str) for row in rows)]
+    ids = [name for name in names if _may_be_id([row[name] for row in rows])]
+    named_ids = [name for wanted in _ID_NAMES for name in ids if name.lower() == wanted]
+    named_texts = [name for wanted in _TEXT_NAMES for name in texts if name.lower() == wanted]
+    short_ids = [name for name in ids if max(len(str(row[name])) for row in rows) <= _LONGEST_ID]
+    document_id = next(iter(named_ids or short_ids), None)
+    rest = [name for name in texts if name != document_id]
+    longest = max(rest, key=lambda name: sum(len(row[name] or "") for row in rows), default=None)
+    text = next((name for name in named_texts if name != document_id), longest)
+    if document_id is None or text is None:
+        missing = "ids, each its own: say --id" if document_id is None else "texts: say --text"
+        raise InputError(f"{documents}: no column looks like {missing}; there are: {', '.join(names) or 'no rows'}")
+    return document_id, text
+
+
+def write_job(path: Path, start: Start, force: bool = False) -> None:
+    """Write a job file that has been checked, and the schema beside it. Raises JobError and OutputError."""
+    if path.exists() and not force:
+        raise JobError(f"{path}: exists already; --force replaces it")
+    if not start.text.isidentifier():
+        raise JobError(f"--text {start.text}: a prompt can't name this column; rename it to letters, digits and _")
+    with atomic_file(path) as temporary:
+        temporary.write_text("".join(f"{line}\n" for line in _lines(path, start)), encoding="utf-8")
+        try:
+            job = load_job(temporary)
+            check_documents(job.documents, template_columns(job.prompt))
+        except JobError as error:
+            raise type(error)(str(error).replace(str(temporary), str(path))) from None
+    with atomic_file(path.with_name(SCHEMA_FILE)) as temporary:
+        temporary.write_text(json.dumps(job_schema(), indent=1) + "\n", encoding="utf-8")
+
+
+def _may_be_id(values: Sequence[object]) -> bool:
+    is_whole = all(isinstance(value, str | int) and not isinstance(value, bool) and value != "" for value in values)
+    return is_whole and len(set(values)) == len(values)
+
+
+def _lines(path: Path, start: Start) -> Iterator[str]:
+    yield f"# yaml-language-server: $schema={SCHEMA_FILE}"
+    yield f"# pipeline plan {path.name} says what a run would cost, pipeline run {path.name} does it."
+    yield "# Lines that begin with # show defaults."
+    given = _given(path, start)
+    for name, field in Job.model_fields.items():
+        kind = field.annotation
+        if name == "queries":
+            yield _commented("queries:", name)
+            yield from _query_lines(given["queries"])
+        elif isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield from _section_lines(name, kind, given.get(name, {}))
+        elif name in given:
+            yield _commented(f"{name}: {_yaml(given[name])}", name)
+        else:
+            yield _commented(f"# {name}: {_yaml(path.stem if name == 'name' else field.default)}", name)
+
+
+def _section_lines(section: str, kind: type[BaseModel], given: dict[str, Any]) -> Iterator[str]:
+    yield _commented(f"{section}:" if given else f"# {section}:", section)
+    for name, field in kind.model_fields.items():
+        if name in given:
+            yield _commented(f"  {name}: {_yaml(given[name])}", f"{section}.{name}")
+        else:
+            default = field.get_default(call_default_factory=True)
+            yield _commented(f"#   {name}: {_yaml(default)}", f"{section}.{name}")
+
+
+def _query_lines(queries: Sequence[dict[str, str]]) -> Iterator[str]:
+    for query in queries:
+        yield f"  - id: {_yaml(query['id'])}"
+        yield f"    text: {_yaml(query['text'])}"
+
+
+def _given(path: Path, start: Start) -> dict[str, Any]:
+    ids: list[str] = []
+    for text in start.queries:
+        name = re.sub(r"\W+", "-", text.lower())[:40].strip("-") or "query"
+        ids.append(f"{name}-{len(ids) + 1}" if name in ids else name)
+    return {
+        "model": _relative(start.model, path.parent) if os.path.isdir(start.model) else start.model,
+        "documents": {"path": _relative(start.documents, path.parent), "id": start.id, "text": start.text},
+        "prompt": {"context": f"{{{{ {start.text} }}}}"},
+        "queries": [{"id": name, "text": text} for name, text in zip(ids, start.queries, strict=True)],
+        "cache": {"dir": ".cache"},
+        "output": {"path": f"out/{path.stem}.parquet"},
+    }
+
+
+def _relative(path: str, folder: Path) -> str:
+    return path if os.path.isabs(path) or "://" in path else os.path.relpath(path, folder)
+
+
+def _commented(line: str, key: str) -> str:
+    return f"{line:<{_COMMENTS_AT}} # {KEYS[key]}"
+
+
+def _yaml(value: object) -> str:
+    """A value on one line."""
+    plain = list(value) if isinstance(value, tuple) else value
+    text = yaml.safe_dump(plain, default_flow_style=True, width=float("inf"), allow_unicode=True)
+    return text.removesuffix("...\n").strip()

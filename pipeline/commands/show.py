@@ -1,0 +1,134 @@
+"""A job's answers as they stand, to be looked at: side by side on a terminal, or one a line.
+
+Finished parts are read while a job still runs. Knows rows, widths and what a terminal is not to be sent; nothing of
+how answers come about, nor which of them the next run would give again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+
+from rich.cells import cell_len
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from pipeline.errors import JobError, OutputError, suggestion
+from pipeline.inputs.inputs import Inputs
+from pipeline.job.job import Job
+from pipeline.job.shards import Shard, shards_folder
+from pipeline.output.results import Results
+from pipeline.output.rows import Row
+from pipeline.printable import printable
+
+LINES = 8  # of an answer, in a table
+_NARROWEST = 24  # columns of an answer beside others
+_WIDEST_ID = 24
+_GAP = 2
+
+
+class Answers:
+    """What there is of a job's answers, read as often as it is wanted.
+
+    documents, queries: ids of those to be seen; all where there are none. failed: failed rows alone. Raises JobError
+    for unknown ids and OutputError where there is no result yet.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        documents: Collection[str] = (),
+        queries: Collection[str] = (),
+        failed: bool = False,
+        shard: Shard | None = None,
+    ) -> None:
+        self._job, self._inputs = job, Inputs(job, shard)
+        self._documents, self._failed = frozenset(documents), failed
+        ids = [query.id for query in self._inputs.queries]
+        for name in queries:
+            if name not in ids:
+                raise JobError(f"--query {name}: the job has no such query{suggestion(name, ids)}")
+        self.queries = [query for query in self._inputs.queries if not queries or query.id in queries]
+        for name in self._documents.difference(self.ids()):
+            raise JobError(f"--document {name}: there is no such document in {job.documents.path}")
+        with self._results() as results:
+            if not results.exist:
+                in_shards = shards_folder(job.result_file).exists()
+                told = "pipeline merge takes them from the shards" if in_shards else "pipeline run makes them"
+                raise OutputError(f"{job.output.path}: there are no answers yet; {told}")
+
+    def ids(self) -> Iterator[str]:
+        """The documents to be seen."""
+        return (name for name, _ in self._pairs())
+
+    def __iter__(self) -> Iterator[tuple[str, dict[str, Row | None]]]:
+        """Each document and its rows by query id, in input order; None for those that are not there yet."""
+        seen = {query.id for query in self.queries}
+        with self._results() as results:
+            for document_id, asked in self._pairs():
+                known = results.rows(document_id)
+                rows = {query_id: known.get(query_id) for query_id in asked if query_id in seen}
+                if self._failed:
+                    rows = {query_id: row for query_id, row in rows.items() if row and row.status == "error"}
+                if rows:
+                    yield document_id, rows
+
+    def _results(self) -> Results:
+        return Results(self._job.result_file, url=self._job.result_url, read_only=True)
+
+    def _pairs(self) -> Iterator[tuple[str, list[str]]]:
+        return (pair for pair in self._inputs.pairs() if not self._documents or pair[0] in self._documents)
+
+
+def said(row: Row) -> str:
+    """A row's answer, or its error."""
+    return row.answer or "" if row.status == "ok" else f"{row.error_type}: {row.error}"
+
+
+def lines(answers: Answers) -> Iterator[str]:
+    """Document, query, status and answer of every row on one line, with tabs between."""
+    for document_id, rows in answers:
+        for row in filter(None, rows.values()):
+            cells = (document_id, row.query_id, row.status, said(row))
+            yield "\t".join(" ".join(_harmless(cell).split()) for cell in cells)
+
+
+def tables(answers: Answers, console: Console, full: bool = False) -> Iterator[Table]:
+    """Documents down, queries across, as many as the console has room for; then the next queries, and so on.
+
+    Yields a table for each line, so that none is held. Answers are cut to a few lines unless ``full``.
+    """
+    id_width = min(_WIDEST_ID, max(map(cell_len, answers.ids()), default=0))
+    room = console.width - id_width
+    across = max(1, min(len(answers.queries), room // (_NARROWEST + _GAP)))
+    width = max(1, room // across - _GAP)
+    for start in range(0, len(answers.queries), across):
+        band = answers.queries[start : start + across]
+        widths = [id_width, *[width] * len(band)]
+        heading = [Text(_harmless(query.id), "bold") for query in band]
+        yield _line([Text(""), *heading], widths)
+        for document_id, rows in answers:
+            cells = [_cell(rows[query.id], console, width, full) if query.id in rows else Text() for query in band]
+            yield _line([Text(_harmless(document_id), "bold"), *cells], widths)
+
+
+def _line(cells: Sequence[Text], widths: Sequence[int]) -> Table:
+    line = Table.grid(padding=(0, _GAP, 1, 0))
+    for width in widths:
+        line.add_column(width=width, overflow="fold")
+    line.add_row(*cells)
+    return line
+
+
+def _cell(row: Row | None, console: Console, width: int, full: bool) -> Text:
+    if row is None:
+        return Text("open", "dim")
+    text = Text(_harmless(said(row)), "red" if row.status == "error" else "")
+    wrapped = text.wrap(console, width, overflow="fold")
+    if full or len(wrapped) <= LINES:
+        return Text("\n").join(wrapped)
+    return Text("\n").join([*wrapped[: LINES - 1], Text("…", "dim")])
+
+
+def _harmless(text: str) -> str:
+    return printable(text.replace("\r\n", "\n").expandtabs(4))

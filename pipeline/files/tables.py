@@ -1,0 +1,250 @@
+"""Rows of Parquet, JSON Lines and text files, checked and streamed with the columns that are wanted.
+
+It knows files, formats and columns, not what the rows are for. It never holds more than one row and the page it stands
+in. A Parquet page is read whole, and pyarrow's writer puts up to 1,024 rows in one, so very long texts stream in less
+memory if they were written with `write_batch_size=16`.
+
+A text file is one row: `id` is its path relative to the folder, `text` what it says. In JSON Lines a key that a line
+lacks is null; one that no line of a file has is an error.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain, islice
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.errors import InputError, one_line, suggestion
+from pipeline.files.find import JSON, PARQUET, TEXT_FILE, InputFile, find_files
+
+# Without a buffer pyarrow reads a whole column chunk at once, however small the batches are.
+_BUFFER_BYTES = 1 << 20
+_BROKEN = (OSError, ValueError, pa.ArrowException)
+_TEXT_COLUMNS = ("id", "text")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a column may hold: in words, as an Arrow type and as a value."""
+
+    words: str
+    fits_type: Callable[[Any], bool]
+    fits_value: Callable[[Any], bool]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A column that is needed; ``user`` says by whom, as the beginning of a message."""
+
+    name: str
+    user: str
+    kind: Kind
+
+
+@dataclass(frozen=True)
+class Record:
+    """One row: the wanted columns, and where it stands."""
+
+    values: dict[str, Any]
+    file: InputFile
+    number: int
+
+    @property
+    def place(self) -> str:
+        """Where the row stands, for messages."""
+        if self.file.format == TEXT_FILE:
+            return str(self.file)
+        number = f"line {self.number}" if self.file.format == JSON else f"row {self.number} (from 0)"
+        return f"{number} of {self.file}"
+
+
+def _is_text(kind: Any) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    # A column of nulls alone has the type null.
+    return any(
+        check(kind)
+        for check in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
+    )
+
+
+ANYTHING = Kind("anything", lambda _: True, lambda _: True)
+TEXT = Kind("text", _is_text, lambda value: isinstance(value, str))
+ID = Kind(
+    "text or whole numbers",
+    lambda kind: bool(pa.types.is_integer(kind)) or _is_text(kind),
+    lambda value: isinstance(value, str | int) and not isinstance(value, bool),
+)
+
+
+class Table:
+    """The rows of the files that a path, a folder or a glob names: files by name, rows as they stand.
+
+    key: of the job file, that the path was given by. columns: all that are needed. Raises InputError where there is no
+    file, or where they are of several formats.
+    """
+
+    def __init__(self, path: str, key: str, columns: Sequence[Column]) -> None:
+        self.files = find_files(path, key)
+        self._columns = columns
+
+    def check(self) -> None:
+        """Raises InputError where a file lacks a column, or has it in another type. Reads no texts of Parquet."""
+        for file in self.files:
+            if file.format == JSON:
+                self._check_json(file)
+            elif file.format == PARQUET:
+                self._check_parquet(file)
+            else:
+                self._check_presence(file, _TEXT_COLUMNS)
+
+    def records(self, names: Collection[str], rows_per_batch: int) -> Iterator[Record]:
+        """The rows, with the named columns only; one that is not needed may be lacking, and is null then.
+
+        Raises InputError where a file is damaged.
+        """
+        for file in self.files:
+            for number, values in self._rows(file, names, rows_per_batch):
+                yield Record({name: values.get(name) for name in names}, file, number)
+
+    def _rows(
+        self, file: InputFile, names: Collection[str], rows_per_batch: int
+    ) -> Iterable[tuple[int, dict[str, Any]]]:
+        if file.format == JSON:
+            return self.json_rows(file)
+        if file.format == PARQUET:
+            needed = {column.name for column in self._columns}
+            return enumerate(_parquet_rows(file, sorted(names), needed, rows_per_batch))
+        return [(0, self._read_text(file, names))]
+
+    def _check_parquet(self, file: InputFile) -> None:
+        with _open_parquet(file) as parquet:
+            schema = parquet.schema_arrow
+        self._check_presence(file, schema.names)
+        for column in self._columns:
+            kind = schema.field(column.name).type
+            if not column.kind.fits_type(kind):
+                raise InputError(
+                    f"{column.user} the column '{column.name}', which in {file} is {kind}; expected {column.kind.words}"
+                )
+
+    def _check_json(self, file: InputFile) -> None:
+        seen: set[str] = set()
+        for _, values in self.json_rows(file):
+            seen |= values.keys()
+        if seen:
+            self._check_presence(file, sorted(seen))
+
+    def _check_presence(self, file: InputFile, names: Sequence[str]) -> None:
+        for column in self._columns:
+            times = names.count(column.name)
+            told = f"{column.user} the column '{column.name}', which {file}"
+            if times == 0:
+                raise InputError(f"{told} lacks{suggestion(column.name, set(names))}")
+            if times > 1:
+                raise InputError(f"{told} has {times} times; rename the others")
+
+    def json_rows(self, file: InputFile) -> Iterator[tuple[int, dict[str, Any]]]:
+        """The numbers and objects of lines that are not blank."""
+        try:
+            with file.open() as lines:
+                for number, line in enumerate(lines, start=1):
+                    if line.strip():
+                        yield number, self._parse(line, f"line {number} of {file}")
+        except OSError as error:
+            raise InputError(f"{file}: cannot be read: {one_line(error)}") from None
+
+    def _parse(self, line: bytes, place: str) -> dict[str, Any]:
+        text = line.decode("utf-8", errors="replace").removeprefix("\ufeff")
+        try:
+            values = json.loads(text)
+            if "\\u" in text:  # which may be half a character
+                values = json.loads(json.dumps(values, ensure_ascii=False).encode("utf-8", errors="replace"))
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{place} is not JSON: {one_line(error)}") from None
+        if not isinstance(values, dict):
+            raise InputError(f'{place} is no JSON object, such as {{"id": "a", "text": "…"}}')
+        for column in self._columns:
+            value = values.get(column.name)
+            if value is not None and not column.kind.fits_value(value):
+                raise InputError(
+                    f"{column.user} the column '{column.name}', which in {place} is {_shortened(value)}; "
+                    f"expected {column.kind.words}"
+                )
+        return values
+
+    def _read_text(self, file: InputFile, names: Collection[str]) -> dict[str, Any]:
+        if "text" not in names:
+            return {"id": file.id}
+        try:
+            with file.open() as content:
+                text = content.read().decode("utf-8", errors="replace")
+            return {"id": file.id, "text": text.removeprefix("\ufeff")}
+        except OSError as error:
+            raise InputError(f"{file}: cannot be read: {one_line(error)}") from None
+
+
+def first_rows(path: str, key: str, count: int) -> list[dict[str, Any]]:
+    """The first rows of the first file that a path names, with their columns of texts and whole numbers alone."""
+    table = Table(path, key, ())
+    file = table.files[0]
+    names: Collection[str] = _TEXT_COLUMNS
+    if file.format == PARQUET:
+        with _open_parquet(file) as parquet:
+            names = [field.name for field in parquet.schema_arrow if ID.fits_type(field.type)]
+    if file.format != JSON:
+        return [record.values for record in islice(table.records(names, rows_per_batch=1), count)]
+    rows = [values for _, values in islice(table.json_rows(file), count)]
+    names = [
+        name for name in dict.fromkeys(chain.from_iterable(rows)) if all(_may_be_id(row.get(name)) for row in rows)
+    ]
+    return [{name: row.get(name) for name in names} for row in rows]
+
+
+def _may_be_id(value: object) -> bool:
+    return value is None or ID.fits_value(value)
+
+
+def _shortened(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 40 else f"{text[:39]}…"
+
+
+@contextmanager
+def _open_parquet(file: InputFile) -> Iterator[Any]:
+    try:
+        with file.open_for_arrow() as source:
+            yield pq.ParquetFile(source, buffer_size=_BUFFER_BYTES, pre_buffer=False)
+    except _BROKEN as error:
+        raise InputError(f"{file}: cannot be read as Parquet: {one_line(error)}") from None
+
+
+def _parquet_rows(
+    file: InputFile, names: Sequence[str], needed: Collection[str], rows_per_batch: int
+) -> Iterator[dict[str, Any]]:
+    with _open_parquet(file) as parquet:
+        columns = [name for name in names if name in needed or parquet.schema_arrow.names.count(name) == 1]
+        batches = parquet.iter_batches(rows_per_batch, columns=columns, use_threads=False)
+        while True:
+            try:
+                batch = next(batches, None)
+                if batch is None:
+                    return
+                records = [{name: _value(batch.column(name)[i]) for name in columns} for i in range(len(batch))]
+            except _BROKEN as error:
+                raise InputError(f"{file}: cannot be read: {one_line(error)}") from None
+            yield from records
+
+
+def _value(scalar: Any) -> Any:
+    try:
+        return scalar.as_py()
+    except UnicodeDecodeError:
+        # One row of broken UTF-8 is no reason to fail a job.
+        return scalar.as_buffer().to_pybytes().decode("utf-8", errors="replace")

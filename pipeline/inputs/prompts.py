@@ -1,0 +1,231 @@
+"""Prompts: rendered from a document's columns, tokenised whole, and cut where context ends and query begins.
+
+It knows jinja2 and how to ask a tokenizer for a prompt. It does not know how documents are read, how a model
+is loaded or what a cache is. `Renderer` needs no tokenizer, so a prompt is fingerprinted without a model.
+
+Text tokenised apart and joined is not what the same text gives at once, so every query's whole prompt is
+tokenised, and the context is the longest run of tokens that all of them start with: the queries of the job
+and a few fixed probes. The probes end the context where it would end for almost any query, so that a query
+added to a job leaves it alone. One that doesn't can only shorten it, which misses the cache, never more.
+(Tokenising only the end of each prompt would be faster, but no tokenizer promises that it is the same.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import Template, meta, nodes
+from jinja2.sandbox import SandboxedEnvironment
+
+from pipeline.errors import EmptyDocument, JobError, ModelError, PromptFailed, one_line
+from pipeline.inputs.documents import Document
+from pipeline.inputs.templates import checked, environment
+from pipeline.job.job import Prompt
+
+SHARED_CHARACTERS = 1000  # from which on a beginning that all documents have is prefilled by itself
+_PROBES = ("What", "1", "(x)", "\n-", " é")
+# Bounds the tokens held at once; enough to keep a tokenizer's threads busy.
+_PROMPTS_PER_GROUP = 8
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A document's system text and context, as text."""
+
+    system: str | None
+    context: str
+
+
+@dataclass(frozen=True)
+class TokenisedDocument:
+    """`context + suffixes[i]` are the tokens of the i-th query's whole prompt; no suffix is empty."""
+
+    context: list[int]
+    suffixes: list[list[int]]
+
+
+def template_columns(prompt: Prompt) -> set[str]:
+    """The columns that the prompt's templates use.
+
+    >>> sorted(template_columns(Prompt(context="{{ title }}: {{ text }}")))
+    ['text', 'title']
+    """
+    sandbox = environment()
+    context = meta.find_undeclared_variables(sandbox.parse(checked("prompt.context", prompt.context)))
+    if not context:
+        raise JobError("prompt.context uses no column, so every document would have the same context; use {{ text }}")
+    system = sandbox.parse(checked("prompt.system", prompt.system or ""))
+    return context | meta.find_undeclared_variables(system)
+
+
+class Renderer:
+    """Renders the prompt's templates over one document's columns.
+
+    shared: what every document's prompt begins with, whatever its columns, if that is long; else None.
+    """
+
+    def __init__(self, prompt: Prompt) -> None:
+        sandbox = environment()
+        self._context = sandbox.from_string(checked("prompt.context", prompt.context))
+        self._system = sandbox.from_string(checked("prompt.system", prompt.system or ""))
+        self.shared = _shared(sandbox, prompt)
+
+    def render(self, document: Document) -> Rendered:
+        """Raises EmptyDocument for a blank text and PromptFailed where a template fails on this row."""
+        if not document.text.strip():
+            raise EmptyDocument("the document's text is empty")
+        system = _fill(self._system, "prompt.system", document)
+        return Rendered(system or None, _fill(self._context, "prompt.context", document))
+
+
+class PromptTokenizer:
+    """Turns a rendered document and its queries into tokens, through the model's chat template if it has one.
+
+    `tokenizer` is mlx-lm's TokenizerWrapper or a Hugging Face tokenizer. `thinks` is what templates of models that
+    can think before they answer are told. Raises ModelError where the chat template cannot be used at all.
+
+    folds_system: whether the template has no place for a system text, which then is put before the context.
+    """
+
+    def __init__(self, tokenizer: Any, thinks: bool = False) -> None:
+        self._tokenizer = tokenizer
+        self._has_template = _has_chat_template(tokenizer)
+        self._template_options = {"enable_thinking": thinks, **_template_options(tokenizer)}
+        self.folds_system = self._has_template and not self._takes_system_role()
+        self._encode = _find_encoder(tokenizer, add_special_tokens=not self._has_template)
+
+    def tokenise(self, rendered: Rendered, query_texts: Sequence[str]) -> TokenisedDocument:
+        """Tokenise each query's whole prompt and split it at the end of the context. Raises PromptFailed."""
+        first: list[int] = []
+        tails: list[tuple[int, list[int]]] = []  # how far a prompt agrees with the first, and the rest of it
+        for tokens in self._prompts(rendered, [*query_texts, *_PROBES]):
+            first = first or tokens
+            shared = _shared_length(first, tokens)
+            # The last token is never context: a suffix has at least one token to start the answer from.
+            tails.append((min(shared, len(tokens) - 1), tokens[min(shared, len(tokens) - 1) :]))
+        end = min(shared for shared, _ in tails)
+        if end < 1:
+            raise PromptFailed("the prompts of two queries differ from the first token on: there is no context")
+        suffixes = [first[end:shared] + tail for shared, tail in tails[: len(query_texts)]]
+        return TokenisedDocument(first[:end], suffixes)
+
+    def count(self, prompts: Sequence[str]) -> list[int]:
+        """How many tokens each whole prompt has; best asked of many at once."""
+        return [len(tokens) for tokens in self._encode(list(prompts))]
+
+    def shared_tokens(self, shared: Rendered) -> list[int]:
+        """The tokens that every document's context begins with. Raises PromptFailed."""
+        texts = (Rendered(shared.system, shared.context + probe) for probe in _PROBES)
+        prompts = self._encode([self.prompt_text(text, _PROBES[0]) for text in texts])
+        return prompts[0][: min(_shared_length(prompts[0], other) for other in prompts[1:])]
+
+    def prompt_text(self, rendered: Rendered, query_text: str) -> str:
+        """The whole prompt of one query as the model reads it. Raises PromptFailed."""
+        system, user = rendered.system, f"{rendered.context}\n\n{query_text}"
+        if system is not None and (self.folds_system or not self._has_template):
+            system, user = None, f"{system}\n\n{user}"
+        if not self._has_template:
+            return f"{user}\n\n"
+        try:
+            return self._apply(system, user)
+        except Exception as error:
+            raise PromptFailed(f"the model's chat template fails: {one_line(error)}") from error
+
+    def _prompts(self, rendered: Rendered, query_texts: Sequence[str]) -> Iterator[list[int]]:
+        for start in range(0, len(query_texts), _PROMPTS_PER_GROUP):
+            group = query_texts[start : start + _PROMPTS_PER_GROUP]
+            yield from self._encode([self.prompt_text(rendered, text) for text in group])
+
+    def _apply(self, system: str | None, user: str) -> str:
+        messages = [] if system is None else [{"role": "system", "content": system}]
+        messages.append({"role": "user", "content": user})
+        text: str = self._tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, **self._template_options
+        )
+        return text
+
+    def _takes_system_role(self) -> bool:
+        """Whether the system text reaches the model: some templates refuse the role, some drop it."""
+        try:
+            return "probe-of-system" in self._apply("probe-of-system", "probe-of-user")
+        except Exception:
+            pass
+        try:
+            self._apply(None, "probe-of-user")
+        except Exception as error:
+            raise ModelError(f"the model's chat template fails on a user message: {one_line(error)}") from error
+        return False
+
+
+def _shared(sandbox: SandboxedEnvironment, prompt: Prompt) -> Rendered | None:
+    """System text and the beginning of the context, as far as no column is used in them."""
+    system = prompt.system or ""
+    if meta.find_undeclared_variables(sandbox.parse(system)):
+        return None
+    first = next(iter(sandbox.parse(prompt.context).body), None)
+    literal = ""
+    if isinstance(first, nodes.Output) and isinstance(first.nodes[0], nodes.TemplateData):
+        literal = first.nodes[0].data
+    try:
+        system = sandbox.from_string(system).render()
+    except Exception:  # then it fails for every document, which is told of each
+        return None
+    return Rendered(system or None, literal) if len(system) + len(literal) >= SHARED_CHARACTERS else None
+
+
+def _fill(template: Template, key: str, document: Document) -> str:
+    try:
+        return template.render(document.columns)
+    except Exception as error:
+        raise PromptFailed(f"{key}: {one_line(error)}") from error
+
+
+def _has_chat_template(tokenizer: Any) -> bool:
+    # mlx-lm's wrapper may render in Python, with no template in the tokenizer.
+    if hasattr(tokenizer, "has_chat_template"):
+        return bool(tokenizer.has_chat_template)
+    return getattr(tokenizer, "chat_template", None) is not None
+
+
+# Llama's own date where the clock is not to be had.
+_DATE = {"%Y": "2024", "%y": "24", "%m": "07", "%B": "July", "%b": "Jul", "%d": "26", "%H": "00", "%M": "00"}
+
+
+def _template_options(tokenizer: Any) -> dict[str, str]:
+    """What stops a chat template from writing today's date, which would give every day another context."""
+    template = getattr(tokenizer, "chat_template", None)
+    if not isinstance(template, str) or "strftime_now" not in template:
+        return {}
+    date = "".join(f" | replace('{directive}', '{value}')" for directive, value in _DATE.items())
+    macro = f"{{% macro strftime_now(format) %}}{{{{ format{date} }}}}{{% endmacro +%}}"
+    return {"chat_template": macro + template}
+
+
+def _find_encoder(tokenizer: Any, add_special_tokens: bool) -> Callable[[list[str]], list[list[int]]]:
+    """The fastest way to tokenise several texts that gives what `tokenizer.encode` gives for each."""
+    # Without `verbose` there is a warning for each text longer than the model's training length.
+    options: dict[str, Any] = {"add_special_tokens": add_special_tokens, "verbose": False}
+
+    def one_by_one(texts: list[str]) -> list[list[int]]:
+        return [list(tokenizer.encode(text, **options)) for text in texts]
+
+    # mlx-lm's wrapper forwards methods, but cannot be called.
+    call = tokenizer if callable(tokenizer) else getattr(tokenizer, "_tokenizer", None)
+    if not callable(call):
+        return one_by_one
+
+    def together(texts: list[str]) -> list[list[int]]:
+        ids: list[list[int]] = call(texts, return_attention_mask=False, **options)["input_ids"]
+        return ids
+
+    # Some classes override `encode` alone, mlx-lm's NewlineTokenizer for one.
+    sample = ["one\ntwo  three\r\n\té <n> 42"]
+    return together if together(sample) == one_by_one(sample) else one_by_one
+
+
+def _shared_length(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two sequences start with in common."""
+    pairs = zip(a, b, strict=False)
+    return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))

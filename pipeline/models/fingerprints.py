@@ -1,0 +1,125 @@
+"""Tell by content whether two folders hold the same model, adapter or tokenizer, as digests.
+
+Knows which files of a folder decide what a model computes. Needs neither MLX nor mlx-lm.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from pipeline.models.loading import adapter_files, weight_files
+from turboquant.plain_files import open_regular
+
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+)
+_CONFIGS = ("config.json", "generation_config.json", "hf_quant_config.json")  # the second has stop tokens
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_MEMO_FORMAT = 1
+
+Memo = dict[str, dict[str, Any]]
+
+
+def weights_fingerprint(
+    path: Path, memo: Path, remember: bool = True, adapter: Path | None = None, trust_remote_code: bool = False
+) -> str:
+    """SHA-256 over the configs and the content of every weight file: same name, other weights, other print.
+
+    An adapter's files count too, and a model's own code where that is run.
+
+    Hashing many gigabytes takes a while, so each file's digest is remembered in the JSON file `memo` under
+    its resolved path, for as long as size, times and inode stay. A broken memo is ignored.
+    Without `remember` it is read and not written.
+    """
+    small = [file for name in _CONFIGS if (file := path / name).exists()]
+    large = weight_files(path)
+    if trust_remote_code:
+        small += sorted(path.glob("*.py"))
+    if adapter is not None:
+        config, weights = adapter_files(adapter)
+        small, large = [*small, config], [*large, weights]
+    remembered = _read_memo(memo)
+    digests = {file: _content_digest(file, remembered) for file in large}
+    if remember and any(remembered.get(key) != value for key, value in digests.values()):
+        _write_memo(memo, remembered | dict(digests.values()))
+    parts = [(file.name, file.read_bytes()) for file in small]
+    parts += [(file.name, bytes.fromhex(value["sha256"])) for file, (_, value) in digests.items()]
+    return _digest("weights", parts)
+
+
+def tokenizer_fingerprint(path: Path, template_arguments: Mapping[str, Any] | None = None) -> str:
+    """SHA-256 over everything that turns text into tokens: vocabulary, chat template and its arguments."""
+    files = sorted({file for pattern in _TOKENIZER_FILES for file in path.glob(pattern)})
+    parts = [(file.name, file.read_bytes()) for file in files]
+    arguments = json.dumps(template_arguments or {}, sort_keys=True, ensure_ascii=True)
+    return _digest("tokenizer", [*parts, ("template arguments", arguments.encode())])
+
+
+def _digest(kind: str, parts: Iterable[tuple[str, bytes]]) -> str:
+    """Every name and content is preceded by its length, so that no two lists of parts look the same."""
+    digest = hashlib.sha256()
+    for name, content in [("kind", kind.encode()), *parts]:
+        for field in (name.encode(), content):
+            digest.update(len(field).to_bytes(8, "little") + field)
+    return digest.hexdigest()
+
+
+def _content_digest(file: Path, remembered: Memo) -> tuple[str, dict[str, Any]]:
+    """A memo entry for `file`: its resolved path, what `stat` says, and the SHA-256 of its content."""
+    real = file.resolve()
+    state = real.stat()  # before hashing: a change meanwhile makes the entry stale, not wrong
+    # Unlike mtime, ctime can't be set back by whoever copies or touches the file.
+    entry = {"size": state.st_size, "inode": state.st_ino}
+    entry |= {"mtime_ns": state.st_mtime_ns, "ctime_ns": state.st_ctime_ns}
+    known = remembered.get(str(real), {})
+    digest = str(known.get("sha256"))
+    if _SHA256.fullmatch(digest) and known == {**entry, "sha256": digest}:
+        return str(real), known
+    return str(real), {**entry, "sha256": _hash_file(real)}
+
+
+def _hash_file(file: Path) -> str:
+    digest, buffer = hashlib.sha256(), bytearray(1 << 22)
+    with file.open("rb", buffering=0) as stream:
+        while count := stream.readinto(buffer):
+            digest.update(memoryview(buffer)[:count])
+    return digest.hexdigest()
+
+
+def _read_memo(memo: Path) -> Memo:
+    try:
+        with open_regular(memo) as file:
+            content = json.loads(file.read())
+        files = content["files"] if content["format"] == _MEMO_FORMAT else {}
+        return {path: entry for path, entry in files.items() if isinstance(entry, dict)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _write_memo(memo: Path, files: Memo) -> None:
+    """Atomic, so that a reader never meets half a memo. Not being able to write one only costs time."""
+    temporary = memo.with_name(f"{memo.name}.{os.getpid()}.tmp")
+    try:
+        memo.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps({"format": _MEMO_FORMAT, "files": files}, indent=1))
+        temporary.replace(memo)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
