@@ -25,8 +25,8 @@ from contracts import contract_samples, measure_contracts
 from turboquant.fidelity import load_model, table
 
 if TYPE_CHECKING:
-    from turboquant.drift import Contender, Fidelity
-    from turboquant.forced import Context
+    from turboquant.measuring.drift import Contender, Fidelity
+    from turboquant.measuring.forced import Context
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = {"turboquant-mlx-full": "0.30.0", "mlx-turboquant": "0.0.2"}
@@ -35,7 +35,7 @@ OURS = "turboquant"
 
 def _ours() -> list[Contender]:
     from turboquant.codec import CacheCodec
-    from turboquant.contenders import affine, exact, streaming
+    from turboquant.measuring.contenders import affine, exact, streaming
 
     codecs = [CacheCodec(keys, values) for keys, values in ((4, 4), (4, 3), (3, 3), (2, 2))]
     baseline = [affine(bits, prefill) for prefill in ("exact", "streaming") for bits in (8, 4)]
@@ -74,7 +74,7 @@ def _mlx_turboquant() -> list[Contender]:
 def _contender(
     name: str, keys: int, values: int, make: Callable[[Context], list[Any]], count: Callable[[Any], int]
 ) -> Contender:
-    from turboquant.drift import Contender, Filled
+    from turboquant.measuring.drift import Contender, Filled
     from turboquant.prefix import feed
 
     def fill(context: Context) -> Filled:
@@ -99,7 +99,7 @@ def _work(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _measured(worker: str, python: Path | str, arguments: argparse.Namespace) -> list[Fidelity]:
     """The figures of one package's caches, from a process of the environment given."""
-    from turboquant.drift import Fidelity
+    from turboquant.measuring.drift import Fidelity
 
     command = [str(python), str(Path(__file__).resolve()), "--worker", worker]
     for name in ("model", "data", "tokens", "contracts", "questions"):

@@ -3,81 +3,40 @@
     python -m turboquant.bench
     python -m turboquant.bench --tokens 4096 32768 131072 --rows 1 16 --bits 4 3 4/3 --json --plot speed.png
 
-One decoding step of one layer: each row asks one query a head of a context that all rows share. Random numbers, whose
-attention is spread as evenly as can be: no tokens are skipped by anything measured here. Knows the command line,
-kernels and clocks; what compression does to a model is fidelity.py's.
+Knows the command line; what is measured, and how, is measuring/speed.py's.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from turboquant import plot
 from turboquant.blas import load_tuned_blas
 from turboquant.codebook import SUPPORTED_BITS
-from turboquant.columns import aligned
+from turboquant.measuring import plot
+from turboquant.measuring.columns import aligned
 
 if TYPE_CHECKING:
-    import mlx.core as mx
-
-    from turboquant.codec import CacheCodec
-
-CPU_TOKENS, GPU_TOKENS = (1024, 4096, 16384), (4096, 32768, 131072)
-MLX_BITS = 4  # of mlx-lm's quantised cache
-SECONDS = 0.2  # that a figure is measured for, at least
-ROUNDS = 5
-
-
-@dataclass(frozen=True)
-class Speed:
-    """What one way to attend a context takes.
-
-    microseconds: a step of all rows, the median of ``ROUNDS`` rounds of many steps queued one behind the other.
-    nbytes: of the context's K/V. relative: full precision's microseconds by these. milliseconds_to_encode: from K/V in
-    full precision, with what a prefill gathers of the context's queries.
-    """
-
-    way: str
-    tokens: int
-    rows: int
-    microseconds: float
-    nbytes: int
-    relative: float
-    milliseconds_to_encode: float | None = None
-
-    @property
-    def gigabytes_per_second(self) -> float:
-        """Of the context's K/V, read once a step."""
-        return self.nbytes / self.microseconds / 1e3
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Of a layer: query heads, K/V heads and coordinates a head."""
-
-    heads: int = 32
-    kv_heads: int = 8
-    head_dim: int = 128
+    from turboquant.measuring.speed import Speed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, 2 for a wrong command line, 130 where it was interrupted."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    sizes = Sizes(options.heads, options.kv_heads, options.head_dim)
-    if sizes.heads % sizes.kv_heads:
-        parser.error(f"--heads {sizes.heads} is no multiple of --kv-heads {sizes.kv_heads}")
+    if options.heads % options.kv_heads:
+        parser.error(f"--heads {options.heads} is no multiple of --kv-heads {options.kv_heads}")
     if options.plot is not None and (reason := plot.why_not(options.plot)):
         parser.error(reason)
     load_tuned_blas()
+    from turboquant.measuring.speed import Sizes, machine, measure  # MLX, and so after the BLAS
+
+    sizes = Sizes(options.heads, options.kv_heads, options.head_dim)
     try:
         speeds = []
         for speed in measure(options.tokens, options.rows, options.bits, sizes):
@@ -94,48 +53,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def measure(
-    tokens: Sequence[int] | None, rows: Sequence[int], bits: Sequence[tuple[int, int]], sizes: Sizes
-) -> Iterator[Speed]:
-    """Each way's speed at each length of context and number of rows, in that order.
-
-    tokens: by default what suits the device.
-    """
-    import mlx.core as mx
-
-    from turboquant.codec import CacheCodec
-    from turboquant.device import on_cpu
-
-    for count in tokens or (CPU_TOKENS if on_cpu() else GPU_TOKENS):
-        dtype = mx.float32 if on_cpu() else mx.float16
-        keys, values = (mx.random.normal((sizes.kv_heads, count, sizes.head_dim)).astype(dtype) for _ in range(2))
-        mx.eval(keys, values)
-        ways = [_full_precision(keys, values, sizes), _quantized(keys, values)]
-        ways += [_packed(keys, values, CacheCodec(*pair), sizes) for pair in bits]
-        for number in rows:
-            queries = mx.random.normal((number, sizes.heads, 1, sizes.head_dim)).astype(dtype)
-            mx.eval(queries)
-            base = None
-            for name, attends, nbytes, to_encode in ways:
-                took = min(_microseconds(attend, queries) for attend in attends)
-                base = base or took
-                yield Speed(name, count, number, took, nbytes, base / took, to_encode)
-
-
-def machine() -> str:
-    """The device that MLX computes on, and what attends compressed K/V there."""
-    import mlx.core as mx
-
-    from turboquant.codec import CacheCodec
-    from turboquant.device import on_cpu
-    from turboquant.kernels import attention_gpu
-
-    if on_cpu():
-        return "CPU: NumPy and BLAS on compressed K/V"
-    name = mx.device_info().get("device_name", "GPU")
-    return f"{name}: {'a kernel' if attention_gpu.usable(CacheCodec(), 128) else 'MLX operations'} on compressed K/V"
-
-
 def table(speeds: Sequence[Speed]) -> str:
     """The figures as aligned text."""
     lines = [("tokens", "rows", "", "us a step", "of full precision", "MB", "GB/s", "ms to encode")]
@@ -147,101 +64,6 @@ def table(speeds: Sequence[Speed]) -> str:
     return aligned(lines, left={2})
 
 
-Attend = Callable[["mx.array"], "mx.array"]
-Way = tuple[str, list[Attend], int, float | None]
-
-
-def _full_precision(keys: mx.array, values: mx.array, sizes: Sizes) -> Way:
-    """MLX's attention, with all rows' queries of a K/V head side by side: as heads, or as tokens, which is faster."""
-    import mlx.core as mx
-
-    attend = mx.fast.scaled_dot_product_attention
-    repeats, scale = sizes.heads // sizes.kv_heads, sizes.head_dim**-0.5
-
-    def as_heads(queries: mx.array) -> mx.array:
-        grouped = queries.reshape(-1, sizes.kv_heads, repeats, sizes.head_dim).transpose(1, 0, 2, 3)
-        folded = grouped.reshape(1, -1, 1, sizes.head_dim)
-        return attend(folded, keys[None], values[None], scale=scale)
-
-    def as_tokens(queries: mx.array) -> mx.array:
-        return attend(queries.transpose(2, 1, 0, 3), keys[None], values[None], scale=scale)
-
-    return f"full precision, {str(keys.dtype).removeprefix('mlx.core.')}", [as_heads, as_tokens], 2 * keys.nbytes, None
-
-
-def _quantized(keys: mx.array, values: mx.array) -> Way:
-    """mlx-lm's attention over its own quantised cache."""
-    import mlx.core as mx
-    from mlx_lm.models.base import quantized_scaled_dot_product_attention as attend
-
-    packed = [mx.quantize(x[None], group_size=64, bits=MLX_BITS) for x in (keys, values)]
-    mx.eval(packed)
-    scale, nbytes = keys.shape[-1] ** -0.5, sum(part.nbytes for x in packed for part in x)
-
-    def as_tokens(queries: mx.array) -> mx.array:
-        output: mx.array = attend(
-            queries.transpose(2, 1, 0, 3), *packed, scale=scale, mask=None, group_size=64, bits=MLX_BITS
-        )
-        return output
-
-    return f"mlx-lm, {MLX_BITS} bits", [as_tokens], nbytes, None
-
-
-def _packed(keys: mx.array, values: mx.array, codec: CacheCodec, sizes: Sizes) -> Way:
-    """This package's attention."""
-    import mlx.core as mx
-
-    from turboquant.kernels import backend
-    from turboquant.layer import EncodedLayer
-    from turboquant.queries import QueryCollector
-
-    scale, collector = sizes.head_dim**-0.5, QueryCollector(keys.shape[1])
-    step = 2048
-    for start in range(0, keys.shape[1], step):
-        shape = (1, sizes.heads, min(step, keys.shape[1] - start), sizes.head_dim)
-        collector.add(mx.random.normal(shape).astype(keys.dtype), sizes.kv_heads, start, scale)
-    queries = collector.collected()
-
-    def encode() -> EncodedLayer:
-        return EncodedLayer.encode(keys, values, codec, queries)
-
-    layer = encode()  # what a GPU compiles it compiles once
-    took = []
-    for _ in range(ROUNDS):
-        begin = time.perf_counter()
-        layer = encode()
-        took.append(1e3 * (time.perf_counter() - begin))
-
-    def attend(queries: mx.array) -> mx.array:
-        return backend().attend_layer(queries, layer, scale).output
-
-    name = f"turboquant {codec.key_bits}/{codec.value_bits}"
-    return name, [attend], layer.nbytes, statistics.median(took)
-
-
-def _microseconds(attend: Attend, queries: mx.array) -> float:
-    """The median time of a step; steps are queued, so that a GPU is not waited for after each."""
-    import mlx.core as mx
-
-    from turboquant.device import on_cpu
-
-    mx.eval(attend(queries))
-    begin = time.perf_counter()
-    mx.eval(attend(queries))
-    once = time.perf_counter() - begin
-    count = 1 if on_cpu() else max(2, min(50, int(SECONDS / ROUNDS / once)))
-    rounds = max(ROUNDS, int(SECONDS / count / once)) if count == 1 else ROUNDS
-    took = []
-    for _ in range(rounds):
-        begin = time.perf_counter()
-        steps = [attend(queries) for _ in range(count)]
-        if not on_cpu():  # what Python takes is a model's business; there it runs while the GPU computes
-            begin = time.perf_counter()
-        mx.eval(steps)
-        took.append(1e6 * (time.perf_counter() - begin) / count)
-    return statistics.median(took)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m turboquant.bench",
@@ -250,9 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=_positive, nargs="+", help="lengths of the context (default: by device)")
     parser.add_argument("--rows", type=_positive, nargs="+", default=[1, 16], help="that share it (default: 1 16)")
     parser.add_argument("--bits", type=_bits, nargs="+", default=[(4, 4), (3, 3)], help="4, or 4/3 (default: 4 3)")
-    parser.add_argument("--heads", type=_positive, default=Sizes.heads, help="of queries (default: %(default)s)")
-    parser.add_argument("--kv-heads", type=_positive, default=Sizes.kv_heads, help="(default: %(default)s)")
-    parser.add_argument("--head-dim", type=_positive, default=Sizes.head_dim, help="(default: %(default)s)")
+    parser.add_argument("--heads", type=_positive, default=32, help="of queries (default: %(default)s)")
+    parser.add_argument("--kv-heads", type=_positive, default=8, help="(default: %(default)s)")
+    parser.add_argument("--head-dim", type=_positive, default=128, help="(default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them, too; needs the extra `plot`")
     return parser

@@ -18,7 +18,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import BatchKVCache, KVCache
 
 from turboquant.attention import Partial, finish, merge
-from turboquant.kernels import attend_past, attend_past_and_own, backend
+from turboquant.kernels.backends import attend_past, attend_past_and_own, backend
 from turboquant.layer import DenseLayer, EncodedLayer
 
 Mask = mx.array | str | None

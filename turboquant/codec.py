@@ -104,17 +104,17 @@ class Codec:
         """Bits a coordinate with the scale counted."""
         return (32 * self.words + 16) / self.head_dim
 
-    def rounding_metric(self, metric: Any) -> RoundingMetric:
+    def rounding_metric(self, metric: Any, kernel: Callable[[Any], Any] | None = None) -> RoundingMetric:
         """A metric (H, head_dim, head_dim) of vectors as they are given to ``encode``, made ready for it.
 
-        It is of ``device.array_module``: float64 of NumPy's, else float32.
+        It is of ``device.array_module``: float64 of NumPy's, else float32. kernel: see ``RoundingMetric.of``.
         """
         xp = array_module()
         if xp is np:
             basis = _basis(self.rotation)
-            return RoundingMetric.of(np, basis.T @ metric @ basis)
+            return RoundingMetric.of(np, basis.T @ metric @ basis, kernel)
         half = self.rotation.forward(metric).swapaxes(1, 2)  # a product might round to 10 bits, and the metric with it
-        return RoundingMetric.of(mx, self.rotation.forward(half))
+        return RoundingMetric.of(mx, self.rotation.forward(half), kernel)
 
     def encode(self, x: mx.array, mean: mx.array | None = None, metric: RoundingMetric | None = None) -> Encoded:
         """Compress x (..., head_dim), any float dtype.

@@ -12,6 +12,7 @@ import numpy as np
 
 from turboquant.codec import CacheCodec, Codec, Encoded
 from turboquant.device import array_module, on_cpu
+from turboquant.kernels import encoding_gpu
 from turboquant.queries import ContextQueries
 from turboquant.rounding import RoundingMetric
 
@@ -37,7 +38,7 @@ def encode_context(
         _check_finite(finite)
     first = min(codec.sinks, keys.shape[1])
     metric, order, fine = _plan(keys, codec, queries)
-    in_metric = None if metric is None else codec.keys(keys.shape[-1]).rounding_metric(metric)
+    in_metric = None if metric is None else _ready(metric, codec.keys(keys.shape[-1]))
     split = order.shape[1] - fine
     key_mean, value_mean = means or (_mean(keys[:, first:]), _mean(values[:, first:]))
     tensors = {
@@ -84,6 +85,10 @@ def _plan(keys: mx.array, codec: CacheCodec, queries: ContextQueries | None) -> 
     return metric if codec.query_aware else None, order, window + looked_at
 
 
+def _ready(metric: Any, codec: Codec) -> RoundingMetric:
+    return codec.rounding_metric(metric, encoding_gpu.feedback if encoding_gpu.factors(codec.head_dim) else None)
+
+
 def _mean(x: mx.array) -> mx.array:
     """(n_kv_heads, 1, head_dim) float32, zero for no tokens."""
     if x.shape[1] == 0:
@@ -93,8 +98,6 @@ def _mean(x: mx.array) -> mx.array:
 
 def _encode(x: mx.array, order: mx.array, codec: Codec, mean: mx.array, metric: RoundingMetric | None) -> Encoded:
     """Encode vectors of x (n_kv_heads, T, head_dim), those that ``order`` (n_kv_heads, E) names."""
-    from turboquant.kernels import encoding_gpu  # kernels know layers
-
     if order.shape[1] and encoding_gpu.usable(codec, x.dtype, metric is not None):
         return encoding_gpu.encode(x, order, mean[:, 0], codec, metric)
     parts, tile = [], ENCODE_TILE if on_cpu() else GPU_ENCODE_TILE

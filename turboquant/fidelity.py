@@ -18,13 +18,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from turboquant import plot
 from turboquant.blas import load_tuned_blas
 from turboquant.codebook import SUPPORTED_BITS
-from turboquant.columns import aligned
+from turboquant.measuring import plot
+from turboquant.measuring.columns import aligned
 
 if TYPE_CHECKING:
-    from turboquant.drift import Contender, Fidelity, Sample
+    from turboquant.measuring.drift import Contender, Fidelity, Sample
 
 LONGEST = 8192  # tokens of context, unless --context says otherwise
 SHORTEST = 64
@@ -74,7 +74,7 @@ def load_model(name: str) -> tuple[Any, Any]:
 
 def text_sample(tokenizer: Any, text: str, context: int, continuation: int) -> Sample:
     """The text's first ``context`` tokens, continued by its next ones."""
-    from turboquant.drift import Sample
+    from turboquant.measuring.drift import Sample
 
     tokens = tokenizer.encode(text)
     return Sample(tuple(tokens[:context]), (tuple(tokens[context : context + continuation]),))
@@ -85,7 +85,7 @@ def chat_sample(tokenizer: Any, text: str, context: int, questions: Sequence[str
 
     The context is what the prompts of all questions start with. Raises UsageError where there is no chat template.
     """
-    from turboquant.drift import Sample
+    from turboquant.measuring.drift import Sample
 
     if not getattr(tokenizer, "has_chat_template", True):
         raise UsageError("--question: this model has no chat template")
@@ -177,8 +177,8 @@ def _run(options: argparse.Namespace) -> None:
     if options.plot and (reason := plot.why_not(options.plot)):
         raise UsageError(reason)
     model, tokenizer = load_model(options.model)
-    from turboquant.drift import measure
     from turboquant.families import explain
+    from turboquant.measuring.drift import measure
 
     if message := explain(model).message:
         _say(message)
@@ -227,7 +227,7 @@ def _sample(options: argparse.Namespace, model: Any, tokenizer: Any, path: Path,
 
 def _contenders(options: argparse.Namespace) -> list[Contender]:
     from turboquant.codec import CacheCodec
-    from turboquant.contenders import affine, exact, in_segments, streaming
+    from turboquant.measuring.contenders import affine, exact, in_segments, streaming
 
     pairs = [(k, v) for k in SUPPORTED_BITS for v in SUPPORTED_BITS] if options.all_pairs else options.bits
     names = ("sinks", "window", "extra_bits")

@@ -23,7 +23,7 @@ from turboquant.cache import Fork, Mask
 from turboquant.codec import CacheCodec
 from turboquant.device import on_cpu
 from turboquant.dispatch import compressible_layers, enabled
-from turboquant.kernels import backend, has_kernel, implementation
+from turboquant.kernels.backends import backend, has_kernel, implementation
 from turboquant.layer import DenseLayer, EncodedLayer
 from turboquant.queries import QueryCollector
 

@@ -18,10 +18,10 @@ reference for a kernel, kernels/encoding_gpu.py.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
@@ -48,11 +48,14 @@ class RoundingMetric:
     damped: Any
 
     @classmethod
-    def of(cls, xp: Any, metric: Any) -> RoundingMetric:
-        """From (H, dim, dim) of that module, symmetric and positive semidefinite; NumPy's had better be float64."""
+    def of(cls, xp: Any, metric: Any, kernel: Callable[[Any], Any] | None = None) -> RoundingMetric:
+        """From (H, dim, dim) of that module, symmetric and positive semidefinite; NumPy's had better be float64.
+
+        kernel: makes the damped metric's factor in LAPACK's place.
+        """
         metric = _damped(xp, metric)
         pull = metric / xp.diagonal(metric, axis1=1, axis2=2)[:, :, None] - xp.eye(metric.shape[1])
-        factor = feedback(metric) if xp is np else _feedback_on_device(metric)
+        factor = kernel(metric) if kernel else feedback(xp, metric)
         return cls(*(x.astype(xp.float32) for x in (factor, pull, metric)))
 
     def of_heads(self, some: slice) -> RoundingMetric:
@@ -137,16 +140,11 @@ def _damped(xp: Any, metric: Any) -> Any:
     return metric / mean + DAMPING * xp.eye(dim)
 
 
-def feedback(metric: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Row i: what coordinate i makes up of each later coordinate's error, (H, dim, dim)."""
-    factor = np.linalg.cholesky(metric)
+def feedback(xp: Any, metric: Any) -> Any:
+    """Row i: what coordinate i makes up of each later coordinate's error, (H, dim, dim) float32; by LAPACK in float64.
+
+    metric: (H, dim, dim), symmetric and positive definite.
+    """
+    factor = np.linalg.cholesky(np.array(metric, np.float64))
     unit_lower = factor / np.diagonal(factor, axis1=1, axis2=2)[:, None]
-    return unit_lower.swapaxes(1, 2) - np.eye(metric.shape[1])
-
-
-def _feedback_on_device(metric: mx.array) -> mx.array:
-    from turboquant.kernels import encoding_gpu  # kernels know metrics
-
-    if encoding_gpu.factors(metric.shape[1]):
-        return encoding_gpu.feedback(metric)
-    return mx.array(feedback(np.array(metric, np.float64)).astype(np.float32))
+    return xp.array((unit_lower.swapaxes(1, 2) - np.eye(metric.shape[1])).astype(np.float32))

@@ -23,7 +23,7 @@ from turboquant.attention import finish, merge
 from turboquant.cache import Fork, Mask
 from turboquant.codec import CacheCodec
 from turboquant.dispatch import compressible_layers, enabled
-from turboquant.kernels import attend_past, backend
+from turboquant.kernels.backends import attend_past, backend
 from turboquant.layer import DenseLayer, EncodedLayer
 from turboquant.prefix import Prefix, dense_fits, feed, plain_cache, prefill_caches, resident
 from turboquant.queries import QueryCollector

@@ -1,6 +1,6 @@
 """A job's own work, done by the pipeline and by plain mlx-lm in turn, each in a process of its own.
 
-Knows which contenders there are, the part of the job that they do, and whether they agree. It does not know how a
+Knows the part of the job that the contenders do, and whether they agree. It does not know how a
 contender does it (contenders.py), and never imports MLX but in the processes. The job's store and output are left
 alone: all is written to a temporary folder beside the store, which is gone at the end.
 """
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pipeline import errors
+from pipeline.commands.outcome import COLD, CONTENDERS, NAIVE, WARM, Outcome, Pair
 from pipeline.errors import InputError, JobError, NotApplicable, RowError
 from pipeline.job.budget import existing
 from pipeline.job.job import Job, Query, QueryTable
@@ -30,11 +31,7 @@ if TYPE_CHECKING:
     from pipeline.inputs.inputs import Inputs
 
 SMALL_CHARACTERS, SMALL_TOKENS = 1 << 16, 2  # as long as contexts for which other kernels are chosen
-NAIVE, COPIED, COLD, WARM = "naive", "copied", "pipeline-cold", "pipeline-warm"
-CONTENDERS = (NAIVE, "reloaded", COPIED, "quantized", COLD, WARM)  # in the order in which they run
 _log = logging.getLogger(__name__)
-
-Pair = tuple[str, str]  # the ids of a document and a query
 
 
 @dataclass(frozen=True)
@@ -44,23 +41,6 @@ class Extent:
     documents: int
     queries: int | None = None
     naive_queries: int | None = None
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a contender did, without loading the model: seconds, bytes, and its answers.
-
-    ``left_out`` counts the pairs that no contender can answer, being too long or not fit for the prompt.
-    """
-
-    answers: dict[Pair, str]
-    answer_tokens: int
-    left_out: int
-    prefill_seconds: float
-    disk_bytes: int
-    seconds: float
-    peak_bytes: int
-    extra_bytes: int
 
 
 @dataclass(frozen=True)

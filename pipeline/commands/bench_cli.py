@@ -40,12 +40,13 @@ def bench(
     """Compare the pipeline with plain mlx-lm on this machine, on a job's own documents and queries."""
     with errors_explained(debug, computes=False):
         from pipeline.commands import bench as module
+        from pipeline.commands.outcome import CONTENDERS
         from pipeline.job.job_file import load_job
 
         job = load_job(job_file, set_ or [])
         extent = module.Extent(documents, queries, naive_queries)
         try:
-            rows = module.bench(job, extent, contender or module.CONTENDERS)
+            rows = module.bench(job, extent, contender or CONTENDERS)
         except KeyboardInterrupt:
             print("interrupted; nothing was kept", file=sys.stderr)
             raise typer.Exit(130) from None

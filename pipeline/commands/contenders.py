@@ -21,8 +21,8 @@ from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_promp
 
 from pipeline.answering.answers import make_sampler, row_name
 from pipeline.answering.engine import too_long
-from pipeline.commands.bench import WARM, Outcome, Pair
 from pipeline.commands.meter import Meter
+from pipeline.commands.outcome import WARM, Outcome, Pair
 from pipeline.errors import NotApplicable, PipelineError, RowError, one_line
 from pipeline.inputs.fitting import Fitting
 from pipeline.inputs.inputs import Inputs
@@ -32,13 +32,13 @@ from pipeline.models.loading import LoadedModel, load_model, max_context
 from pipeline.models.reading import Reader, Reading
 from pipeline.running.runner import Runner
 from pipeline.telling.progress import Progress
-from turboquant.contenders import group_size_of
 from turboquant.device import on_cpu
-from turboquant.drift import CannotRun
+from turboquant.measuring.contenders import group_size_of
+from turboquant.measuring.drift import CannotRun
 
 
 def compete(contender: str, job: Job, small: Job, folder: Path) -> Outcome:
-    """Do a job as one of bench.CONTENDERS does it; ``folder`` takes the prompt caches that mlx-lm writes.
+    """Do a job as one of outcome.CONTENDERS does it; ``folder`` takes the prompt caches that mlx-lm writes.
 
     A GPU does the ``small`` one before, unmeasured. Raises NotApplicable where mlx-lm can't, and what mlx-lm and the
     pipeline raise.

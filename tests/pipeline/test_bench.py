@@ -19,7 +19,8 @@ from workplace import Workplace
 
 from pipeline.cli import app
 from pipeline.commands import bench
-from pipeline.commands.bench import CONTENDERS, Row
+from pipeline.commands.bench import Row
+from pipeline.commands.outcome import CONTENDERS
 
 ROOT = Path(__file__).parents[2]
 PIPELINE = {

@@ -17,7 +17,8 @@ from turboquant import CacheCodec, EncodedLayer, attention
 from turboquant.attention import Partial, add_sink_logits, fold_queries, merge, unfold_part
 from turboquant.codebook import SUPPORTED_BITS
 from turboquant.codec import Encoded
-from turboquant.kernels import attend_past, attention_gpu, backend, cpu, has_kernel
+from turboquant.kernels import attention_gpu, cpu
+from turboquant.kernels.backends import attend_past, backend, has_kernel
 from turboquant.packing import pack
 
 SCALE = 0.125
@@ -80,7 +81,7 @@ def test_any_number_of_tokens_and_tiles(
     keys, values = layer.decode()
     expected = exact_attention(queries, keys[None], values[None], SCALE)
     assert_close(module.attend_layer(queries, layer, SCALE), expected)
-    monkeypatch.setattr("turboquant.kernels.backend", lambda: module)
+    monkeypatch.setattr("turboquant.kernels.backends.backend", lambda: module)
     assert_close(attend_past(queries, layer.dense(mx.float32), SCALE), expected)
 
 
@@ -280,7 +281,7 @@ def zeros_layer(tokens: int, heads: int, dim: int) -> EncodedLayer:
 def test_memory_at_a_long_context_is_bounded(resident: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """MLX's operations on tiles: mlx-lm's quantised cache holds all scores at once and peaks above half precision."""
     heads, dim = 2, 64
-    monkeypatch.setattr("turboquant.kernels.backend", lambda: attention)
+    monkeypatch.setattr("turboquant.kernels.backends.backend", lambda: attention)
     monkeypatch.setattr(attention, "SCORES", 1 << 18)
     peaks = []
     for tokens in (1 << 14, 1 << 16):

@@ -16,8 +16,9 @@ import numpy as np
 import pytest
 
 from turboquant import CacheCodec, drift, scores
-from turboquant.contenders import affine, exact, streaming
-from turboquant.drift import (
+from turboquant.fidelity import main
+from turboquant.measuring.contenders import affine, exact, streaming
+from turboquant.measuring.drift import (
     BatchDiffers,
     Contender,
     FidelityError,
@@ -28,8 +29,7 @@ from turboquant.drift import (
     WarmDiffers,
     measure,
 )
-from turboquant.fidelity import main
-from turboquant.forced import Context
+from turboquant.measuring.forced import Context
 from turboquant.segments import Segment
 
 ROOT = Path(__file__).parent.parent.parent

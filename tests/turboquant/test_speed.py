@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 
 from turboquant import bench
+from turboquant.measuring import speed
 
 SMALL = ["--tokens", "200", "300", "--rows", "1", "3", "--heads", "4", "--kv-heads", "2", "--head-dim", "64"]
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "SECONDS", 0.0)
-    monkeypatch.setattr(bench, "ROUNDS", 1)
+    monkeypatch.setattr(speed, "SECONDS", 0.0)
+    monkeypatch.setattr(speed, "ROUNDS", 1)
 
 
 def test_every_way_at_every_length_and_number_of_rows(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -97,7 +97,7 @@ def _factors(dim: int) -> bool:
 
     def off() -> float:
         found = np.array(feedback(mx.array(metric.astype(np.float32))))
-        return float(np.abs(found - rounding.feedback(metric)).max())
+        return float(np.abs(found - rounding.feedback(np, metric)).max())
 
     return runs("factoring kernels", off, MOST_OFF)
 

@@ -25,10 +25,10 @@ from turboquant.codec import CacheCodec
 from turboquant.dispatch import enabled
 from turboquant.families import explain
 from turboquant.files import read_segment, write_segment
-from turboquant.forced import Context, answered, batch_logits, logits_of, prefilled
 from turboquant.identity import Identity
+from turboquant.measuring.forced import Context, answered, batch_logits, logits_of, prefilled
+from turboquant.measuring.scores import Scores, clustered_error, perplexity, score
 from turboquant.prefix import Prefix
-from turboquant.scores import Scores, clustered_error, perplexity, score
 from turboquant.segments import Segment, join
 
 NO_DRIFT = 1e-9  # nats: well above what another order of float32 additions comes to (1e-11), well below 8 bits (1e-5)

@@ -14,9 +14,9 @@ from typing import Any
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache
 
 from turboquant.codec import CacheCodec
-from turboquant.drift import CannotRun, Contender, Filled
-from turboquant.forced import Context
 from turboquant.layer import EncodedLayer
+from turboquant.measuring.drift import CannotRun, Contender, Filled
+from turboquant.measuring.forced import Context
 from turboquant.prefix import Prefix, feed
 from turboquant.segments import Segment, join, prefill_segment
 from turboquant.streaming import TurboQuantKVCache

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from turboquant.bench import Speed
-    from turboquant.drift import Fidelity
+    from turboquant.measuring.drift import Fidelity
+    from turboquant.measuring.speed import Speed
 
 
 def why_not(path: Path) -> str | None:
