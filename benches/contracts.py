@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from turboquant.fidelity import chat_sample, load_model, table
 
 if TYPE_CHECKING:
-    from turboquant.measuring.drift import Contender, Fidelity, Sample
+    from turboquant.measuring.figures import Contender, Fidelity, Sample
 
 SYSTEM = "You answer from the document only."
 ANSWER_TOKENS = 32
@@ -72,7 +72,7 @@ def _texts(data: Path) -> Iterator[str]:
 
 
 def _rows(affine_bits: list[int]) -> list[Contender]:
-    from turboquant.codec import CacheCodec
+    from turboquant.cache_codec import CacheCodec
     from turboquant.measuring.contenders import affine, exact, in_segments, streaming
 
     rows = [affine(bits) for bits in affine_bits]

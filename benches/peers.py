@@ -25,7 +25,7 @@ from contracts import contract_samples, measure_contracts
 from turboquant.fidelity import load_model, table
 
 if TYPE_CHECKING:
-    from turboquant.measuring.drift import Contender, Fidelity
+    from turboquant.measuring.figures import Contender, Fidelity
     from turboquant.measuring.forced import Context
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,7 +34,7 @@ OURS = "turboquant"
 
 
 def _ours() -> list[Contender]:
-    from turboquant.codec import CacheCodec
+    from turboquant.cache_codec import CacheCodec
     from turboquant.measuring.contenders import affine, exact, streaming
 
     codecs = [CacheCodec(keys, values) for keys, values in ((4, 4), (4, 3), (3, 3), (2, 2))]
@@ -74,7 +74,7 @@ def _mlx_turboquant() -> list[Contender]:
 def _contender(
     name: str, keys: int, values: int, make: Callable[[Context], list[Any]], count: Callable[[Any], int]
 ) -> Contender:
-    from turboquant.measuring.drift import Contender, Filled
+    from turboquant.measuring.figures import Contender, Filled
     from turboquant.prefix import feed
 
     def fill(context: Context) -> Filled:
@@ -99,7 +99,7 @@ def _work(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _measured(worker: str, python: Path | str, arguments: argparse.Namespace) -> list[Fidelity]:
     """The figures of one package's caches, from a process of the environment given."""
-    from turboquant.measuring.drift import Fidelity
+    from turboquant.measuring.figures import Fidelity
 
     command = [str(python), str(Path(__file__).resolve()), "--worker", worker]
     for name in ("model", "data", "tokens", "contracts", "questions"):

@@ -41,7 +41,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from turboquant.cache import Fork
-    from turboquant.codec import CacheCodec, Codec, Encoded
+    from turboquant.cache_codec import CacheCodec
+    from turboquant.codec import Codec, Encoded
     from turboquant.dispatch import enabled
     from turboquant.layer import EncodedLayer
     from turboquant.prefix import Prefix, prefill
@@ -55,7 +56,7 @@ if TYPE_CHECKING:
     from turboquant.streaming import TurboQuantKVCache
 
 _HOMES = {
-    "CacheCodec": "codec",
+    "CacheCodec": "cache_codec",
     "Codec": "codec",
     "Encoded": "codec",
     "EncodedLayer": "layer",

@@ -2,11 +2,11 @@
 
 MLX's Linux CPU wheel links Netlib's reference BLAS: a few GFLOP/s, one thread. `libmlx.so` imports
 `cblas_sgemm` and its kin by plain name, and a library loaded with RTLD_GLOBAL before `mlx.core` wins that
-lookup. NumPy's wheel already carries OpenBLAS, but under other names and with 64-bit integers, so this module
-writes a tiny shared object whose functions widen the integers and jump to NumPy's.
+lookup. NumPy's wheel already carries OpenBLAS, but under other names and with 64-bit integers; plain_names.py lends
+its functions the names that MLX looks for.
 
-It knows ELF, dlopen and the CBLAS calling convention. It does not know models or jobs, it never imports MLX
-or NumPy but in `measure_gflops`, and it changes nothing on macOS, with a CUDA backend, or once MLX is loaded.
+It knows libraries, threads and dlopen. It does not know models or jobs, it never imports MLX or NumPy but in
+`measure_gflops`, and it changes nothing on macOS, with a CUDA backend, or once MLX is loaded.
 
 The environment variable PIPELINE_BLAS picks the library: `numpy`, `system`, or `off` for MLX's own. Unset,
 the first of these is taken: one preloaded by the user, NumPy's, the system's. OPENBLAS_NUM_THREADS and
@@ -18,15 +18,15 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-import struct
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata, util
 from pathlib import Path
+
+from turboquant.plain_names import FUNCTIONS, export
 
 SWITCH = "PIPELINE_BLAS"
 INSTALL_HINT = "install OpenBLAS (Debian, Ubuntu: apt install libopenblas0-pthread), or NumPy's wheel from PyPI"
@@ -37,12 +37,6 @@ _THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
 _IDLE_SPIN = "20"
 _TUNED_NAMES = ("openblas", "mkl", "blis", "nvpl", "armpl")
 _SYSTEM_LIBRARIES = ("libopenblas.so.0", "libmkl_rt.so.3", "libmkl_rt.so.2", "libmkl_rt.so.1")
-
-# Integer arguments on the stack, by offset from rsp at entry. M, N and K are always in rcx, r8 and r9; real
-# alpha and beta travel in xmm0 and xmm1, complex ones as pointers that take a stack slot each.
-_REAL = (16, 32, 48)  # return, A, lda, B, ldb, C, ldc
-_COMPLEX = (24, 40, 64)  # return, alpha, A, lda, B, ldb, beta, C, ldc
-_FUNCTIONS = {"cblas_sgemm": _REAL, "cblas_dgemm": _REAL, "cblas_cgemm": _COMPLEX}
 
 
 @dataclass(frozen=True)
@@ -176,8 +170,8 @@ def _load_from_numpy(threads: int) -> Blas | None:
         except OSError:
             continue
         for pattern in ("scipy_cblas_{}64_", "cblas_{}64_"):
-            addresses = {name: _address(library, pattern.format(name[6:])) for name in _FUNCTIONS}
-            if all(addresses.values()) and _export(addresses):
+            addresses = {name: _address(library, pattern.format(name[6:])) for name in FUNCTIONS}
+            if all(addresses.values()) and export(addresses):
                 _set_openblas_threads(library, threads)
                 return Blas("OpenBLAS of NumPy", str(path), threads, True, None)
     return None
@@ -223,111 +217,3 @@ def _global_gemm() -> str | None:
     if address is None or not process.dladdr(ctypes.c_void_p(address), ctypes.byref(info)):
         return None
     return os.fsdecode(info.path)
-
-
-# ---- the shared object that lends NumPy's functions their plain names
-
-
-def _export(addresses: dict[str, int | None]) -> bool:
-    """Make `addresses` callable by plain name for libraries loaded from now on; False where it can't be."""
-    for write in (_memory_file, _temporary_file):
-        try:
-            descriptor, path = write(_shared_object())
-        except OSError:
-            continue
-        try:
-            library = ctypes.CDLL(path)
-            for name, address in addresses.items():
-                ctypes.c_void_p.in_dll(library, f"{name}_target").value = address
-            if not _multiplies(library):
-                return False
-            ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)  # same file: only makes it visible to others
-            return True
-        except OSError:  # a machine that lets no memory file, or nothing in the temporary folder, run
-            continue
-        finally:
-            os.close(descriptor)
-            if not path.startswith("/proc/"):
-                os.unlink(path)
-    return False
-
-
-def _memory_file(content: bytes) -> tuple[int, str]:
-    descriptor = os.memfd_create("turboquant-cblas")
-    os.write(descriptor, content)
-    return descriptor, f"/proc/self/fd/{descriptor}"
-
-
-def _temporary_file(content: bytes) -> tuple[int, str]:
-    descriptor, path = tempfile.mkstemp(suffix=".so")
-    os.write(descriptor, content)
-    return descriptor, path
-
-
-def _multiplies(library: ctypes.CDLL) -> bool:
-    """One small product, (1, 2) x (2, 3): a NumPy built in some other way can't give MLX wrong numbers."""
-    row_major, plain, one, zero = 101, 111, ctypes.c_float(1), ctypes.c_float(0)
-    a, b, c = (ctypes.c_float * 2)(1, 2), (ctypes.c_float * 6)(1, 2, 3, 4, 5, 6), (ctypes.c_float * 3)()
-    library.cblas_sgemm.restype = None
-    library.cblas_sgemm(row_major, plain, plain, 1, 3, 2, one, a, 2, b, 3, zero, c, 3)
-    return list(c) == [9.0, 12.0, 15.0]
-
-
-def _shared_object() -> bytes:
-    """An ELF64 x86-64 library (System V gABI, chapters 4 and 5) of `_FUNCTIONS` and their `_target` slots.
-
-    One page holds headers, tables and code; the next the dynamic section and the slots, which are writable.
-    """
-    page, headers, symbol_size, dynamic_size = 0x1000, 64 + 4 * 56, 24, 7 * 16
-    names = [*_FUNCTIONS, *(f"{name}_target" for name in _FUNCTIONS), "libturboquant-cblas.so"]
-    strings = b"\0" + b"".join(name.encode() + b"\0" for name in names)
-    string_offset = {name: strings.index(b"\0" + name.encode() + b"\0") + 1 for name in names}
-    count = 1 + 2 * len(_FUNCTIONS)
-    # A hash table of one bucket is a plain chain of all symbols: bucket count, length, first, next...
-    chain = struct.pack(f"<{3 + count}I", 1, count, 1, 0, *range(2, count), 0)
-    chain += bytes(-len(chain) % 8)
-    symbols_at = headers + len(chain)
-    strings_at = symbols_at + symbol_size * count
-    code_at, slots_at = strings_at + len(strings), page + dynamic_size
-
-    code, functions, slots = b"", b"", b""
-    for index, (name, stack) in enumerate(_FUNCTIONS.items()):
-        slot = slots_at + 8 * index
-        stub = _stub(stack, code_at + len(code), slot)
-        functions += _symbol(string_offset[name], 0x12, code_at + len(code), len(stub))
-        slots += _symbol(string_offset[f"{name}_target"], 0x11, slot, 8)
-        code += stub
-    text = chain + bytes(symbol_size) + functions + slots + strings + code
-
-    dynamic = {4: headers, 5: strings_at, 6: symbols_at, 10: len(strings), 11: symbol_size}
-    dynamic |= {14: string_offset["libturboquant-cblas.so"], 0: 0}
-    data = b"".join(struct.pack("<QQ", *entry) for entry in dynamic.items()) + bytes(8 * len(_FUNCTIONS))
-    segments = _segment(1, 5, 0, headers + len(text), page) + _segment(1, 6, page, len(data), page)
-    segments += _segment(2, 6, page, dynamic_size, 8) + _segment(0x6474E551, 6, 0, 0, 16)
-    return (_elf_header(4) + segments + text).ljust(page, b"\0") + data
-
-
-def _stub(stack: tuple[int, ...], address: int, slot: int) -> bytes:
-    """Machine code: widen M, N, K and the leading dimensions to 64 bits, then jump to the slot's function.
-
-    The caller has left the upper halves undefined. Stack slots of arguments belong to the called function.
-    """
-    code = bytes.fromhex("4863c9 4d63c0 4d63c9")  # movsxd rcx, ecx; movsxd r8, r8d; movsxd r9, r9d
-    for offset in stack:  # movsxd rax, dword [rsp + offset]; mov [rsp + offset], rax
-        code += bytes.fromhex("48634424") + bytes([offset]) + bytes.fromhex("48894424") + bytes([offset])
-    return code + b"\xff\x25" + struct.pack("<i", slot - (address + len(code) + 6))  # jmp [rip + distance]
-
-
-def _elf_header(segments: int) -> bytes:
-    identity = b"\x7fELF" + bytes([2, 1, 1]) + bytes(9)  # 64 bits, little-endian, System V
-    shared, x86_64 = 3, 62
-    return identity + struct.pack("<HHIQQQIHHHHHH", shared, x86_64, 1, 0, 64, 0, 0, 64, 56, segments, 0, 0, 0)
-
-
-def _segment(kind: int, flags: int, offset: int, size: int, alignment: int) -> bytes:
-    return struct.pack("<IIQQQQQQ", kind, flags, offset, offset, offset, size, size, alignment)
-
-
-def _symbol(name: int, info: int, address: int, size: int) -> bytes:
-    defined = 1  # any section number but "undefined" will do: the file has no section table
-    return struct.pack("<IBBHQQ", name, info, 0, defined, address, size)

@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 from typing import Any
 
+from turboquant.cache_codec import CacheCodec
 from turboquant.codebook import SUPPORTED_BITS
-from turboquant.codec import CacheCodec
 from turboquant.device import settle_weights
 from turboquant.dispatch import enabled
 from turboquant.families import explain

@@ -10,7 +10,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from turboquant.codec import CacheCodec, Codec, Encoded
+from turboquant.cache_codec import CacheCodec
+from turboquant.codec import Codec, Encoded
 from turboquant.device import array_module, on_cpu
 from turboquant.kernels import encoding_gpu
 from turboquant.queries import ContextQueries

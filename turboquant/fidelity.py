@@ -24,7 +24,7 @@ from turboquant.measuring import plot
 from turboquant.measuring.columns import aligned
 
 if TYPE_CHECKING:
-    from turboquant.measuring.drift import Contender, Fidelity, Sample
+    from turboquant.measuring.figures import Contender, Fidelity, Sample
 
 LONGEST = 8192  # tokens of context, unless --context says otherwise
 SHORTEST = 64
@@ -74,7 +74,7 @@ def load_model(name: str) -> tuple[Any, Any]:
 
 def text_sample(tokenizer: Any, text: str, context: int, continuation: int) -> Sample:
     """The text's first ``context`` tokens, continued by its next ones."""
-    from turboquant.measuring.drift import Sample
+    from turboquant.measuring.figures import Sample
 
     tokens = tokenizer.encode(text)
     return Sample(tuple(tokens[:context]), (tuple(tokens[context : context + continuation]),))
@@ -85,7 +85,7 @@ def chat_sample(tokenizer: Any, text: str, context: int, questions: Sequence[str
 
     The context is what the prompts of all questions start with. Raises UsageError where there is no chat template.
     """
-    from turboquant.measuring.drift import Sample
+    from turboquant.measuring.figures import Sample
 
     if not getattr(tokenizer, "has_chat_template", True):
         raise UsageError("--question: this model has no chat template")
@@ -226,7 +226,7 @@ def _sample(options: argparse.Namespace, model: Any, tokenizer: Any, path: Path,
 
 
 def _contenders(options: argparse.Namespace) -> list[Contender]:
-    from turboquant.codec import CacheCodec
+    from turboquant.cache_codec import CacheCodec
     from turboquant.measuring.contenders import affine, exact, in_segments, streaming
 
     pairs = [(k, v) for k in SUPPORTED_BITS for v in SUPPORTED_BITS] if options.all_pairs else options.bits

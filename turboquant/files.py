@@ -19,7 +19,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
-from turboquant.codec import CacheCodec
+from turboquant.cache_codec import CacheCodec
 from turboquant.frozen import MALFORMED, STOCK_CACHES, freeze, restore_layer, restore_stock, take, tokens_held
 from turboquant.identity import FORMAT_VERSION, Identity
 from turboquant.layer import EncodedLayer

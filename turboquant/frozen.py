@@ -15,7 +15,7 @@ from mlx_lm.models import cache as mlx_lm_cache
 from mlx_lm.models.cache import ArraysCache, CacheList
 from numpy.typing import NDArray
 
-from turboquant.codec import CacheCodec
+from turboquant.cache_codec import CacheCodec
 from turboquant.layer import EncodedLayer
 
 STOCK_CACHES = {

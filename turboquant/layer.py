@@ -13,7 +13,8 @@ from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 
-from turboquant.codec import CacheCodec, Codec, Encoded
+from turboquant.cache_codec import CacheCodec
+from turboquant.codec import Codec, Encoded
 from turboquant.encoding import encode_context
 from turboquant.queries import ContextQueries
 

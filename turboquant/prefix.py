@@ -20,7 +20,7 @@ from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from turboquant.attention import finish
 from turboquant.cache import Fork, Mask
-from turboquant.codec import CacheCodec
+from turboquant.cache_codec import CacheCodec
 from turboquant.device import on_cpu
 from turboquant.dispatch import compressible_layers, enabled
 from turboquant.kernels.backends import backend, has_kernel, implementation

@@ -20,12 +20,12 @@ from mlx_lm.models.cache import KVCache
 from mlx_lm.models.cache import make_prompt_cache as make_stock_cache
 
 from turboquant.cache import Fork
-from turboquant.codec import CacheCodec
-from turboquant.codec_json import dump_codec, parse_codec
+from turboquant.cache_codec import CacheCodec, dump_codec, parse_codec
 from turboquant.dispatch import compressible_layers
 from turboquant.frozen import MALFORMED, STOCK_CACHES, freeze, restore_layer, restore_stock, take
+from turboquant.growth import BLOCK
 from turboquant.layer import EncodedLayer
-from turboquant.streaming import BLOCK, TurboQuantKVCache
+from turboquant.streaming import TurboQuantKVCache
 from turboquant.tensor_files import (
     FileError,
     digest_stored,

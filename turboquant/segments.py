@@ -21,7 +21,7 @@ from mlx_lm.models.cache import KVCache
 
 from turboquant.attention import finish, merge
 from turboquant.cache import Fork, Mask
-from turboquant.codec import CacheCodec
+from turboquant.cache_codec import CacheCodec
 from turboquant.dispatch import compressible_layers, enabled
 from turboquant.kernels.backends import attend_past, backend
 from turboquant.layer import DenseLayer, EncodedLayer

@@ -17,12 +17,9 @@ import mlx.core as mx
 from mlx_lm.models.cache import BatchKVCache, KVCache
 
 from turboquant.cache import BatchForks, Fork, Mask
-from turboquant.codec import CacheCodec, Codec, Encoded
-from turboquant.codec_json import dump_codec, parse_codec
+from turboquant.cache_codec import CacheCodec, dump_codec, parse_codec
+from turboquant.growth import due, grown
 from turboquant.layer import DenseLayer, EncodedLayer
-
-BLOCK = 128  # tokens encoded at a time, so that the codes don't depend on how many are added at once
-TILE = 4 * BLOCK  # tokens whose scratch is held at a time where more are due
 
 
 class TurboQuantKVCache(Fork):
@@ -129,11 +126,11 @@ class TurboQuantKVCache(Fork):
         return BatchTurboQuantKVCache(rows)
 
     def _compress(self) -> None:
-        stop = _due(int(self.suffix.offset), self._encoded, self.codec)
+        stop = due(int(self.suffix.offset), self._encoded, self.codec)
         if not stop:
             return
         keys, values = self.suffix.keys_and_values()
-        self.layer = _grown(self._encoded, keys[0, :, :stop], values[0, :, :stop], self.codec)
+        self.layer = grown(self._encoded, keys[0, :, :stop], values[0, :, :stop], self.codec)
         rest = KVCache()
         if stop < self.suffix.offset:
             rest.update_and_fetch(keys[:, :, stop:], values[:, :, stop:])
@@ -248,10 +245,10 @@ class BatchTurboQuantKVCache(BatchForks):
         for row, (start, stop, codec) in enumerate(zip(self._starts, stops, self.codecs, strict=True)):
             layer = layers[row]
             assert not isinstance(layer, DenseLayer)
-            drop[row] = _due(min(stop, self.suffix.size()) - start, layer, codec)
+            drop[row] = due(min(stop, self.suffix.size()) - start, layer, codec)
             if drop[row]:
                 keys, values = (x[row, :, start : start + drop[row]] for x in (self.suffix.keys, self.suffix.values))
-                layers[row] = _grown(layer, keys, values, codec)
+                layers[row] = grown(layer, keys, values, codec)
         if any(drop):
             self._set_layers(layers)
             self._drop(drop)
@@ -268,39 +265,3 @@ class BatchTurboQuantKVCache(BatchForks):
         self._starts = [start - unused for start in starts]
         if self._ends is not None:
             self._ends = [end - unused for end in self._ends]
-
-
-def _due(tokens: int, layer: EncodedLayer | None, codec: CacheCodec) -> int:
-    """How many of the oldest ``tokens`` behind a past are to be encoded: whole blocks, and sinks before the first."""
-    first = codec.sinks if layer is None else 0
-    blocks = (tokens - first - codec.window) // BLOCK
-    return first + blocks * BLOCK if blocks > 0 else 0
-
-
-def _grown(layer: EncodedLayer | None, keys: mx.array, values: mx.array, codec: CacheCodec) -> EncodedLayer:
-    """The past with keys and values (n_kv_heads, n, head_dim) behind it.
-
-    Copies the past once, which attention reads at every step.
-    """
-    if layer is None:
-        first = codec.sinks + BLOCK
-        # No window is due in this first part: the suffix is the window.
-        layer = EncodedLayer.encode(keys[:, :first], values[:, :first], replace(codec, window=0))
-        keys, values = keys[:, first:], values[:, first:]
-    return replace(
-        layer,
-        keys=_append(layer.keys, keys, layer.key_codec, layer.key_mean),
-        values=_append(layer.values, values, layer.value_codec, layer.value_mean),
-    )
-
-
-def _append(encoded: Encoded, x: mx.array, codec: Codec, mean: mx.array) -> Encoded:
-    parts = [encoded]
-    for start in range(0, x.shape[1], TILE):
-        parts.append(codec.encode(x[:, start : start + TILE], mean))
-        mx.eval(parts[-1].codes, parts[-1].scales)
-    if len(parts) == 1:
-        return encoded
-    whole = Encoded.concatenate(parts)
-    mx.eval(whole.codes, whole.scales)
-    return whole

@@ -24,7 +24,7 @@ from turboquant.identity import Identity
 
 if TYPE_CHECKING:
     from pipeline.output.rows import Row
-    from turboquant.codec import CacheCodec
+    from turboquant.cache_codec import CacheCodec
 
 MEMO = "fingerprints.json"
 
@@ -32,7 +32,7 @@ MEMO = "fingerprints.json"
 def cache_codec(cache: Cache) -> CacheCodec:
     """The codec a job asks for."""
     load_tuned_blas()  # which must come before MLX, and turboquant's codec imports MLX
-    from turboquant.codec import CacheCodec
+    from turboquant.cache_codec import CacheCodec
 
     return CacheCodec(
         cache.key_bits,

@@ -20,11 +20,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
 from filelock import FileLock, Timeout
 
+from pipeline.cache.absences import Absences
 from pipeline.cache.inventory import REJECTED, Entry, entries, eviction_order, remove, size_of
 from pipeline.cache.needs import JOBS
 from pipeline.errors import BudgetTooSmall, DiskFull, JobError, StoreError, is_disk_full, one_line
@@ -39,7 +39,6 @@ from turboquant.segments import Segment
 LOCKS = "locks"
 SECONDS_BETWEEN_TRIES = 0.25  # for a lock that another process holds
 _NAME = "name"
-_ABSENT = "absent"
 _FOLDER_BYTES = 8192  # for the small files beside the segments
 _log = logging.getLogger(__name__)
 
@@ -67,8 +66,7 @@ class Store:
         if folder.exists() and not folder.is_dir():
             raise JobError(f"cache.dir: {folder} is a file; name a folder")
         self._folder, self._budget, self._is_needed = folder, budget, is_needed
-        self._labels: dict[str, list[Mapping[str, Any]]] | None = None
-        self._told: set[str] = set()
+        self._absences = Absences(self.entries)
         self._held: set[str] = set()  # keys that the caller is at work with
 
     def load(
@@ -83,7 +81,7 @@ class Store:
             segment = read_segment(folder, key, codec, start)
         except SegmentError as error:
             if not (folder / MANIFEST).exists():
-                self._tell_why(key, self._explain(identity, label, whole))
+                self._absences.tell(key, identity, label, whole)
             else:
                 self.reject(key, str(error))
             return None
@@ -281,27 +279,3 @@ class Store:
             f"cache.dir: the disk of {self._folder} is full: {self._free():,} bytes are free{wanted}; "
             "free some or set another cache.dir: what is done is kept, and the same command resumes"
         )
-
-    def _tell_why(self, key: str, reason: str) -> None:
-        """A reason is worth a line once, and that something is not there yet is worth none."""
-        told = reason in self._told or reason == _ABSENT
-        _log.log(logging.DEBUG if told else logging.INFO, "prefix %.12s not in the store: %s", key, reason)
-        self._told.add(reason)
-
-    def _explain(self, identity: Identity, label: str, whole: bool) -> str:
-        """Why a key is absent: the first thing in which a context of the same text differs."""
-        if self._labels is None:
-            self._labels = {}
-            for entry in self.entries():
-                if entry.manifest is not None and entry.about.get("whole"):
-                    self._labels.setdefault(entry.label, []).append(entry.manifest["identity"])
-        wanted = asdict(identity)
-        for stored in self._labels.get(label, []):
-            differing = [name for name, value in wanted.items() if stored.get(name) != value]
-            if differing:
-                name = differing[0]
-                known = {"weights": "other weights", "tokenizer": "another tokenizer or chat template"}
-                return known.get(name, f"{name} was '{stored.get(name)}', now '{wanted[name]}'")
-        if whole and label in self._labels:
-            return "the context of this text ends elsewhere: the queries have changed"
-        return _ABSENT

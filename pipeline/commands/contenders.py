@@ -34,7 +34,7 @@ from pipeline.running.runner import Runner
 from pipeline.telling.progress import Progress
 from turboquant.device import on_cpu
 from turboquant.measuring.contenders import group_size_of
-from turboquant.measuring.drift import CannotRun
+from turboquant.measuring.figures import CannotRun
 
 
 def compete(contender: str, job: Job, small: Job, folder: Path) -> Outcome:

@@ -20,7 +20,7 @@ from pipeline.models.ranks import ALONE, Ranks
 from turboquant.blas import load_tuned_blas
 
 if TYPE_CHECKING:
-    from turboquant.codec import CacheCodec
+    from turboquant.cache_codec import CacheCodec
 
 WEIGHTS = "model*.safetensors"  # what mlx-lm loads; a folder may hold other copies of the weights besides
 

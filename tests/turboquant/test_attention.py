@@ -259,7 +259,7 @@ def test_the_backend_is_that_of_the_default_device() -> None:
 def test_a_gpu_has_kernels_where_they_run(
     usable: bool, monkeypatch: pytest.MonkeyPatch, random_layer: Callable[..., EncodedLayer]
 ) -> None:
-    monkeypatch.setattr("turboquant.kernels.on_cpu", lambda: False)
+    monkeypatch.setattr("turboquant.kernels.backends.on_cpu", lambda: False)
     monkeypatch.setattr(attention_gpu, "usable", lambda codec, dim: usable)
     assert backend() is attention_gpu
     known, unknown = random_layer(20, CacheCodec()), random_layer(20, CacheCodec(), key_dim=80)

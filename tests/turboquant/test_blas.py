@@ -174,10 +174,10 @@ def test_a_library_that_multiplies_wrongly_is_refused():
     """Swap in a function that does nothing: it must not become the process's BLAS."""
     code = """
 import ctypes, json
-from turboquant import blas
+from turboquant import blas, plain_names
 nothing = ctypes.CDLL(None).getpid
 address = ctypes.cast(nothing, ctypes.c_void_p).value
-refused = not blas._export({name: address for name in blas._FUNCTIONS})
+refused = not plain_names.export({name: address for name in plain_names.FUNCTIONS})
 print(json.dumps({"refused": refused, "global": blas._global_gemm()}))
 """
     assert run_python(code) == {"refused": True, "global": None}

@@ -15,10 +15,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from turboquant import CacheCodec, drift, scores
+from turboquant import CacheCodec
 from turboquant.fidelity import main
+from turboquant.measuring import drift, scores
 from turboquant.measuring.contenders import affine, exact, streaming
-from turboquant.measuring.drift import (
+from turboquant.measuring.drift import measure
+from turboquant.measuring.figures import (
     BatchDiffers,
     Contender,
     FidelityError,
@@ -27,7 +29,6 @@ from turboquant.measuring.drift import (
     NotFinite,
     Sample,
     WarmDiffers,
-    measure,
 )
 from turboquant.measuring.forced import Context
 from turboquant.segments import Segment

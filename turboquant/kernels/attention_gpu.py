@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from turboquant import attention
 from turboquant.attention import Partial
+from turboquant.cache_codec import CacheCodec
 from turboquant.codebook import lloyd_max
-from turboquant.codec import CacheCodec
 from turboquant.kernels.launch import Launch, gpu, launch, runs
 from turboquant.layer import EncodedLayer
 from turboquant.packing import PLANES
@@ -155,7 +155,15 @@ def _plan(
         32 * WARPS,
         ("codes.h",),
     )
-    merge = Launch(
+    settings = mx.array([scale * math.log2(math.e), dim**-0.5, *[0.0] * 6])
+    sizes = mx.array([batch, n_heads, n_kv_heads, length, *counts, splits], mx.int32)
+    mx.eval(settings, sizes)
+    return _Plan(attend, _merge(shape, n_kv_heads, dtype, suffix), settings, sizes)
+
+
+def _merge(shape: tuple[int, int, int, int], n_kv_heads: int, dtype: mx.Dtype, suffix: tuple[str, ...]) -> Launch:
+    batch, n_heads, length, dim = shape
+    return Launch(
         "merge",
         (
             ("DIM", dim),
@@ -166,14 +174,10 @@ def _plan(
         ),
         MERGE_INPUTS + suffix,
         (("output", shape, dtype), ("logsumexp", shape[:3], mx.float32)),
-        (rows, n_kv_heads, 1),
+        (batch * (n_heads // n_kv_heads) * length, n_kv_heads, 1),
         PARTS[dim] * dim,
         strided=True,
     )
-    settings = mx.array([scale * math.log2(math.e), dim**-0.5, *[0.0] * 6])
-    sizes = mx.array([batch, n_heads, n_kv_heads, length, *counts, splits], mx.int32)
-    mx.eval(settings, sizes)
-    return _Plan(attend, merge, settings, sizes)
 
 
 def _defined(codec: CacheCodec, dim: int, tiles: int) -> tuple[tuple[str, int], ...]:

@@ -68,10 +68,8 @@ def attend_dense(
         each = [(slice(b, b + 1), slice(h, h + 1)) for b in range(batch) for h in range(n_kv_heads)]
         run_in_parallel(attend_group, each)
     output, logsumexp = softmax.finish()
-    return Partial(
-        mx.array(output.reshape(batch, n_heads, length, -1)),
-        mx.array(logsumexp.reshape(batch, n_heads, length)),
-    )
+    shape = (batch, n_heads, length)
+    return Partial(mx.array(output.reshape(*shape, -1)), mx.array(logsumexp.reshape(shape)))
 
 
 def attend_layer(queries: mx.array, layer: EncodedLayer, scale: float) -> Partial:

@@ -13,9 +13,9 @@ from typing import Any
 
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache
 
-from turboquant.codec import CacheCodec
+from turboquant.cache_codec import CacheCodec
 from turboquant.layer import EncodedLayer
-from turboquant.measuring.drift import CannotRun, Contender, Filled
+from turboquant.measuring.figures import CannotRun, Contender, Filled
 from turboquant.measuring.forced import Context
 from turboquant.prefix import Prefix, feed
 from turboquant.segments import Segment, join, prefill_segment

@@ -1,9 +1,5 @@
 """How far a compressed cache moves a model: its predictions, token by token, against those of the full-precision cache.
 
-    Sample      a context and the token runs that continue it
-    Contender   a way to fill a cache with a context: this package's, mlx-lm's, anybody's
-    measure     the contenders' figures over all samples, one ``Fidelity`` each
-
 Every continuation is fed as it is, whatever the model would have said (teacher forcing). Knows models, caches and
 logits; which contenders there are is contenders.py's, words and tables are fidelity.py's.
 """
@@ -21,11 +17,23 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from turboquant.codec import CacheCodec
+from turboquant.cache_codec import CacheCodec
 from turboquant.dispatch import enabled
 from turboquant.families import explain
 from turboquant.files import read_segment, write_segment
 from turboquant.identity import Identity
+from turboquant.measuring.figures import (
+    BatchDiffers,
+    CannotRun,
+    Contender,
+    Fidelity,
+    FidelityError,
+    Filled,
+    NoDrift,
+    NotFinite,
+    Sample,
+    WarmDiffers,
+)
 from turboquant.measuring.forced import Context, answered, batch_logits, logits_of, prefilled
 from turboquant.measuring.scores import Scores, clustered_error, perplexity, score
 from turboquant.prefix import Prefix
@@ -33,113 +41,6 @@ from turboquant.segments import Segment, join
 
 NO_DRIFT = 1e-9  # nats: well above what another order of float32 additions comes to (1e-11), well below 8 bits (1e-5)
 BATCH_TOKENS = 64  # tokens of each row that batch and single are compared over
-
-
-class FidelityError(Exception):
-    """A figure that must not be believed, or cannot be had; the message says which and why."""
-
-
-class CannotRun(FidelityError):
-    """A contender's cache cannot run this model here."""
-
-
-class NoDrift(FidelityError):
-    """A compressed cache changed nothing at all: it was bypassed, or holds nothing compressed."""
-
-
-class NotFinite(FidelityError):
-    """The logits, or their divergence, are infinite or no numbers."""
-
-
-class WarmDiffers(FidelityError):
-    """A prefix that was saved and loaded gives other logits than the same one just built."""
-
-
-class BatchDiffers(FidelityError):
-    """A row in a batch gives other logits than alone, by more than rounding explains."""
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A context and what follows it: each continuation is fed on its own, behind the context."""
-
-    context: tuple[int, ...]
-    continuations: tuple[tuple[int, ...], ...]
-
-
-@dataclass(frozen=True)
-class Filled:
-    """A contender's cache, holding a context.
-
-    cache: a ``Prefix``, forked for each continuation, or an mlx-lm prompt cache, copied for each.
-    nbytes: bytes of the compressible layers, everything counted. What is held in full precision counts two bytes a
-        number, also where a CPU runs the model in float32.
-    """
-
-    cache: Prefix | list[Any]
-    nbytes: int
-
-    def fork(self) -> list[Any]:
-        """A prompt cache for one continuation."""
-        return self.cache.fork() if isinstance(self.cache, Prefix) else copy.deepcopy(self.cache)
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A way to fill a cache with a context.
-
-    key_bits, value_bits: as it states them; 16 or more means that it need not move the model.
-    prefill: ``exact`` where it starts from the full-precision context, ``streaming`` where it compresses as it reads.
-    codec: what a prefix it makes is saved and loaded with; None for caches of other kinds.
-    """
-
-    name: str
-    key_bits: float
-    value_bits: float
-    prefill: str
-    fill: Callable[[Context], Filled]
-    codec: CacheCodec | None = None
-
-    def __str__(self) -> str:
-        return f"{self.name} {self.key_bits:g}/{self.value_bits:g} {self.prefill}"
-
-
-@dataclass(frozen=True)
-class Fidelity:
-    """What a contender's cache does to the model's predictions, over all positions of all continuations.
-
-    effective_bits: bits a coordinate of the compressed layers, everything counted; compression: 16 over that.
-    bytes_per_token: of the compressed layers.
-    kl: mean Kullback-Leibler divergence of the prediction from full precision's, in nats; kl_stderr: its standard
-        error, clustered by sample, or by continuation where there is one sample, None where there is one of each.
-    top1: share of positions whose likeliest token is full precision's.
-    cosine: between the two vectors of logits, mean over positions.
-    perplexity: of the continuations' tokens; perplexity_full: the same in full precision.
-    batch_difference: the largest difference of a logit between a row alone and in a batch; None if not tried.
-    """
-
-    cache: str
-    prefill: str
-    key_bits: float
-    value_bits: float
-    effective_bits: float
-    compression: float
-    bytes_per_token: float
-    kl: float
-    kl_stderr: float | None
-    kl_p99: float
-    kl_worst: float
-    top1: float
-    cosine: float
-    perplexity: float
-    perplexity_full: float
-    positions: int
-    batch_difference: float | None
-
-    @property
-    def perplexity_change(self) -> float:
-        """By how much perplexity has grown, as a share of full precision's."""
-        return self.perplexity / self.perplexity_full - 1
 
 
 def measure(
@@ -171,12 +72,9 @@ def measure(
     NotFinite, WarmDiffers or BatchDiffers, FidelityError where no layer of the model is compressible, and ValueError
     where a sample is too short to be measured.
     """
-    support = explain(model)
-    if support.status == "none":
-        raise FidelityError(support.message)
+    compressible = _compressible(model)
     if not all(sample.context and all(len(run) > 1 for run in sample.continuations) for sample in samples):
         raise ValueError("a context needs a token, a continuation two")
-    compressible = list(support.layers)
     outcomes: list[list[_Outcome]] = [[] for _ in contenders]
     left_out: list[str] = []
     with enabled(model):
@@ -199,6 +97,13 @@ def measure(
         raise CannotRun("; ".join(left_out))
     ran = [(one, found) for one, found in zip(contenders, outcomes, strict=True) if len(found) == len(samples)]
     return [_summarise(contender, found) for contender, found in ran]
+
+
+def _compressible(model: Any) -> list[bool]:
+    support = explain(model)
+    if support.status == "none":
+        raise FidelityError(support.message)
+    return list(support.layers)
 
 
 # ---- one contender on one sample

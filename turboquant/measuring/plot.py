@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from turboquant.measuring.drift import Fidelity
+    from turboquant.measuring.figures import Fidelity
     from turboquant.measuring.speed import Speed
 
 

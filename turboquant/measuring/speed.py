@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 from mlx_lm.models.base import quantized_scaled_dot_product_attention
 
-from turboquant.codec import CacheCodec
+from turboquant.cache_codec import CacheCodec
 from turboquant.device import on_cpu
 from turboquant.kernels import attention_gpu
 from turboquant.kernels.backends import backend
