@@ -426,7 +426,7 @@ def test_a_model_that_fails_on_one_document(
     whole = workplace.output.read_bytes()
     workplace.output.unlink()
     shutil.rmtree(workplace.cache)
-    module = getattr(pipeline, "prefixes" if where == "prefill" else "engine")
+    module = getattr(pipeline.answering, "prefixes" if where == "prefill" else "engine")
     real, calls = getattr(module, where), []
 
     def failing(*args: Any) -> Any:
