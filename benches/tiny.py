@@ -1,10 +1,11 @@
-"""Random models with their tokenizer, and jobs that use them: for benches that measure all but what is said.
+"""Random models with their tokenizer, and jobs that use them: for tests, and benches that measure all but what is said.
 
 The tiny one answers garbage, and other garbage for other contexts and queries, within milliseconds.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,25 +19,28 @@ TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+_SPECIALS = ["<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
 SENTENCES = [
     "The board met on the third of May and decided the budget for the year.",
     "What did the board decide? When does the lease end? Who signed the contract?",
     "1, 2, 3; first, second; (x) and (y) are equal.",
 ]
+_READ = [*SENTENCES[:2], "  1, 2, 3;\n\n- first\n- second\n\n(x) and (y) are equal.\n\n\n"]
+_READ += ["Le café est fermé; où est l'été? ...... !!!! ???? aaaa bbbb"]  # what the tokenizer is made from
 QUERIES = ["What did the board decide?", "When does the lease end?"]
 SCHEMA = pa.schema([("id", pa.string()), ("text", pa.string())])
 
 
-def write_model(folder: Path, dtype: str = "float32", **size: int) -> Path:
-    """Save a random llama of a byte-level vocabulary: of two layers that read 2,048 tokens, unless ``size`` says more.
+def write_model(folder: Path, dtype: str = "float32", seed: int = 0, **config: Any) -> Path:
+    """Save a random llama of a byte-level vocabulary: two layers that read 2,048 tokens, unless ``config`` says more.
 
-    dtype: MLX's name of it. size: keys of config.json.
+    dtype: MLX's name of it. config: keys of config.json.
     """
     import mlx.core as mx
     from mlx.utils import tree_flatten
     from mlx_lm.models import llama
 
-    tokenizer = _tokenizer()
+    tokenizer = make_tokenizer()
     settings: dict[str, Any] = {
         "model_type": "llama",
         "hidden_size": 128,
@@ -51,10 +55,10 @@ def write_model(folder: Path, dtype: str = "float32", **size: int) -> Path:
         "max_position_embeddings": 2048,
         "tie_word_embeddings": False,
         "eos_token_id": tokenizer.eos_token_id,
-        **size,
+        **config,
     }
     folder.mkdir(parents=True, exist_ok=True)
-    mx.random.seed(0)
+    mx.random.seed(seed)
     leaves: Any = tree_flatten(llama.Model(llama.ModelArgs.from_dict(settings)).parameters())
     # Attention must count, or every context would give the same answer.
     weights = {name: x * 4 if name.endswith("_proj.weight") else x for name, x in leaves}
@@ -65,26 +69,32 @@ def write_model(folder: Path, dtype: str = "float32", **size: int) -> Path:
     return folder
 
 
-def _tokenizer() -> Any:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+def make_tokenizer(chat_template: str | None = TEMPLATE) -> Any:
+    """A Hugging Face tokenizer of 600 tokens."""
     from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(
+        tokenizer_object=_trained(),
+        bos_token=_SPECIALS[0],
+        eos_token=_SPECIALS[1],
+        additional_special_tokens=_SPECIALS[2:],
+        chat_template=chat_template,
+    )
+
+
+@functools.cache
+def _trained() -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    specials = ["<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     trainer = trainers.BpeTrainer(
-        vocab_size=600, special_tokens=specials, initial_alphabet=alphabet, show_progress=False
+        vocab_size=600, special_tokens=_SPECIALS, initial_alphabet=alphabet, show_progress=False
     )
-    tokenizer.train_from_iterator(SENTENCES * 8, trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        bos_token="<|bos|>",
-        eos_token="<|end|>",
-        additional_special_tokens=specials[2:],
-        chat_template=TEMPLATE,
-    )
+    tokenizer.train_from_iterator(_READ * 4, trainer)
+    return tokenizer
 
 
 @dataclass

@@ -23,20 +23,6 @@ EXAMPLES = "Example. Who met? The board met. When? On the third of May. " * 30
 
 
 @pytest.fixture
-def prefilled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The lengths of the segments whose prefill was begun."""
-    lengths: list[int] = []
-    real = pipeline.answering.prefixes.prefill
-
-    def counting(model: Any, tokens: list[int], *args: Any) -> Any:
-        lengths.append(len(tokens))
-        return real(model, tokens, *args)
-
-    monkeypatch.setattr("pipeline.answering.prefixes.prefill", counting)
-    return lengths
-
-
-@pytest.fixture
 def streaming(workplace: Workplace) -> Workplace:
     """Three documents of about 1,300 tokens, in segments of 512."""
     workplace.documents = {name: text * 5 for name, text in workplace.documents.items()}

@@ -25,20 +25,6 @@ import pipeline.cache.store
 from pipeline.errors import ModelError, OutputError
 
 
-@pytest.fixture
-def prefilled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The lengths of the contexts whose prefill was begun."""
-    lengths: list[int] = []
-    real = pipeline.answering.prefixes.prefill
-
-    def counting(model: Any, tokens: list[int], *args: Any) -> Any:
-        lengths.append(len(tokens))
-        return real(model, tokens, *args)
-
-    monkeypatch.setattr("pipeline.answering.prefixes.prefill", counting)
-    return lengths
-
-
 def counts(report: Any) -> tuple[int, int, int, int, int]:
     """Rows kept, answered and failed; prefixes built and restored."""
     return (

@@ -31,20 +31,6 @@ def long_text(name: str, times: int = 70) -> str:
     return "".join(f"{name}{number} The board met on the third of May and decided. " for number in range(times))
 
 
-@pytest.fixture
-def prefilled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The lengths of the segments whose prefill was begun."""
-    lengths: list[int] = []
-    real = pipeline.answering.prefixes.prefill
-
-    def counting(model: Any, tokens: list[int], *rest: Any) -> Any:
-        lengths.append(len(tokens))
-        return real(model, tokens, *rest)
-
-    monkeypatch.setattr("pipeline.answering.prefixes.prefill", counting)
-    return lengths
-
-
 def fresh(workplace: Workplace, *overrides: str) -> bytes:
     """The result of a run on an empty store; nothing from before is left, nor anything of it."""
     forget(workplace)
