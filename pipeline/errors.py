@@ -95,6 +95,7 @@ class RowError(PipelineError):
 
     @property
     def error_type(self) -> str:
+        """As the result's column says it."""
         return type(self).__name__
 
 

@@ -43,9 +43,11 @@ def text_of(page: Path) -> str:
 
 def code(page: Path) -> list[str]:
     """What a page gives to type: blocks of sh, and what stands between backticks."""
-    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", text_of(page), re.M | re.S)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", text_of(page), re.MULTILINE | re.DOTALL)
     blocks = [block for language, block in fenced if language == "sh"]
-    return blocks + re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text_of(page), flags=re.M | re.S))
+    return blocks + re.findall(
+        r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text_of(page), flags=re.MULTILINE | re.DOTALL)
+    )
 
 
 def options_of_the_command_line() -> dict[str, set[str]]:
@@ -101,12 +103,12 @@ def test_links_lead_somewhere(page: Path) -> None:
         there = (page.parent / path) if path else page
         assert there.exists(), target
         if anchor:
-            headings = re.findall(r"^#+ (.*)$", text_of(there), re.M)
+            headings = re.findall(r"^#+ (.*)$", text_of(there), re.MULTILINE)
             assert anchor in {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}, target
 
 
 def test_the_short_job_is_one(tmp_path: Path) -> None:
-    (block,) = re.findall(r"^```yaml\n(.*?)^```", text_of(ROOT / "README.md"), re.M | re.S)
+    (block,) = re.findall(r"^```yaml\n(.*?)^```", text_of(ROOT / "README.md"), re.MULTILINE | re.DOTALL)
     (tmp_path / "job.yaml").write_text(block)
     assert [query.id for query in load_job(tmp_path / "job.yaml").queries] == ["parties", "summary"]
 
@@ -115,7 +117,7 @@ def test_the_job_file_says_all_that_can_be_said(tmp_path: Path) -> None:
     """It is a job, and names every key there is."""
     whole, table = (
         yaml.safe_load(block)
-        for block in re.findall(r"^```yaml\n(.*?)^```", text_of(ROOT / "docs" / "jobs.md"), re.M | re.S)
+        for block in re.findall(r"^```yaml\n(.*?)^```", text_of(ROOT / "docs" / "jobs.md"), re.MULTILINE | re.DOTALL)
     )
     (tmp_path / "terms.json").write_text('{"type": "object"}')
     (tmp_path / "adapters").mkdir()

@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FILES = sorted(file for package in ("pipeline", "turboquant") for file in (ROOT / package).rglob("*.py"))
 LINES, LINES_OF_A_FUNCTION = 300, 40
-ROOMS = re.findall(r"^\| `pipeline/(\w+)/`", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), flags=re.M)
+ROOMS = re.findall(r"^\| `pipeline/(\w+)/`", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
 
 
 def module_of(file: Path) -> str:

@@ -47,11 +47,8 @@ class Answering:
         self._shown = 0
 
     def _answer_together(self, todos: Sequence[Todo], on_answer: Callable[[], None]) -> None:
-        ready: list[tuple[Todo, Prefix]] = []
-        for todo in todos:
-            if todo.open and (prefix := self._prefix(todo)) is not None:
-                ready.append((todo, prefix))
-        if ready:
+        found = [(todo, self._prefix(todo)) for todo in todos if todo.open]
+        if ready := [(todo, prefix) for todo, prefix in found if prefix is not None]:
             self._answer(ready, on_answer)
 
     def _answer_windows(self, todo: Todo) -> None:

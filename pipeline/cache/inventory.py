@@ -76,22 +76,25 @@ def entries(folder: Path) -> Iterator[Entry]:
         if _SET_ASIDE.fullmatch(path.name) and not path.is_symlink():
             yield Entry(path, size_of(path), 0.0, None, "rejected")
     for path in sorted(folder.glob("??/*")):
-        if not _KEY.fullmatch(path.name) or not path.name.startswith(path.parent.name):
-            continue
-        if path.is_symlink() or path.parent.is_symlink():
-            continue  # what lies elsewhere is none of the store's
-        try:
-            used = (path / MANIFEST).stat().st_mtime
-            manifest = read_manifest(path)
-        except FileNotFoundError:
-            if path.is_dir():
-                yield Entry(path, size_of(path), 0.0, None, "written in part")
-        except SegmentError as error:
-            yield Entry(path, size_of(path), 0.0, None, str(error))
-        except OSError:
-            continue  # it went just now
-        else:
-            yield Entry(path, size_of(path), used, manifest)
+        linked = path.is_symlink() or path.parent.is_symlink()  # what lies elsewhere is none of the store's
+        if _KEY.fullmatch(path.name) and path.name.startswith(path.parent.name) and not linked:
+            yield from _segment(path)
+
+
+def _segment(path: Path) -> Iterator[Entry]:
+    """The entry of a segment's folder, unless it went just now."""
+    try:
+        used = (path / MANIFEST).stat().st_mtime
+        manifest = read_manifest(path)
+    except FileNotFoundError:
+        if path.is_dir():
+            yield Entry(path, size_of(path), 0.0, None, "written in part")
+    except SegmentError as error:
+        yield Entry(path, size_of(path), 0.0, None, str(error))
+    except OSError:
+        return
+    else:
+        yield Entry(path, size_of(path), used, manifest)
 
 
 def size_of(path: Path) -> int:

@@ -37,6 +37,7 @@ def atomic_file(path: Path, ending: str = "") -> Iterator[Path]:
 
 @contextmanager
 def disk_errors(path: Path, problem: str) -> Iterator[None]:
+    """What the disk refuses while the block runs is raised as OutputError, which says ``problem`` of ``path``."""
     try:
         yield
     except OSError as error:
@@ -47,6 +48,7 @@ def disk_errors(path: Path, problem: str) -> Iterator[None]:
 
 
 def make_folder(folder: Path) -> None:
+    """Make a folder and those above it, each of which survives a power cut."""
     if not folder.is_dir():
         make_folder(folder.parent)
         folder.mkdir(exist_ok=True)

@@ -270,19 +270,25 @@ class Teller:
         pass
 
     def start_documents(self, document_ids: Sequence[str]) -> None:
+        """These are begun with."""
         self._send(DocumentsStarted(tuple(document_ids)))
 
     def end_documents(self, document_ids: Sequence[str], report: Report) -> None:
+        """Their rows are committed, and the report covers them."""
         self._send(DocumentsDone(tuple(document_ids), report))
 
     def rows_done(self, count: int) -> None:
+        """So many more rows are done."""
         self._send(RowsDone(count))
 
     def start_prefill(self, name: str, tokens: int) -> None:
+        """A document's prefill begins."""
         self._send(PrefillStarted(name, tokens))
 
     def prefilled(self, tokens: int) -> None:
+        """So many more tokens are."""
         self._send(Prefilled(tokens))
 
     def end_prefill(self) -> None:
+        """It is over, well or not."""
         self._send(PrefillEnded())

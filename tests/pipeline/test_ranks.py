@@ -165,7 +165,7 @@ def test_a_run_that_is_cut_off_goes_on(place: Workplace) -> None:
     for killed in (0, 1):
         code, said = stopped(place, [(killed, signal.SIGKILL)])[1 - killed]
         # MLX writes lines of its own in pieces, between which this one may stand.
-        told = re.findall("error: .*; what was committed is kept, and the same command resumes$", said, re.M)
+        told = re.findall("error: .*; what was committed is kept, and the same command resumes$", said, re.MULTILINE)
         ended = killed == 0 and code == -signal.SIGTERM  # as a follower may be before it has said anything
         assert code == 1 or ended, said
         assert len(told) == 1 or ended, said

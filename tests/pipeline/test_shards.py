@@ -53,7 +53,7 @@ def test_three_machines_over_ssh(place: Workplace, tmp_path: Path) -> None:
         (programs / name).write_text(f"#!/bin/sh\n{body}\n")
         (programs / name).chmod(0o755)
     (block,) = re.findall(
-        r"^```sh\n(n=0; .*?)^```$", (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8"), re.M | re.S
+        r"^```sh\n(n=0; .*?)^```$", (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL
     )
     environment = os.environ | {"PATH": f"{programs}:{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
     subprocess.run(["sh", "-c", block], cwd=place.folder, env=environment, check=True, timeout=300)
