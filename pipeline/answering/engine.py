@@ -92,9 +92,9 @@ class Engine:
             todo.split = True
             return
         todo.truncated = windows[0] is not todo.rendered
-        self._tokenise(todo, windows[0])
-        if todo.tokenised is not None and todo.open:
-            todo.tokenised.restored = self._prefixes.restore(todo.tokenised.pieces)
+        tokenised = self._tokenise(todo, windows[0])
+        if tokenised is not None and todo.open:
+            tokenised.restored = self._prefixes.restore(tokenised.pieces)
 
     def combine(self, todo: Todo) -> list[Todo]:
         """What is asked of the answers on a document's windows, query by query; one that failed on a window fails."""
@@ -116,20 +116,21 @@ class Engine:
         self._tokenise(part, rendered)
         return part
 
-    def _tokenise(self, todo: Todo, rendered: Rendered) -> None:
+    def _tokenise(self, todo: Todo, rendered: Rendered) -> Tokenised | None:
         queries = todo.document.queries
         try:
             tokens = self._tokenizer.tokenise(rendered, [query.text for query in queries])
         except RowError as error:
             todo.fail(error)
-            return
+            return None
         context, ids = tokens.context, [query.id for query in queries]
         pieces = self._prefixes.cut(todo.document_id, context, self._common(context), todo.label)
-        todo.tokenised = Tokenised(context, dict(zip(ids, tokens.suffixes, strict=True)), pieces)
+        tokenised = todo.tokenised = Tokenised(context, dict(zip(ids, tokens.suffixes, strict=True)), pieces)
         for query in todo.open:
-            suffix, longest = todo.tokenised.suffixes[query.id], query.settings(self._job.generation).max_tokens
+            suffix, longest = tokenised.suffixes[query.id], query.settings(self._job.generation).max_tokens
             if refused := too_long(len(context), len(suffix), longest, self._limit):
                 todo.fail(refused, [query])
+        return tokenised
 
     def _common(self, context: Sequence[int]) -> int:
         """How many of a context's first tokens all documents have."""

@@ -192,10 +192,11 @@ class Prefixes:
 
     def _has_room(self, tokens: int) -> bool:
         """Whether a segment of so many tokens can be stored, asked before it is prefilled. Raises DiskFull."""
+        has_room = False
         with self._going_on_without():
             self._store.make_room(prefix_bytes(self._codec, self._loaded.config, tokens) // self._ranks.count)
-            return True
-        return False
+            has_room = True
+        return has_room
 
     @contextmanager
     def _going_on_without(self) -> Iterator[None]:
