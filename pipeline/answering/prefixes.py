@@ -163,8 +163,8 @@ class Prefixes:
             return _extended(before, self._build(piece, before, claim)), False
 
     def _save(self, claim: ExitStack, piece: Piece, segment: Segment) -> None:
-        with claim, self._going_on_without():
-            self._store.save(piece.key, segment, self._identity, piece.parent, piece.about)
+        with claim:
+            self._lets(lambda: self._store.save(piece.key, segment, self._identity, piece.parent, piece.about))
 
     def _load(self, piece: Piece) -> Segment | None:
         label, whole = str(piece.about["label"]), bool(piece.about["whole"])
@@ -174,7 +174,8 @@ class Prefixes:
     def _build(self, piece: Piece, before: Prefix | None, claim: ExitStack) -> Segment:
         """Prefill a segment, and begin to store it where that is possible; ``claim`` ends when it is."""
         self._ranks.check(self._check)
-        can_store = self._has_room(len(piece.tokens))
+        needed = prefix_bytes(self._codec, self._loaded.config, len(piece.tokens)) // self._ranks.count
+        can_store = self._lets(lambda: self._store.make_room(needed))
         _log.debug("prefix %.12s is built: %d tokens behind %d", piece.key, len(piece.tokens), piece.start)
         self._progress.start_prefill(str(piece.about["document"]), len(piece.tokens))
         try:
@@ -190,19 +191,13 @@ class Prefixes:
             self._saving = self._saver.submit(self._save, claim.pop_all(), piece, segment)
         return segment
 
-    def _has_room(self, tokens: int) -> bool:
-        """Whether a segment of so many tokens can be stored, asked before it is prefilled. Raises DiskFull."""
-        has_room = False
-        with self._going_on_without():
-            self._store.make_room(prefix_bytes(self._codec, self._loaded.config, tokens) // self._ranks.count)
-            has_room = True
-        return has_room
+    def _lets(self, store: Callable[[], object]) -> bool:
+        """Whether the folder lets something be done to it; where it refuses, the job goes on without storing.
 
-    @contextmanager
-    def _going_on_without(self) -> Iterator[None]:
-        """Where the folder refuses, the job goes on without storing. A full disk stops it: results need room too."""
+        Raises DiskFull: a full disk stops the job, for results need room too.
+        """
         try:
-            yield
+            store()
         except DiskFull:
             raise
         except StoreError as error:
@@ -210,6 +205,8 @@ class Prefixes:
                 kind = "the budget has no room" if isinstance(error, BudgetTooSmall) else "that fails"
                 _log.warning("%s; the job goes on without storing prefixes where %s", error, kind)
             self._can_store = False
+            return False
+        return True
 
     def _prefilled(self, tokens: int) -> None:
         self._ranks.check(self._check)
