@@ -21,6 +21,7 @@ from pipeline.cli import app
 from pipeline.commands import bench
 from pipeline.commands.bench import Row
 from pipeline.commands.outcome import CONTENDERS
+from pipeline.job.job_file import load_job
 
 ROOT = Path(__file__).parents[2]
 PIPELINE = {
@@ -282,3 +283,9 @@ def test_a_gpu_is_warmed_up_before_it_is_measured(
     assert outcome.disk_bytes == expected.disk_bytes
     assert outcome.answer_tokens == expected.answer_tokens
     assert not (folder / "small").exists()
+
+
+def test_what_mlx_lm_cannot_split_is_too_long_for_all(workplace: Workplace, tmp_path: Path) -> None:
+    workplace.save(documents={"path": "docs.parquet", "too_long": "split"})
+    part = bench._part(load_job(workplace.job_file), bench.Extent(1), tmp_path / "documents.parquet")
+    assert part.documents.too_long == "error"

@@ -310,3 +310,18 @@ def test_an_interrupted_run_says_how_to_resume(workplace: Workplace, send: Calla
     workplace.output.unlink()
     workplace.run()
     assert workplace.output.read_bytes() == resumed
+
+
+def test_a_traceback_where_it_is_asked_for(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise ZeroDivisionError("a defect")
+
+    monkeypatch.setattr("pipeline.commands.survey.plan_job", fail)
+    assert "error: ZeroDivisionError: a defect (--debug shows where)" in invoke("plan", workplace.job_file).stderr
+    found = invoke("plan", workplace.job_file, "--debug").exception
+    assert isinstance(found, ZeroDivisionError)
+
+
+def test_a_model_of_several_processes_is_not_run_on_ray(workplace: Workplace) -> None:
+    told = error_of(invoke("run", workplace.job_file, "--on", "ray", "--set", "scale.ranks=2"))
+    assert told.startswith("scale.ranks: ")

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from commands import invoke
 
 from pipeline.commands import doctor
 from pipeline.commands.doctor import Check, as_json, examine, render
@@ -74,3 +75,10 @@ def test_json_holds_every_field():
     assert json.loads(as_json([Check("disk", "1 GB free", False, "free some")])) == [
         {"name": "disk", "value": "1 GB free", "ok": False, "fix": "free some"}
     ]
+
+
+def test_the_command(monkeypatch):
+    monkeypatch.setattr(doctor, "measure_gflops", lambda size=1024: 50.0)
+    shown, told = invoke("doctor"), invoke("doctor", "--json")
+    assert (shown.exit_code, told.exit_code) == (0, 0)
+    assert shown.stdout.split()[0] == json.loads(told.stdout)[0]["name"]

@@ -44,6 +44,12 @@ def test_columns_are_guessed(tmp_path: Path, columns: dict[str, Any], found: tup
     assert guess_columns(written(tmp_path, **columns)) == found
 
 
+def test_columns_of_json_lines_are_guessed(tmp_path: Path) -> None:
+    lines = [{"key": n, "tags": ["x"], "body": text, "note": "y"} for n, text in enumerate(LONG)]
+    (tmp_path / "papers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert guess_columns(str(tmp_path / "papers.jsonl")) == ("key", "body")
+
+
 @pytest.mark.parametrize(
     ("columns", "words"),
     [

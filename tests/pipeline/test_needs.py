@@ -10,6 +10,7 @@ import pytest
 
 from pipeline.cache import needs as module
 from pipeline.cache.needs import JOBS, Needs
+from pipeline.errors import BudgetTooSmall
 
 OUTPUT = Path("/results/a.parquet")
 
@@ -89,3 +90,13 @@ def test_a_folder_that_refuses_stops_nothing(tmp_path: Path) -> None:
     looker = Needs(tmp_path)
     looker.start(["a"])
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]
+
+
+def test_where_there_is_no_room_to_tell_others_nothing_is_told(tmp_path: Path) -> None:
+    def no_room(_: int) -> None:
+        raise BudgetTooSmall("cache.budget: too small")
+
+    needs = Needs(tmp_path, OUTPUT)
+    needs.start(["a"], no_room)
+    assert needs.wants("a")
+    assert not (tmp_path / JOBS).exists()

@@ -189,3 +189,9 @@ def test_a_tokenizer_that_overrides_encode_alone_is_respected(tokenizer: Any) ->
     prompts = PromptTokenizer(Wrapped())
     tokenised = prompts.tokenise(Rendered(None, "a\nb"), ["Q"])
     assert tokenised.context + tokenised.suffixes[0] == encode(tokenizer, "a<n>b<n><n>Q<n><n>", True)
+
+
+def test_prompts_that_share_no_token_have_no_context(make_tokenizer: Callable[..., Any]) -> None:
+    prompts = PromptTokenizer(make_tokenizer(chat_template="{{ messages[-1].content[-2:] + messages[-1].content }}"))
+    with pytest.raises(PromptFailed, match="differ from the first token on"):
+        prompts.tokenise(Rendered(None, "A lease."), ["What?", "Who is"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -222,3 +223,28 @@ def test_a_bench_asks_each_document_its_own(workplace: Workplace) -> None:
     assert [row["answers"] for row in json.loads(result.stdout)] == [4, 4]
     result = invoke("bench", job, *options, "--set", "cache.resident=dense", "--json", "--naive-queries", "1")
     assert [row["answers"] for row in json.loads(result.stdout)] == [2, 5]
+
+
+def test_answers_to_own_queries_are_shown(workplace: Workplace) -> None:
+    job = own(workplace, OWN)
+    workplace.run()
+    shown = [line.split("\t")[:3] for line in invoke("show", job).stdout.splitlines()]
+    assert shown == [[document, query, "ok"] for document, query in pairs(workplace)]
+    asked = [line.split("\t")[0] for line in invoke("show", job, "--query", "b").stdout.splitlines()]
+    assert asked == ["d0", "d2"]
+    page = workplace.folder / "page.html"
+    assert invoke("show", job, "--html", page).exit_code == 0
+    assert page.read_text().count("<th") >= 3  # a, b and c, though no document has all
+
+
+def test_a_disk_with_no_room_for_queries(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> Any:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    monkeypatch.setattr("pipeline.inputs.queries.temporary_database", full)
+    result = invoke("plan", own(workplace, OWN))
+    assert result.exit_code == 1
+    assert result.stderr == (
+        "error: queries cannot be set down in a temporary file: database or disk is full; free some space, or set "
+        "TMPDIR to a folder that has some\n"
+    )

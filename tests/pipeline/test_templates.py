@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
+from commands import invoke
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -32,16 +33,6 @@ def tokenizers(make_tokenizer: Callable[..., Any]) -> dict[str, TokenizerWrapper
         tokenizer.add_tokens(list(family.marks), special_tokens=True)
         made[name] = TokenizerWrapper(tokenizer)
     return made
-
-
-@pytest.fixture(autouse=True)
-def log_level() -> Iterator[None]:
-    """Commands set the level of the package's log."""
-    import logging
-
-    before = logging.getLogger("pipeline").level
-    yield
-    logging.getLogger("pipeline").setLevel(before)
 
 
 each_family = pytest.mark.parametrize("name", FAMILIES)
@@ -112,3 +103,20 @@ def test_a_run(
     assert caplog.text.count(FOLDED) == (0 if FAMILIES[name].has_system else 1)
     assert len(workplace.segments()) == 3
     assert all(row["query_tokens"] < row["context_tokens"] for row in workplace.rows().values())
+
+
+def test_a_template_that_fails_on_one_document_fails_its_rows(
+    workplace: Workplace, make_tokenizer: Callable[..., Any]
+) -> None:
+    fails = "{% if 'décidé' in messages[-1].content %}{{ raise_exception('not this one') }}{% endif %}"
+    model = shutil.copytree(workplace.model, workplace.folder / "model")
+    make_tokenizer(chat_template=fails + "{{ messages[-1].content }}").save_pretrained(model)
+    workplace.documents["d1"] = "Le conseil a décidé."
+    workplace.save(model="model")
+    planned = invoke("plan", workplace.job_file)
+    assert "will fail  documents: 1 blank or not fit for the prompt" in planned.stdout
+    assert invoke("run", workplace.job_file, "--quiet").exit_code == 3
+    rows = workplace.rows()
+    assert {pair[0] for pair, row in rows.items() if row["status"] == "error"} == {"d1"}
+    assert {row["error_type"] for row in rows.values()} == {None, "PromptFailed"}
+    assert "not this one" in rows["d1", "who"]["error"]

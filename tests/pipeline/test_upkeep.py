@@ -148,3 +148,26 @@ def test_bad_arguments(arguments: tuple[str, ...], message: str) -> None:
 
 def _manifest(folder: Path) -> Any:
     return json.loads((folder / "segment.json").read_bytes())
+
+
+def test_a_folder_that_refuses(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    workplace.run()
+
+    def refuse(_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pipeline.cache.store.remove", refuse)
+    code, _, error = invoke("gc", workplace.cache, "--budget", "1kB")
+    assert code == 1
+    assert "cannot be shrunk: " in error
+    assert "Permission denied" in error
+
+
+def test_an_age_that_a_stranger_wrote(workplace: Workplace) -> None:
+    workplace.run()
+    for folder in workplace.segments():
+        manifest = json.loads((folder / "segment.json").read_text())
+        (folder / "segment.json").write_text(json.dumps(manifest | {"created": "long ago"}))
+    code, shown, _ = invoke("ls", workplace.cache)
+    assert code == 0
+    assert shown.count(" - ") >= 3, shown

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from commands import ROOT, in_terminal, invoke
 from workplace import Workplace
 
 from pipeline.report import Report
+from pipeline.telling import logs
 from pipeline.telling.metrics import write_metrics
 from pipeline.telling.progress import Progress
 
@@ -232,3 +234,13 @@ def test_a_shell_completes_commands_and_options(tmp_path: Path, line: list[str],
 
 def test_completion_is_installed_by_an_option() -> None:
     assert "--install-completion" in invoke("--help").stdout
+
+
+def test_a_trace_is_part_of_its_line() -> None:
+    try:
+        raise ValueError("broken")
+    except ValueError:
+        record = logging.LogRecord("pipeline.x", logging.ERROR, __file__, 1, "it failed", (), sys.exc_info())
+    line = json.loads(logs._JsonLines().format(record))
+    assert (line["level"], line["message"]) == ("error", "it failed")
+    assert line["trace"].endswith("ValueError: broken")

@@ -20,6 +20,7 @@ from turboquant.codec import Encoded
 from turboquant.kernels import attention_gpu, cpu
 from turboquant.kernels.backends import attend_past, backend, has_kernel
 from turboquant.packing import pack
+from turboquant.queries import QueryCollector
 
 SCALE = 0.125
 both = pytest.mark.parametrize("module", [attention, cpu], ids=["mlx", "numpy"])
@@ -298,3 +299,22 @@ def test_memory_at_a_long_context_is_bounded(resident: str, monkeypatch: pytest.
     scores = heads * 64 * 4 * (1 << 16)
     assert peaks[1] < scores / 2
     assert peaks[1] < 1.4 * peaks[0]  # four times the tokens
+
+
+@pytest.mark.parametrize("threads", [2, 5])
+def test_threads_change_no_bit(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    # Tests have one thread a process; a user's run has as many as there are cores.
+    keys, values = (mx.random.normal((4, 900, 64), key=mx.random.key(key)) for key in (0, 1))
+    queries = mx.random.normal((2, 8, 300, 64), key=mx.random.key(2))
+    collector = QueryCollector(900)
+    collector.add(queries[:1], 4, 600, 0.125)
+
+    def computed() -> list[mx.array]:
+        layer = EncodedLayer.encode(keys, values, CacheCodec(4, 3), collector.collected())
+        dense = cpu.attend_dense(queries[:1], keys[None, :, :300], values[None, :, :300], 0.125, "causal")
+        packed = cpu.attend_layer(queries, layer, 0.125)
+        return [dense.output, dense.logsumexp, packed.output, packed.logsumexp, *layer.tensors().values()]
+
+    alone = computed()
+    monkeypatch.setattr("turboquant.threads._threads", lambda: threads)
+    assert all(mx.array_equal(one, other) for one, other in zip(alone, computed(), strict=True))
