@@ -23,6 +23,8 @@ from pipeline.errors import ModelError
 from pipeline.job.job import Query, Settings
 from pipeline.job.job_file import load_job
 
+pytestmark = pytest.mark.usefixtures("here")
+
 ROOT = Path(__file__).parents[2]
 
 

@@ -20,6 +20,8 @@ from pipeline.inputs.fitting import Fitting, combined, longest
 from pipeline.inputs.prompts import PromptTokenizer, Rendered, Renderer
 from pipeline.job.job_file import load_job
 
+pytestmark = pytest.mark.usefixtures("here")
+
 LONG = "The board met on the third of May, and café no. {} was decided. "
 
 

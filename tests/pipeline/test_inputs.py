@@ -13,6 +13,8 @@ import pytest
 from commands import error_of, invoke
 from workplace import Workplace
 
+pytestmark = pytest.mark.usefixtures("here")
+
 ROWS: list[dict[str, Any]] = [
     {"id": "a", "text": "The board met.", "year": 2019, "lang": "en"},
     {"id": "b", "text": "Le café est fermé.", "year": 2021, "lang": "fr"},

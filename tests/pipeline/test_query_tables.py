@@ -16,6 +16,8 @@ import pytest
 from commands import ROOT, error_of, invoke
 from workplace import Workplace
 
+pytestmark = pytest.mark.usefixtures("here")
+
 OWN: list[dict[str, Any]] = [
     {"document": "d2", "id": "a", "text": "Who signed?"},
     {"document": "d0", "id": "b", "text": "What did the board decide?", "max_tokens": 3.0},

@@ -15,6 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -30,6 +31,8 @@ from pipeline.files import remote
 from pipeline.inputs.documents import check_documents, stream_documents
 from pipeline.job.job import Documents
 from pipeline.output.results import Results, Row
+
+pytestmark = pytest.mark.usefixtures("here")
 
 URL = "s3://bucket/out/a.parquet"
 
@@ -89,6 +92,7 @@ def server(only_server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     }
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
+    fsspec.get_filesystem_class("s3").clear_instance_cache()  # they keep credentials and listings
     only_server.drop_the_bucket()
     only_server.files.mkdir("bucket")
     return only_server

@@ -25,17 +25,6 @@ FEW = {"max_tokens": 3, "batch_size": 8}  # three documents of three queries sha
 
 
 @pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`pipeline run` runs in this process, which takes a tenth of the time."""
-    from pipeline.running.runner import Runner
-
-    def run(job: Any, quiet: bool, on_failure: Any, metrics: Any, shard: Any) -> Any:
-        return Runner(job, quiet=True, on_failure=on_failure, shard=shard).run()
-
-    monkeypatch.setattr("pipeline.running.supervisor.supervise", run)
-
-
-@pytest.fixture
 def place(workplace: Workplace) -> Workplace:
     workplace.documents |= {f"e{number}": f"Paper {number} says {number * 7}. " * 6 for number in range(8)}
     workplace.save(generation=FEW)

@@ -18,6 +18,8 @@ from workplace import Workplace
 from pipeline.cli import app
 from pipeline.inputs.prompts import PromptTokenizer, Rendered
 
+pytestmark = pytest.mark.usefixtures("here")
+
 MINUTES = "The board met on the third of May and decided the budget.\n\nThe lease ends in May."
 SYSTEM = "Answer from the paper only."
 FOLDED = "the chat template takes no system text: it is put before the document in the user's message"
