@@ -15,7 +15,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -92,7 +91,6 @@ def server(only_server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     }
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
-    fsspec.get_filesystem_class("s3").clear_instance_cache()  # they keep credentials and listings
     only_server.drop_the_bucket()
     only_server.files.mkdir("bucket")
     return only_server
@@ -342,6 +340,7 @@ def test_what_is_wrong_with_a_url_is_told_before_a_model_is_loaded(
 def test_credentials_are_missing(workplace: Workplace, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    s3fs.S3FileSystem.clear_instance_cache()  # which keeps credentials; a run is a process of its own
     for override in "documents.path=s3://bucket/a.parquet", f"output.path={URL}":
         error = error_of(invoke("run", workplace.job_file, "--set", override))
         assert "access is refused: Unable to locate credentials; set credentials" in error
