@@ -79,6 +79,12 @@ ALL = (
     Figures("spoilt-stores", "measured.md", ("benches.mutate_store",)),
     Figures("spoilt-files", "measured.md", ("benches.fuzz_files",)),
     Figures("spoilt-jobs", "measured.md", ("benches.fuzz_jobs",)),
+    Figures(
+        "ray-overhead",
+        "scaling.md",
+        ("benches.ray_overhead efficiency", "benches.ray_overhead driver", "benches.ray_overhead data"),
+    ),
+    Figures("ray-kills", "scaling.md", ("benches.ray_kills --set documents.limit=6",)),
     Figures("peers", "fidelity.md", ("benches.peers --model {model} --data {data} --tokens 600 --contracts 2",)),
     Figures("fidelity", "fidelity.md", ("benches.contracts --model {model} --data {data}",), gpu=True),
     Figures("kernels", "kernels.md", ("turboquant.bench",), gpu=True),

@@ -20,8 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from contracts import contract_samples, measure_contracts
-
+from benches.contracts import contract_samples, measure_contracts
 from turboquant.fidelity import load_model, table
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """Runs a job on a Ray cluster of three nodes on this machine, and kills a worker, a node or the driver meanwhile.
 
-    OPENBLAS_NUM_THREADS=1 python -m benches.ray_kills [--times 10] [--seed 0] [--job jobs/summarize.yaml] [--set ...]
+    python -m benches.ray_kills [--times 10] [--seed 0] [--job jobs/summarize.yaml] [--set ...]
 
 The job is run by the command line on one machine first, and undisturbed on the cluster. Then, so many times each, with
 an empty store, it is run and at a random moment of its work one of the three is killed; a driver's command is given
@@ -183,6 +183,7 @@ def main() -> None:
     parser.add_argument("--job", type=Path, default=ROOT / "jobs" / "summarize.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as of pipeline run")
     arguments = parser.parse_args()
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
     rng, tallies = random.Random(arguments.seed), {kind: Tally() for kind in KINDS}
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), arguments.job, arguments.set)

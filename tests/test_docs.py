@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import typer
 import yaml
 from pydantic import BaseModel
 
+from benches.all import ALL
 from pipeline.cli import app
 from pipeline.job.job import Job, QueryTable
 from pipeline.job.job_file import load_job
@@ -105,6 +107,19 @@ def test_links_lead_somewhere(page: Path) -> None:
         if anchor:
             headings = re.findall(r"^#+ (.*)$", text_of(there), re.MULTILINE)
             assert anchor in {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}, target
+
+
+def test_figures_are_taken_again_by_one_command() -> None:
+    taken = {word for figures in ALL for command in figures.commands for word in command.split()}
+    named = {name for page in PAGES for name in re.findall(r"benches[./](\w+)(?!\w*\()", text_of(page))}
+    assert not {name for name in named - {"all", "py"} if f"benches.{name}" not in taken}
+    for figures in ALL:
+        assert (ROOT / "docs" / figures.page).is_file()
+
+
+@pytest.mark.parametrize("bench", sorted(file.stem for file in (ROOT / "benches").glob("*.py")))
+def test_a_bench_can_be_imported(bench: str) -> None:
+    importlib.import_module(f"benches.{bench}")
 
 
 def test_the_short_job_is_one(tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ def module_of(file: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-MODULES = {module_of(file): ast.parse(file.read_text(encoding="utf-8")) for file in FILES}
+FILES_OF = {module_of(file): file for file in FILES}
+MODULES = {module: ast.parse(file.read_text(encoding="utf-8")) for module, file in FILES_OF.items()}
 PACKAGES = {module_of(file) for file in FILES if file.name == "__init__.py"}
 
 
@@ -81,3 +82,9 @@ def test_a_module_is_short_and_says_what_it_knows(file: Path) -> None:
             said = node.body[0] if ast.get_docstring(node, clean=False) is not None else None
             docstring = 0 if said is None else (said.end_lineno or 0) - said.lineno + 1
             assert (node.end_lineno or 0) - node.lineno + 1 - docstring <= LINES_OF_A_FUNCTION, node.name
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_modules_that_are_spoken_of_exist(module: str) -> None:
+    said = re.findall(r"([\w/]+\.py)\b", FILES_OF[module].read_text(encoding="utf-8"))
+    assert not [name for name in said if not any(f"/{file}".endswith(f"/{name}") for file in map(str, FILES))]
