@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 LOCAL, CLIENT = "ray", "ray://"
 SECONDS_TO_CONNECT = 10.0
+_CRASHED = "Starting Ray client server failed"  # as a child of the head does now and then, in gRPC behind a fork
 _OBJECT_STORE = 512 << 20  # bytes: only leases and answers pass through it
 # What Ray reads when it is imported. It would print dozens of lines of its own logs for each worker or node that is
 # lost, which the run's log says in one, and a warning of what another version is going to do.
@@ -37,6 +38,7 @@ _ENVIRONMENT = {
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".*",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
+_log = logging.getLogger(__name__)
 
 
 def run_on_ray(
@@ -95,17 +97,29 @@ def _connected(address: str) -> Iterator[None]:
 
     there = os.environ.get("RAY_ADDRESS", "local") if address == LOCAL else address
     _check_reachable(address, there)
-    options = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE} if there == "local" else {}
     try:
+        _connect(address, there)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _connect(address: str, there: str) -> None:
+    import ray
+
+    options = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE} if there == "local" else {}
+    for tries_left in (1, 0):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # it warns of what then is an error
                 ray.init(there, log_to_driver=False, logging_level=logging.ERROR, **options)
+            return
         except Exception as error:
-            raise RemoteError(f"--on {address}: no connection to Ray at {there}: {one_line(error)}") from error
-        yield
-    finally:
-        ray.shutdown()
+            ray.shutdown()
+            told = f"--on {address}: no connection to Ray at {there}: {one_line(error)}"
+            if not tries_left or _CRASHED not in str(error):
+                raise RemoteError(told) from error
+            _log.warning("%s; trying once more", told)
 
 
 def _check_reachable(address: str, there: str) -> None:

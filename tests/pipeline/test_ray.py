@@ -21,7 +21,9 @@ from workplace import Workplace
 
 pytest.importorskip("ray", reason="ray is not installed")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # with it, a child of Ray's proxy crashes now and then
 
+import ray
 from ray.cluster_utils import Cluster
 
 from pipeline.scale.ray_worker import RayWorker
@@ -385,6 +387,24 @@ def test_a_head_that_is_not_there(workplace: Workplace, monkeypatch: pytest.Monk
     (line,) = result.stderr.splitlines()
     assert line.startswith(f"error: --on {address}: nothing answers at {at} within 10 s")
     assert not workplace.output.parent.exists()
+
+
+@pytest.mark.parametrize(("crashes", "code"), [(1, 0), (2, 1)])
+def test_a_head_whose_child_crashed_is_asked_once_more(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch, crashes: int, code: int
+) -> None:
+    real, tries = ray.init, []
+
+    def crashing(*arguments: Any, **options: Any) -> Any:
+        tries.append(1)
+        if len(tries) <= crashes:
+            raise ConnectionAbortedError("Initialization failure from server: Starting Ray client server failed. See x")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(ray, "init", crashing)
+    said = on_ray(place, code=code).stderr
+    assert len(tries) == 2
+    assert ("error: --on ray: no connection to Ray at " in said) == bool(code)
 
 
 def test_a_cluster_of_this_machine_alone(workplace: Workplace) -> None:
