@@ -44,11 +44,12 @@ class Answers:
     ) -> None:
         self._job, self._inputs = job, Inputs(job, shard)
         self._documents, self._failed = frozenset(documents), failed
-        ids = [query.id for query in self._inputs.queries]
+        every = self._inputs.queries
+        ids = [query.id for query in every]
         for name in queries:
             if name not in ids:
                 raise JobError(f"--query {name}: the job has no such query{suggestion(name, ids)}")
-        self.queries = [query for query in self._inputs.queries if not queries or query.id in queries]
+        self.queries = [query for query in every if not queries or query.id in queries]
         for name in self._documents.difference(self.ids()):
             raise JobError(f"--document {name}: there is no such document in {job.documents.path}")
         with self._results() as results:
