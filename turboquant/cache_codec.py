@@ -9,7 +9,7 @@ import json
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
-from turboquant.codebook import SUPPORTED_BITS, lloyd_max
+from turboquant.codebook import lloyd_max
 from turboquant.codec import Codec
 
 # What the bits of tokens that matter most are raised to.
@@ -20,7 +20,7 @@ FINE_BITS = {2: 5, 3: 6, 4: 8, 5: 8, 6: 8, 8: 8}
 class CacheCodec:
     """How the keys and values of an attention layer are compressed.
 
-    key_bits, value_bits: any of ``SUPPORTED_BITS``.
+    key_bits, value_bits: any of ``codebook.SUPPORTED_BITS``.
     sinks: tokens at the start kept as they are. The very first draw most of the attention, with short keys; the
         others hold the marks of a chat template, at which the marks around a question look back.
     window: most tokens at the end, next to the question, that are kept finer (``FINE_BITS``).
@@ -130,6 +130,3 @@ def parse_codec(content: Any) -> CacheCodec:
 
 def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
-
-
-__all__ = ["SUPPORTED_BITS", "CacheCodec", "dump_codec", "parse_codec"]

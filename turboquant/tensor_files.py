@@ -20,6 +20,8 @@ import mlx.core as mx
 import numpy as np
 import xxhash
 
+from turboquant.plain_files import flush
+
 DTYPES = {  # safetensors' name of a dtype, MLX's, bytes
     "BOOL": (mx.bool_, 1),
     "U8": (mx.uint8, 1),
@@ -61,27 +63,18 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.parent / f".{uuid.uuid4().hex}.safetensors"
     try:
         yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
+        flush(temporary)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(path.parent)
+    flush(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:
     """Replace a file durably: temporary file, fsync, rename, fsync of the folder."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # --- checksums

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pipeline.errors import OutputError, is_disk_full, one_line
+from turboquant.plain_files import flush
 
 TEMPORARY = ".tmp-"  # readers of datasets pass over names that start with a dot
 
@@ -26,13 +27,13 @@ def atomic_file(path: Path, ending: str = "") -> Iterator[Path]:
         make_folder(path.parent)
         try:
             yield temporary
-            _flush(temporary)
+            flush(temporary)
             os.replace(temporary, path)
         except Exception:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
             raise
-        _flush(path.parent)
+        flush(path.parent)
 
 
 @contextmanager
@@ -52,13 +53,4 @@ def make_folder(folder: Path) -> None:
     if not folder.is_dir():
         make_folder(folder.parent)
         folder.mkdir(exist_ok=True)
-        _flush(folder.parent)
-
-
-def _flush(path: Path) -> None:
-    """Make a file's bytes, or a folder's entries, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        flush(folder.parent)
