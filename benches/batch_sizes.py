@@ -36,7 +36,7 @@ def answers(job: Job) -> dict[Pair, str | None]:
     """Run a job; its answers."""
     import pyarrow.parquet as pq
 
-    from pipeline.running.runner import Runner
+    from pipeline.run.runner import Runner
 
     Runner(job, quiet=True).run()
     rows = pq.read_table(job.result_file).to_pylist()
@@ -50,14 +50,14 @@ def partings(job: Job, size: int, first: dict[Pair, str | None], other: dict[Pai
         return []
     import mlx.core as mx
 
-    from pipeline.answering.identity import cache_codec
-    from pipeline.answering.prefill import prefill
     from pipeline.inputs.documents import stream_documents
     from pipeline.inputs.prompts import PromptTokenizer, Renderer, template_columns
     from pipeline.models.loading import load_model
+    from pipeline.run.fingerprint import cache_codec
+    from pipeline.run.prefill import prefill
     from turboquant import enabled
-    from turboquant.prefix import resident
-    from turboquant.segments import join
+    from turboquant.caches.prefix import resident
+    from turboquant.caches.segment import join
 
     loaded, renderer = load_model(job.model), Renderer(job.prompt)
     tokenizer = PromptTokenizer(loaded.tokenizer)
@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 4, 32])
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as of pipeline run")
     arguments = parser.parse_args()
-    from turboquant.blas import load_tuned_blas
+    from turboquant.runtime.blas import load_tuned_blas
 
     load_tuned_blas()
     from pipeline.job.job_file import load_job

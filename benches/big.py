@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--billion", action="store_true", help="parameters, of a larger model")
     arguments = parser.parse_args()
-    from turboquant.blas import load_tuned_blas
+    from turboquant.runtime.blas import load_tuned_blas
 
     load_tuned_blas()
     size = BILLION if arguments.billion else SIZE

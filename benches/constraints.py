@@ -91,7 +91,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32])
     arguments = parser.parse_args()
-    from turboquant.blas import load_tuned_blas
+    from turboquant.runtime.blas import load_tuned_blas
 
     load_tuned_blas()
 
@@ -99,7 +99,7 @@ def main() -> None:
     from pipeline.models.loading import load_model
     from pipeline.models.thinking import Marks
     from turboquant import CacheCodec, enabled, prefill
-    from turboquant.prefix import resident
+    from turboquant.caches.prefix import resident
 
     loaded = load_model(arguments.model)
     vocabulary = int(loaded.config["vocab_size"])

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from turboquant.fidelity import chat_sample, load_model, table
 
 if TYPE_CHECKING:
-    from turboquant.measuring.figures import Contender, Fidelity, Sample
+    from turboquant.eval.results import Contender, Fidelity, Sample
 
 SYSTEM = "You answer from the document only."
 ANSWER_TOKENS = 32
@@ -50,7 +50,7 @@ def contract_samples(
 
 def measure_contracts(model: Any, tokenizer: Any, samples: list[Sample], rows: list[Contender]) -> list[Fidelity]:
     """Each row's figures; progress goes to stderr."""
-    from turboquant.measuring.drift import measure
+    from turboquant.eval.divergence import measure
 
     started = time.monotonic()
     return measure(
@@ -72,8 +72,8 @@ def _texts(data: Path) -> Iterator[str]:
 
 
 def _rows(affine_bits: list[int]) -> list[Contender]:
-    from turboquant.cache_codec import CacheCodec
-    from turboquant.measuring.contenders import affine, exact, in_segments, streaming
+    from turboquant.eval.baselines import affine, exact, in_segments, streaming
+    from turboquant.quant.cache_codec import CacheCodec
 
     rows = [affine(bits) for bits in affine_bits]
     rows += [exact(CacheCodec(keys, values)) for keys, values in PAIRS]

@@ -27,11 +27,12 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache
 
 from turboquant import CacheCodec, EncodedLayer, Fork, TurboQuantKVCache, load_prompt_cache, save_prompt_cache
-from turboquant.files import MANIFEST, TENSORS, read_segment, write_segment
-from turboquant.identity import Identity
-from turboquant.prompt_cache import MANIFEST as MANIFEST_KEY
-from turboquant.segments import Segment, join
-from turboquant.tensor_files import FileError, Stored, digest_stored, seal
+from turboquant.caches.segment import Segment, join
+from turboquant.io.identity import Identity
+from turboquant.io.prompt_cache import MANIFEST as MANIFEST_KEY
+from turboquant.io.safetensors import FileError, Stored, digest_stored, seal
+from turboquant.io.segment_file import MANIFEST, TENSORS, read_segment, write_segment
+from turboquant.kernels.encoding import encode_layer
 
 CODEC = CacheCodec(3, 4, window=8)
 IDENTITY = Identity("weights", "tokenizer", CODEC.identity, "exact")
@@ -226,7 +227,7 @@ def random_kv(tokens: int) -> tuple[mx.array, mx.array]:
 def encoded() -> EncodedLayer:
     """An encoded layer of TOKENS tokens."""
     keys, values = random_kv(TOKENS)
-    return EncodedLayer.encode(keys[0], values[0], CODEC)
+    return encode_layer(keys[0], values[0], CODEC)
 
 
 def stock_caches() -> list[Any]:

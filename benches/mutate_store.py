@@ -200,7 +200,7 @@ class Listening(logging.Handler):
 def run(place: Place) -> Any:
     """Run a job in this process; returns its report."""
     from pipeline.job.job_file import load_job
-    from pipeline.running.runner import Runner
+    from pipeline.run.runner import Runner
 
     return Runner(load_job(place.folder / "job.yaml"), quiet=True).run()
 
@@ -226,7 +226,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     logging.getLogger("pipeline").propagate = False
-    from turboquant.blas import load_tuned_blas
+    from turboquant.runtime.blas import load_tuned_blas
 
     load_tuned_blas()
     with tempfile.TemporaryDirectory() as folder:

@@ -21,21 +21,21 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-GROUP = "pipeline.answering.answering:Answering.answer"
+GROUP = "pipeline.run.answering:Answering.answer"
 REST = "everything else"
 MODEL = {"prefill: the model", "prefill: encoding", "answers: the model, in BatchGenerator", "decoding prefixes once"}
 STAGES = {
-    "turboquant.segments:feed": "prefill: the model",
-    "turboquant.layer:EncodedLayer.encode": "prefill: encoding",
+    "turboquant.caches.segment:feed": "prefill: the model",
+    "turboquant.kernels.encoding:encode_layer": "prefill: encoding",
     "mlx_lm.generate:BatchGenerator.next_generated": "answers: the model, in BatchGenerator",
-    "pipeline.answering.engine:resident": "decoding prefixes once",
+    "pipeline.run.engine:resident": "decoding prefixes once",
     "mlx_lm.generate:BatchGenerator.insert": "answers: joining the batch",
-    "pipeline.models.reading:Reading.answer": "answers: tokens to text",
-    "pipeline.answering.engine:Engine.settle": "waiting for segments to be written",
+    "pipeline.models.output_parser:RowParser.answer": "answers: tokens to text",
+    "pipeline.run.engine:Engine.settle": "waiting for segments to be written",
     "pipeline.cache.store:Store.load": "store: reading segments, not ahead",
     "pipeline.cache.store:Store.make_room": "store: making room",
-    "pipeline.answering.engine:Engine.make_ready": "tokenising, not ahead",
-    "pipeline.answering.work:Work._wait": "waiting for rows to be written",
+    "pipeline.run.engine:Engine.make_ready": "tokenising, not ahead",
+    "pipeline.run.commit:Work._wait": "waiting for rows to be written",
     GROUP: REST,
 }
 
@@ -95,11 +95,11 @@ def main() -> None:
     parser.add_argument("--warm", action="store_true")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as of pipeline run")
     arguments = parser.parse_args()
-    from turboquant.blas import load_tuned_blas
+    from turboquant.runtime.blas import load_tuned_blas
 
     load_tuned_blas()
     from pipeline.job.job_file import load_job
-    from pipeline.running.runner import Runner
+    from pipeline.run.runner import Runner
 
     with tempfile.TemporaryDirectory() as folder:
         paths = [f"cache.dir={folder}/cache", f"output.path={folder}/out.parquet"]

@@ -24,8 +24,8 @@ from benches.contracts import contract_samples, measure_contracts
 from turboquant.fidelity import load_model, table
 
 if TYPE_CHECKING:
-    from turboquant.measuring.figures import Contender, Fidelity
-    from turboquant.measuring.forced import Context
+    from turboquant.eval.results import Contender, Fidelity
+    from turboquant.eval.teacher_forcing import Context
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = {"turboquant-mlx-full": "0.30.0", "mlx-turboquant": "0.0.2"}
@@ -33,8 +33,8 @@ OURS = "turboquant"
 
 
 def _ours() -> list[Contender]:
-    from turboquant.cache_codec import CacheCodec
-    from turboquant.measuring.contenders import affine, exact, streaming
+    from turboquant.eval.baselines import affine, exact, streaming
+    from turboquant.quant.cache_codec import CacheCodec
 
     codecs = [CacheCodec(keys, values) for keys, values in ((4, 4), (4, 3), (3, 3), (2, 2))]
     baseline = [affine(bits, prefill) for prefill in ("exact", "streaming") for bits in (8, 4)]
@@ -73,8 +73,8 @@ def _mlx_turboquant() -> list[Contender]:
 def _contender(
     name: str, keys: int, values: int, make: Callable[[Context], list[Any]], count: Callable[[Any], int]
 ) -> Contender:
-    from turboquant.measuring.figures import Contender, Filled
-    from turboquant.prefix import feed
+    from turboquant.caches.prefix import feed
+    from turboquant.eval.results import Contender, Filled
 
     def fill(context: Context) -> Filled:
         caches = make(context)
@@ -98,7 +98,7 @@ def _work(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _measured(worker: str, python: Path | str, arguments: argparse.Namespace) -> list[Fidelity]:
     """The figures of one package's caches, from a process of the environment given."""
-    from turboquant.measuring.figures import Fidelity
+    from turboquant.eval.results import Fidelity
 
     command = [str(python), str(Path(__file__).resolve()), "--worker", worker]
     for name in ("model", "data", "tokens", "contracts", "questions"):

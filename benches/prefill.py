@@ -21,10 +21,10 @@ def measure(model: Any, tokens: Sequence[int], rounds: int) -> dict[str, float]:
     """Best seconds, by what was done."""
     from mlx_lm.models.cache import make_prompt_cache
 
-    from pipeline.answering.prefill import CPU_CHUNK
+    from pipeline.run.prefill import CPU_CHUNK
     from turboquant import CacheCodec, enabled, prefill
-    from turboquant.dispatch import compressible_layers
-    from turboquant.prefix import feed, prefill_caches
+    from turboquant.caches.prefix import feed, prefill_caches
+    from turboquant.mlx_lm.patch import compressible_layers
 
     def stock(chunk: int) -> None:
         feed(model, make_prompt_cache(model), tokens, chunk)
@@ -55,8 +55,8 @@ def logit_difference(model: Any, tokens: Sequence[int]) -> tuple[float, float]:
     from mlx_lm.models.cache import make_prompt_cache
 
     from turboquant import enabled
-    from turboquant.dispatch import compressible_layers
-    from turboquant.prefix import feed, prefill_caches
+    from turboquant.caches.prefix import feed, prefill_caches
+    from turboquant.mlx_lm.patch import compressible_layers
 
     before, last = tokens[:-CHECKED], mx.array(list(tokens[-CHECKED:]))[None]
     stock = make_prompt_cache(model)
@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[4000])
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
-    from turboquant.blas import load_tuned_blas
+    from turboquant.runtime.blas import load_tuned_blas
 
     blas = load_tuned_blas()
     from pipeline.models.loading import load_model

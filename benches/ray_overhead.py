@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benches.tiny import SCHEMA, Place, write_model
-from turboquant.blas import load_tuned_blas
+from turboquant.runtime.blas import load_tuned_blas
 
 ROOT = Path(__file__).resolve().parent.parent
 QUERIES = 4
@@ -54,7 +54,7 @@ def dummy(latency: float) -> type[Any]:
     """A worker without a model, that takes so many seconds for a lease."""
     from dataclasses import replace
 
-    from pipeline.scale.ray_worker import Outcome, RayWorker, Ready
+    from pipeline.distributed.ray_worker import Outcome, RayWorker, Ready
 
     class Dummy(RayWorker):
         def _start(self, *_: Any) -> Ready:
@@ -85,11 +85,11 @@ def measure(latency: float, documents: int, workers: int) -> tuple[float, float,
     """Documents a second from the first that was done, CPU and wall seconds of the driver, and its peak in bytes."""
     import ray
 
-    import pipeline.scale.staff
-    from pipeline.answering.work import Work
+    import pipeline.distributed.ray_pool
+    from pipeline.distributed.ray_executor import RayExecutor
     from pipeline.job.job_file import load_job
-    from pipeline.running.runner import Runner
-    from pipeline.scale.fleet import Fleet
+    from pipeline.run.commit import Work
+    from pipeline.run.runner import Runner
 
     moments: list[float] = []
     real = Work.commit
@@ -98,12 +98,12 @@ def measure(latency: float, documents: int, workers: int) -> tuple[float, float,
         moments.append(time.monotonic())
         real(self, group)
 
-    Work.commit, pipeline.scale.staff.RayWorker = commit, dummy(latency)  # type: ignore[method-assign, misc]
+    Work.commit, pipeline.distributed.ray_pool.RayWorker = commit, dummy(latency)  # type: ignore[method-assign, misc]
     with tempfile.TemporaryDirectory() as folder:
         job = load_job(place(Path(folder), documents, workers).folder / "job.yaml")
         ray.init("local", num_cpus=workers, include_dashboard=False, object_store_memory=200 << 20, log_to_driver=False)
         cpu, wall = time.process_time(), time.monotonic()
-        Runner(job, quiet=True, crew=Fleet).run()
+        Runner(job, quiet=True, crew=RayExecutor).run()
         spent = time.process_time() - cpu, time.monotonic() - wall
         ray.shutdown()
     first = workers - 1  # to the last of a round: workers that wait as long are done at once

@@ -37,13 +37,13 @@ class Measured:
 
 def measure(job_file: Path, folder: Path, rounds: int, count: int | None = None) -> Iterator[Measured]:
     """Prefill, store and restore the context of every document, or of the first ``count``."""
-    from pipeline.answering.identity import cache_codec, job_identity
-    from pipeline.answering.prefill import prefill
     from pipeline.inputs.documents import stream_documents
     from pipeline.inputs.prompts import PromptTokenizer, Renderer, template_columns
     from pipeline.job.job_file import load_job
     from pipeline.models.loading import load_model
-    from turboquant.files import write_segment
+    from pipeline.run.fingerprint import cache_codec, job_identity
+    from pipeline.run.prefill import prefill
+    from turboquant.io.segment_file import write_segment
 
     job = load_job(job_file, [f"cache.dir={folder}"])
     identity, codec, loaded = job_identity(job), cache_codec(job.cache), load_model(job.model)
@@ -61,8 +61,8 @@ def measure(job_file: Path, folder: Path, rounds: int, count: int | None = None)
 
 
 def _restore(folder: Path, key: str, codec: CacheCodec) -> Prefix:
-    from turboquant.files import read_segment
-    from turboquant.segments import join
+    from turboquant.caches.segment import join
+    from turboquant.io.segment_file import read_segment
 
     return join([read_segment(folder, key, codec)])
 
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--documents", type=int, help="only so many")
     arguments = parser.parse_args()
-    from turboquant.blas import load_tuned_blas
+    from turboquant.runtime.blas import load_tuned_blas
 
     load_tuned_blas()
     print("document      tokens      bytes  prefill s  restore ms   ratio")

@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[16384, 65536])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32])
     arguments = parser.parse_args()
-    from turboquant.blas import load_tuned_blas
+    from turboquant.runtime.blas import load_tuned_blas
 
     load_tuned_blas()
     import mlx.core as mx
@@ -57,7 +57,7 @@ def main() -> None:
 
     from pipeline.models.loading import load_model
     from turboquant import CacheCodec, enabled, prefill
-    from turboquant.prefix import feed, resident
+    from turboquant.caches.prefix import feed, resident
 
     loaded = load_model(arguments.model)
     model, vocabulary = loaded.model, int(loaded.config["vocab_size"])

@@ -30,13 +30,13 @@ from pipeline.commands.console import (
 )
 from pipeline.commands.init_cli import init, schema
 from pipeline.commands.show_cli import show
-from pipeline.telling.logs import LogFormat, tell
+from pipeline.logs import LogFormat, tell
 
 if TYPE_CHECKING:
-    from pipeline.failures import OnFailure
     from pipeline.job.job import Job
     from pipeline.job.shards import Shard, ShardStatus
     from pipeline.report import Report
+    from pipeline.retry import OnFailure
 
 SOME_ROWS_FAILED = 3
 
@@ -88,8 +88,8 @@ def run(
 ) -> None:
     """Run a job, or resume it: the same command. Rows that are answered already are kept."""
     with errors_explained(debug, quiet, computes=on is not None, log_format=log_format):
-        from pipeline.failures import OnFailure
         from pipeline.models.ranks import follows
+        from pipeline.retry import OnFailure
 
         job, shard = load(job_file, set_, one_shard)
         if on is None and follows(job):
@@ -136,7 +136,7 @@ def plan(
 ) -> None:
     """Check everything and say what a run would cost, without loading weights."""
     with errors_explained(debug):
-        from pipeline.commands.survey import plan_job
+        from pipeline.commands.plan import plan_job
 
         job, shard = load(job_file, set_, one_shard)
         found = plan_job(job, quiet=as_json, shard=shard)
@@ -175,7 +175,7 @@ def status(
 ) -> None:
     """Count a job's rows: done, failed, left. Of its shards too, as their runs last wrote."""
     with errors_explained(debug):
-        from pipeline.commands.survey import job_status
+        from pipeline.commands.plan import job_status
         from pipeline.job.shards import shard_statuses
 
         job, shard = load(job_file, set_, one_shard)
@@ -218,10 +218,10 @@ def _shards(shards: Sequence[ShardStatus]) -> str:
 
 
 def _follow(job: Job) -> None:
-    from turboquant.blas import load_tuned_blas
+    from turboquant.runtime.blas import load_tuned_blas
 
     load_tuned_blas()  # before anything imports NumPy or MLX
-    from pipeline.answering.follower import follow
+    from pipeline.distributed.rank_worker import follow
 
     follow(job)
 
@@ -231,10 +231,10 @@ def _run(
 ) -> Report:
     """Run the job on this machine, or on a cluster."""
     if on is not None:
-        from pipeline.scale.on_ray import run_on_ray
+        from pipeline.distributed.ray_cluster import run_on_ray
 
         return run_on_ray(job, on, quiet, on_failure, metrics, shard)
-    from pipeline.running.supervisor import supervise
+    from pipeline.run.supervisor import supervise
 
     return supervise(job, quiet, on_failure, metrics, shard)
 

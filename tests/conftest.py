@@ -12,7 +12,7 @@ from hypothesis import settings
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
-from turboquant.blas import load_tuned_blas
+from turboquant.runtime.blas import load_tuned_blas
 
 load_tuned_blas()
 settings.register_profile("whatever else the machine does", deadline=None)

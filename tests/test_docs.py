@@ -16,8 +16,8 @@ from benches.all import ALL
 from pipeline.cli import app
 from pipeline.job.job import Job, QueryTable
 from pipeline.job.job_file import load_job
+from tests import ROOT
 
-ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
 OF_OTHERS = {
     "--turbo-kv-bits",

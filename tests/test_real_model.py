@@ -22,11 +22,11 @@ import pytest
 
 from pipeline.job.job_file import load_job
 from pipeline.models.loading import LoadedModel, load_model
-from pipeline.running.runner import Runner
+from pipeline.run.runner import Runner
+from tests import ROOT
 from turboquant import CacheCodec, Prefix, enabled
-from turboquant.prefix import PrefillCache
+from turboquant.caches.prefix import PrefillCache
 
-ROOT = Path(__file__).parent.parent
 CONTEXT, CONTINUATION = 600, 80  # tokens
 
 

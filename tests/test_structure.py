@@ -1,4 +1,4 @@
-"""The house rules of CONTRIBUTING: imports go one way, modules and functions are short, and each says what it knows."""
+"""The layers of CONTRIBUTING's tables: imports go one way, no two modules import each other, every module says why."""
 
 from __future__ import annotations
 
@@ -10,10 +10,15 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests import ROOT
+
 FILES = sorted(file for package in ("pipeline", "turboquant") for file in (ROOT / package).rglob("*.py"))
-LINES, LINES_OF_A_FUNCTION = 300, 40
-ROOMS = re.findall(r"^\| `pipeline/(\w+)/`", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
+LONGEST_MODULE = 500  # lines
+TABLES = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+LAYERS = {
+    package: re.findall(rf"^\| `{package}/(\w+)/`", TABLES, flags=re.MULTILINE)
+    for package in ("pipeline", "turboquant")
+}
 
 
 def module_of(file: Path) -> str:
@@ -40,51 +45,45 @@ def imported(module: str) -> Iterator[str]:
         yield from (name for name in names if name in MODULES and name != module)
 
 
-def room_of(module: str) -> int | None:
-    """A room's place in the table; None for what stands above or below all: the command line, and what all share."""
-    _, room, *_ = (*module.split("."), "", "")
-    return ROOMS.index(room) if room in ROOMS else None
+def layer_of(module: str) -> int | None:
+    """The place of a module's folder in its package's table; None for a module at the top of its package."""
+    package, folder, *_ = (*module.split("."), "", "")
+    return LAYERS[package].index(folder) if folder in LAYERS[package] else None
 
 
-def test_rooms_are_those_of_the_table() -> None:
-    assert {f"pipeline.{room}" for room in ROOMS} == {name for name in PACKAGES if re.fullmatch(r"pipeline\.\w+", name)}
+@pytest.mark.parametrize("package", sorted(LAYERS))
+def test_every_folder_is_in_the_table(package: str) -> None:
+    folders = {name for name in PACKAGES if re.fullmatch(rf"{package}\.\w+", name)}
+    assert {f"{package}.{folder}" for folder in LAYERS[package]} == folders
 
 
-@pytest.mark.parametrize("module", sorted(MODULES))
-def test_imports_go_one_way(module: str) -> None:
-    names = set(imported(module))
-    if module.startswith("turboquant"):
-        assert not [name for name in names if name.startswith("pipeline")]
-    elif module != "pipeline.cli":
-        here, rooms = room_of(module), {name: room_of(name) for name in names if name.startswith("pipeline")}
-        assert "pipeline.cli" not in names
-        assert not [name for name, room in rooms.items() if room is not None and (here is None or room > here)]
+@pytest.mark.parametrize("module", sorted(module for module in MODULES if layer_of(module) is not None))
+def test_a_folder_imports_only_those_above_it_in_the_table(module: str) -> None:
+    package = module.partition(".")[0]
+    here = layer_of(module)
+    assert here is not None
+    for name in imported(module):
+        there = layer_of(name) if name.startswith(package) else None
+        assert there is None or there <= here, f"{module} imports {name}, which is below it in CONTRIBUTING's table"
+
+
+def test_turboquant_does_not_know_the_pipeline() -> None:
+    users = {module for module in MODULES if module.startswith("turboquant")}
+    assert not [name for module in users for name in imported(module) if name.startswith("pipeline")]
 
 
 def test_no_two_modules_import_each_other() -> None:
     TopologicalSorter({module: set(imported(module)) for module in MODULES}).prepare()  # raises CycleError
 
 
-def test_what_only_measures_is_imported_by_nothing_that_computes() -> None:
-    measuring = {name for name in MODULES if name.startswith("turboquant.measuring")}
-    users = {module for module in MODULES if module not in measuring and measuring & set(imported(module))}
-    assert users == {"turboquant.bench", "turboquant.fidelity", "pipeline.commands.contenders"}
-
-
-@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
-def test_a_module_is_short_and_says_what_it_knows(file: Path) -> None:
-    text = file.read_text(encoding="utf-8")
-    assert text.count("\n") <= LINES
-    tree = ast.parse(text)
-    assert ast.get_docstring(tree) is not None
-    for node in ast.walk(tree):
-        if isinstance(node, ast.FunctionDef):
-            said = node.body[0] if ast.get_docstring(node, clean=False) is not None else None
-            docstring = 0 if said is None else (said.end_lineno or 0) - said.lineno + 1
-            assert (node.end_lineno or 0) - node.lineno + 1 - docstring <= LINES_OF_A_FUNCTION, node.name
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_a_module_says_what_it_is_for_and_fits_on_a_few_screens(module: str) -> None:
+    assert ast.get_docstring(MODULES[module]) is not None
+    assert FILES_OF[module].read_text(encoding="utf-8").count("\n") <= LONGEST_MODULE
 
 
 @pytest.mark.parametrize("module", sorted(MODULES))
-def test_modules_that_are_spoken_of_exist(module: str) -> None:
-    said = re.findall(r"([\w/]+\.py)\b", FILES_OF[module].read_text(encoding="utf-8"))
-    assert not [name for name in said if not any(f"/{file}".endswith(f"/{name}") for file in map(str, FILES))]
+def test_modules_named_in_texts_exist(module: str) -> None:
+    named = re.findall(r"([\w/]+\.py)\b", FILES_OF[module].read_text(encoding="utf-8"))
+    files = [f"/{file}" for file in map(str, FILES)]
+    assert not [name for name in named if not any(file.endswith(f"/{name}") for file in files)]

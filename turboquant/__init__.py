@@ -40,36 +40,36 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from turboquant.cache import Fork
-    from turboquant.cache_codec import CacheCodec
-    from turboquant.codec import Codec, Encoded
-    from turboquant.dispatch import enabled
-    from turboquant.layer import EncodedLayer
-    from turboquant.prefix import Prefix, prefill
-    from turboquant.prompt_cache import (
+    from turboquant.caches.fork import Fork
+    from turboquant.caches.prefix import Prefix, prefill
+    from turboquant.caches.streaming import TurboQuantKVCache
+    from turboquant.io.prompt_cache import (
         PromptCacheError,
         compress,
         load_prompt_cache,
         make_prompt_cache,
         save_prompt_cache,
     )
-    from turboquant.streaming import TurboQuantKVCache
+    from turboquant.mlx_lm.patch import enabled
+    from turboquant.quant.cache_codec import CacheCodec
+    from turboquant.quant.codec import Codec, Encoded
+    from turboquant.quant.layer import EncodedLayer
 
 _HOMES = {
-    "CacheCodec": "cache_codec",
-    "Codec": "codec",
-    "Encoded": "codec",
-    "EncodedLayer": "layer",
-    "Fork": "cache",
-    "Prefix": "prefix",
-    "PromptCacheError": "prompt_cache",
-    "TurboQuantKVCache": "streaming",
-    "compress": "prompt_cache",
-    "enabled": "dispatch",
-    "load_prompt_cache": "prompt_cache",
-    "make_prompt_cache": "prompt_cache",
-    "prefill": "prefix",
-    "save_prompt_cache": "prompt_cache",
+    "CacheCodec": "quant.cache_codec",
+    "Codec": "quant.codec",
+    "Encoded": "quant.codec",
+    "EncodedLayer": "quant.layer",
+    "Fork": "caches.fork",
+    "Prefix": "caches.prefix",
+    "PromptCacheError": "io.prompt_cache",
+    "TurboQuantKVCache": "caches.streaming",
+    "compress": "io.prompt_cache",
+    "enabled": "mlx_lm.patch",
+    "load_prompt_cache": "io.prompt_cache",
+    "make_prompt_cache": "io.prompt_cache",
+    "prefill": "caches.prefix",
+    "save_prompt_cache": "io.prompt_cache",
 }
 
 __all__ = [

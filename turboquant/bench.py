@@ -3,7 +3,7 @@
     python -m turboquant.bench
     python -m turboquant.bench --tokens 4096 32768 131072 --rows 1 16 --bits 4 3 4/3 --json --plot speed.png
 
-Knows the command line; what is measured, and how, is measuring/speed.py's.
+Knows the command line; what is measured, and how, is eval/speed.py's.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from turboquant.blas import load_tuned_blas
-from turboquant.codebook import SUPPORTED_BITS
-from turboquant.measuring import plot
-from turboquant.measuring.columns import aligned
+from turboquant.eval import plot
+from turboquant.eval.columns import aligned
+from turboquant.quant.codebook import SUPPORTED_BITS
+from turboquant.runtime.blas import load_tuned_blas
 
 if TYPE_CHECKING:
-    from turboquant.measuring.speed import Speed
+    from turboquant.eval.speed import Speed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.plot is not None and (reason := plot.why_not(options.plot)):
         parser.error(reason)
     load_tuned_blas()
-    from turboquant.measuring.speed import Sizes, machine, measure  # MLX, and so after the BLAS
+    from turboquant.eval.speed import Sizes, machine, measure  # MLX, and so after the BLAS
 
     sizes = Sizes(options.heads, options.kv_heads, options.head_dim)
     try:

@@ -4,7 +4,7 @@
     python -m turboquant.fidelity --model MODEL --text CONTRACT --question "When does it end?" --json
 
 The model reads the text with its full-precision cache and with compressed ones, and its predictions are compared,
-token by token. Knows the command line, texts and tables; the measuring is drift.py's, for use from Python too.
+token by token. Knows the command line, texts and tables; the measuring is divergence.py's, for use from Python too.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from turboquant.blas import load_tuned_blas
-from turboquant.codebook import SUPPORTED_BITS
-from turboquant.measuring import plot
-from turboquant.measuring.columns import aligned
+from turboquant.eval import plot
+from turboquant.eval.columns import aligned
+from turboquant.quant.codebook import SUPPORTED_BITS
+from turboquant.runtime.blas import load_tuned_blas
 
 if TYPE_CHECKING:
-    from turboquant.measuring.figures import Contender, Fidelity, Sample
+    from turboquant.eval.results import Contender, Fidelity, Sample
 
 LONGEST = 8192  # tokens of context, unless --context says otherwise
 SHORTEST = 64
@@ -65,7 +65,7 @@ def load_model(name: str) -> tuple[Any, Any]:
     load_tuned_blas()
     from mlx_lm import load
 
-    from turboquant.device import settle_weights
+    from turboquant.runtime.device import settle_weights
 
     model, tokenizer = load(name, lazy=True)[:2]
     settle_weights(model)
@@ -74,7 +74,7 @@ def load_model(name: str) -> tuple[Any, Any]:
 
 def text_sample(tokenizer: Any, text: str, context: int, continuation: int) -> Sample:
     """The text's first ``context`` tokens, continued by its next ones."""
-    from turboquant.measuring.figures import Sample
+    from turboquant.eval.results import Sample
 
     tokens = tokenizer.encode(text)
     return Sample(tuple(tokens[:context]), (tuple(tokens[context : context + continuation]),))
@@ -85,7 +85,7 @@ def chat_sample(tokenizer: Any, text: str, context: int, questions: Sequence[str
 
     The context is what the prompts of all questions start with. Raises UsageError where there is no chat template.
     """
-    from turboquant.measuring.figures import Sample
+    from turboquant.eval.results import Sample
 
     if not getattr(tokenizer, "has_chat_template", True):
         raise UsageError("--question: this model has no chat template")
@@ -177,8 +177,8 @@ def _run(options: argparse.Namespace) -> None:
     if options.plot and (reason := plot.why_not(options.plot)):
         raise UsageError(reason)
     model, tokenizer = load_model(options.model)
-    from turboquant.families import explain
-    from turboquant.measuring.drift import measure
+    from turboquant.eval.divergence import measure
+    from turboquant.mlx_lm.families import explain
 
     if message := explain(model).message:
         _say(message)
@@ -226,8 +226,8 @@ def _sample(options: argparse.Namespace, model: Any, tokenizer: Any, path: Path,
 
 
 def _contenders(options: argparse.Namespace) -> list[Contender]:
-    from turboquant.cache_codec import CacheCodec
-    from turboquant.measuring.contenders import affine, exact, in_segments, streaming
+    from turboquant.eval.baselines import affine, exact, in_segments, streaming
+    from turboquant.quant.cache_codec import CacheCodec
 
     pairs = [(k, v) for k in SUPPORTED_BITS for v in SUPPORTED_BITS] if options.all_pairs else options.bits
     names = ("sinks", "window", "extra_bits")

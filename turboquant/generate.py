@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from turboquant.blas import load_tuned_blas
+from turboquant.runtime.blas import load_tuned_blas
 
 METADATA = ("model", "tokenizer_config")
 
@@ -23,8 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     load_tuned_blas()
     from mlx_lm.generate import setup_arg_parser
 
-    from turboquant import commands
-    from turboquant.prompt_cache import PromptCacheError, load_prompt_cache, make_prompt_cache
+    from turboquant import mlx_lm_commands as commands
+    from turboquant.io.prompt_cache import PromptCacheError, load_prompt_cache, make_prompt_cache
 
     options, rest = commands.parse("generate", arguments)
     codec = commands.codec_of(options)
@@ -59,7 +59,7 @@ def describe(caches: Sequence[Any]) -> str:
     >>> describe([])
     'no layer is compressed'
     """
-    from turboquant.streaming import TurboQuantKVCache
+    from turboquant.caches.streaming import TurboQuantKVCache
 
     compressed = [cache for cache in caches if isinstance(cache, TurboQuantKVCache)]
     if not compressed:

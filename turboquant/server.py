@@ -8,13 +8,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from turboquant.blas import load_tuned_blas
+from turboquant.runtime.blas import load_tuned_blas
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command until it is interrupted; returns its exit code."""
     load_tuned_blas()
-    from turboquant import commands
+    from turboquant import mlx_lm_commands as commands
 
     options, rest = commands.parse("server", arguments)
     commands.run("server", rest, commands.codec_of(options))

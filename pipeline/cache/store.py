@@ -3,7 +3,7 @@
     <cache dir>/<first 2 hex>/<key>/segment.safetensors + segment.json
     <cache dir>/rejected/…          what could not be used, set aside
     <cache dir>/locks/…             held by who builds a segment, or writes
-    <cache dir>/jobs/…              which contexts unfinished jobs need; see needs.py
+    <cache dir>/jobs/…              which contexts unfinished jobs need; see pins.py
 
 Nothing found there is trusted: a segment that does not verify is set aside, the reason is logged, and the caller
 builds it again. Several processes may share a folder: each segment is built once, writers take turns, readers never
@@ -24,17 +24,17 @@ from uuid import uuid4
 
 from filelock import FileLock, Timeout
 
-from pipeline.cache.absences import Absences
-from pipeline.cache.inventory import REJECTED, Entry, entries, eviction_order, remove, size_of
-from pipeline.cache.needs import JOBS
+from pipeline.cache.entries import REJECTED, Entry, entries, eviction_order, remove, size_of
+from pipeline.cache.misses import MissLog
+from pipeline.cache.pins import JOBS
 from pipeline.errors import BudgetTooSmall, DiskFull, JobError, StoreError, is_disk_full, one_line
 from pipeline.job.budget import budget_bytes, existing
 from pipeline.job.job import Cache
 from turboquant import CacheCodec
-from turboquant.files import MANIFEST, SegmentError, read_segment, segment_bytes, write_segment
-from turboquant.identity import Identity
-from turboquant.plain_files import open_regular
-from turboquant.segments import Segment
+from turboquant.caches.segment import Segment
+from turboquant.io.identity import Identity
+from turboquant.io.plain_files import open_regular
+from turboquant.io.segment_file import MANIFEST, SegmentError, read_segment, segment_bytes, write_segment
 
 LOCKS = "locks"
 SECONDS_BETWEEN_TRIES = 0.25  # for a lock that another process holds
@@ -66,7 +66,7 @@ class Store:
         if folder.exists() and not folder.is_dir():
             raise JobError(f"cache.dir: {folder} is a file; name a folder")
         self._folder, self._budget, self._is_needed = folder, budget, is_needed
-        self._absences = Absences(self.entries)
+        self._absences = MissLog(self.entries)
         self._held: set[str] = set()  # keys that the caller is at work with
 
     def load(

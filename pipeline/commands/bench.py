@@ -1,7 +1,7 @@
 """A job's own work, done by the pipeline and by plain mlx-lm in turn, each in a process of its own.
 
 Knows the part of the job that the contenders do, and whether they agree. It does not know how a
-contender does it (contenders.py), and never imports MLX but in the processes. The job's store and output are left
+contender does it (baselines.py), and never imports MLX but in the processes. The job's store and output are left
 alone: all is written to a temporary folder beside the store, which is gone at the end.
 """
 
@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pipeline import errors
-from pipeline.commands.outcome import COLD, CONTENDERS, NAIVE, WARM, Outcome, Pair
+from pipeline.commands.bench_result import COLD, CONTENDERS, NAIVE, WARM, Outcome, Pair
 from pipeline.errors import InputError, JobError, NotApplicable, RowError
 from pipeline.job.budget import existing
 from pipeline.job.job import Job, Query, QueryTable
-from pipeline.running.supervisor import SPAWN, cause_of_death, receive, reraise
-from pipeline.running.worker import Failed, end_with_the_parent
+from pipeline.run.supervisor import SPAWN, cause_of_death, receive, reraise
+from pipeline.run.worker import Failed, end_with_the_parent
 from pipeline.signals import stops_handled, stops_held_back
 
 if TYPE_CHECKING:
@@ -239,11 +239,11 @@ def _compete(connection: Connection, contender: str, job: Job, small: Job, folde
     """In a process of its own: do the job, and send what came of it."""
     end_with_the_parent()
     try:
-        from turboquant.blas import load_tuned_blas
+        from turboquant.runtime.blas import load_tuned_blas
 
         load_tuned_blas()  # before anything imports NumPy or MLX: it sets what OpenBLAS reads when it is loaded
 
-        from pipeline.commands.contenders import compete
+        from pipeline.commands.baselines import compete
 
         connection.send(compete(contender, job, small, folder))
     except Exception as error:

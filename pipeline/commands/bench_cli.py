@@ -40,7 +40,7 @@ def bench(
     """Compare the pipeline with plain mlx-lm on this machine, on a job's own documents and queries."""
     with errors_explained(debug, computes=False):
         from pipeline.commands import bench as module
-        from pipeline.commands.outcome import CONTENDERS
+        from pipeline.commands.bench_result import CONTENDERS
         from pipeline.job.job_file import load_job
 
         job = load_job(job_file, set_ or [])

@@ -13,7 +13,7 @@ import typer
 from pipeline.commands.console import AsJson, Debug, columns, errors_explained, size, table
 
 if TYPE_CHECKING:
-    from pipeline.cache.upkeep import Listed
+    from pipeline.cache.maintenance import Listed
 
 BAD_FOUND = 1
 
@@ -32,7 +32,7 @@ Where = Annotated[Path, typer.Argument(metavar="JOB|FOLDER", help="A job file, o
 def list_(where: Where, as_json: AsJson = False, debug: Debug = False) -> None:
     """List what is stored: for which model, how big, how old, last used when, still needed or not."""
     with errors_explained(debug):
-        from pipeline.cache.upkeep import list_store
+        from pipeline.cache.maintenance import list_store
 
         folder, _ = _store(where)
         listed = list(list_store(folder))
@@ -43,7 +43,7 @@ def list_(where: Where, as_json: AsJson = False, debug: Debug = False) -> None:
 def verify(where: Where, as_json: AsJson = False, debug: Debug = False) -> None:
     """Read every byte and compare checksums; what is bad is set aside and rebuilt when wanted; exit code 1."""
     with errors_explained(debug):
-        from pipeline.cache.upkeep import verify_store
+        from pipeline.cache.maintenance import verify_store
 
         folder, _ = _store(where)
         found = verify_store(folder)
@@ -71,7 +71,7 @@ def gc(
 ) -> None:
     """Remove what is of no use, then what was used least recently; never what an unfinished job needs."""
     with errors_explained(debug):
-        from pipeline.cache.upkeep import DAY, collect
+        from pipeline.cache.maintenance import DAY, collect
 
         folder, own_budget = _store(where, budget)
         seconds = None if unused_for is None else unused_for * DAY

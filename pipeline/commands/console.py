@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipeline.logs import LogFormat, set_up, tell
 from pipeline.printable import printable
-from pipeline.telling.logs import LogFormat, set_up, tell
 
 if TYPE_CHECKING:
     from pipeline.job.job import Job
@@ -46,7 +46,7 @@ def errors_explained(
     from pipeline.errors import PipelineError, one_line
 
     if computes:
-        from turboquant.blas import load_tuned_blas
+        from turboquant.runtime.blas import load_tuned_blas
 
         load_tuned_blas()  # before anything imports NumPy or MLX: it sets what OpenBLAS reads when it is loaded
     set_up(logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO, log_format)

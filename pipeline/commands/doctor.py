@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
-from turboquant.blas import Blas, load_tuned_blas, measure_gflops, usable_cpus
+from turboquant.runtime.blas import Blas, load_tuned_blas, measure_gflops, usable_cpus
 
 DISTRIBUTION = "turboquant-pipeline"
 DEPENDENCIES = ("mlx", "mlx-lm", "numpy", "pyarrow")
@@ -140,7 +140,7 @@ def _check_device(blas: Blas) -> Iterator[Check]:
 
 def _check_kernels() -> Check:
     from turboquant import CacheCodec
-    from turboquant.kernels import attention_gpu
+    from turboquant.attention import gpu as attention_gpu
 
     ok = attention_gpu.usable(CacheCodec(), 128)
     fix = None if ok else "compressed prefixes are decoded by MLX's operations, which is slower: please report it"

@@ -18,13 +18,13 @@ import yaml
 from pydantic import BaseModel
 
 from pipeline.errors import InputError, JobError
-from pipeline.files.durable import atomic_file
+from pipeline.files.atomic import atomic_file
 from pipeline.files.tables import first_rows
 from pipeline.inputs.documents import check_documents
 from pipeline.inputs.prompts import template_columns
 from pipeline.job.job import Job
 from pipeline.job.job_file import load_job
-from pipeline.job.schema import KEYS, job_schema
+from pipeline.job.job_schema import KEYS, job_schema
 
 MODEL = "mlx-community/Llama-3.2-3B-Instruct-4bit"
 QUESTION = "Summarize the document."

@@ -52,7 +52,7 @@ def init(
 def schema(debug: Debug = False) -> None:
     """Print the JSON Schema of job files, for editors and other programs."""
     with errors_explained(debug, computes=False):
-        from pipeline.job.schema import job_schema
+        from pipeline.job.job_schema import job_schema
 
         print(json.dumps(job_schema(), indent=1))
 

@@ -15,23 +15,23 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.answering.identity import job_identity, kept_rows, result_metadata, row_fingerprints
 from pipeline.errors import JobError, RowError
-from pipeline.files.spill import spill_errors, temporary_database
+from pipeline.files.temporary_database import spill_errors, temporary_database
 from pipeline.inputs.documents import Document
-from pipeline.inputs.fitting import Fitting
 from pipeline.inputs.inputs import Inputs
 from pipeline.inputs.prompts import Renderer
+from pipeline.inputs.windows import WindowCutter
 from pipeline.job.job import Job
 from pipeline.job.shards import Shard, shards_folder
 from pipeline.output.results import Results
 from pipeline.output.rows import Row, read_documents, read_metadata
-from pipeline.output.runfile import RunFile
+from pipeline.output.run_file import RunFile
+from pipeline.progress import watched
 from pipeline.report import Report
-from pipeline.telling.progress import watched
+from pipeline.run.fingerprint import job_identity, kept_rows, result_metadata, row_fingerprints
 
 if TYPE_CHECKING:
-    from turboquant.identity import Identity
+    from turboquant.io.identity import Identity
 
 _MOST_NAMED = 5
 _TABLES = "CREATE TABLE documents (id TEXT PRIMARY KEY, shard INTEGER, rows TEXT)"
@@ -92,7 +92,7 @@ class _Merge:
         self, job: Job, inputs: Inputs, identity: Identity, files: Mapping[Shard, Path], report: Report
     ) -> None:
         self._job, self._inputs, self._identity, self._report = job, inputs, identity, report
-        self._renderer, self._fitting = Renderer(job.prompt), Fitting(job)
+        self._renderer, self._fitting = Renderer(job.prompt), WindowCutter(job)
         self._files, self._count = files, len(files)
         with spill_errors("the shards' rows"):
             self._database = temporary_database(self, _TABLES)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import fsspec
 
 from pipeline.errors import JobError, PipelineError, RemoteError, one_line
-from pipeline.failures import retried
+from pipeline.retry import retried
 
 RETRIES = 3
 _BLOCK_BYTES, _BLOCKS = 4 << 20, 8  # what is held of a file that is read

@@ -10,10 +10,10 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 
+from pipeline.inputs.batching import groups
 from pipeline.inputs.documents import Document, check_documents, document_ids, stream_documents
-from pipeline.inputs.groups import groups
 from pipeline.inputs.prompts import template_columns
-from pipeline.inputs.queries import OwnQueries, read_shared
+from pipeline.inputs.query_table import OwnQueries, read_shared
 from pipeline.job.job import Job, Query, QueryTable
 from pipeline.job.shards import Shard
 

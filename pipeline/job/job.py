@@ -28,7 +28,7 @@ from pydantic import (
 
 from pipeline.errors import one_line
 from pipeline.job.budget import checked_budget
-from pipeline.job.schema_texts import schema_text
+from pipeline.job.json_schema import schema_text
 
 _MOST = (1 << 63) - 1
 _RAYS_OWN = ("CPU", "GPU", "memory", "object_store_memory")

@@ -14,10 +14,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from pipeline.errors import JobError
-from pipeline.job import yaml_files
-from pipeline.job.explain import describe, explain_job
+from pipeline.job import yaml_reader as yaml_files
 from pipeline.job.job import QUERIES, Job, Output
 from pipeline.job.shards import Shard
+from pipeline.job.validation_errors import describe, explain_job
 
 _UPLOADS = ("s3", "s3a", "gs", "gcs")  # where a file appears whole or not at all
 _PATHS = ("adapter", "documents.path", "queries.path", "cache.dir", "output.path")

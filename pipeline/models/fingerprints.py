@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.models.loading import adapter_files, weight_files
-from turboquant.plain_files import open_regular
+from turboquant.io.plain_files import open_regular
 
 _TOKENIZER_FILES = (
     "tokenizer.json",

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.errors import ModelError, one_line
 from pipeline.models.ranks import ALONE, Ranks
-from turboquant.blas import load_tuned_blas
+from turboquant.runtime.blas import load_tuned_blas
 
 if TYPE_CHECKING:
-    from turboquant.cache_codec import CacheCodec
+    from turboquant.quant.cache_codec import CacheCodec
 
 WEIGHTS = "model*.safetensors"  # what mlx-lm loads; a folder may hold other copies of the weights besides
 
@@ -68,7 +68,7 @@ def load_model(
     load_tuned_blas()
     from mlx_lm import load
 
-    from turboquant.device import settle_weights
+    from turboquant.runtime.device import settle_weights
 
     def loaded() -> Any:
         return load(

@@ -1,7 +1,7 @@
 """Processes that hold one model between them, as mlx.launch starts them: how they come together, and what they say.
 
 The first of them leads: it reads documents, decides what is done next, and writes rows. The others follow: see
-follower.py. Whatever runs the model is done by all at once, and all talk in the same order, or each would wait for
+rank_worker.py. Whatever runs the model is done by all at once, and all talk in the same order, or each would wait for
 what another never says.
 
 Knows messages and MLX's collective operations; nothing of what is done.
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
     from pipeline.job.job import Job
-    from turboquant.identity import Identity
+    from turboquant.io.identity import Identity
 
 RESUMES = "what was committed is kept, and the same command resumes"
 _LOST = "another rank is lost"

@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from pipeline.errors import JobError, OutputError, RemoteError, one_line
-from pipeline.files.durable import TEMPORARY, atomic_file, disk_errors, make_folder
+from pipeline.files.atomic import TEMPORARY, atomic_file, disk_errors, make_folder
 from pipeline.files.remote import upload
 from pipeline.output.rows import (
     BROKEN,

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import JobError, one_line
-from pipeline.files.durable import atomic_file
+from pipeline.files.atomic import atomic_file
 from pipeline.files.remote import open_remote
 
 SCHEMA = pa.schema(

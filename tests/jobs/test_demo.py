@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -12,7 +11,9 @@ import pytest
 import yaml
 from tokenizers import Tokenizer
 
-JOBS = Path(__file__).parents[2] / "jobs"
+from tests import ROOT
+
+JOBS = ROOT / "jobs"
 DEMO = JOBS / "demo"
 MODEL = DEMO / "model"
 sys.path.insert(0, str(DEMO))

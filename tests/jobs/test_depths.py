@@ -16,18 +16,19 @@ import pytest
 import yaml
 from mlx_lm.generate import generate_step
 
-from pipeline.answering.answers import Request, answer
 from pipeline.inputs.prompts import PromptTokenizer, Rendered
 from pipeline.job.job import Prompt, Settings
 from pipeline.models.loading import LoadedModel, load_model
-from pipeline.models.reading import Reader
+from pipeline.models.output_parser import OutputParser
+from pipeline.run.decode import Request, answer
+from tests import ROOT
 from turboquant import CacheCodec, Prefix, enabled
-from turboquant.files import read_segment, write_segment
-from turboquant.identity import Identity
-from turboquant.prefix import PrefillCache, feed
-from turboquant.segments import Segment, join
+from turboquant.caches.prefix import PrefillCache, feed
+from turboquant.caches.segment import Segment, join
+from turboquant.io.identity import Identity
+from turboquant.io.segment_file import read_segment, write_segment
 
-JOBS = Path(__file__).parents[2] / "jobs"
+JOBS = ROOT / "jobs"
 DEPTHS = (0.05, 0.27, 0.5, 0.73, 0.95)
 DOCUMENT, TOKENS = "minutes-01", 16
 
@@ -87,7 +88,7 @@ def answers(loaded: LoadedModel, prefix: Prefix, suffixes: Sequence[list[int]], 
         Request(prefix, suffix, Settings(TOKENS, temperature=0.0, top_p=1.0, seed=0), str(i))
         for i, suffix in enumerate(suffixes)
     ]
-    return [one.text for one in answer(loaded, requests, Reader(loaded.tokenizer), batch_size)]
+    return [one.text for one in answer(loaded, requests, OutputParser(loaded.tokenizer), batch_size)]
 
 
 @pytest.mark.parametrize("bits", [4, 3])

@@ -11,8 +11,9 @@ import pyarrow.parquet as pq
 from typer.testing import CliRunner
 
 from pipeline.cli import app
+from tests import ROOT
 
-JOBS = Path(__file__).parents[2] / "jobs"
+JOBS = ROOT / "jobs"
 
 
 def needle(*arguments: str | Path) -> str:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from pipeline.cli import app
+from tests import ROOT
 
-JOBS = Path(__file__).parents[2] / "jobs"
+JOBS = ROOT / "jobs"
 
 
 def test_contracts_of_one_s_own_are_asked_every_question(tmp_path: Path) -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from workplace import Workplace
 
-import pipeline.answering.prefixes
+import pipeline.run.prefixes
 from benches import tiny
+from tests.pipeline.workplace import Workplace
 
 
 @pytest.fixture(scope="session")
@@ -51,22 +51,22 @@ def workplace(tmp_path: Path, tiny_model: Path) -> Workplace:
 def prefilled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The lengths of the segments whose prefill was begun."""
     lengths: list[int] = []
-    real = pipeline.answering.prefixes.prefill
+    real = pipeline.run.prefixes.prefill
 
     def counting(model: Any, tokens: list[int], *rest: Any) -> Any:
         lengths.append(len(tokens))
         return real(model, tokens, *rest)
 
-    monkeypatch.setattr("pipeline.answering.prefixes.prefill", counting)
+    monkeypatch.setattr("pipeline.run.prefixes.prefill", counting)
     return lengths
 
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """``pipeline run`` runs in this process, which takes a tenth of the time."""
-    from pipeline.running.runner import Runner
+    from pipeline.run.runner import Runner
 
     def run(job: Any, quiet: bool, on_failure: Any, metrics: Any, shard: Any) -> Any:
         return Runner(job, quiet=True, on_failure=on_failure, shard=shard).run()
 
-    monkeypatch.setattr("pipeline.running.supervisor.supervise", run)
+    monkeypatch.setattr("pipeline.run.supervisor.supervise", run)

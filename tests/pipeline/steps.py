@@ -127,7 +127,7 @@ def run_watched(place: Any, overrides: list[str], step: int | None) -> tuple[lis
 @contextmanager
 def _noting_prefills(log: Path) -> Iterator[None]:
     """Every prefill that is begun, by its tokens."""
-    import pipeline.answering.prefixes as module
+    import pipeline.run.prefixes as module
 
     real = module.prefill
 
@@ -150,9 +150,9 @@ def files_hold(place: Any) -> int:
     """
     import pyarrow.parquet as pq
 
-    from pipeline.answering.identity import cache_codec
     from pipeline.job.job_file import load_job
-    from turboquant.files import read_manifest, read_segment
+    from pipeline.run.fingerprint import cache_codec
+    from turboquant.io.segment_file import read_manifest, read_segment
 
     codec = cache_codec(load_job(place.job_file).cache)
     for folder in place.segments():
@@ -209,7 +209,7 @@ def forked(task: Callable[[], Any], result: Path) -> int:
 
 def import_everything() -> None:
     """What a run imports, and nothing that it builds."""
-    from turboquant.blas import load_tuned_blas
+    from turboquant.runtime.blas import load_tuned_blas
 
     load_tuned_blas()
     import mlx_lm.models.llama  # noqa: F401
@@ -218,7 +218,7 @@ def import_everything() -> None:
 
 def make_place(folder: Path, model: Path, streaming: bool) -> Any:
     """A workplace of two documents and two queries; where the prefill is streaming, of three segments a document."""
-    from workplace import Workplace
+    from tests.pipeline.workplace import Workplace
 
     place = Workplace(folder, model)
     del place.documents["d2"], place.queries[2]
@@ -231,7 +231,7 @@ def make_place(folder: Path, model: Path, streaming: bool) -> Any:
 
 def main() -> None:
     """Kill, resume, print."""
-    from pipeline.output import runfile
+    from pipeline.output import run_file as runfile
 
     runfile.SECONDS_BETWEEN_WRITES = 0.0  # or the number of steps would depend on the time they take
     model, folder, every, *overrides = sys.argv[1:]

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 
+from pipeline import progress
+from pipeline.progress import Progress, watched
 from pipeline.report import Report
-from pipeline.telling import progress
-from pipeline.telling.progress import Progress, watched
 
 
 class Clock:

@@ -13,7 +13,6 @@ import yaml
 if TYPE_CHECKING:
     from pipeline.report import Report
 
-ROOT = Path(__file__).parents[2]
 _TEXTS = [
     "The board met on the third of May and decided the budget for the year.",
     "What did the board decide? When does the lease end? Who signed the contract?",
@@ -59,7 +58,7 @@ class Workplace:
     def run(self, *overrides: str) -> Report:
         """Run the job as it is now, in this process."""
         from pipeline.job.job_file import load_job
-        from pipeline.running.runner import Runner
+        from pipeline.run.runner import Runner
 
         return Runner(load_job(self.save(), overrides), quiet=True).run()
 

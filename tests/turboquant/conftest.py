@@ -15,7 +15,8 @@ from mlx_lm.models.cache import make_prompt_cache
 from numpy.typing import NDArray
 
 from turboquant import CacheCodec, EncodedLayer, Prefix
-from turboquant.dispatch import compressible_layers
+from turboquant.kernels.encoding import encode_layer
+from turboquant.mlx_lm.patch import compressible_layers
 
 VOCABULARY = 96
 SMALL: dict[str, Any] = {
@@ -211,7 +212,7 @@ def random_layer() -> Callable[..., EncodedLayer]:
     ) -> EncodedLayer:
         keys = mx.random.normal((heads, tokens, key_dim)) + 2 * mx.random.normal((heads, 1, key_dim))
         values = mx.random.normal((heads, tokens, value_dim or key_dim)) + 1
-        return EncodedLayer.encode(keys, values, codec)
+        return encode_layer(keys, values, codec)
 
     return build
 

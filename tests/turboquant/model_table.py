@@ -3,7 +3,7 @@
     python -m tests.turboquant.model_table > docs/models.md
 
 Reads which caches each model file makes and where its attention is defined; what is done with the keys and values is
-taken from turboquant/families.py, which test_dispatch_sources.py holds against the same sources.
+taken from turboquant/mlx_lm/families.py, which test_patch_sources.py holds against the same sources.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 import mlx_lm.models
 from mlx_lm.utils import MODEL_REMAPPING
 
-from turboquant.families import COMPRESSIBLE, PACKAGE, reason
+from turboquant.mlx_lm.families import COMPRESSIBLE, PACKAGE, reason
 
 FOLDER = Path(mlx_lm.models.__path__[0])
 INTRODUCTION = """\
@@ -32,7 +32,7 @@ fails where they no longer agree.
 - **none**: everything stays as it is. The model runs with mlx-lm's own caches, and they take what they take there.
 
 A model held by another, such as a vision model's language model, is treated as it would be by itself.
-`turboquant.families.explain(model)` says the same of a loaded model, layer by layer.
+`turboquant.mlx_lm.families.explain(model)` says the same of a loaded model, layer by layer.
 
 """
 SPLIT = """

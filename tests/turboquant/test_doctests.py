@@ -51,7 +51,7 @@ def test_the_examples_of_the_package(
 
 def test_there_are_examples() -> None:
     attempted = {name: doctest.testmod(importlib.import_module(name)).attempted for name in MODULES}
-    assert {"turboquant.codebook", "turboquant.codec", "turboquant.streaming"} <= {
+    assert {"turboquant.quant.codebook", "turboquant.quant.codec", "turboquant.caches.streaming"} <= {
         n for n, tried in attempted.items() if tried
     }
 

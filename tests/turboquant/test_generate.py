@@ -24,6 +24,7 @@ import pytest
 from mlx_lm.models import base, llama
 from mlx_lm.models import cache as mlx_lm_cache
 
+from tests import ROOT
 from turboquant import (
     CacheCodec,
     TurboQuantKVCache,
@@ -37,7 +38,7 @@ from turboquant import (
 from turboquant.generate import describe
 
 GENERATE: Any = sys.modules["mlx_lm.generate"]
-DEMO = Path(__file__).parents[2] / "jobs" / "demo" / "model"
+DEMO = ROOT / "jobs" / "demo" / "model"
 LONG = "Who decided what? " * 60
 
 

@@ -1,1 +1,1 @@
-"""Attention and encoding, fast: NumPy on a CPU, kernels on a GPU. What a prefix is kept for it does not know."""
+"""Kernels for CUDA and Metal from one text, how they are launched, and encoding on a GPU."""

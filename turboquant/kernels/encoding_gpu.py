@@ -12,13 +12,13 @@ import functools
 import mlx.core as mx
 import numpy as np
 
-from turboquant import rounding
-from turboquant.codebook import lloyd_max
-from turboquant.codec import LARGEST_SCALE, SMALLEST_SCALE, Codec, Encoded
-from turboquant.device import on_cpu
 from turboquant.kernels.launch import Launch, launch, runs
-from turboquant.packing import PLANES, unpack
-from turboquant.rounding import RoundingMetric
+from turboquant.quant import rounding
+from turboquant.quant.codebook import lloyd_max
+from turboquant.quant.codec import LARGEST_SCALE, SMALLEST_SCALE, Codec, Encoded
+from turboquant.quant.packing import PLANES, unpack
+from turboquant.quant.rounding import RoundingMetric
+from turboquant.runtime.device import on_cpu
 
 HEAD_DIMS = (64, 128, 256)
 THREADS = 128

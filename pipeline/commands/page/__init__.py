@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from pipeline.commands.show import Answers, said
-from pipeline.files.durable import atomic_file
+from pipeline.files.atomic import atomic_file
 
 
 def write_page(path: Path, name: str, answers: Answers) -> None:

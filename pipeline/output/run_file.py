@@ -1,0 +1,121 @@
+"""What a run did so far, for whoever looks: ``<output>.run.json``, replaced whole now and then and at the end.
+
+Where the result belongs at a URL, so does a copy of this file: at the beginning, which shows that files can be put
+there, and at the end.
+
+Knows the file; nothing of how the numbers in it come about.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, replace
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+from pipeline import __version__
+from pipeline.errors import PipelineError, one_line
+from pipeline.files.atomic import atomic_file
+from pipeline.files.remote import RETRIES, upload
+from pipeline.job.job import Job
+from pipeline.report import Report
+
+if TYPE_CHECKING:
+    from turboquant.io.identity import Identity
+
+SECONDS_BETWEEN_WRITES = 2.0
+State = Literal["running", "finished", "interrupted", "failed"]
+
+
+class RunFile:
+    """The file of one run, which began at ``started`` on the monotonic clock; a context, at whose end it is complete.
+
+    ``report`` is the run's own, and its seconds are set at the end. Raises OutputError where the disk refuses, and what
+    `upload` does.
+    """
+
+    def __init__(self, job: Job, identity: Identity, report: Report, started: float) -> None:
+        self._path = _path(job)
+        self._job, self._identity, self._report, self._started = job, identity, report, started
+        self._last_write = float("-inf")
+
+    def __enter__(self) -> RunFile:
+        self.update(self._report)
+        _publish(self._job)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        report = self._report
+        report.seconds = time.monotonic() - self._started
+        if error is None:
+            self._write(report, "interrupted" if report.interrupted else "finished")
+            _publish(self._job)
+            return
+        with suppress(PipelineError):  # which may be what is being raised
+            self._write(report, *_end(error))
+            _publish(self._job, retries=0)
+
+    def update(self, report: Report) -> None:
+        """Write what is done so far, unless something has just been written."""
+        now = time.monotonic()
+        if now - self._last_write >= SECONDS_BETWEEN_WRITES:
+            self._write(replace(report, seconds=now - self._started), "running")
+
+    def _write(self, report: Report, state: State, error: str | None = None) -> None:
+        self._last_write = time.monotonic()
+        content = {
+            "job": self._job.name,
+            "state": state,
+            "error": error,
+            "updated": _now(),
+            **asdict(report),
+            "identity": asdict(self._identity),
+            "versions": versions(),
+        }
+        _replace(self._path, content)
+
+
+def versions() -> dict[str, str]:
+    """The packages that decide what a model of given weights computes."""
+    return {name: metadata.version(name) for name in ("mlx", "mlx-lm")} | {"turboquant-pipeline": __version__}
+
+
+def mark_ended(job: Job, error: BaseException) -> None:
+    """Say that a run has ended whose process was killed, and could not say so itself."""
+    path = _path(job)
+    with suppress(OSError, ValueError, PipelineError):
+        content = json.loads(path.read_bytes())
+        if content["state"] == "running":
+            state, why = _end(error)
+            _replace(path, content | {"state": state, "error": why, "updated": _now()})
+            _publish(job, retries=0)
+
+
+def _path(job: Job) -> Path:
+    return job.result_file.with_name(f"{job.result_file.name}.run.json")
+
+
+def _publish(job: Job, retries: int = RETRIES) -> None:
+    if job.result_url is not None:
+        upload(_path(job), f"{job.result_url}.run.json", retries)
+
+
+def _end(error: BaseException) -> tuple[State, str | None]:
+    return ("failed", one_line(error)) if isinstance(error, Exception) else ("interrupted", None)
+
+
+def _now() -> str:
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
+
+
+def _replace(path: Path, content: Mapping[str, Any]) -> None:
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,161 @@
+"""The store by itself: what it finds, says and survives. Whole runs over a damaged store are in test_runner.py."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from mlx_lm.models.cache import KVCache, QuantizedKVCache
+
+from pipeline.cache.store import Store
+from pipeline.errors import DiskFull, JobError, StoreError
+from turboquant import CacheCodec, Prefix
+from turboquant.caches.segment import Segment
+from turboquant.io.identity import Identity
+
+TOKENS = list(range(300))
+CODEC = CacheCodec()
+IDENTITY = Identity("w1", "t1", CODEC.identity, "exact 512")
+KEY = IDENTITY.key(TOKENS)
+
+
+def make_segment(seed: int = 0) -> Segment:
+    mx.random.seed(seed)
+    cache = KVCache()
+    cache.update_and_fetch(mx.random.normal((1, 1, 300, 64)), mx.random.normal((1, 1, 300, 64)))
+    return Segment(Prefix.encode([cache], 300, CODEC).layers, 0, 300)
+
+
+def tensors(segment: Segment) -> dict[str, bytes]:
+    return {name: bytes(memoryview(x)) for name, x in segment.layers[0].tensors().items()}
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "cache")
+
+
+def test_a_prefix_comes_back_bit_by_bit(store: Store, tmp_path: Path) -> None:
+    segment = make_segment()
+    assert not store.contains(KEY)
+    size = store.save(KEY, segment, IDENTITY, None, {"label": "label", "whole": True})
+    assert store.contains(KEY)
+    assert store.used_bytes() == size
+    assert segment.nbytes < size < segment.nbytes + 5000
+    restored = store.load(KEY, 0, CODEC, IDENTITY, "label")
+    assert restored is not None
+    assert restored.tokens == 300
+    assert tensors(restored) == tensors(segment)
+    assert [path.name for path in (tmp_path / "cache" / KEY[:2]).iterdir()] == [KEY]
+
+
+def test_the_contexts_of_one_identity(store: Store, tmp_path: Path) -> None:
+    assert list(store.contexts(IDENTITY)) == []
+    other = replace(IDENTITY, weights="w2")
+    for identity, label in (IDENTITY, "a"), (other, "b"), (IDENTITY, ""), (replace(IDENTITY, tokenizer="t2"), "c"):
+        store.save(identity.key(TOKENS, label), make_segment(), identity, None, {"label": label, "whole": True})
+    assert list(store.contexts(IDENTITY)) == [("a", 300)]
+    assert list(store.contexts(other)) == [("b", 300)]
+    manifest = tmp_path / "cache" / (key := other.key(TOKENS, "b"))[:2] / key / "segment.json"
+    manifest.write_text("broken")
+    assert list(store.contexts(other)) == []
+
+
+def test_looking_makes_no_folder(store: Store, tmp_path: Path) -> None:
+    assert store.load(KEY, 0, CODEC, IDENTITY, "label") is None
+    assert store.used_bytes() == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"weights": "w2"}, "other weights"),
+        ({"tokenizer": "t2"}, "another tokenizer or chat template"),
+        ({"codec": "c2"}, f"codec was '{CODEC.identity}', now 'c2'"),
+        ({"prefill": "exact 256"}, "prefill was 'exact 512', now 'exact 256'"),
+        ({}, "the queries have changed"),
+    ],
+)
+def test_a_miss_names_what_changed(
+    store: Store, caplog: pytest.LogCaptureFixture, change: dict[str, str], reason: str
+) -> None:
+    store.save(KEY, make_segment(), IDENTITY, None, {"label": "label", "whole": True})
+    identity = replace(IDENTITY, **change)
+    with caplog.at_level(logging.DEBUG, "pipeline"):
+        assert store.load(identity.key(TOKENS[:-1]), 0, CODEC, identity, "label") is None
+        assert store.load(identity.key(TOKENS[:-1]), 0, CODEC, identity, "another text") is None
+    first, second = caplog.messages
+    assert reason in first
+    assert second.endswith("absent")
+
+
+def test_a_broken_manifest_elsewhere_explains_nothing(store: Store, tmp_path: Path) -> None:
+    store.save(KEY, make_segment(), IDENTITY, None, {"label": "label", "whole": True})
+    (tmp_path / "cache" / KEY[:2] / KEY / "segment.json").write_text("[]")
+    assert store.load(IDENTITY.key(TOKENS[:-1]), 0, CODEC, IDENTITY, "label") is None
+
+
+def test_bad_segments_are_numbered(store: Store, tmp_path: Path) -> None:
+    for _ in range(2):
+        store.save(KEY, make_segment(), IDENTITY, None, {"label": "label", "whole": True})
+        (tmp_path / "cache" / KEY[:2] / KEY / "segment.safetensors").write_bytes(b"x")
+        assert store.load(KEY, 0, CODEC, IDENTITY, "label") is None
+        assert not store.contains(KEY)
+    assert sorted(path.name for path in (tmp_path / "cache" / "rejected").iterdir()) == [f"{KEY}-0", f"{KEY}-1"]
+
+
+def test_leftovers_of_a_killed_run_are_removed(store: Store, tmp_path: Path) -> None:
+    folder = tmp_path / "cache" / KEY[:2] / KEY
+    folder.mkdir(parents=True)
+    (folder / ".half.safetensors").write_bytes(b"half")
+    (folder / "segment.safetensors").write_bytes(b"without a manifest")
+    assert store.load(KEY, 0, CODEC, IDENTITY, "label") is None
+    store.save(KEY, make_segment(), IDENTITY, None, {"label": "label", "whole": True})
+    assert sorted(path.name for path in folder.iterdir()) == ["segment.json", "segment.safetensors"]
+    assert store.load(KEY, 0, CODEC, IDENTITY, "label") is not None
+
+
+def test_what_cannot_be_stored_is_one_kind_of_error(store: Store, tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="QuantizedKVCache, which cannot be stored"):
+        store.save(KEY, Segment((QuantizedKVCache(),), 0, 300), IDENTITY, None, {"label": "label", "whole": True})
+    assert not store.contains(KEY)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / KEY[:2]).write_text("in the way")
+    with pytest.raises(StoreError, match="cannot be stored"):
+        store.save(KEY, make_segment(), IDENTITY, None, {"label": "label", "whole": True})
+    assert store.load(KEY, 0, CODEC, IDENTITY, "label") is None
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (RuntimeError("[write] Unable to write 8 bytes to file."), StoreError),
+        (OSError(30, "Read-only file system"), StoreError),
+        (OSError(28, "No space left on device"), DiskFull),
+    ],
+)
+def test_a_write_that_fails_midway(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[StoreError]
+) -> None:
+    def write_half(file: Any, *_: object) -> None:
+        file.write(b"half")
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mx, "save_safetensors", write_half)
+        with pytest.raises(StoreError) as raised:
+            store.save(KEY, make_segment(), IDENTITY, None, {"label": "label", "whole": True})
+    assert type(raised.value) is kind
+    assert list((tmp_path / "cache").glob("??/*/*")) == []
+    store.save(KEY, make_segment(), IDENTITY, None, {"label": "label", "whole": True})
+
+
+def test_a_cache_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(JobError, match=r"cache.dir: .*file is a file; name a folder"):
+        Store(tmp_path / "file")

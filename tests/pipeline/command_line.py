@@ -1,0 +1,55 @@
+"""The command line as tests use it: in this process, or on a terminal."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+from typer.testing import CliRunner, Result
+
+from pipeline.cli import app
+from tests import ROOT
+
+
+def invoke(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def error_of(result: Result) -> str:
+    """The one line on stderr of a command that found its input wrong."""
+    assert result.exit_code == 2, result.output
+    assert result.stdout == ""
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    return line.removeprefix("error: ")
+
+
+def in_terminal(width: int, *arguments: str | Path, typed: str = "", code: int = 0, **environment: str) -> list[str]:
+    """The lines that a command shows on a terminal of that many columns, at which something is typed."""
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 50, width, 0, 0))
+    cleared = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR", "CI")}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeline.cli", *map(str, arguments)],
+        stdin=slave,
+        stdout=slave,
+        stderr=subprocess.STDOUT,
+        env=cleared | {"PYTHONPATH": str(ROOT), "TERM": "xterm"} | environment,
+    )
+    os.close(slave)
+    os.write(master, typed.encode())
+    shown = b""
+    with os.fdopen(master, "rb", buffering=0) as screen:
+        while True:
+            try:
+                shown += screen.read(4096)
+            except OSError:  # as Linux says that nobody writes any more
+                break
+    assert process.wait() == code, shown
+    return shown.decode().splitlines()

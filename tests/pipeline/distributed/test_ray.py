@@ -1,0 +1,418 @@
+"""Jobs on a Ray cluster of two nodes on this machine: the same bytes, whoever is killed meanwhile."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.pipeline.command_line import ROOT, error_of, invoke
+from tests.pipeline.workplace import Workplace
+
+pytest.importorskip("ray", reason="ray is not installed")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # with it, a child of Ray's proxy crashes now and then
+
+import ray
+from ray.cluster_utils import Cluster
+
+from pipeline.distributed.ray_worker import RayWorker
+
+# Ray's own warnings; and the client servers of two clusters on one machine want the same port.
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.xdist_group("ray")]
+NODE = {"num_cpus": 1, "object_store_memory": 80 << 20}
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    head = {**NODE, "include_dashboard": False, "ray_client_server_port": port}
+    cluster = Cluster(initialize_head=True, head_node_args=head)
+    cluster.client = f"ray://127.0.0.1:{port}"
+    cluster.add_node(**NODE)
+    cluster.wait_for_nodes()
+    yield cluster
+    cluster.shutdown()
+
+
+@pytest.fixture
+def place(workplace: Workplace, cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Workplace:
+    """A workplace of eight documents, each of which is a lease."""
+    workplace.documents |= {f"e{number}": f"Paper {number} says {number * 7}. " * 20 for number in range(5)}
+    workplace.save()
+    monkeypatch.setenv("RAY_ADDRESS", cluster.address)
+    return workplace
+
+
+def on_ray(place: Workplace, *options: str, code: int = 0) -> Any:
+    result = invoke("run", place.save(), "--on", "ray", *options)
+    assert result.exit_code == code, result.output
+    return result
+
+
+def alone(place: Workplace, *overrides: str) -> bytes:
+    """What a run on one machine writes, which is removed with its store."""
+    other = Workplace(place.folder / "alone", place.model)
+    other.documents, other.queries, other.tree = place.documents, place.queries, place.tree
+    other.run(*overrides)
+    return other.output.read_bytes()
+
+
+def dying(folder: Path, deaths: dict[str, int], seconds: float = 0.5) -> type[RayWorker]:
+    """A worker that is killed a moment after it has begun with a document, so many times."""
+
+    class Dying(RayWorker):
+        def _answer(self, group: Any) -> Any:
+            for todo in group:
+                file = folder / f"deaths-{todo.document_id}"
+                before = len(file.read_text()) if file.exists() else 0
+                if before < deaths.get(todo.document_id, 0):
+                    file.write_text("x" * (before + 1))
+                    time.sleep(seconds)
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return super()._answer(group)
+
+    return Dying
+
+
+def waiting(folder: Path) -> type[RayWorker]:
+    """A worker that says when it is about to answer, and waits until it may."""
+
+    class Waiting(RayWorker):
+        def _answer(self, group: Any) -> Any:
+            (folder / f"at-{os.getpid()}").write_text(group[0].document_id)
+            while not (folder / "go").exists():
+                time.sleep(0.05)
+                self._check_stop()
+            return super()._answer(group)
+
+    return Waiting
+
+
+def with_stores_of_their_own(meeting: Path) -> type[RayWorker]:
+    """Workers whose nodes have a store each, and which begin when both are there."""
+    meeting.mkdir()
+
+    class NodeLocal(RayWorker):
+        def __init__(self, job: Any, log_level: int) -> None:
+            import ray
+
+            own = job.cache.dir.with_name(f"store-{ray.get_runtime_context().get_node_id()}")
+            super().__init__(job.model_copy(update={"cache": job.cache.model_copy(update={"dir": own})}), log_level)
+
+        def _start(self, *arguments: Any) -> Any:
+            ready = super()._start(*arguments)
+            (meeting / str(os.getpid())).touch()
+            while len(list(meeting.iterdir())) < 2:
+                time.sleep(0.01)
+            return ready
+
+        def _answer(self, group: Any) -> Any:
+            time.sleep(0.2)
+            return super()._answer(group)
+
+    return NodeLocal
+
+
+# ---- what a run gives
+
+
+def test_the_same_bytes_as_on_one_machine(place: Workplace) -> None:
+    result = on_ray(place)
+    assert place.output.read_bytes() == alone(place)
+    assert "24 answered, 0 kept, 0 failed of 24 (8 documents)" in result.stdout
+    assert re.search("workers   [12] on 1 machine, 0 of them lost", result.stdout)  # one may be slow to start
+    told = place.report()
+    assert (told["state"], told["prefixes_built"], told["documents_done"]) == ("finished", 8, 8)
+    assert told["prefilled_tokens"] == told["context_tokens"] > 1000
+    assert 4 < told["effective_bits"] < 8
+    workers = told["workers"].values()
+    assert sum(worker["documents"] for worker in workers) == 8
+    assert sum(worker["answers"] for worker in workers) == 24
+    assert all(worker["prefill_tokens_per_second"] > 0 for worker in workers if worker["documents"])
+    for worker in workers:
+        assert "worker" in Path(worker["log"]).name
+        assert Path(worker["log"]).exists()
+    again = on_ray(place, "--json")
+    assert json.loads(again.stdout)["rows_kept"] == 24
+    assert json.loads(again.stdout)["workers"] == {}
+
+
+def test_a_driver_that_is_elsewhere(place: Workplace, cluster: Cluster) -> None:
+    result = invoke("run", place.job_file, "--on", cluster.client)
+    assert result.exit_code == 0, result.output
+    assert place.output.read_bytes() == alone(place)
+
+
+def test_documents_that_share_a_batch_are_handed_out_together(place: Workplace) -> None:
+    place.tree["generation"] = {"max_tokens": 3, "batch_size": 8}
+    on_ray(place)
+    assert place.output.read_bytes() == alone(place)
+
+
+def test_what_workers_log_is_in_the_log_with_their_names(place: Workplace, caplog: pytest.LogCaptureFixture) -> None:
+    on_ray(place, "--debug")
+    built = [re.fullmatch(r"(\S+): prefix \w+ is built: .*", line) for line in caplog.messages]
+    assert {found[1] for found in built if found} <= set(place.report()["workers"])
+    assert sum(bool(found) for found in built) == 8
+
+
+def test_a_run_that_is_to_stop_at_a_failure(place: Workplace) -> None:
+    place.documents = {"long": "word " * 3000, **place.documents}
+    result = on_ray(place, "--fail-fast", code=1)
+    assert "stopped at the first failure: document 'long'" in result.stderr
+    on_ray(place, code=3)
+    assert place.output.read_bytes() == alone(place)
+
+
+def test_shards_on_ray_are_merged_to_the_same_bytes(place: Workplace) -> None:
+    for shard in ("1/2", "2/2"):
+        on_ray(place, "--shard", shard)
+    assert invoke("merge", place.job_file).exit_code == 0
+    assert place.output.read_bytes() == alone(place)
+
+
+def test_prefixes_are_dropped_with_the_last_answer(place: Workplace) -> None:
+    on_ray(place, "--set", "cache.keep=job")
+    assert place.segments() == []
+    assert place.output.read_bytes() == alone(place)
+
+
+def test_documents_go_to_the_machine_that_has_their_prefixes(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.distributed.leases.PATIENCE", 60.0)
+    monkeypatch.setattr("pipeline.distributed.ray_pool.RayWorker", with_stores_of_their_own(place.folder / "first"))
+    on_ray(place)
+    expected = place.output.read_bytes()
+    stored = sorted(place.folder.glob("store-*/??/*/segment.json"))
+    assert len(stored) == 8
+    assert len({file.parents[2] for file in stored}) == 2
+    place.output.unlink()
+    monkeypatch.setattr("pipeline.distributed.ray_pool.RayWorker", with_stores_of_their_own(place.folder / "second"))
+    on_ray(place)
+    assert (place.report()["prefixes_built"], place.report()["prefixes_restored"]) == (0, 8)
+    assert place.output.read_bytes() == expected
+
+
+def test_scale_is_no_part_of_a_row(place: Workplace) -> None:
+    place.run()
+    place.tree["scale"] = {"workers": 1, "num_cpus": 1}
+    report = json.loads(on_ray(place, "--json").stdout)
+    assert report["rows_kept"] == 24
+    place.output.unlink()
+    report = json.loads(on_ray(place, "--json").stdout)
+    assert (len(report["workers"]), report["prefixes_restored"]) == (1, 8)
+
+
+def test_rows_fail_as_on_one_machine(place: Workplace) -> None:
+    place.documents |= {"blank": " ", "long": "word " * 3000}
+    result = on_ray(place, code=3)
+    assert "3 ContextTooLong" in result.stdout
+    assert "3 EmptyDocument" in result.stdout
+    assert place.output.read_bytes() == alone(place)
+
+
+# ---- who dies
+
+
+def test_a_worker_that_is_killed_costs_nothing(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("pipeline.distributed.ray_pool.RayWorker", dying(place.folder, {"d1": 1, "e2": 1}))
+    on_ray(place)
+    assert place.output.read_bytes() == alone(place)
+    assert "with document 'd1' in hand; its leases go to others" in caplog.text
+    assert place.report()["restarts"] == 2
+    assert sum(worker["lost"] for worker in place.report()["workers"].values()) == 2
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.5])  # at once, what was answered just before may be lost too
+def test_a_document_that_kills_its_worker_twice_becomes_error_rows(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    monkeypatch.setattr("pipeline.distributed.ray_pool.RayWorker", dying(place.folder, {"d1": 99}, seconds))
+    on_ray(place, code=3)
+    failed = {pair: row for pair, row in place.rows().items() if row["status"] == "error"}
+    assert list(failed) == [("d1", query["id"]) for query in place.queries]
+    assert {row["error_type"] for row in failed.values()} == {"ModelProcessDied"}
+    assert all("twice, while this document was prefilled or answered" in row["error"] for row in failed.values())
+    monkeypatch.undo()
+    place.run()
+    assert place.output.read_bytes() == alone(place)
+
+
+def test_a_node_that_is_removed_costs_nothing(
+    place: Workplace, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("pipeline.distributed.ray_pool.RayWorker", waiting(place.folder))
+    node = cluster.add_node(**NODE)
+
+    def remove() -> None:
+        while len(list(place.folder.glob("at-*"))) < 3:
+            time.sleep(0.05)
+        cluster.remove_node(node)
+        (place.folder / "go").touch()
+
+    remover = threading.Thread(target=remove)
+    remover.start()
+    on_ray(place)
+    remover.join()
+    assert "was lost with its machine" in caplog.text
+    assert place.output.read_bytes() == alone(place)
+
+
+def start(place: Workplace) -> subprocess.Popen[str]:
+    """The command, in a process of its own."""
+    command = [sys.executable, "-m", "pipeline.cli", "run", str(place.save()), "--on", "ray"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+
+
+def wait_for_parts(place: Workplace, process: subprocess.Popen[str]) -> None:
+    parts = Path(f"{place.output}.parts")
+    while process.poll() is None and not list(parts.glob("*/[!.]*.parquet")):
+        time.sleep(0.01)
+    assert process.poll() is None, process.communicate()
+
+
+def test_a_driver_that_is_killed_goes_on_where_it_was(place: Workplace) -> None:
+    place.documents |= {f"f{number}": f"Page {number} of {number * 3}. " * 60 for number in range(30)}
+    process = start(place)
+    wait_for_parts(place, process)
+    process.kill()
+    process.communicate()
+    time.sleep(1.0)  # for its workers to end
+    stored = {path: json.loads((path / "segment.json").read_text())["created"] for path in place.segments()}
+    report = json.loads(on_ray(place, "--json").stdout)
+    assert report["rows_kept"] >= 3
+    assert report["rows_kept"] + report["rows_answered"] == 38 * 3
+    for path, created in stored.items():
+        assert json.loads((path / "segment.json").read_text())["created"] == created
+    assert place.output.read_bytes() == alone(place)
+
+
+def test_ctrl_c_finishes_what_is_in_hand(place: Workplace) -> None:
+    place.documents |= {f"f{number}": f"Page {number} of {number * 3}. " * 60 for number in range(30)}
+    process = start(place)
+    wait_for_parts(place, process)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate()
+    assert process.returncode == 130, error
+    assert error.splitlines()[-1] == f"interrupted; to resume: pipeline run {place.job_file} --on ray"
+    assert place.report()["state"] == "interrupted"
+    assert on_ray(place)
+    assert place.output.read_bytes() == alone(place)
+
+
+# ---- what is wrong
+
+
+def test_a_machine_without_the_model_is_named(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Elsewhere(RayWorker):
+        def __init__(self, job: Any, log_level: int) -> None:
+            super().__init__(job.model_copy(update={"model": "/nowhere/model"}), log_level)
+
+    monkeypatch.setattr("pipeline.distributed.ray_pool.RayWorker", Elsewhere)
+    error = error_of(invoke("run", place.job_file, "--on", "ray", "--quiet"))
+    assert error.startswith("worker ")
+    assert "model /nowhere/model: no such folder" in error
+
+
+@pytest.mark.parametrize("package", ["mlx", "mlx-lm", "turboquant-pipeline"])
+def test_other_versions_are_refused(place: Workplace, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+    from pipeline.output.run_file import versions
+
+    monkeypatch.setattr("pipeline.distributed.ray_executor.versions", lambda: versions() | {package: "9.9"})
+    error = error_of(invoke("run", place.job_file, "--on", "ray", "--quiet"))
+    assert f"{package} is {versions()[package]} here and 9.9 where the run was started" in error
+
+
+def test_other_weights_are_refused(place: Workplace, monkeypatch: pytest.MonkeyPatch, write_model: Any) -> None:
+    other = str(write_model(place.folder / "other", seed=1))
+
+    class Elsewhere(RayWorker):
+        def __init__(self, job: Any, log_level: int) -> None:
+            super().__init__(job.model_copy(update={"model": other}), log_level)
+
+    monkeypatch.setattr("pipeline.distributed.ray_pool.RayWorker", Elsewhere)
+    error = error_of(invoke("run", place.job_file, "--on", "ray", "--quiet"))
+    assert "its weights here and where the run was started are not the same" in error
+
+
+def test_a_worker_that_cannot_start_ends_the_run(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stillborn(RayWorker):
+        def _start(self, *arguments: Any) -> Any:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr("pipeline.distributed.ray_pool.RayWorker", Stillborn)
+    result = invoke("run", place.job_file, "--on", "ray", "--quiet")
+    assert result.exit_code == 1
+    assert "twice, before a document was in hand, most likely while the model was loaded" in result.stderr
+
+
+def test_more_than_any_machine_has_is_refused(place: Workplace) -> None:
+    place.tree["scale"] = {"resources": {"mac": 1}}
+    error = error_of(invoke("run", place.save(), "--on", "ray", "--quiet"))
+    assert error == "scale: none of the cluster's 2 machines has what a worker asks for"
+
+
+def test_without_ray_it_says_what_to_install(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    error = error_of(invoke("run", workplace.job_file, "--on", "ray"))
+    assert "pip install 'turboquant-pipeline[ray]'" in error
+
+
+@pytest.mark.parametrize("address", ["rays", "ray://", "ray://head", "ray://head:port", "http://head:1"])
+def test_addresses_that_are_none(workplace: Workplace, address: str) -> None:
+    error = error_of(invoke("run", workplace.job_file, "--on", address))
+    assert error.startswith(f"--on {address}: expected ray, or ray://HOST:PORT")
+
+
+@pytest.mark.parametrize(("address", "at"), [("ray://127.0.0.1:9", "ray://127.0.0.1:9"), ("ray", "127.0.0.1:9")])
+def test_a_head_that_is_not_there(workplace: Workplace, monkeypatch: pytest.MonkeyPatch, address: str, at: str) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:9")
+    result = invoke("run", workplace.job_file, "--on", address)
+    assert result.exit_code == 1
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"error: --on {address}: nothing answers at {at} within 10 s")
+    assert not workplace.output.parent.exists()
+
+
+@pytest.mark.parametrize(("crashes", "code"), [(1, 0), (2, 1)])
+def test_a_head_whose_child_crashed_is_asked_once_more(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch, crashes: int, code: int
+) -> None:
+    real, tries = ray.init, []
+
+    def crashing(*arguments: Any, **options: Any) -> Any:
+        tries.append(1)
+        if len(tries) <= crashes:
+            raise ConnectionAbortedError("Initialization failure from server: Starting Ray client server failed. See x")
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(ray, "init", crashing)
+    said = on_ray(place, code=code).stderr
+    assert len(tries) == 2
+    assert ("error: --on ray: no connection to Ray at " in said) == bool(code)
+
+
+def test_a_cluster_of_this_machine_alone(workplace: Workplace) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    command = [sys.executable, "-m", "pipeline.cli", "run", str(workplace.job_file), "--on", "ray", "--quiet"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=True, env=environment | {"PYTHONPATH": str(ROOT)}
+    )
+    assert (done.stdout, done.stderr) == ("", "")
+    assert len(workplace.rows()) == 9

@@ -1,0 +1,124 @@
+"""Chat templates of the main families: where the context ends, where the system text goes, and whole runs."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from typer.testing import CliRunner
+
+from pipeline.cli import app
+from pipeline.inputs.prompts import PromptTokenizer, Rendered
+from tests.pipeline.command_line import invoke
+from tests.pipeline.inputs.templates import FAMILIES
+from tests.pipeline.workplace import Workplace
+
+pytestmark = pytest.mark.usefixtures("here")
+
+MINUTES = "The board met on the third of May and decided the budget.\n\nThe lease ends in May."
+SYSTEM = "Answer from the paper only."
+FOLDED = "the chat template takes no system text: it is put before the document in the user's message"
+_words = st.text("aby ,.?!\n\t-(1é<|end|>", max_size=40).filter(str.strip)
+
+
+@pytest.fixture(scope="module")
+def tokenizers(make_tokenizer: Callable[..., Any]) -> dict[str, TokenizerWrapper]:
+    """By family: the template, and its marks as tokens."""
+    made = {}
+    for name, family in FAMILIES.items():
+        tokenizer = make_tokenizer(chat_template=family.template)
+        tokenizer.add_tokens(list(family.marks), special_tokens=True)
+        made[name] = TokenizerWrapper(tokenizer)
+    return made
+
+
+each_family = pytest.mark.parametrize("name", FAMILIES)
+
+
+@each_family
+@settings(max_examples=40, deadline=None)
+@given(
+    system=st.none() | _words,
+    context=_words,
+    queries=st.lists(_words, min_size=1, max_size=10),
+    thinks=st.booleans(),
+)
+def test_context_and_suffix_are_the_tokens_of_the_whole_prompt(
+    tokenizers: dict[str, Any], name: str, system: str | None, context: str, queries: list[str], thinks: bool
+) -> None:
+    prompts = PromptTokenizer(tokenizers[name], thinks)
+    rendered = Rendered(system, context)
+    document = prompts.tokenise(rendered, queries)
+    for query, suffix in zip(queries, document.suffixes, strict=True):
+        whole = tokenizers[name].encode(prompts.prompt_text(rendered, query), add_special_tokens=False)
+        assert document.context + suffix == whole
+        assert suffix
+
+
+@each_family
+@pytest.mark.parametrize("system", [None, SYSTEM])
+def test_the_context_ends_where_the_query_begins(tokenizers: dict[str, Any], name: str, system: str | None) -> None:
+    tokenizer = tokenizers[name]
+    prompts = PromptTokenizer(tokenizer)
+    queries = ["Who signed the contract?", "When does the lease end?"]
+    document = prompts.tokenise(Rendered(system, MINUTES), queries)
+    context = tokenizer.decode(document.context)
+    assert context.rstrip().endswith(MINUTES.rstrip(".")) or context.rstrip().endswith(MINUTES)
+    assert (system is not None) == (SYSTEM in context)
+    for query, suffix in zip(queries, document.suffixes, strict=True):
+        assert tokenizer.decode(suffix).lstrip("\n.").startswith(query)
+    added = prompts.tokenise(Rendered(system, MINUTES), [*queries, "Why?", "2", "(a)"])
+    assert added.context == document.context
+
+
+@each_family
+def test_where_the_system_text_goes(tokenizers: dict[str, Any], name: str) -> None:
+    prompts = PromptTokenizer(tokenizers[name])
+    assert prompts.folds_system is not FAMILIES[name].has_system
+    text = prompts.prompt_text(Rendered(SYSTEM, MINUTES), "Who?")
+    assert text.count(SYSTEM) == text.count(MINUTES) == 1
+    assert text.index(SYSTEM) < text.index(MINUTES) < text.index("Who?")
+    if not FAMILIES[name].has_system:
+        assert f"{SYSTEM}\n\n{MINUTES}\n\nWho?" in text
+
+
+@each_family
+def test_templates_are_told_whether_to_think(tokenizers: dict[str, Any], name: str) -> None:
+    texts = [PromptTokenizer(tokenizers[name], t).prompt_text(Rendered(None, MINUTES), "Who?") for t in (False, True)]
+    assert (texts[0] != texts[1]) is FAMILIES[name].can_think
+
+
+@each_family
+def test_a_run(
+    workplace: Workplace, make_tokenizer: Callable[..., Any], caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    model = shutil.copytree(workplace.model, workplace.folder / "model")
+    make_tokenizer(chat_template=FAMILIES[name].template).save_pretrained(model)
+    job = workplace.save(model="model", prompt={"system": SYSTEM}, generation={"max_tokens": 2, "batch_size": 3})
+    result = CliRunner().invoke(app, ["run", str(job)])
+    assert result.exit_code == 0, result.output
+    assert caplog.text.count(FOLDED) == (0 if FAMILIES[name].has_system else 1)
+    assert len(workplace.segments()) == 3
+    assert all(row["query_tokens"] < row["context_tokens"] for row in workplace.rows().values())
+
+
+def test_a_template_that_fails_on_one_document_fails_its_rows(
+    workplace: Workplace, make_tokenizer: Callable[..., Any]
+) -> None:
+    fails = "{% if 'décidé' in messages[-1].content %}{{ raise_exception('not this one') }}{% endif %}"
+    model = shutil.copytree(workplace.model, workplace.folder / "model")
+    make_tokenizer(chat_template=fails + "{{ messages[-1].content }}").save_pretrained(model)
+    workplace.documents["d1"] = "Le conseil a décidé."
+    workplace.save(model="model")
+    planned = invoke("plan", workplace.job_file)
+    assert "will fail  documents: 1 blank or not fit for the prompt" in planned.stdout
+    assert invoke("run", workplace.job_file, "--quiet").exit_code == 3
+    rows = workplace.rows()
+    assert {pair[0] for pair, row in rows.items() if row["status"] == "error"} == {"d1"}
+    assert {row["error_type"] for row in rows.values()} == {None, "PromptFailed"}
+    assert "not this one" in rows["d1", "who"]["error"]

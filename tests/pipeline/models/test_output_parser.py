@@ -1,0 +1,105 @@
+"""What is made of generated tokens: an answer, the thinking before it, and where they end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from pipeline.job.job import Settings, ThinkingMode
+from pipeline.models.output_parser import Answer, OutputParser
+
+TEXT = "The board met. What? When? Who?"
+
+
+@pytest.fixture(scope="session")
+def thinker(make_tokenizer: Callable[..., Any]) -> TokenizerWrapper:
+    """A tokenizer that has marks for thinking."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<think>", "</think>"])
+    return TokenizerWrapper(tokenizer)
+
+
+def read(
+    tokenizer: TokenizerWrapper,
+    tokens: Sequence[int],
+    prompt: str = "<|assistant|>",
+    stop: tuple[str, ...] = (),
+    thinking: ThinkingMode = "keep",
+) -> Answer:
+    """Read tokens that end by themselves."""
+    asked = Settings(100, 0.0, 1.0, 0, stop, thinking=thinking)
+    reading = OutputParser(tokenizer).begin(tokenizer.encode(prompt, add_special_tokens=False), asked)
+    for token in tokens:
+        if reading.take(token):
+            break
+    return reading.answer("stop")
+
+
+def encode(tokenizer: TokenizerWrapper, text: str) -> list[int]:
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def test_an_answer_ends_at_a_stop_string(tokenizer: Any) -> None:
+    wrapped = TokenizerWrapper(tokenizer)
+    tokens = encode(wrapped, TEXT)
+    cut = read(wrapped, tokens, stop=("When",))
+    assert cut.text == "The board met. What?"
+    assert cut.tokens < len(tokens)
+    assert read(wrapped, tokens) == Answer(TEXT, "stop", len(tokens))
+
+
+def test_thinking_is_no_part_of_the_answer(thinker: TokenizerWrapper) -> None:
+    tokens = encode(thinker, "<think>\nWhat? When?\n</think>\n\nThe board met.")
+    assert read(thinker, tokens) == Answer("The board met.", "stop", len(tokens), "What? When?")
+    for thinking in (False, "drop"):
+        assert read(thinker, tokens, thinking=thinking) == Answer("The board met.", "stop", len(tokens))
+
+
+@pytest.mark.parametrize("behind", ["", "\n", "\n\n"])
+def test_a_template_may_have_begun_the_thinking(thinker: TokenizerWrapper, behind: str) -> None:
+    tokens = encode(thinker, "What? When?</think>The board met.")
+    answer = read(thinker, tokens, prompt=f"<think>Who?</think><|assistant|><think>{behind}")
+    assert (answer.text, answer.thinking) == ("The board met.", "What? When?")
+
+
+def test_a_template_may_have_ended_the_thinking(thinker: TokenizerWrapper) -> None:
+    answer = read(thinker, encode(thinker, "The board met."), prompt="<|assistant|><think>\n\n</think>\n\n")
+    assert (answer.text, answer.thinking, answer.failure) == ("The board met.", None, None)
+
+
+def test_thinking_without_an_end_is_no_answer(thinker: TokenizerWrapper) -> None:
+    answer = read(thinker, encode(thinker, "<think>What? When?"))
+    assert (answer.text, answer.thinking) == ("", "What? When?")
+    assert answer.failure is not None
+    assert answer.failure.error_type == "AnswerCutOff"
+    assert "had not ended its thinking after" in str(answer.failure)
+
+
+def test_stop_strings_are_looked_for_in_the_answer_alone(thinker: TokenizerWrapper) -> None:
+    tokens = encode(thinker, "<think>When? Who?</think>The board met. When? Who?")
+    answer = read(thinker, tokens, stop=("When",))
+    assert (answer.text, answer.thinking) == ("The board met.", "When? Who?")
+
+
+def test_marks_of_several_tokens(make_tokenizer: Callable[..., Any]) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["<|channel>", "<channel|>"])
+    wrapped = TokenizerWrapper(tokenizer)
+    assert len(wrapped.think_start_tokens) > 1
+    answer = read(wrapped, encode(wrapped, "<|channel>thought\nWhat?<channel|>The board met."))
+    assert (answer.text, answer.thinking) == ("The board met.", "What?")
+    other = read(wrapped, encode(wrapped, "<|channel>The board met."))
+    assert (other.text, other.thinking) == ("<|channel>The board met.", None)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(thought=st.none() | st.text("ab .?\n<", max_size=20), text=st.text("ab .?\n<", max_size=20))
+def test_the_two_parts_are_what_was_written(thinker: TokenizerWrapper, thought: str | None, text: str) -> None:
+    written = text if thought is None else f"<think>{thought}</think>{text}"
+    answer = read(thinker, encode(thinker, written))
+    assert (answer.text, answer.thinking) == (text.strip(), (thought or "").strip() or None)

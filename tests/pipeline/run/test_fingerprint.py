@@ -1,0 +1,29 @@
+"""Fingerprints are in result files, so their values must not change."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+
+import pytest
+
+from pipeline.inputs.prompts import Rendered
+from pipeline.job.job_file import load_job
+from pipeline.run.fingerprint import row_fingerprints
+from tests.pipeline.workplace import Workplace
+from turboquant.io.identity import Identity
+
+
+@pytest.mark.parametrize("system", [None, 'Été ["]'])
+@pytest.mark.parametrize("context", ["", "a]", '日本 \ud800 "]\n['])
+def test_a_rows_fingerprint_digests_one_json_list(workplace: Workplace, system: str | None, context: str) -> None:
+    workplace.queries.append({"id": "odd", "text": "[é]?", "temperature": 0.5, "seed": 7})
+    job, identity = load_job(workplace.save(), []), Identity("w", "t", "c", "exact 512")
+    found = row_fingerprints(identity, Rendered(system, context), job.queries, job.generation)
+    for query in job.queries:
+        settings = asdict(query.settings(job.generation))
+        fields = ["row", asdict(identity), system, context, query.text, settings]
+        whole = json.dumps(fields, sort_keys=True).encode()
+        assert found[query.id] == hashlib.sha256(whole).hexdigest()[:32]
+    assert len(set(found.values())) == len(found) == 4

@@ -1,0 +1,265 @@
+"""Attention over encoded layers on a GPU: two kernels, CUDA or Metal, from one text.
+
+The first rotates the queries, looks codes up in tables and multiplies in the matrix units, each thread-group for a
+split of the tokens; the second merges the splits and rotates back. They compute reference.py's ``attend_layer``.
+Their text is ``codes.h``, ``attend.h`` and ``merge.h`` in ``text/``. Layers that they do not know, of other sizes or in
+other shapes, take reference.py's way.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+from numpy.typing import NDArray
+
+from turboquant.attention import reference as attention
+from turboquant.attention.reference import Partial
+from turboquant.kernels.encoding import encode_layer
+from turboquant.kernels.launch import Launch, gpu, launch, runs
+from turboquant.quant.cache_codec import CacheCodec
+from turboquant.quant.codebook import lloyd_max
+from turboquant.quant.layer import EncodedLayer
+from turboquant.quant.packing import PLANES
+
+HEAD_DIMS = (64, 128, 256)
+WARPS = 4  # SIMD-groups a thread-group
+TILES, FEW_TILES = 4, 2  # of 8 queries a thread-group, where there are more than 8; the fewer for few tokens
+FEW_TOKENS = 8192
+GROUPS = {1: 528, 2: 264, 4: 264}  # thread-groups wanted, by tiles: as many as a large GPU's 132 cores hold at once
+PARTS = {64: 4, 128: 4, 256: 1}  # a merging thread-group's threads, by coordinates: as its registers allow
+MOST_SPLITS = 256  # no more than a merging thread-group has threads
+SHARED_WORDS = {"cuda": 9216, "metal": 4608}  # of tables, four bytes each
+LARGEST_FACTOR = 1024.0
+HEADROOM = 6  # powers of two that a weight may grow beyond 1 before the highest score is looked for again
+INPUTS = (
+    "queries",
+    "key_codes",
+    "key_scales",
+    "value_codes",
+    "value_scales",
+    "fine_key_codes",
+    "fine_key_scales",
+    "fine_value_codes",
+    "fine_value_scales",
+    "sink_keys",
+    "sink_values",
+    "key_mean",
+    "value_factors",
+    "signs",
+    "levels",
+    "settings",
+    "sizes",
+)
+MERGE_INPUTS = ("outputs", "sums", "value_mean", "value_factors", "signs", "settings", "sizes")
+
+LARGEST_ERROR = 1e-2  # relative; of halves it is below 1e-3
+FEWEST = 16  # tokens of each kind in memory, as they are read 16 at a time
+_BY_TOKEN = ("codes", "scales", "sink_keys", "sink_values")  # what names of tensors (n_kv_heads, T, ...) end with
+_TRIED = ((2, 200), (2, 200), (1, 4, 1))  # keys, values and queries
+
+attend_dense = attention.attend_dense
+
+
+def attend_layer(queries: mx.array, layer: EncodedLayer, scale: float) -> Partial:
+    """See ``attention.attend_layer``."""
+    if not knows(layer):
+        return attention.attend_layer(queries, layer, scale)
+    return _attend(queries, layer, scale)
+
+
+def attend_step(
+    queries: mx.array, layer: EncodedLayer, keys: mx.array, values: mx.array, scale: float, mask: mx.array | None
+) -> mx.array:
+    """Attention of one query (B, n_heads, 1, head_dim) a row over a layer and the row's own tokens.
+
+    keys, values: (B, n_kv_heads, T, head_dim). mask: (B or 1, 1, 1, T), true where visible, or None.
+    Returns (B, n_heads, 1, head_dim) in the queries' dtype. For layers that ``knows`` knows.
+    """
+    own = {"queries": queries, "keys": keys, "values": values}
+    if mask is not None:
+        own["mask"] = mx.broadcast_to(mask, (queries.shape[0], *mask.shape[1:]))
+    return _attend(queries, layer, scale, own).output
+
+
+def _attend(queries: mx.array, layer: EncodedLayer, scale: float, own: dict[str, mx.array] | None = None) -> Partial:
+    """Attention over a layer and, if there are any, each row's own tokens; the output then has the queries' dtype."""
+    counts = (layer.keys.tokens, layer.fine_keys.tokens, layer.sink_keys.shape[1])
+    dtype, suffix = (mx.float32, ()) if own is None else (queries.dtype, tuple(own))
+    plan = _plan(queries.shape, layer.key_mean.shape[0], counts, scale, layer.codec, dtype, suffix)
+    inputs = {**_constants(layer), "queries": queries, "settings": plan.settings, "sizes": plan.sizes, **(own or {})}
+    inputs["outputs"], inputs["sums"] = launch(plan.attend, [inputs[name] for name in plan.attend.inputs])
+    output, logsumexp = launch(plan.merge, [inputs[name] for name in plan.merge.inputs])
+    return Partial(output, logsumexp)
+
+
+def knows(layer: EncodedLayer) -> bool:
+    """Whether the kernels are made for a layer's sizes, and run."""
+    dim = layer.key_mean.shape[-1]
+    return dim in HEAD_DIMS and layer.value_mean.shape[-1] == dim and usable(layer.codec, dim)
+
+
+@functools.cache
+def usable(codec: CacheCodec, dim: int) -> bool:
+    """Whether the kernels run here and find what attention/reference.py does, tried once."""
+    keys, values, queries = (mx.random.normal((*shape, dim), key=mx.random.key(i)) for i, shape in enumerate(_TRIED))
+    layer = encode_layer(keys, values, codec)
+    some = keys[None, :, :20]
+
+    def error() -> float:
+        past = attention.attend_layer(queries, layer, 0.125)
+        both = attention.merge([past, attention.attend_dense(queries, some, some, 0.125, None)])
+        found = [_attend(queries, layer, 0.125).output, attend_step(queries, layer, some, some, 0.125, None)]
+        expected = [past.output, both.output]
+        return max(float(mx.linalg.norm(x - y) / mx.linalg.norm(y)) for x, y in zip(found, expected, strict=True))
+
+    return runs("attention kernels", error, LARGEST_ERROR)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What depends on shapes alone, so that it is worked out once for all layers and steps."""
+
+    attend: Launch
+    merge: Launch
+    settings: mx.array
+    sizes: mx.array
+
+
+@functools.lru_cache(maxsize=256)
+def _plan(
+    shape: tuple[int, int, int, int],
+    n_kv_heads: int,
+    counts: tuple[int, int, int],
+    scale: float,
+    codec: CacheCodec,
+    dtype: mx.Dtype,
+    suffix: tuple[str, ...],
+) -> _Plan:
+    batch, n_heads, length, dim = shape
+    rows = batch * (n_heads // n_kv_heads) * length
+    tiles = 1 if rows <= 8 or dim == 256 else FEW_TILES if counts[0] <= FEW_TOKENS else TILES
+    blocks = -(-rows // (8 * tiles))
+    splits = max(1, min(GROUPS[tiles] // (n_kv_heads * blocks), -(-counts[0] // (32 * WARPS)), MOST_SPLITS))
+    attend = Launch(
+        "attend",
+        _defined(codec, dim, tiles),
+        INPUTS,
+        (
+            ("outputs", (n_kv_heads, splits, rows, dim), mx.float32),
+            ("sums", (n_kv_heads, splits, rows, 3), mx.float32),
+        ),
+        (splits, n_kv_heads, blocks),
+        32 * WARPS,
+        ("codes.h",),
+    )
+    settings = mx.array([scale * math.log2(math.e), dim**-0.5, *[0.0] * 6])
+    sizes = mx.array([batch, n_heads, n_kv_heads, length, *counts, splits], mx.int32)
+    mx.eval(settings, sizes)
+    return _Plan(attend, _merge(shape, n_kv_heads, dtype, suffix), settings, sizes)
+
+
+def _merge(shape: tuple[int, int, int, int], n_kv_heads: int, dtype: mx.Dtype, suffix: tuple[str, ...]) -> Launch:
+    batch, n_heads, length, dim = shape
+    return Launch(
+        "merge",
+        (
+            ("DIM", dim),
+            ("PARTS", PARTS[dim]),
+            ("MOST_SPLITS", MOST_SPLITS),
+            ("SUFFIX", int(suffix != ())),
+            ("MASKED", int("mask" in suffix)),
+        ),
+        MERGE_INPUTS + suffix,
+        (("output", shape, dtype), ("logsumexp", shape[:3], mx.float32)),
+        (batch * (n_heads // n_kv_heads) * length, n_kv_heads, 1),
+        PARTS[dim] * dim,
+        strided=True,
+    )
+
+
+def _defined(codec: CacheCodec, dim: int, tiles: int) -> tuple[tuple[str, int], ...]:
+    """What is compiled in."""
+    most = SHARED_WORDS[gpu()]
+    fine = codec.fine
+    copies, fine_copies = (_copies(x.key_bits, x.value_bits, most) for x in (codec, fine))
+    tables = (_entries(x.key_bits, x.value_bits) * n for x, n in ((codec, copies), (fine, fine_copies)))
+    return (
+        ("DIM", dim),
+        ("TILES", tiles),
+        ("ROWS", 8 * tiles),
+        ("WARPS", WARPS),
+        ("THREADS", 32 * WARPS),
+        ("KEY_BITS", codec.key_bits),
+        ("VALUE_BITS", codec.value_bits),
+        ("FINE_KEY_BITS", fine.key_bits),
+        ("FINE_VALUE_BITS", fine.value_bits),
+        ("COPIES", copies),
+        ("FINE_COPIES", fine_copies),
+        ("STRIDE", dim + 8),  # so that lanes meet in few banks
+        ("HEADROOM", HEADROOM),
+        ("SHARED_WORDS", max(8 * tiles * (dim + 8), *tables)),
+    )
+
+
+def _copies(key_bits: int, value_bits: int, most: int) -> int:
+    """How often a table is held, so that lanes seldom wait for each other: 32 times if it fits, else 16 or 8."""
+    return next(n for n in (32, 16, 8) if _entries(key_bits, value_bits) * n <= most)
+
+
+def _entries(key_bits: int, value_bits: int) -> int:
+    return sum(1 << (2 * bits if bits <= 4 else bits) for bits in {key_bits, value_bits})
+
+
+def _constants(layer: EncodedLayer) -> dict[str, mx.array]:
+    """What the kernels read of a layer, made once; sinks are rotated as codes are."""
+    if not layer.derived:
+        codecs = (layer.codec, layer.codec.fine)
+        levels = np.zeros((4, 256, 2), np.float16)
+        for row, bits in enumerate(bits for codec in codecs for bits in (codec.key_bits, codec.value_bits)):
+            table = _table(bits)
+            levels[row, : len(table)] = table
+        largest = mx.maximum(_largest(layer.values.scales), _largest(layer.fine_values.scales))
+        rotation = layer.key_codec.rotation
+        sinks = (rotation.forward(x) if x.size else x for x in (layer.sink_keys, layer.sink_values))
+        sink_keys, sink_values = (mx.clip(x, -65504.0, 65504.0).astype(mx.float16) for x in sinks)
+        tensors = layer.tensors() | {
+            "sink_keys": sink_keys,
+            "sink_values": sink_values,
+            # Weighted values are halves: as large as can be without overflowing, so that none is lost.
+            "value_factors": mx.minimum(1.0 / mx.maximum(largest, 1e-30), LARGEST_FACTOR),
+            "signs": rotation.signs,
+            "levels": mx.array(levels).view(mx.uint32),
+        }
+        layer.derived.update({name: _padded(x) if name.endswith(_BY_TOKEN) else x for name, x in tensors.items()})
+        mx.eval(list(layer.derived.values()))
+    return layer.derived
+
+
+def _padded(x: mx.array) -> mx.array:
+    """(n_kv_heads, T, ...) of FEWEST tokens at least."""
+    missing = max(0, FEWEST - x.shape[1])
+    return mx.pad(x, [(0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)]) if missing else x
+
+
+def _table(bits: int) -> NDArray[np.float16]:
+    """The levels of two codes, by the bits of both in the low plane and above them those in the high one; where that
+    would be more than 256, a level twice, by its code.
+    """
+    levels = lloyd_max(bits).levels.astype(np.float16)
+    if bits > 4:
+        return np.stack([levels, levels], axis=-1)
+    width = PLANES[bits][0]
+    entries, low = np.arange(4**bits), (1 << width) - 1
+    one = entries & low | (entries >> 2 * width & 1) << width
+    other = entries >> width & low | (entries >> 2 * width + 1 & 1) << width
+    return np.stack([levels[one & 2**bits - 1], levels[other & 2**bits - 1]], axis=-1)
+
+
+def _largest(scales: mx.array) -> mx.array:
+    """(n_kv_heads,) of (n_kv_heads, T), which may hold none."""
+    none = mx.zeros((scales.shape[0], 1))
+    return mx.concatenate([none, mx.abs(scales.astype(mx.float32))], axis=1).max(axis=1)

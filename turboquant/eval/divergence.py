@@ -1,0 +1,216 @@
+"""How far a compressed cache moves a model: its predictions, token by token, against those of the full-precision cache.
+
+Every continuation is fed as it is, whatever the model would have said (teacher forcing). Knows models, caches and
+logits; which contenders there are is baselines.py's, words and tables are fidelity.py's.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import tempfile
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from turboquant.caches.prefix import Prefix
+from turboquant.caches.segment import Segment, join
+from turboquant.eval.results import (
+    BatchDiffers,
+    CannotRun,
+    Contender,
+    Fidelity,
+    FidelityError,
+    Filled,
+    NoDrift,
+    NotFinite,
+    Sample,
+    WarmDiffers,
+)
+from turboquant.eval.scores import Scores, clustered_error, perplexity, score
+from turboquant.eval.teacher_forcing import Context, answered, batch_logits, logits_of, prefilled
+from turboquant.io.identity import Identity
+from turboquant.io.segment_file import read_segment, write_segment
+from turboquant.mlx_lm.families import explain
+from turboquant.mlx_lm.patch import enabled
+from turboquant.quant.cache_codec import CacheCodec
+
+NO_DRIFT = 1e-9  # nats: well above what another order of float32 additions comes to (1e-11), well below 8 bits (1e-5)
+BATCH_TOKENS = 64  # tokens of each row that batch and single are compared over
+
+
+def measure(
+    model: Any,
+    samples: Sequence[Sample],
+    contenders: Sequence[Contender],
+    *,
+    answer_tokens: int = 0,
+    stop: Collection[int] = (),
+    chunk: int = 512,
+    verify: bool = True,
+    batched: bool = False,
+    answers_only: bool = False,
+    on_step: Callable[[str], None] = lambda _: None,
+) -> list[Fidelity]:
+    """Each contender's figures, in their order; one that cannot run this model is left out, and ``on_step`` told why.
+
+    answer_tokens: each continuation is lengthened by so many tokens of the model's own greedy answer in full
+        precision, up to the first of ``stop``.
+    chunk: tokens of a context fed at a time.
+    verify: prefixes are measured as just built and as saved and loaded, where every logit must be the same, and in
+        a batch, where the first ``BATCH_TOKENS`` of each row must be within rounding: half of the digits of the
+        logits' dtype. The figures are those of the loaded prefix.
+    answers_only: only the predictions of the answer's tokens count, for a model that was never taught questions.
+    batched: continuations are fed as one batch where a contender's caches have ``merge``.
+    on_step: told in a few words what has been done.
+
+    The full-precision logits of one sample are held meanwhile: positions x vocabulary x 4 bytes. Raises NoDrift,
+    NotFinite, WarmDiffers or BatchDiffers, FidelityError where no layer of the model is compressible, and ValueError
+    where a sample is too short to be measured.
+    """
+    compressible = _compressible(model)
+    if not all(sample.context and all(len(run) > 1 for run in sample.continuations) for sample in samples):
+        raise ValueError("a context needs a token, a continuation two")
+    outcomes: list[list[_Outcome]] = [[] for _ in contenders]
+    left_out: list[str] = []
+    with enabled(model):
+        for number, sample in enumerate(samples, 1):
+            context = prefilled(model, sample.context, compressible, chunk)
+            followed = [answered(context, run, answer_tokens, stop) for run in sample.continuations]
+            full = [logits_of(model, copy.deepcopy(context.caches), run) for run in followed]
+            on_step(f"sample {number} of {len(samples)}: {len(sample.context)} tokens in full precision")
+            skipped = [len(run) - 1 if answers_only else 0 for run in sample.continuations]
+            for contender, found in zip(contenders, outcomes, strict=True):
+                if len(found) < number - 1:
+                    continue
+                try:
+                    found.append(_judge(context, contender, followed, full, skipped, verify, batched))
+                    on_step(f"sample {number} of {len(samples)}: {contender}")
+                except CannotRun as error:
+                    left_out.append(str(error))
+                    on_step(f"{contender} is left out: {error}")
+    if len(left_out) == len(contenders):
+        raise CannotRun("; ".join(left_out))
+    ran = [(one, found) for one, found in zip(contenders, outcomes, strict=True) if len(found) == len(samples)]
+    return [_summarise(contender, found) for contender, found in ran]
+
+
+def _compressible(model: Any) -> list[bool]:
+    support = explain(model)
+    if support.status == "none":
+        raise FidelityError(support.message)
+    return list(support.layers)
+
+
+# ---- one contender on one sample
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    scores: list[Scores]
+    nbytes: int
+    coordinates: int
+    tokens: int
+    batch_difference: float | None
+
+
+def _judge(
+    context: Context,
+    contender: Contender,
+    runs: Sequence[Sequence[int]],
+    full: Sequence[mx.array],
+    skipped: Sequence[int],
+    verify: bool,
+    batched: bool,
+) -> _Outcome:
+    built = filled = contender.fill(context)
+    if isinstance(built.cache, Prefix) and contender.codec is not None:
+        filled = Filled(_saved_and_loaded(built.cache, contender.codec), built.nbytes)
+    found, difference = _run(context, filled, runs, batched), None
+    if verify and isinstance(filled.cache, Prefix):
+        for one, other in zip(_run(context, built, runs, batched), found, strict=True):
+            if not bool(mx.array_equal(one, other)):
+                raise WarmDiffers(f"{contender}: saved and loaded, the cache gives other logits than just built")
+        difference = _difference_in_batch(context, contender, filled, runs)
+    scores = [
+        score(one[first:], other[first:], run[first:])
+        for one, other, run, first in zip(full, found, runs, skipped, strict=True)
+    ]
+    _require_finite(contender, scores)
+    return _Outcome(scores, filled.nbytes, context.coordinates, len(context.tokens), difference)
+
+
+def _saved_and_loaded(prefix: Prefix, codec: CacheCodec) -> Prefix:
+    identity = Identity(weights="", tokenizer="", codec=codec.identity, prefill="exact")
+    key = identity.key([])
+    with tempfile.TemporaryDirectory() as folder:
+        write_segment(Path(folder), key, Segment(prefix.layers, 0, prefix.tokens), identity)
+        return join([read_segment(Path(folder), key, codec)])
+
+
+def _run(context: Context, filled: Filled, runs: Sequence[Sequence[int]], batched: bool) -> list[mx.array]:
+    """The logits of each run behind the cache, together where asked and possible."""
+    rows = [filled.fork() for _ in runs]
+    if batched and all(hasattr(cache, "merge") for cache in rows[0]):
+        return batch_logits(context.model, rows, runs)
+    return [logits_of(context.model, row, run) for row, run in zip(rows, runs, strict=True)]
+
+
+def _difference_in_batch(
+    context: Context, contender: Contender, filled: Filled, runs: Sequence[Sequence[int]]
+) -> float:
+    """The largest difference of a logit between a row alone and in a batch. Raises BatchDiffers where it is large."""
+    runs = [run[:BATCH_TOKENS] for run in runs]
+    if len(runs) == 1:  # a second row, of another length
+        runs = [runs[0], runs[0][: len(runs[0]) // 2]]
+    pairs = list(zip(*(_run(context, filled, runs, batched) for batched in (False, True)), strict=True))
+    difference = max(float(mx.abs(alone - together).max()) for alone, together in pairs)
+    allowed = math.sqrt(mx.finfo(pairs[0][0].dtype).eps) * max(float(mx.abs(alone).max()) for alone, _ in pairs)
+    if not difference <= allowed:
+        raise BatchDiffers(f"{contender}: a logit differs by {difference:.3g} in a batch, by rounding {allowed:.3g}")
+    return difference
+
+
+def _require_finite(contender: Contender, scores: Sequence[Scores]) -> None:
+    if not all(np.isfinite(values).all() for one in scores for values in vars(one).values()):
+        raise NotFinite(f"{contender}: the divergence from full precision is not finite")
+
+
+# ---- figures
+
+
+def _summarise(contender: Contender, outcomes: Sequence[_Outcome]) -> Fidelity:
+    clusters = [[one] for one in outcomes[0].scores] if len(outcomes) == 1 else [x.scores for x in outcomes]
+    every = [one for outcome in outcomes for one in outcome.scores]
+    kl = np.concatenate([one.kl for one in every])
+    nbytes, tokens = sum(x.nbytes for x in outcomes), sum(x.tokens for x in outcomes)
+    effective = 8 * nbytes / sum(x.coordinates for x in outcomes)
+    if min(contender.key_bits, contender.value_bits) < 16:
+        if effective >= 16:
+            raise NoDrift(f"{contender}: the cache keeps so short a context in full precision")
+        if kl.max() < NO_DRIFT:
+            raise NoDrift(f"{contender}: the cache moved not one prediction, so it was bypassed")
+    differences = [x.batch_difference for x in outcomes if x.batch_difference is not None]
+    return Fidelity(
+        cache=contender.name,
+        prefill=contender.prefill,
+        key_bits=contender.key_bits,
+        value_bits=contender.value_bits,
+        effective_bits=effective,
+        compression=16 / effective,
+        bytes_per_token=nbytes / tokens,
+        kl=float(kl.mean()),
+        kl_stderr=clustered_error([np.concatenate([one.kl for one in cluster]) for cluster in clusters]),
+        kl_p99=float(np.quantile(kl, 0.99)),
+        kl_worst=float(kl.max()),
+        top1=float(np.concatenate([one.top1 for one in every]).mean()),
+        cosine=float(np.concatenate([one.cosine for one in every]).mean()),
+        perplexity=perplexity([one.loss for one in every]),
+        perplexity_full=perplexity([one.loss_full for one in every]),
+        positions=int(kl.size),
+        batch_difference=max(differences, default=None),
+    )

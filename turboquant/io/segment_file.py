@@ -1,0 +1,194 @@
+"""Segments on disk: written so that a crash leaves nothing half, read as if by a stranger's hand.
+
+A segment is a folder with ``segment.safetensors`` (all tensors) and ``segment.json`` (its manifest, written last: a
+folder without one holds nothing). Knows a ``Segment`` and its bytes; knows neither where segments live nor when they
+are wanted.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+from collections.abc import Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import KVCache
+
+from turboquant.caches.segment import Segment
+from turboquant.io.identity import FORMAT_VERSION, Identity
+from turboquant.io.plain_files import open_regular
+from turboquant.io.safetensors import (
+    FileError,
+    digest_file,
+    load_tensors,
+    parse_json,
+    read_header,
+    replacing,
+    save_tensors,
+    seal,
+    write_text,
+)
+from turboquant.io.serialization import MALFORMED, STOCK_CACHES, freeze, restore_layer, restore_stock, take, tokens_held
+from turboquant.quant.cache_codec import CacheCodec
+from turboquant.quant.layer import EncodedLayer
+
+TENSORS, MANIFEST = "segment.safetensors", "segment.json"
+LARGEST_MANIFEST = 16 << 20
+
+
+class SegmentError(FileError):
+    """A segment on disk cannot be used; the message is the reason, in a few words."""
+
+
+def write_segment(
+    folder: Path,
+    key: str,
+    segment: Segment,
+    identity: Identity,
+    parent: str | None = None,
+    about: Mapping[str, str | bool] | None = None,
+) -> int:
+    """Write a segment into ``folder``, durably and all or nothing; returns the bytes written.
+
+    parent: the key of the segment before it. about: what it was made from; kept for people, and to explain misses.
+    Raises OSError as the disk does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors, layers = _disassemble(segment)
+    with replacing(folder / TENSORS) as temporary:
+        checksum, size = save_tensors(temporary, tensors)
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        "key": key,
+        "parent": parent,
+        "start": segment.start,
+        "tokens": segment.tokens,
+        "identity": dataclasses.asdict(identity),
+        "about": dict(about or {}),
+        "layers": layers,
+        "bytes": size,
+        "checksum": checksum,
+        "versions": {name: importlib.metadata.version(name) for name in ("mlx", "mlx-lm")},
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+    write_text(folder / MANIFEST, json.dumps({**manifest, "manifest_checksum": seal(manifest)}, indent=1))
+    return size + (folder / MANIFEST).stat().st_size
+
+
+def segment_bytes(segment: Segment) -> int:
+    """The most that ``write_segment`` takes on disk for it, without what ``about`` adds."""
+    tensors, layers = _disassemble(segment)
+    return segment.nbytes + 256 * len(tensors) + 2 * len(json.dumps(layers, indent=1)) + 4096
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a segment, as far as it can be trusted without reading the tensors. Raises SegmentError."""
+    path = folder / MANIFEST
+    try:
+        with open_regular(path) as file:
+            if os.fstat(file.fileno()).st_size > LARGEST_MANIFEST:
+                raise SegmentError("the manifest is too large")
+            manifest = parse_json(file.read())
+        checksum = seal(manifest) if isinstance(manifest, dict) else None
+    except FileNotFoundError:
+        raise SegmentError("absent") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise SegmentError(f"the manifest cannot be read: {error}") from None
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("identity"), dict):
+        raise SegmentError("the manifest is malformed")
+    version = manifest.get("format_version")
+    if version != FORMAT_VERSION:
+        raise SegmentError(f"format version {version}, expected {FORMAT_VERSION}")
+    if manifest.get("manifest_checksum") != checksum:
+        raise SegmentError("the manifest's checksum")
+    return manifest
+
+
+def read_segment(folder: Path, key: str, codec: CacheCodec, start: int = 0) -> Segment:
+    """Load the segment that stands behind ``start`` tokens, every byte verified.
+
+    Raises SegmentError with the reason where anything is wrong.
+    """
+    manifest = read_manifest(folder)
+    if manifest.get("key") != key:
+        raise SegmentError("the manifest holds another segment's key")
+    if manifest.get("start") != start:
+        raise SegmentError(f"it stands behind {manifest.get('start')} tokens, expected {start}")
+    try:
+        with open_regular(folder / TENSORS) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size != manifest.get("bytes"):
+                raise SegmentError(f"{size} bytes of tensors, expected {manifest.get('bytes')}")
+            tensors, checksum = load_tensors(file)
+            if checksum != manifest.get("checksum"):
+                raise SegmentError("checksum")
+    except FileNotFoundError:
+        raise SegmentError("the tensors are missing") from None
+    except (OSError, RuntimeError, ValueError) as error:
+        raise SegmentError(f"the tensors cannot be read: {error}") from None
+    try:
+        return _assemble(tensors, manifest["layers"], manifest["start"], manifest["tokens"], codec)
+    except MALFORMED as error:
+        raise SegmentError(f"the layers don't fit together: {error}") from None
+
+
+def verify_segment(folder: Path, key: str) -> None:
+    """Check every byte of a segment, loading none. Raises SegmentError with the reason where anything is wrong."""
+    manifest = read_manifest(folder)
+    if manifest.get("key") != key:
+        raise SegmentError("the manifest holds another segment's key")
+    try:
+        with open_regular(folder / TENSORS) as file:
+            read_header(file)
+            if digest_file(file) != manifest.get("checksum"):
+                raise SegmentError("checksum")
+    except FileNotFoundError:
+        raise SegmentError("the tensors are missing") from None
+    except (OSError, ValueError) as error:
+        raise SegmentError(f"the tensors cannot be read: {error}") from None
+
+
+def _disassemble(segment: Segment) -> tuple[dict[str, mx.array], list[dict[str, Any]]]:
+    """All tensors by name, and for each layer what is needed to put them together again."""
+    tensors: dict[str, mx.array] = {}
+    layers: list[dict[str, Any]] = []
+    for index, layer in enumerate(segment.layers):
+        if isinstance(layer, EncodedLayer):
+            tensors |= {f"{index}.{name}": x for name, x in layer.tensors().items()}
+            layers.append({"kind": "encoded"})
+            continue
+        kind = type(layer).__name__
+        if STOCK_CACHES.get(kind) is not type(layer):
+            raise TypeError(f"layer {index} is a {kind}, which cannot be stored")
+        layers.append({"kind": kind, "state": freeze(layer.state, f"{index}.state", tensors)})
+    return tensors, layers
+
+
+def _assemble(
+    tensors: dict[str, mx.array], layers: Sequence[Mapping[str, Any]], start: int, tokens: int, codec: CacheCodec
+) -> Segment:
+    if type(start) is not int or type(tokens) is not int or not isinstance(layers, list):
+        raise TypeError("start or tokens is no number, or layers no list")
+    assembled: list[Any] = []
+    for index, layer in enumerate(layers):
+        own = take(f"{index}.", tensors)
+        if layer["kind"] == "encoded":
+            encoded = restore_layer(f"{index}.", own, codec.for_layer(index, len(layers)))
+            held, expected = {encoded.tokens}, tokens
+            assembled.append(encoded)
+        else:
+            stock = restore_stock(layer["kind"], layer["state"], own)
+            held, expected = tokens_held(stock), tokens if type(stock) is KVCache else start + tokens
+            assembled.append(stock)
+        if held - {expected}:
+            raise ValueError(f"layer {index} holds {held - {expected}} tokens, expected {expected}")
+        if own:
+            raise ValueError(f"layer {index} has no use for {sorted(own)}")
+    if tensors:
+        raise ValueError(f"no layer has a use for {sorted(tensors)}")
+    return Segment(tuple(assembled), start, tokens)

@@ -1,0 +1,1 @@
+"""How vectors are compressed: codebook, rotation, packing, rounding, and the data of one compressed layer."""

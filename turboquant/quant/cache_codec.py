@@ -1,0 +1,132 @@
+"""How a layer's keys and values are compressed, which of them finer, and that as JSON for files and states of caches.
+
+Knows bits and counts of tokens; how vectors become codes is codec.py's. What is read as JSON may be a stranger's.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+from turboquant.quant.codebook import lloyd_max
+from turboquant.quant.codec import Codec
+
+# What the bits of tokens that matter most are raised to.
+FINE_BITS = {2: 5, 3: 6, 4: 8, 5: 8, 6: 8, 8: 8}
+
+
+@dataclass(frozen=True)
+class CacheCodec:
+    """How the keys and values of an attention layer are compressed.
+
+    key_bits, value_bits: any of ``codebook.SUPPORTED_BITS``.
+    sinks: tokens at the start kept as they are. The very first draw most of the attention, with short keys; the
+        others hold the marks of a chat template, at which the marks around a question look back.
+    window: most tokens at the end, next to the question, that are kept finer (``FINE_BITS``).
+    extra_bits: what finer tokens may cost, in bits a value of the context. What the window leaves of it, half at
+        least, goes to the tokens that the context's own queries look at, where those are known.
+    query_aware: whether keys are rounded to suit the context's own queries, where those are known.
+    layer_bits: layers with bits of their own, as (layer, key_bits, value_bits); a negative layer counts from the
+        last one back.
+
+    >>> CacheCodec(4, 3, layer_bits=((0, 8, 8), (-1, 8, 8))).for_layer(29, 30).key_bits
+    8
+    """
+
+    key_bits: int = 4
+    value_bits: int = 4
+    sinks: int = 16
+    window: int = 128
+    extra_bits: float = 0.2
+    query_aware: bool = True
+    seed: int = 0
+    layer_bits: tuple[tuple[int, int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        for _, key_bits, value_bits in ((0, self.key_bits, self.value_bits), *self.layer_bits):
+            lloyd_max(key_bits)
+            lloyd_max(value_bits)
+        if self.sinks < 0 or self.window < 0:
+            raise ValueError("sinks and window count tokens and cannot be negative")
+        if not 0 <= self.extra_bits <= 16:
+            raise ValueError("extra_bits must be between 0 and 16")
+
+    def for_layer(self, index: int, n_layers: int) -> CacheCodec:
+        """The codec of layer ``index`` of a model of ``n_layers``, with no layers' bits in it."""
+        own = {layer % n_layers: bits for layer, *bits in self.layer_bits if -n_layers <= layer < n_layers}
+        key_bits, value_bits = own.get(index, (self.key_bits, self.value_bits))
+        return replace(self, key_bits=key_bits, value_bits=value_bits, layer_bits=())
+
+    @property
+    def fine(self) -> CacheCodec:
+        """The codec of the tokens that are kept finer."""
+        return replace(self, key_bits=FINE_BITS[self.key_bits], value_bits=FINE_BITS[self.value_bits])
+
+    def keys(self, head_dim: int) -> Codec:
+        """The codec of keys of ``head_dim`` coordinates."""
+        return Codec(head_dim, self.key_bits, self.seed)
+
+    def values(self, head_dim: int) -> Codec:
+        """The codec of values of ``head_dim`` coordinates."""
+        return Codec(head_dim, self.value_bits, self.seed)
+
+    def fine_tokens(self, tokens: int, queries_known: bool) -> tuple[int, int]:
+        """How many of a context's ``tokens`` are kept finer: at its end, and wherever queries look."""
+        added = (self.fine.key_bits + self.fine.value_bits - self.key_bits - self.value_bits) / 2
+        most = min(tokens - self.sinks, int(self.extra_bits * tokens / added)) if added else 0
+        if most <= 0:
+            return 0, 0
+        if not queries_known:
+            return min(self.window, most), 0
+        window = min(self.window, most // 2)
+        return window, most - window
+
+    def nbytes(self, tokens: int, head_dim: int) -> int:
+        """What the keys and values of one KV head take."""
+        sinks, fine = min(tokens, self.sinks), sum(self.fine_tokens(tokens, queries_known=True))
+
+        def bits(codec: CacheCodec) -> float:
+            return codec.keys(head_dim).effective_bits + codec.values(head_dim).effective_bits
+
+        whole = 32 * sinks + bits(self.fine) * fine + bits(self) * (tokens - sinks - fine)
+        return int(head_dim * whole / 8) + 8 * head_dim  # the means are float32
+
+    @property
+    def identity(self) -> str:
+        """Names everything that decides the codes; part of a segment's key."""
+        return (
+            f"turboquant-2 keys={self.key_bits} values={self.value_bits} sinks={self.sinks} window={self.window} "
+            f"extra={self.extra_bits} rounding={'queries' if self.query_aware else 'nearest'} seed={self.seed}"
+            + "".join(f" layer{layer}={keys}/{values}" for layer, keys, values in self.layer_bits)
+        )
+
+
+def dump_codec(codec: CacheCodec) -> str:
+    """A codec as JSON.
+
+    >>> parse_codec(json.loads(dump_codec(CacheCodec(3, 4)))) == CacheCodec(3, 4)
+    True
+    """
+    return json.dumps(asdict(codec))
+
+
+def parse_codec(content: Any) -> CacheCodec:
+    """The codec that ``dump_codec`` wrote as JSON. Raises ValueError where it wrote no such thing."""
+    default = CacheCodec()
+    names = {field.name for field in fields(default)}
+    if not isinstance(content, dict) or content.keys() != names:
+        raise ValueError(f"a codec's fields are {sorted(names)}")
+    values = {name: _tuples(value) for name, value in content.items()}
+    for name, value in values.items():
+        kind = type(getattr(default, name))
+        if type(value) not in ((int, float) if kind is float else (kind,)) or (type(value) is int and value < 0):
+            raise ValueError(f"the codec's {name} cannot be {value!r}")
+    try:
+        return CacheCodec(**values)
+    except TypeError as error:
+        raise ValueError(f"no codec: {error}") from None
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value

@@ -1,0 +1,214 @@
+"""One attention layer's K/V of a finished context, compressed.
+
+Knows the tensors of tokens kept as they are (the first ones, attention sinks), of those encoded finer (the last ones,
+and those that the context's own queries look at) and of the others; which is which, and their codes, are encoding.py's.
+Every query to come sees all of them, so their order is of no account. Knows nothing of prompts, batches or files;
+``tensors`` and ``from_tensors`` are all that those need.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import mlx.core as mx
+
+from turboquant.quant.cache_codec import CacheCodec
+from turboquant.quant.codec import Codec, Encoded
+
+
+@dataclass(frozen=True)
+class EncodedPart:
+    """Tokens of one layer encoded alike: ``Encoded`` keys and values of (n_kv_heads, N) vectors, and their codecs."""
+
+    keys: Encoded
+    values: Encoded
+    key_codec: Codec
+    value_codec: Codec
+
+
+@dataclass(frozen=True)
+class EncodedLayer:
+    """Keys and values of T tokens: S sinks, E encoded ones and F encoded finer; T = S + E + F.
+
+    sink_keys, sink_values: (n_kv_heads, S, head_dim), 16-bit floats.
+    keys, values: ``Encoded`` of (n_kv_heads, E) vectors, in the order of the context.
+    fine_keys, fine_values: ``Encoded`` of (n_kv_heads, F) vectors; which tokens they are differs between heads.
+    key_mean, value_mean: (n_kv_heads, 1, head_dim) float32, frozen: removed where that shortens a vector.
+    derived: what a backend makes of all that once, and keeps.
+
+    The head_dim of values may differ from that of keys.
+    """
+
+    codec: CacheCodec
+    sink_keys: mx.array
+    sink_values: mx.array
+    keys: Encoded
+    values: Encoded
+    fine_keys: Encoded
+    fine_values: Encoded
+    key_mean: mx.array
+    value_mean: mx.array
+    derived: dict[str, mx.array] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    @classmethod
+    def join(cls, layers: Sequence[EncodedLayer]) -> EncodedLayer:
+        """The tokens of all layers, each encoded behind the ones before it. Raises ValueError unless they fit."""
+        first = layers[0]
+        if len(layers) == 1:
+            return first
+        for other in layers[1:]:
+            same = mx.array_equal(other.key_mean, first.key_mean) & mx.array_equal(other.value_mean, first.value_mean)
+            if not same.item():
+                raise ValueError("layers that were encoded about different means cannot be joined")
+        joined = replace(
+            first,
+            sink_keys=mx.concatenate([layer.sink_keys for layer in layers], axis=1),
+            sink_values=mx.concatenate([layer.sink_values for layer in layers], axis=1),
+            keys=Encoded.concatenate([layer.keys for layer in layers]),
+            values=Encoded.concatenate([layer.values for layer in layers]),
+            fine_keys=Encoded.concatenate([layer.fine_keys for layer in layers]),
+            fine_values=Encoded.concatenate([layer.fine_values for layer in layers]),
+        )
+        mx.eval(list(joined.tensors().values()))
+        return joined
+
+    @property
+    def key_codec(self) -> Codec:
+        """The codec of the keys."""
+        return self.codec.keys(self.key_mean.shape[-1])
+
+    @property
+    def value_codec(self) -> Codec:
+        """The codec of the values."""
+        return self.codec.values(self.value_mean.shape[-1])
+
+    @property
+    def parts(self) -> list[EncodedPart]:
+        """The encoded tokens, those encoded alike together; no part is empty."""
+        key_dim, value_dim = self.key_mean.shape[-1], self.value_mean.shape[-1]
+        parts = [
+            EncodedPart(keys, values, codec.keys(key_dim), codec.values(value_dim))
+            for keys, values, codec in (
+                (self.keys, self.values, self.codec),
+                (self.fine_keys, self.fine_values, self.codec.fine),
+            )
+        ]
+        return [part for part in parts if part.keys.tokens]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens held, those kept as they are included."""
+        return int(self.sink_keys.shape[1] + self.keys.tokens + self.fine_keys.tokens)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(int(x.nbytes) for x in self.tensors().values())
+
+    @property
+    def effective_bits(self) -> float:
+        """Bits a coordinate, everything counted: scales, means, sinks, finer tokens."""
+        heads = self.key_mean.shape[0]
+        coordinates = heads * self.tokens * (self.key_mean.shape[-1] + self.value_mean.shape[-1])
+        return 8 * self.nbytes / max(1, coordinates)
+
+    def decode(self) -> tuple[mx.array, mx.array]:
+        """The reconstructed keys and values, (n_kv_heads, T, head_dim) float32 each: sinks, encoded, finer ones."""
+        keys, values = [self.sink_keys.astype(mx.float32)], [self.sink_values.astype(mx.float32)]
+        for part in self.parts:
+            keys.append(part.key_codec.decode(part.keys, self.key_mean))
+            values.append(part.value_codec.decode(part.values, self.value_mean))
+        return mx.concatenate(keys, axis=1), mx.concatenate(values, axis=1)
+
+    def dense(self, dtype: mx.Dtype) -> DenseLayer:
+        """The layer decoded, in ``dtype``, saturating."""
+        largest = float(mx.finfo(dtype).max)
+        keys, values = (mx.clip(x, -largest, largest) for x in self.decode())
+        layer = DenseLayer(keys.astype(dtype), values.astype(dtype))
+        mx.eval(layer.keys, layer.values)
+        return layer
+
+    def tensors(self) -> dict[str, mx.array]:
+        """Everything but the codec, by name; the inverse of ``from_tensors``."""
+        return {
+            "sink_keys": self.sink_keys,
+            "sink_values": self.sink_values,
+            "key_codes": self.keys.codes,
+            "key_scales": self.keys.scales,
+            "value_codes": self.values.codes,
+            "value_scales": self.values.scales,
+            "fine_key_codes": self.fine_keys.codes,
+            "fine_key_scales": self.fine_keys.scales,
+            "fine_value_codes": self.fine_values.codes,
+            "fine_value_scales": self.fine_values.scales,
+            "key_mean": self.key_mean,
+            "value_mean": self.value_mean,
+        }
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, mx.array], codec: CacheCodec) -> EncodedLayer:
+        """Rebuild a layer. Raises ValueError where a tensor is missing or shapes and dtypes don't fit together."""
+        try:
+            layer = cls(
+                codec=codec,
+                sink_keys=tensors["sink_keys"],
+                sink_values=tensors["sink_values"],
+                keys=Encoded(tensors["key_codes"], tensors["key_scales"]),
+                values=Encoded(tensors["value_codes"], tensors["value_scales"]),
+                fine_keys=Encoded(tensors["fine_key_codes"], tensors["fine_key_scales"]),
+                fine_values=Encoded(tensors["fine_value_codes"], tensors["fine_value_scales"]),
+                key_mean=tensors["key_mean"],
+                value_mean=tensors["value_mean"],
+            )
+        except KeyError as error:
+            raise ValueError(f"the layer's tensor {error} is missing") from None
+        layer._check()
+        return layer
+
+    def _check(self) -> None:
+        if self.key_mean.ndim != 3 or self.value_mean.ndim != 3:
+            raise ValueError("the layer's means are not (n_kv_heads, 1, head_dim)")
+        if self.keys.scales.ndim != 2 or self.fine_keys.scales.ndim != 2:
+            raise ValueError("the layer's scales are not (n_kv_heads, tokens)")
+        heads, first = self.key_mean.shape[0], self.sink_keys.shape[1:2]
+        for name, own, fine, mean, sinks in (
+            ("key", self.keys, self.fine_keys, self.key_mean, self.sink_keys),
+            ("value", self.values, self.fine_values, self.value_mean, self.sink_values),
+        ):
+            dim = mean.shape[2]
+            expected = [
+                (mean, (heads, 1, dim), (mx.float32,)),
+                (sinks, (heads, *first, dim), (mx.float16, mx.bfloat16)),
+            ]
+            for encoded, tokens, codec in (
+                (own, self.keys.tokens, self.codec),
+                (fine, self.fine_keys.tokens, self.codec.fine),
+            ):
+                words = (codec.keys(dim) if name == "key" else codec.values(dim)).words
+                expected.append((encoded.codes, (heads, tokens, words), (mx.uint32,)))
+                expected.append((encoded.scales, (heads, tokens), (mx.float16,)))
+            for tensor, shape, dtypes in expected:
+                if tensor.shape != shape or tensor.dtype not in dtypes:
+                    raise ValueError(f"a {name} tensor is {tensor.dtype} {tensor.shape}, expected {dtypes[0]} {shape}")
+
+
+@dataclass(frozen=True)
+class DenseLayer:
+    """An encoded layer decoded once, to be attended without decoding each time: what it holds is the same.
+
+    keys, values: (n_kv_heads, T, head_dim) floats.
+    """
+
+    keys: mx.array
+    values: mx.array
+
+    @property
+    def tokens(self) -> int:
+        """Tokens held."""
+        return int(self.keys.shape[1])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+        return int(self.keys.nbytes + self.values.nbytes)

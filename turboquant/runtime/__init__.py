@@ -1,0 +1,1 @@
+"""The machine: which BLAS MLX uses, threads, the default device."""
