@@ -20,7 +20,7 @@ from pipeline.inputs.prompts import Renderer
 from pipeline.job.job import Job, Settings
 from pipeline.models.loading import load_model
 from pipeline.models.output_parser import OutputParser
-from pipeline.models.ranks import Ranks, common_ground, meet
+from pipeline.models.ranks import RankGroup, common_ground, meet
 from pipeline.progress import Progress
 from pipeline.report import Report
 from pipeline.run.decode import Request, answer
@@ -55,7 +55,7 @@ class Follower:
     ground: the first rank's, which must be this one's too. schemas: those that answers may follow.
     """
 
-    def __init__(self, job: Job, ranks: Ranks, ground: Mapping[str, str], schemas: Collection[str]) -> None:
+    def __init__(self, job: Job, ranks: RankGroup, ground: Mapping[str, str], schemas: Collection[str]) -> None:
         own = job_identity(job)
         for name, value in common_ground(own).items():
             if ground[name] != value:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.errors import ModelError, one_line
-from pipeline.models.ranks import ALONE, Ranks
+from pipeline.models.ranks import SINGLE, RankGroup
 from turboquant.runtime.blas import load_tuned_blas
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def load_model(
     revision: str | None = None,
     adapter: Path | None = None,
     trust_remote_code: bool = False,
-    ranks: Ranks = ALONE,
+    ranks: RankGroup = SINGLE,
 ) -> LoadedModel:
     """Load a model folder or a Hugging Face repo, in a form that suits the device.
 

@@ -71,17 +71,25 @@ def common_ground(identity: Identity) -> dict[str, str]:
     return {**asdict(identity), **versions, "device": str(mx.default_device())}
 
 
-@functools.cache
-def meet(count: int) -> Ranks:
-    """The ranks that this process is one of; always the same, as all count what they say."""
-    return Ranks(count)
+def join_ranks(count: int) -> RankGroup:
+    """Join the group of `count` processes that hold the model between them.
+
+    A process calls this once, when it starts, and passes the group on: all ranks number their messages alike, so a
+    second group of the same process would not agree with the others' numbers.
+
+    Raises PipelineError if the processes do not meet, JobError if mlx.launch has started another number of them.
+    """
+    return RankGroup(count) if count > 1 else SINGLE
 
 
-class Ranks:
+meet = functools.cache(join_ranks)
+
+
+class RankGroup:
     """So many processes, of which this is number ``rank``; ``group`` is MLX's. One alone says nothing to anybody.
 
-    amid: whether they are at work together, or were when that failed. To be had from `meet`. Raises PipelineError where
-    they don't meet, JobError where they are not so many.
+    amid: whether they are at work together, or were when that failed. To be had from `join_ranks`. Raises
+    PipelineError where they don't meet, JobError where they are not so many.
     """
 
     def __init__(self, count: int) -> None:
@@ -186,4 +194,4 @@ class Ranks:
         return mx.distributed.all_sum(x, group=self.group)
 
 
-ALONE = Ranks(1)
+SINGLE = RankGroup(1)

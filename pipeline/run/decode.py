@@ -17,7 +17,7 @@ from mlx_lm.sample_utils import apply_top_p, greedy_sampler
 from pipeline.job.job import Settings
 from pipeline.models.loading import LoadedModel
 from pipeline.models.output_parser import Answer, OutputParser
-from pipeline.models.ranks import ALONE, Ranks
+from pipeline.models.ranks import SINGLE, RankGroup
 from turboquant import Prefix, enabled
 
 Sampler = Callable[[mx.array], mx.array]
@@ -39,7 +39,7 @@ def answer(
     reader: OutputParser,
     batch_size: int,
     on_answer: Callable[[], None] = lambda: None,
-    ranks: Ranks = ALONE,
+    ranks: RankGroup = SINGLE,
 ) -> list[Answer]:
     """Answer all requests, ``batch_size`` rows at a time, rows joining as others leave; in the requests' order.
 
@@ -91,7 +91,7 @@ def _generate(
     reader: OutputParser,
     requests: Sequence[Request],
     on_answer: Callable[[], None],
-    ranks: Ranks,
+    ranks: RankGroup,
 ) -> list[Answer]:
     readings = [reader.begin(request.tokens, request.settings) for request in requests]
     samplers = [make_sampler(request.settings, request.name) for request in requests]

@@ -20,7 +20,7 @@ from pipeline.cache.store import Store
 from pipeline.errors import BudgetTooSmall, DiskFull, GenerationFailed, StoreError, one_line
 from pipeline.job.job import Job
 from pipeline.models.loading import LoadedModel, prefix_bytes
-from pipeline.models.ranks import ALONE, Ranks
+from pipeline.models.ranks import SINGLE, RankGroup
 from pipeline.progress import RunObserver
 from pipeline.report import Report
 from pipeline.run.fingerprint import cache_codec
@@ -78,7 +78,7 @@ class Prefixes:
         report: Report,
         check: Callable[[], None],
         shared_label: str = "",
-        ranks: Ranks = ALONE,
+        ranks: RankGroup = SINGLE,
     ) -> None:
         self._identity, self._loaded, self._store = identity, loaded, store
         self.shared_label, self._ranks = shared_label, ranks

@@ -19,7 +19,7 @@ import mlx.core as mx
 import pytest
 
 from pipeline.errors import PipelineError
-from pipeline.models.ranks import Ranks
+from pipeline.models.ranks import RankGroup
 from tests.pipeline.command_line import ROOT, error_of, invoke
 from tests.pipeline.workplace import Workplace
 
@@ -182,7 +182,7 @@ def test_a_run_that_is_cut_off_goes_on(place: Workplace) -> None:
 
 
 def test_whatever_mlx_gives_when_a_rank_is_lost_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    ranks = Ranks(1)
+    ranks = RankGroup(1)
     ranks.count = 2
     monkeypatch.setattr(ranks, "_sum", lambda given: given)
     for told in (lambda: ranks.everywhere(True), lambda: ranks.share("x"), lambda: ranks.check(lambda: None)):
