@@ -88,11 +88,11 @@ def run(
 ) -> None:
     """Run a job, or resume it: the same command. Rows that are answered already are kept."""
     with errors_explained(debug, quiet, computes=on is not None, log_format=log_format):
-        from pipeline.models.ranks import follows
+        from pipeline.models.ranks import is_rank_worker
         from pipeline.retry import OnFailure
 
         job, shard = load(job_file, set_, one_shard)
-        if on is None and follows(job):
+        if on is None and is_rank_worker(job):
             _follow(job)
             return
         named = f"{job_file} --shard {shard}" if shard else str(job_file)

@@ -20,7 +20,7 @@ from pipeline.inputs.prompts import Renderer
 from pipeline.job.job import Job, Settings
 from pipeline.models.loading import load_model
 from pipeline.models.output_parser import OutputParser
-from pipeline.models.ranks import RankGroup, common_ground, meet
+from pipeline.models.ranks import RankGroup, common_values, meet
 from pipeline.progress import Progress
 from pipeline.report import Report
 from pipeline.run.decode import Request, answer
@@ -38,9 +38,9 @@ def follow(job: Job) -> None:
     _heed_the_second_sigint()
     ranks = meet(job.scale.ranks)
     follower: Follower | None = None
-    while (said := ranks.share()) is not None:
+    while (said := ranks.broadcast()) is not None:
         what, told = said
-        with ranks.together(), suppress(Interrupted):  # as the first rank is then
+        with ranks.failing_together(), suppress(Interrupted):  # as the first rank is then
             if follower is None:
                 follower = Follower(job, ranks, **told)
             elif what == "build":
@@ -57,7 +57,7 @@ class Follower:
 
     def __init__(self, job: Job, ranks: RankGroup, ground: Mapping[str, str], schemas: Collection[str]) -> None:
         own = job_identity(job)
-        for name, value in common_ground(own).items():
+        for name, value in common_values(own).items():
             if ground[name] != value:
                 raise JobError(
                     f"rank {ranks.rank}: its {name} is not the first rank's; give all the same job, model and versions"

@@ -1,10 +1,10 @@
-"""Processes that hold one model between them, as mlx.launch starts them: how they come together, and what they say.
+"""The ranks of one model: processes that hold it between them, as mlx.launch starts them, and their messages.
 
-The first of them leads: it reads documents, decides what is done next, and writes rows. The others follow: see
-rank_worker.py. Whatever runs the model is done by all at once, and all talk in the same order, or each would wait for
-what another never says.
+The first rank leads: it reads documents, decides the next step and writes rows. The others are rank workers
+(distributed/rank_worker.py). Every step that runs the model is taken by all ranks at once, and all of them send their
+messages in the same order; otherwise a rank would wait for a message that never comes.
 
-Knows messages and MLX's collective operations; nothing of what is done.
+The messages go through MLX's collective operations. What a step does is the engine's and the rank worker's.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from importlib import metadata
@@ -27,18 +27,21 @@ if TYPE_CHECKING:
     from pipeline.job.job import Job
     from turboquant.io.identity import Identity
 
-RESUMES = "what was committed is kept, and the same command resumes"
-_LOST = "another rank is lost"
+RESUME_HINT = "what was committed is kept, and the same command resumes"
+_RANK_LOST = "another rank is lost"
 
 
-def follows(job: Job) -> bool:
-    """Whether this process is to follow another. Raises JobError where the job and who started it disagree."""
+def is_rank_worker(job: Job) -> bool:
+    """Return whether this process is a rank of the job's model, but not the first one.
+
+    Raises JobError if the job and the way in which this process was started do not agree.
+    """
     count, rank = job.scale.ranks, os.environ.get("MLX_RANK")
     if count == 1 and rank is not None:
         raise JobError(
-            "scale.ranks: mlx.launch has started this process, and the job's model is to be in one alone; set "
-            "scale.ranks to how many shall hold it between them, or have each answer a share by --shard, without "
-            "mlx.launch"
+            "scale.ranks: mlx.launch has started this process, but the job's model is for one process; set "
+            "scale.ranks to the number of processes that shall hold it together, or let each process answer a share "
+            "of the documents with --shard, without mlx.launch"
         )
     if count > 1 and rank is None:
         raise JobError(
@@ -49,22 +52,22 @@ def follows(job: Job) -> bool:
 
 
 @contextmanager
-def leading(job: Job) -> Iterator[None]:
-    """While the block runs, this process leads the others, if the job has any; where it ends, so do they.
+def leading_ranks(job: Job) -> Iterator[RankGroup]:
+    """Yield the group of ranks that this process leads; at the end of the block, tell the others that the run is over.
 
-    Unless it is left amid what all do: then mlx.launch ends them.
+    The others are told nothing if the block was left in the middle of a step: then mlx.launch ends them.
     """
-    ranks = meet(job.scale.ranks)  # at once: who meets nobody gives up after half a minute
+    ranks = meet(job.scale.ranks)  # as early as possible: a rank gives up after half a minute without the others
     try:
-        yield
+        yield ranks
     finally:
-        if not ranks.amid:
+        if not ranks.in_step:
             with suppress(PipelineError):
-                ranks.share(None)
+                ranks.broadcast(None)
 
 
-def common_ground(identity: Identity) -> dict[str, str]:
-    """What must be the same on all ranks, or they would not do the same."""
+def common_values(identity: Identity) -> dict[str, str]:
+    """Return the values that must be equal on all ranks, or their results would differ."""
     import mlx.core as mx
 
     versions = {name: metadata.version(name) for name in ("mlx", "mlx-lm")}
@@ -79,113 +82,126 @@ def join_ranks(count: int) -> RankGroup:
 
     Raises PipelineError if the processes do not meet, JobError if mlx.launch has started another number of them.
     """
-    return RankGroup(count) if count > 1 else SINGLE
+    if count == 1:
+        return SINGLE
+    import mlx.core as mx
+
+    try:
+        group = mx.distributed.init(strict=True)
+    except RuntimeError as error:
+        raise PipelineError(f"scale.ranks: the {count} processes do not meet: {one_line(error)}") from error
+    if group.size() != count:
+        raise JobError(f"scale.ranks: {count}, but mlx.launch has started {group.size()}; let them be equal")
+    return RankGroup(count, group.rank(), group)
 
 
 meet = functools.cache(join_ranks)
 
 
 class RankGroup:
-    """So many processes, of which this is number ``rank``; ``group`` is MLX's. One alone says nothing to anybody.
+    """This process's membership in a group of ranks. In a group of one, no method sends anything.
 
-    amid: whether they are at work together, or were when that failed. To be had from `join_ranks`. Raises
-    PipelineError where they don't meet, JobError where they are not so many.
+    count: the number of ranks. rank: this process's number, from 0. group: MLX's group; None stands for its default.
+    in_step: whether the ranks are in the middle of a step; it stays True if the step failed.
     """
 
-    def __init__(self, count: int) -> None:
-        self.count, self.rank, self.amid, self._times = count, 0, False, 0
-        self.group: mx.distributed.Group | None = None
-        if count == 1:
-            return
-        import mlx.core as mx
+    def __init__(self, count: int, rank: int = 0, group: mx.distributed.Group | None = None) -> None:
+        self.count, self.rank, self.group = count, rank, group
+        self.in_step = False
+        self._sums_taken = 0
 
-        try:
-            self.group = mx.distributed.init(strict=True)
-        except RuntimeError as error:
-            raise PipelineError(f"scale.ranks: the {count} processes don't meet: {one_line(error)}") from error
-        self.rank = self.group.rank()
-        if self.group.size() != count:
-            raise JobError(f"scale.ranks: {count}, but mlx.launch has started {self.group.size()}; let them be equal")
+    def broadcast(self, message: Any = None) -> Any:
+        """Return the first rank's message, which JSON can express, on all ranks.
 
-    def share(self, message: Any = None) -> Any:
-        """What the first rank says, on all of them: what JSON can say. Raises PipelineError where one is lost."""
+        Raises PipelineError if a rank is lost.
+        """
         if self.count == 1:
             return message
         import mlx.core as mx
         import numpy as np
 
-        said = json.dumps(message).encode() if self.rank == 0 else b""
-        with self.together():
-            length, checksum = self._sums(len(said), crc32(said))
-            content = mx.array(np.frombuffer(said, np.uint8)) if said else mx.zeros(length, mx.uint8)
-            heard = np.asarray(self._sum(content)).tobytes()
-            if crc32(heard) != checksum:
-                raise RuntimeError(_LOST)
-            return json.loads(heard)
+        sent = json.dumps(message).encode() if self.rank == 0 else b""
+        with self.failing_together():
+            length, checksum = self._verified_sums(len(sent), crc32(sent))
+            content = mx.array(np.frombuffer(sent, np.uint8)) if sent else mx.zeros(length, mx.uint8)
+            received = np.asarray(self._sum(content)).tobytes()
+            if crc32(received) != checksum:
+                raise RuntimeError(_RANK_LOST)
+            return json.loads(received)
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """What fails in the block ends all ranks: how far the others are is not known. Raises PipelineError."""
+    def failing_together(self) -> Iterator[None]:
+        """Raise PipelineError, which ends the run on all ranks, for any failure in the block.
+
+        The ranks cannot go on, because after a failure none knows how far the others are. In a group of one, errors
+        pass unchanged.
+        """
         try:
             yield
         except (RowError, RuntimeError, ValueError, MemoryError) as error:
             if self.count == 1:
                 raise
-            told = f"rank {self.rank}: {one_line(error)}; of the {self.count} none goes on without the others"
-            raise PipelineError(f"{told}; {RESUMES}") from error
+            raise PipelineError(
+                f"rank {self.rank}: {one_line(error)}; none of the {self.count} ranks can go on without the others; "
+                f"{RESUME_HINT}"
+            ) from error
 
     @contextmanager
-    def doing(self, what: str, **told: Any) -> Iterator[None]:
-        """All ranks do something together, the first in the block, the others as they are told."""
-        self.amid = True
-        self.share([what, told])
+    def step(self, name: str, arguments: Mapping[str, Any]) -> Iterator[None]:
+        """Take a step on all ranks: the first one runs the block, the others receive the name and the arguments."""
+        self.in_step = True
+        self.broadcast([name, arguments])
         try:
-            with self.together():
+            with self.failing_together():
                 yield
-        except Interrupted:  # on all of them
-            self.amid = False
+        except Interrupted:  # all ranks are interrupted at the same point
+            self.in_step = False
             raise
-        self.amid = False
+        self.in_step = False
 
-    def everywhere(self, fine: bool) -> bool:
-        """Whether it is on all ranks, of which each says what is on it. Raises RuntimeError where one is lost."""
-        return fine if self.count == 1 else self._sums(int(fine)) == [self.count]
+    def all_true(self, value: bool) -> bool:
+        """Return whether the value is True on all ranks. Raises RuntimeError if a rank is lost."""
+        return value if self.count == 1 else self._verified_sums(int(value)) == [self.count]
 
-    def settle(self, stream: Any) -> None:
-        """Wait until nothing is being said in a stream. Raises RuntimeError where a rank was lost meanwhile."""
+    def synchronize(self, stream: Any) -> None:
+        """Wait until a stream has no unfinished messages. Raises RuntimeError if a rank was lost meanwhile."""
         if self.count > 1:
             import mlx.core as mx
 
             mx.synchronize(stream)
-            self.everywhere(True)
+            self.all_true(True)
 
-    def check(self, check: Callable[[], None]) -> None:
-        """Raise Interrupted on all ranks where ``check`` raises it on one."""
+    def check_interrupted(self, check: Callable[[], None]) -> None:
+        """Raise Interrupted on all ranks if `check` raises it on one of them."""
         try:
             check()
         except Interrupted:
-            self.everywhere(False)
+            self.all_true(False)
             raise
-        if not self.everywhere(True):
+        if not self.all_true(True):
             raise Interrupted("interrupted")
 
-    def agreeing(self, sampler: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
-        """A sampler whose tokens are the first rank's on all: machines of different kinds round differently."""
+    def first_ranks_sampler(self, sampler: Callable[[mx.array], mx.array]) -> Callable[[mx.array], mx.array]:
+        """Return a sampler that gives the first rank's tokens on all ranks: machines of two kinds round differently."""
         if self.count == 1:
             return sampler
-        # Times 0, so that the sum comes behind all that the model says on every rank.
+        # Every rank samples, and all but the first multiply by 0: so the sum comes after the model's own messages.
         return lambda logprobs: self._sum(sampler(logprobs) * int(self.rank == 0))
 
-    def _sums(self, *numbers: int) -> list[int]:
-        """Each number's sum over all ranks, which is none if one is lost: MLX may then give anything, and not raise."""
+    def _verified_sums(self, *numbers: int) -> list[int]:
+        """Return each number's sum over all ranks. Raises RuntimeError if a rank is lost.
+
+        MLX may then return any values instead of raising; so every rank adds a number that depends on its rank and on
+        how many sums it has taken, whose total all of them know.
+        """
         import mlx.core as mx
         import numpy as np
 
-        self._times += 1
-        given = mx.array([self._times * (self.rank + 1), *numbers], mx.int64)
+        self._sums_taken += 1
+        given = mx.array([self._sums_taken * (self.rank + 1), *numbers], mx.int64)
         total: list[int] = np.asarray(self._sum(given)).tolist()
-        if total[0] != self._times * self.count * (self.count + 1) // 2:
-            raise RuntimeError(_LOST)
+        if total[0] != self._sums_taken * self.count * (self.count + 1) // 2:
+            raise RuntimeError(_RANK_LOST)
         return total[1:]
 
     def _sum(self, x: mx.array) -> mx.array:

@@ -49,13 +49,13 @@ def answer(
         generator = BatchGenerator(
             loaded.model,
             stop_tokens=[[token] for token in sorted(loaded.tokenizer.eos_token_ids)],
-            sampler=ranks.agreeing(greedy_sampler),
+            sampler=ranks.first_ranks_sampler(greedy_sampler),
             completion_batch_size=batch_size,
             prefill_batch_size=batch_size,
         )
         try:
             answers = _generate(generator, reader, requests, on_answer, ranks)
-            ranks.settle(generator.stream)  # where a step begun for nobody is under way
+            ranks.synchronize(generator.stream)  # where a step begun for nobody is under way
             return answers
         finally:
             generator.close()
@@ -99,7 +99,7 @@ def _generate(
         [list(request.tokens) for request in requests],
         max_tokens=[request.settings.max_tokens for request in requests],
         caches=[request.prefix.fork() for request in requests],
-        samplers=[sampler and ranks.agreeing(sampler) for sampler in samplers],
+        samplers=[sampler and ranks.first_ranks_sampler(sampler) for sampler in samplers],
         logits_processors=[[reading.constraint] if reading.constraint else [] for reading in readings],
     )
     rows = dict(zip(numbers, readings, strict=True))

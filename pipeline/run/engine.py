@@ -17,7 +17,7 @@ from pipeline.inputs.windows import WindowCutter, combined
 from pipeline.job.job import Job, Query
 from pipeline.models.loading import LoadedModel, load_model, max_context
 from pipeline.models.output_parser import OutputParser
-from pipeline.models.ranks import common_ground, meet
+from pipeline.models.ranks import common_values, meet
 from pipeline.progress import RunObserver
 from pipeline.report import Report
 from pipeline.run.decode import Request, answer, row_name
@@ -56,7 +56,7 @@ class Engine:
             _log.warning("MLX computes with a slow BLAS here: %s", hint)
         self._job, self._report = job, report
         self._ranks = meet(job.scale.ranks)
-        with self._ranks.doing("begin", ground=common_ground(identity), schemas=sorted(schemas)):
+        with self._ranks.step("begin", {"ground": common_values(identity), "schemas": sorted(schemas)}):
             self._model: LoadedModel = load_model(
                 job.model, job.revision, job.adapter, job.trust_remote_code, self._ranks
             )
@@ -140,13 +140,15 @@ class Engine:
         """The prefix of a document that is ready. Raises GenerationFailed or DiskFull."""
         tokenised = todo.tokenised
         assert tokenised is not None
-        with self._ranks.doing(
+        with self._ranks.step(
             "build",
-            key=tokenised.pieces[-1].key,
-            document=todo.document_id,
-            context=tokenised.context,
-            shared=self._common(tokenised.context),
-            label=todo.label,
+            {
+                "key": tokenised.pieces[-1].key,
+                "document": todo.document_id,
+                "context": tokenised.context,
+                "shared": self._common(tokenised.context),
+                "label": todo.label,
+            },
         ):
             prefix = self._prefixes.prefix(tokenised.pieces, tokenised.restored)
         tokenised.restored = ()
@@ -180,7 +182,7 @@ class Engine:
                 asked.append((todo, query))
         size = self._job.generation.batch_size
         try:
-            with self._ranks.doing("answer", prefixes=keys, requests=told):
+            with self._ranks.step("answer", {"prefixes": keys, "requests": told}):
                 answers = answer(self._model, requests, self._reader, size, on_answer, self._ranks)
         except (RuntimeError, ValueError, MemoryError) as error:
             may_pass = not isinstance(error, ValueError)

@@ -125,7 +125,7 @@ class Prefixes:
         built = False
         for piece, ready in zip_longest(pieces, restored):
             stored = self._stored(piece, prefix, ready)
-            if self._ranks.everywhere(stored is not None):
+            if self._ranks.all_true(stored is not None):
                 prefix = stored
             else:
                 prefix, was_stored = self._built(piece, prefix)
@@ -173,7 +173,7 @@ class Prefixes:
 
     def _build(self, piece: Piece, before: Prefix | None, claim: ExitStack) -> Segment:
         """Prefill a segment, and begin to store it where that is possible; ``claim`` ends when it is."""
-        self._ranks.check(self._check)
+        self._ranks.check_interrupted(self._check)
         needed = prefix_bytes(self._codec, self._loaded.config, len(piece.tokens)) // self._ranks.count
         can_store = self._lets(lambda: self._store.make_room(needed))
         _log.debug("prefix %.12s is built: %d tokens behind %d", piece.key, len(piece.tokens), piece.start)
@@ -209,7 +209,7 @@ class Prefixes:
         return True
 
     def _prefilled(self, tokens: int) -> None:
-        self._ranks.check(self._check)
+        self._ranks.check_interrupted(self._check)
         self._progress.prefilled(tokens)
 
     def _count(self, prefix: Prefix, built: bool) -> None:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from pipeline import errors
 from pipeline.errors import PipelineError
 from pipeline.job.shards import Shard
-from pipeline.models.ranks import RESUMES
+from pipeline.models.ranks import RESUME_HINT
 from pipeline.output.run_file import mark_ended
 from pipeline.report import Report
 from pipeline.retry import DEATHS, OnFailure, named, twice_died
@@ -95,7 +95,7 @@ class _Supervisor:
             if self._deserted:
                 raise PipelineError(
                     "stopped by SIGTERM, as mlx.launch does when another of the processes that hold the model ends; "
-                    f"{RESUMES}"
+                    f"{RESUME_HINT}"
                 )
             if self._stops_asked:
                 raise KeyboardInterrupt
@@ -153,11 +153,11 @@ class _Supervisor:
         self._deaths[documents] += 1
         where = f"with {named(documents)} in hand" if documents else self._stage()
         if self._job.scale.ranks > 1:
-            raise PipelineError(f"the model's process {cause}, {where}; the others can't go on without; {RESUMES}")
+            raise PipelineError(f"the model's process {cause}, {where}; the others can't go on without; {RESUME_HINT}")
         if self._deaths[documents] < DEATHS:
             _log.warning("the model's process %s, %s; starting it again", cause, where)
         elif not documents:
-            raise PipelineError(f"the model's process {cause}, twice, {where}; {RESUMES}")
+            raise PipelineError(f"the model's process {cause}, twice, {where}; {RESUME_HINT}")
         elif len(documents) > 1:
             _log.warning("the model's process %s, %s again; each is tried by itself", cause, where)
             self._alone.update(documents)

@@ -179,7 +179,7 @@ def _outcome(outbox: _Outbox, task: Task) -> Finished | Failed:
 
         load_tuned_blas()  # before anything imports NumPy or MLX: it sets what OpenBLAS reads when it is loaded
 
-        from pipeline.models.ranks import leading
+        from pipeline.models.ranks import leading_ranks
         from pipeline.run.runner import Runner
 
         runner = Runner(
@@ -191,7 +191,7 @@ def _outcome(outbox: _Outbox, task: Task) -> Finished | Failed:
             on_failure=task.on_failure,
             shard=task.shard,
         )
-        with leading(task.job):
+        with leading_ranks(task.job):
             return Finished(runner.run())
     except Exception as error:
         return Failed.of(error)
