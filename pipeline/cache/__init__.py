@@ -1,1 +1,1 @@
-"""The store of prefixes on disk: what is in it, what is needed, what may go. A segment's inside is turboquant's."""
+"""The store of prefixes on disk: its entries, the pins of unfinished jobs, eviction and maintenance."""

@@ -1,6 +1,6 @@
-"""What lies in a store's folder, and what may go first where room is needed.
+"""The entries of a store's folder, and the order in which they are evicted.
 
-Knows manifests, sizes, ages and who stands behind whom; not which contexts a job still needs, and no tensors.
+An entry is read from its manifest; no tensor is loaded. Which contexts unfinished jobs need is decided in pins.py.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ _SET_ASIDE = re.compile(r"[0-9a-f]{64}-\d+")
 
 @dataclass(frozen=True)
 class Entry:
-    """A segment's folder, or what is left of one.
+    """One segment's folder, or what is left of it.
 
-    used: when it was last written or loaded, in seconds since the epoch.
-    manifest: None where ``problem`` says why it is of no use.
+    bytes: size on disk. used: time of the last write or load, in seconds since the epoch. manifest: the segment's
+    manifest, or None if the segment cannot be used. problem: the reason why it cannot be used.
     """
 
     folder: Path
@@ -37,28 +37,28 @@ class Entry:
 
     @property
     def key(self) -> str:
-        """The segment's key, by its folder."""
+        """The segment's key, which is the name of its folder."""
         return self.folder.name
 
     @property
     def parent(self) -> str | None:
-        """The key of the segment before it."""
+        """The key of the segment before this one; None if it is the first of its context."""
         return self.manifest.get("parent") if self.manifest else None
 
     @property
-    def about(self) -> Mapping[str, Any]:
-        """What it was made from."""
-        about = self.manifest.get("about") if self.manifest else None
-        return about if isinstance(about, dict) else {}
+    def metadata(self) -> Mapping[str, Any]:
+        """The segment's origin, such as its model and its document, as `Store.save` was given it."""
+        metadata = self.manifest.get("about") if self.manifest else None
+        return metadata if isinstance(metadata, dict) else {}
 
     @property
     def label(self) -> str:
-        """The label of its context."""
-        return str(self.about.get("label", ""))
+        """The label of the segment's context."""
+        return str(self.metadata.get("label", ""))
 
     @property
     def created(self) -> float | None:
-        """When it was built, in seconds since the epoch."""
+        """Time at which the segment was built, in seconds since the epoch."""
         try:
             return datetime.fromisoformat(str((self.manifest or {}).get("created"))).timestamp()
         except ValueError:
@@ -66,23 +66,26 @@ class Entry:
 
     @property
     def tokens(self) -> int:
-        """How many tokens it holds."""
+        """Number of tokens in the segment."""
         return int(self.manifest["tokens"]) if self.manifest else 0
 
 
-def entries(folder: Path) -> Iterator[Entry]:
-    """Everything in a store's folder that is a segment, was one or was to become one, by its name; no other file."""
+def list_entries(folder: Path) -> Iterator[Entry]:
+    """Yield an entry for each whole, damaged, rejected or partly written segment in a store's folder.
+
+    The names of files and folders decide which ones belong to the store. All other files are ignored.
+    """
     for path in sorted(folder.glob(f"{REJECTED}/*")):
         if _SET_ASIDE.fullmatch(path.name) and not path.is_symlink():
             yield Entry(path, size_of(path), 0.0, None, "rejected")
     for path in sorted(folder.glob("??/*")):
-        linked = path.is_symlink() or path.parent.is_symlink()  # what lies elsewhere is none of the store's
+        linked = path.is_symlink() or path.parent.is_symlink()  # the target is outside the store
         if _KEY.fullmatch(path.name) and path.name.startswith(path.parent.name) and not linked:
-            yield from _segment(path)
+            yield from _segment_entry(path)
 
 
-def _segment(path: Path) -> Iterator[Entry]:
-    """The entry of a segment's folder, unless it went just now."""
+def _segment_entry(path: Path) -> Iterator[Entry]:
+    """Yield the entry of a segment's folder, or nothing if another process has just removed it."""
     try:
         used = (path / MANIFEST).stat().st_mtime
         manifest = read_manifest(path)
@@ -98,13 +101,13 @@ def _segment(path: Path) -> Iterator[Entry]:
 
 
 def size_of(path: Path) -> int:
-    """The size of a file, or of every file in a folder; what goes meanwhile counts nothing."""
+    """Return the bytes of a file, or of all files in a folder. Files that vanish meanwhile count as 0."""
     total = 0
     with suppress(OSError):
         if not path.is_dir():
             return path.stat().st_size
-        with os.scandir(path) as found:
-            for item in found:
+        with os.scandir(path) as items:
+            for item in items:
                 if item.is_dir(follow_symlinks=False):
                     total += size_of(Path(item.path))
                 else:
@@ -113,27 +116,31 @@ def size_of(path: Path) -> int:
     return total
 
 
-def remove(entry: Entry) -> None:
-    """Remove an entry; its manifest goes first, so that a crash leaves nothing that seems whole. Raises OSError."""
+def remove_entry(entry: Entry) -> None:
+    """Remove an entry's folder. Raises OSError.
+
+    The manifest is removed first, so that a crash never leaves a folder that looks like a whole segment.
+    """
     for name in (MANIFEST, *sorted(path.name for path in entry.folder.iterdir() if path.name != MANIFEST)):
         (entry.folder / name).unlink(missing_ok=True)
     entry.folder.rmdir()
     with suppress(OSError):
-        entry.folder.parent.rmdir()  # if it was the last one there
+        entry.folder.parent.rmdir()  # works only if this was the last entry in that folder
 
 
-def eviction_order(found: Iterable[Entry], is_needed: Callable[[Entry], bool]) -> list[Entry]:
-    """What may be removed, in this order: what is of no use, then what was used least recently.
+def eviction_order(entries: Iterable[Entry], is_needed: Callable[[Entry], bool]) -> list[Entry]:
+    """Return the entries that may be removed, in the order in which to remove them.
 
-    A segment goes after those behind it, and stays as long as one of them is needed.
+    Entries with a problem come first, then the least recently used. A segment comes after all segments that continue
+    it, and it is kept while one of them is needed.
     """
-    useless: list[Entry] = []
+    unusable: list[Entry] = []
     usable: dict[str, Entry] = {}
-    for entry in found:
+    for entry in entries:
         if entry.problem is None:
             usable[entry.key] = entry
         else:
-            useless.append(entry)
+            unusable.append(entry)
     kept: set[str] = set()
     used = {key: entry.used for key, entry in usable.items()}
     deepest_first = sorted(usable.values(), key=lambda entry: -int(entry.manifest["start"] if entry.manifest else 0))
@@ -146,5 +153,5 @@ def eviction_order(found: Iterable[Entry], is_needed: Callable[[Entry], bool]) -
             if needed:
                 kept.add(entry.parent)
     position = {entry.key: number for number, entry in enumerate(deepest_first)}
-    free = [entry for entry in usable.values() if entry.key not in kept]
-    return useless + sorted(free, key=lambda entry: (used[entry.key], position[entry.key]))
+    removable = [entry for entry in usable.values() if entry.key not in kept]
+    return unusable + sorted(removable, key=lambda entry: (used[entry.key], position[entry.key]))

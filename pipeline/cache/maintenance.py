@@ -1,12 +1,9 @@
-"""Looking after a store by hand: list it, verify it, shrink it.
-
-Knows what ``pipeline cache`` shows and does; what may go first is entries.py's to say, and what is needed pins.py's.
-"""
+"""The work of ``pipeline cache``: list a store's entries, verify them, remove some of them."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,8 +16,12 @@ DAY = 24 * 3600
 
 
 @dataclass(frozen=True)
-class Listed:
-    """One segment as a person would look at it. Ages are in seconds; ``problem`` says why it is of no use."""
+class ListedSegment:
+    """One segment as ``pipeline cache ls`` shows it.
+
+    age, unused_for: seconds since it was built and since it was last used; None if unknown. needed: whether an
+    unfinished job has pinned it. problem: the reason why it cannot be used, or None.
+    """
 
     key: str
     tokens: int
@@ -35,8 +36,8 @@ class Listed:
 
 
 @dataclass(frozen=True)
-class Checked:
-    """What a verification found; ``bad`` maps keys to reasons."""
+class VerifyReport:
+    """Result of a verification: the number of good segments, the bytes read, and for each bad key the reason."""
 
     good: int
     bytes: int
@@ -44,8 +45,11 @@ class Checked:
 
 
 @dataclass(frozen=True)
-class Collected:
-    """What was, or would be, removed and what is left, in segments and bytes. ``reasons`` counts by reason."""
+class CleanupReport:
+    """Result of a cleanup or of its dry run: segments and bytes that are removed and that are left.
+
+    reasons: number of removed segments for each reason.
+    """
 
     removed: int
     removed_bytes: int
@@ -54,32 +58,31 @@ class Collected:
     reasons: dict[str, int]
 
 
-def list_store(folder: Path) -> Iterator[Listed]:
-    """Everything in a store, by key."""
-    now, needs = time.time(), Pins(folder)
+def list_store(folder: Path) -> Iterator[ListedSegment]:
+    """Yield all segments of a store in the order of their keys, the rejected ones first."""
+    now, pins = time.time(), Pins(folder)
     for entry in Store(folder).entries():
         manifest = entry.manifest or {}
         identity = manifest.get("identity", {})
-        yield Listed(
+        yield ListedSegment(
             key=entry.key,
             tokens=entry.tokens,
             bytes=entry.bytes,
             age=_age(entry.created, now),
             unused_for=_age(entry.used, now),
-            model=str(entry.about.get("model", "")),
-            document=str(entry.about.get("document", "")),
+            model=str(entry.metadata.get("model", "")),
+            document=str(entry.metadata.get("document", "")),
             codec=str(identity.get("codec", "")),
-            needed=needs.wants(entry.label),
+            needed=pins.is_pinned(entry.label),
             problem=entry.problem,
         )
 
 
-def verify_store(folder: Path, on_entry: Callable[[Entry], None] = lambda entry: None) -> Checked:
-    """Read every byte; what is bad is set aside, to be built again when it is wanted."""
+def verify_store(folder: Path) -> VerifyReport:
+    """Read every byte of a store and compare checksums. Bad segments are moved aside; the next run rebuilds them."""
     store, bad = Store(folder), {}
     good = size = 0
     for entry in store.entries():
-        on_entry(entry)
         size += entry.bytes
         if entry.folder.parent.name == REJECTED:
             continue
@@ -92,20 +95,22 @@ def verify_store(folder: Path, on_entry: Callable[[Entry], None] = lambda entry:
             store.reject(entry.key, str(error))
         else:
             good += 1
-    return Checked(good, size, bad)
+    return VerifyReport(good, size, bad)
 
 
-def collect(folder: Path, budget: int | None, unused_for: float | None, dry_run: bool) -> Collected:
-    """Remove what is of no use, what was not used for so many seconds, and then until the store fits into a budget.
+def clean_store(folder: Path, budget: int | None, unused_for: float | None, dry_run: bool) -> CleanupReport:
+    """Remove segments that cannot be used, then old ones, then more until the store fits into its budget.
 
-    What an unfinished job needs stays. Raises StoreError where the folder refuses.
+    budget: the most bytes that the store may hold. unused_for: remove segments that were last used more than this many
+    seconds ago. dry_run: only report. Segments that an unfinished job has pinned are kept. Raises StoreError if a
+    segment cannot be removed.
     """
-    needs, store = Pins(folder), Store(folder)
-    with store.changing():
+    pins, store = Pins(folder), Store(folder)
+    with store.write_lock():
         entries = list(store.entries())
         used, now = store.used_bytes(), time.time()
         left, reasons, chosen = used, dict[str, int](), list[Entry]()
-        for entry in eviction_order(entries, lambda entry: needs.wants(entry.label)):
+        for entry in eviction_order(entries, lambda entry: pins.is_pinned(entry.label)):
             if entry.problem is not None:
                 reason = "of no use"
             elif unused_for is not None and now - entry.used > unused_for:
@@ -119,7 +124,7 @@ def collect(folder: Path, budget: int | None, unused_for: float | None, dry_run:
             reasons[reason] = reasons.get(reason, 0) + 1
         if not dry_run:
             store.remove(chosen)
-    return Collected(len(chosen), used - left, len(entries) - len(chosen), left, reasons)
+    return CleanupReport(len(chosen), used - left, len(entries) - len(chosen), left, reasons)
 
 
 def _age(moment: float | None, now: float) -> float | None:

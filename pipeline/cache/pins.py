@@ -1,9 +1,9 @@
-"""Which contexts jobs that are not finished still need, so that no run evicts them.
+"""Pins: the contexts that unfinished jobs still need, so that no run evicts them.
 
-    <cache dir>/jobs/<digest of the job's output>.json    while that job is unfinished
+    <cache dir>/jobs/<digest of the job's output>.json    exists while that job is unfinished
 
-Written when a run begins to compute and now and then after, removed when its job is finished. The file of a job that
-nobody went on with for a week counts no more. Knows labels of contexts; nothing of segments or rows.
+A job's file is written when the job's run begins to compute, and updated at intervals. It is removed when the job is
+finished. A file that was not updated for a week is ignored.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from turboquant.io.plain_files import open_regular
 JOBS = "jobs"
 SECONDS_BETWEEN_WRITES = 60.0
 SECONDS_UNTIL_FORGOTTEN = 7 * 24 * 3600
-_DIGITS = 16  # of a label: enough to tell contexts apart
+_DIGITS = 16  # hexadecimal digits of a label's digest; enough to distinguish contexts
 _log = logging.getLogger(__name__)
 
 
 def output_digest(output: Path) -> str:
-    """Names a job by where its result goes."""
+    """Return a short name for a job, made from the path of its result."""
     return hashlib.sha256(str(output).encode()).hexdigest()[:_DIGITS]
 
 
 class Pins:
-    """The contexts that one job, and the others that share its store, still need.
+    """The contexts that a job and the other jobs of the same store still need.
 
-    output: where the job's result goes; None for nobody's, to look at what jobs need.
+    folder: the store's folder. output: path of the job's result; None to read the pins of all jobs and write none.
     """
 
     def __init__(self, folder: Path, output: Path | None = None) -> None:
@@ -46,21 +46,23 @@ class Pins:
         self._written = 0.0
         self._others: tuple[list[tuple[Path, int]], set[int]] = ([], set())
 
-    def start(self, labels: Iterable[str], make_room: Callable[[int], None] = lambda _: None) -> None:
-        """The job needs the contexts of these labels, one as often as it is given.
+    def pin(self, labels: Iterable[str], make_room: Callable[[int], None] = lambda _: None) -> None:
+        """Pin the contexts of these labels for the job. A label that is given twice is pinned twice.
 
-        make_room: called with the bytes that telling others of it takes; what it raises stops that.
+        make_room: called with the approximate bytes of the job's file; if it raises BudgetTooSmall, no file is written
+        and other jobs do not see the pins.
         """
         self._own.update(map(_number, labels))
+        file_bytes = 200 + len(str(self._output)) + (_DIGITS + 4) * len(self._own)
         try:
-            make_room(self.nbytes)
+            make_room(file_bytes)
         except BudgetTooSmall as error:
-            _log.debug("other jobs are not told what this one needs: %s", error)
+            _log.debug("other jobs cannot see the pins of this job: %s", error)
         else:
             self._write()
 
-    def done(self, label: str) -> None:
-        """A document of this label needs its context no more."""
+    def unpin(self, label: str) -> None:
+        """Take back one pin of a label, since a document with that label is finished."""
         number = _number(label)
         self._own[number] -= 1
         if self._own[number] <= 0:
@@ -68,8 +70,8 @@ class Pins:
         if time.monotonic() - self._written > SECONDS_BETWEEN_WRITES:
             self._write()
 
-    def finish(self) -> None:
-        """The run is over; what is still needed stays so until the job is gone on with."""
+    def close(self) -> None:
+        """End the run. Pins that are left stay in the job's file; without any, the file is removed."""
         if self._own:
             self._write()
             return
@@ -77,15 +79,10 @@ class Pins:
             if self._file is not None:
                 self._file.unlink(missing_ok=True)
 
-    def wants(self, label: str) -> bool:
-        """Whether a context of this label is needed, by this job or another."""
+    def is_pinned(self, label: str) -> bool:
+        """Return whether this job or another one has pinned a context of this label."""
         number = _number(label)
-        return number in self._own or number in self._needed_by_others()
-
-    @property
-    def nbytes(self) -> int:
-        """About the size of the job's file."""
-        return 200 + len(str(self._output)) + (_DIGITS + 4) * len(self._own)
+        return number in self._own or number in self._pins_of_others()
 
     def _write(self) -> None:
         if self._file is None:
@@ -96,10 +93,10 @@ class Pins:
             with atomic_file(self._file) as path:
                 path.write_text(json.dumps({"output": str(self._output), "labels": labels}), encoding="utf-8")
         except OutputError as error:
-            _log.debug("other jobs are not told what this one needs: %s", error)
+            _log.debug("other jobs cannot see the pins of this job: %s", error)
 
-    def _needed_by_others(self) -> set[int]:
-        """Read again only when a file has changed."""
+    def _pins_of_others(self) -> set[int]:
+        """Return the pins in the files of other jobs. The files are read again only if one has changed."""
         files: list[tuple[Path, int]] = []
         with suppress(OSError):
             for file in sorted(self._folder.glob("*.json")):

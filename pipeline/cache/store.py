@@ -1,13 +1,13 @@
 """The store: the folder of segments on disk, addressed by content.
 
     <cache dir>/<first 2 hex>/<key>/segment.safetensors + segment.json
-    <cache dir>/rejected/…          what could not be used, set aside
-    <cache dir>/locks/…             held by who builds a segment, or writes
-    <cache dir>/jobs/…              which contexts unfinished jobs need; see pins.py
+    <cache dir>/rejected/…          segments that could not be used
+    <cache dir>/locks/…             lock files of processes that build or store segments
+    <cache dir>/jobs/…              contexts that unfinished jobs need; see pins.py
 
-Nothing found there is trusted: a segment that does not verify is set aside, the reason is logged, and the caller
-builds it again. Several processes may share a folder: each segment is built once, writers take turns, readers never
-wait. Knows keys and folders; what is in a segment is turboquant's.
+No file in the folder is trusted. A segment that fails verification is moved to rejected/, the reason is logged, and
+the caller builds the segment again. Several processes may share a folder: each segment is built once, writers take
+turns, readers never wait.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 from filelock import FileLock, Timeout
 
-from pipeline.cache.entries import REJECTED, Entry, entries, eviction_order, remove, size_of
-from pipeline.cache.misses import MissLog
+from pipeline.cache.entries import REJECTED, Entry, eviction_order, list_entries, remove_entry, size_of
 from pipeline.cache.pins import JOBS
 from pipeline.errors import BudgetTooSmall, DiskFull, JobError, StoreError, is_disk_full, one_line
 from pipeline.job.budget import budget_bytes, existing
@@ -37,27 +37,23 @@ from turboquant.io.plain_files import open_regular
 from turboquant.io.segment_file import MANIFEST, SegmentError, read_segment, segment_bytes, write_segment
 
 LOCKS = "locks"
-SECONDS_BETWEEN_TRIES = 0.25  # for a lock that another process holds
-_NAME = "name"
-_FOLDER_BYTES = 8192  # for the small files beside the segments
+SECONDS_BETWEEN_TRIES = 0.25  # to get a lock that another process holds
+_FOLDER_ID = "name"
+_RESERVED_BYTES = 8192  # for the small files beside the segments
+_ABSENT = "absent"
 _log = logging.getLogger(__name__)
 
 
 def open_store(cache: Cache, is_needed: Callable[[str], bool]) -> Store:
-    """The store that a job names; see Store."""
+    """Open the store that a job names. is_needed: see `Store`."""
     return Store(cache.dir, None if cache.budget is None else budget_bytes(cache.budget, cache.dir), is_needed)
 
 
-def _read(file: Path) -> str:
-    with open_regular(file) as opened:
-        return opened.read().decode()
-
-
 class Store:
-    """Segments of any models and codecs in one folder, which is made when it is first written to.
+    """Segments of any models and codecs in one folder. The folder is made when a segment is first stored.
 
-    budget: the most bytes that the folder may hold, all files counted, or None. is_needed: by label, which contexts
-    must not be removed to keep within it.
+    budget: the most bytes that all files of the folder may have together, or None. is_needed: returns whether the
+    context of a label must not be evicted. Raises JobError if the folder is a file.
     """
 
     def __init__(
@@ -66,31 +62,32 @@ class Store:
         if folder.exists() and not folder.is_dir():
             raise JobError(f"cache.dir: {folder} is a file; name a folder")
         self._folder, self._budget, self._is_needed = folder, budget, is_needed
-        self._absences = MissLog(self.entries)
-        self._held: set[str] = set()  # keys that the caller is at work with
+        self._miss_log = _MissLog(self.entries)
+        self._protected: set[str] = set()  # keys of the segments that the caller uses now
 
     def load(
         self, key: str, start: int, codec: CacheCodec, identity: Identity, label: str, whole: bool = True
     ) -> Segment | None:
-        """The segment stored under ``key``, behind ``start`` tokens, verified, or None; why not is logged.
+        """Read and verify the segment stored under ``key``. Return None, and log the reason, if there is none.
 
-        label: its context's. whole: whether the context ends with it.
+        start: number of context tokens before the segment. label: the label of its context. whole: whether the context
+        ends with this segment.
         """
         folder = self._path(key)
         try:
             segment = read_segment(folder, key, codec, start)
         except SegmentError as error:
             if not (folder / MANIFEST).exists():
-                self._absences.tell(key, identity, label, whole)
+                self._miss_log.log_miss(key, identity, label, whole)
             else:
                 self.reject(key, str(error))
             return None
-        with suppress(OSError):  # a folder that only may be read
+        with suppress(OSError):  # the folder may be read-only
             os.utime(folder / MANIFEST)
         return segment
 
     def reject(self, key: str, reason: str) -> None:
-        """Set a segment aside that cannot be used."""
+        """Move a segment that cannot be used to the folder of rejected segments."""
         _log.warning("prefix %.12s rejected and built again: %s", key, reason)
         rejected, number = self._folder / REJECTED, 0
         try:
@@ -98,54 +95,54 @@ class Store:
             while (target := rejected / f"{key}-{number}").exists():
                 number += 1
             os.replace(self._path(key), target)
-        except OSError as error:  # it stays, and is rejected or replaced the next time
+        except OSError as error:  # the segment stays, and is rejected or replaced the next time
             _log.warning("%s: a bad segment cannot be set aside: %s", self._path(key), one_line(error))
 
     def save(
-        self, key: str, segment: Segment, identity: Identity, parent: str | None, about: Mapping[str, str | bool]
+        self, key: str, segment: Segment, identity: Identity, parent: str | None, metadata: Mapping[str, str | bool]
     ) -> int:
-        """Store a segment durably; returns its bytes on disk.
+        """Store a segment durably and return its bytes on disk.
 
-        about: its context's ``label``, and whatever else is to be told of it. Raises DiskFull, BudgetTooSmall, or
-        StoreError where the folder refuses otherwise.
+        parent: the key of the segment before it, or None. metadata: the ``label`` of its context, and other facts
+        about its origin. Raises DiskFull, BudgetTooSmall, or StoreError for any other failure of the folder.
         """
         folder, needed = self._path(key), 0
         try:
-            needed = segment_bytes(segment) + len(str(about)) + size_of(folder)
-            with self.changing():
+            needed = segment_bytes(segment) + len(str(metadata)) + size_of(folder)
+            with self.write_lock():
                 self._make_room(needed)
-                if folder.is_symlink():  # nothing is written or cleared away elsewhere
+                if folder.is_symlink():  # no file outside the store is written or removed
                     folder.unlink()
                 if folder.exists():
-                    for leftover in folder.glob(".*"):  # of a run that was killed while it wrote
+                    for leftover in folder.glob(".*"):  # by a run that was killed while it wrote
                         leftover.unlink()
-                return write_segment(folder, key, segment, identity, parent, about)
+                return write_segment(folder, key, segment, identity, parent, metadata)
         except OSError as error:
             if is_disk_full(error):
                 raise self._disk_full() from error
             raise StoreError(f"{folder}: a prefix cannot be stored: {one_line(error)}") from error
         except (RuntimeError, TypeError) as error:
-            # MLX raises RuntimeError for what goes wrong with a file, turboquant TypeError for layers it cannot store.
+            # MLX raises RuntimeError for errors of files; turboquant raises TypeError for layers that it cannot store.
             if self._free() < needed:
                 raise self._disk_full() from error
             raise StoreError(f"{folder}: a prefix cannot be stored: {one_line(error)}") from error
 
     def make_room(self, needed: int) -> None:
-        """Evict until ``needed`` more bytes fit. Raises DiskFull or BudgetTooSmall where they can't."""
+        """Evict segments until ``needed`` more bytes fit. Raises DiskFull or BudgetTooSmall if they cannot fit."""
         try:
-            with self.changing():
+            with self.write_lock():
                 self._make_room(needed)
         except OSError as error:
             _log.debug("%s: no room can be made: %s", self._folder, error)
 
     @contextmanager
-    def building(self, key: str, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-        """While the block runs, no other process builds the segment.
+    def build_lock(self, key: str, while_waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Hold a lock so that no other process builds the segment while the block runs.
 
-        waiting: called now and then while another builds it; what it raises ends the wait. The lock of a process that
-        died is free. Where no lock can be had, there is none.
+        while_waiting: called repeatedly while another process has the lock; an exception that it raises ends the wait.
+        The lock of a process that died is free. If the folder allows no lock files, the block runs without a lock.
         """
-        lock = self._lock(key[:2])  # few files, whose number is bounded; seldom does one wait for nothing
+        lock = self._lock(key[:2])  # one lock for many keys bounds the number of files; a needless wait is rare
         waited = False
         try:
             while lock is not None and not lock.is_locked:
@@ -155,7 +152,7 @@ class Store:
                     if not waited:
                         _log.info("prefix %.12s is being built by another run; waiting for it", key)
                     waited = True
-                    waiting()
+                    while_waiting()
                     time.sleep(SECONDS_BETWEEN_TRIES)
         except OSError as error:
             _log.debug("%s: no lock: %s", self._folder, error)
@@ -165,60 +162,64 @@ class Store:
             if lock is not None:
                 lock.release()
 
-    def hold(self, keys: Sequence[str]) -> None:
-        """These segments are not removed until others are held."""
-        self._held = set(keys)
+    def protect(self, keys: Sequence[str]) -> None:
+        """Protect these segments from eviction, in place of those that were protected before."""
+        self._protected = set(keys)
 
-    def drop(self, matches: Callable[[Entry], bool]) -> None:
-        """Remove the segments that match, which the caller is done with, but for what is needed."""
+    def remove_where(self, matches: Callable[[Entry], bool]) -> None:
+        """Remove the segments that match and that no job needs."""
         try:
-            with self.changing():
+            with self.write_lock():
                 for entry in eviction_order(self.entries(), lambda one: not matches(one) or self._is_needed(one.label)):
                     if entry.problem is None:
-                        remove(entry)
+                        remove_entry(entry)
         except OSError as error:
             _log.warning("%s: a prefix cannot be removed: %s", self._folder, one_line(error))
 
-    def remove(self, found: Sequence[Entry]) -> None:
-        """Remove what was found in the folder. Raises StoreError where it refuses."""
+    def remove(self, entries: Sequence[Entry]) -> None:
+        """Remove entries. Raises StoreError if one cannot be removed."""
         try:
-            for entry in found:
-                remove(entry)
+            for entry in entries:
+                remove_entry(entry)
         except OSError as error:
             raise StoreError(f"{self._folder}: cannot be shrunk: {one_line(error)}") from error
 
     def contains(self, key: str) -> bool:
-        """Whether a complete segment seems to be there; it is verified only when loaded."""
+        """Return whether a segment has a manifest. The segment is verified only when it is loaded."""
         return (self._path(key) / MANIFEST).is_file()
 
     def entries(self) -> Iterator[Entry]:
-        """What is in the folder."""
-        return entries(self._folder)
+        """Yield an entry for each segment in the folder, usable or not."""
+        return list_entries(self._folder)
 
     def contexts(self, identity: Identity) -> Iterator[tuple[str, int]]:
-        """Label and tokens of every context stored under an identity, as its manifest says; none is loaded."""
+        """Yield the label and the number of tokens of each context of an identity, as the manifests state them."""
         wanted = asdict(identity)
         for entry in self.entries():
             manifest = entry.manifest
-            if manifest and entry.label and entry.about.get("whole") and manifest["identity"] == wanted:
+            if manifest and entry.label and entry.metadata.get("whole") and manifest["identity"] == wanted:
                 start, tokens = manifest.get("start"), manifest.get("tokens")
                 if type(start) is int and type(tokens) is int and tokens > 0:
                     yield entry.label, start + tokens
 
-    def name(self) -> str:
-        """Tells this folder from any other, on whatever machine that is; empty where it cannot be written."""
-        file = self._folder / LOCKS / _NAME
+    def folder_id(self) -> str:
+        """Return an id of this folder that is the same on all machines; "" if no id can be written to the folder."""
+        file, folder_id = self._folder / LOCKS / _FOLDER_ID, ""
         try:
-            with self.changing():
-                if not file.exists() or not (name := _read(file)):
-                    file.write_text(name := uuid4().hex)
-                return name
+            with self.write_lock():
+                if file.exists():
+                    with open_regular(file) as opened:
+                        folder_id = opened.read().decode()
+                if not folder_id:
+                    folder_id = uuid4().hex
+                    file.write_text(folder_id)
+                return folder_id
         except OSError as error:
-            _log.debug("%s: has no name: %s", self._folder, error)
+            _log.debug("%s: has no id: %s", self._folder, error)
             return ""
 
     def used_bytes(self) -> int:
-        """The size of every file in the folder."""
+        """Return the bytes of all files in the folder."""
         return size_of(self._folder)
 
     def _path(self, key: str) -> Path:
@@ -231,11 +232,11 @@ class Store:
         except OSError as error:
             _log.debug("%s: no locks: %s", folder, error)
             return None
-        return FileLock(folder / f"{name}.lock", thread_local=False)  # a segment is stored by another thread
+        return FileLock(folder / f"{name}.lock", thread_local=False)  # another thread stores segments
 
     @contextmanager
-    def changing(self) -> Iterator[None]:
-        """One process at a time changes what is in the folder."""
+    def write_lock(self) -> Iterator[None]:
+        """Hold the lock that a process needs to change the folder."""
         lock = self._lock("write")
         if lock is None:
             yield
@@ -244,14 +245,18 @@ class Store:
             yield
 
     def _make_room(self, needed: int) -> None:
-        over = -1 if self._budget is None else self.used_bytes() + needed + self._reserve() - self._budget
+        over = -1
+        if self._budget is not None:
+            # A job's file of pins is written anew beside the old one, so its size counts twice.
+            reserved = _RESERVED_BYTES + size_of(self._folder / JOBS)
+            over = self.used_bytes() + needed + reserved - self._budget
         short = needed - self._free()
         if over > 0 or short > 0:
-            for entry in self._evictable():
+            for entry in self._evictable_entries():
                 if over <= 0 and short <= 0:
                     break
-                _log.info("prefix %.12s evicted: %s", entry.key, entry.problem or "not used for longest")
-                remove(entry)
+                _log.info("prefix %.12s evicted: %s", entry.key, entry.problem or "the least recently used")
+                remove_entry(entry)
                 over, short = over - entry.bytes, short - entry.bytes
         if short > 0:
             raise self._disk_full(needed)
@@ -261,14 +266,12 @@ class Store:
                 f"no room for a prefix of about {needed:,}; raise it"
             )
 
-    def _reserve(self) -> int:
-        """For the small files beside the segments; those that tell what jobs need are written anew beside the old."""
-        return _FOLDER_BYTES + size_of(self._folder / JOBS)
-
-    def _evictable(self) -> list[Entry]:
+    def _evictable_entries(self) -> list[Entry]:
         if self._budget is None:
-            return []  # without a budget nothing is removed unasked
-        return eviction_order(self.entries(), lambda entry: entry.key in self._held or self._is_needed(entry.label))
+            return []  # without a budget, only the user removes segments
+        return eviction_order(
+            self.entries(), lambda entry: entry.key in self._protected or self._is_needed(entry.label)
+        )
 
     def _free(self) -> int:
         return shutil.disk_usage(existing(self._folder)).free
@@ -279,3 +282,39 @@ class Store:
             f"cache.dir: the disk of {self._folder} is full: {self._free():,} bytes are free{wanted}; "
             "free some or set another cache.dir: what is done is kept, and the same command resumes"
         )
+
+
+class _MissLog:
+    """Logs why segments are not in the store, each reason once. entries: lists the store; called at the first miss."""
+
+    def __init__(self, entries: Callable[[], Iterable[Entry]]) -> None:
+        self._entries = entries
+        self._identities: dict[str, list[Mapping[str, Any]]] | None = None  # of the stored contexts, by label
+        self._logged_reasons: set[str] = set()
+
+    def log_miss(self, key: str, identity: Identity, label: str, whole: bool) -> None:
+        """Log why a segment is absent: at level INFO if it is a new reason, else at level DEBUG.
+
+        label: the label of its context. whole: whether the context ends with this segment.
+        """
+        reason = self._explain(identity, label, whole)
+        is_new = reason != _ABSENT and reason not in self._logged_reasons
+        _log.log(logging.INFO if is_new else logging.DEBUG, "prefix %.12s not in the store: %s", key, reason)
+        self._logged_reasons.add(reason)
+
+    def _explain(self, identity: Identity, label: str, whole: bool) -> str:
+        """Return the first difference between the identity and that of a stored context of the same text."""
+        if self._identities is None:
+            self._identities = {}
+            for entry in self._entries():
+                if entry.manifest is not None and entry.metadata.get("whole"):
+                    self._identities.setdefault(entry.label, []).append(entry.manifest["identity"])
+        wanted = asdict(identity)
+        for stored in self._identities.get(label, []):
+            for name, value in wanted.items():
+                if stored.get(name) != value:
+                    reasons = {"weights": "other weights", "tokenizer": "another tokenizer or chat template"}
+                    return reasons.get(name, f"{name} was '{stored.get(name)}', now '{value}'")
+        if whole and label in self._identities:
+            return "the context of this text ends elsewhere: the queries have changed"
+        return _ABSENT

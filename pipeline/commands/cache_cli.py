@@ -13,7 +13,7 @@ import typer
 from pipeline.commands.console import AsJson, Debug, columns, errors_explained, size, table
 
 if TYPE_CHECKING:
-    from pipeline.cache.maintenance import Listed
+    from pipeline.cache.maintenance import ListedSegment
 
 BAD_FOUND = 1
 
@@ -71,11 +71,11 @@ def gc(
 ) -> None:
     """Remove what is of no use, then what was used least recently; never what an unfinished job needs."""
     with errors_explained(debug):
-        from pipeline.cache.maintenance import DAY, collect
+        from pipeline.cache.maintenance import DAY, clean_store
 
         folder, own_budget = _store(where, budget)
         seconds = None if unused_for is None else unused_for * DAY
-        found = collect(folder, own_budget, seconds, dry_run)
+        found = clean_store(folder, own_budget, seconds, dry_run)
         if as_json:
             print(json.dumps(asdict(found), indent=1))
             return
@@ -105,7 +105,7 @@ def _store(where: Path, budget: str | None = None) -> tuple[Path, int | None]:
         raise JobError(f"--budget: {error}") from None
 
 
-def _listing(folder: Path, listed: Iterable[Listed]) -> str:
+def _listing(folder: Path, listed: Iterable[ListedSegment]) -> str:
     rows = [("key", "tokens", "size", "age", "unused for", "", "model", "document")]
     total = count = 0
     for entry in listed:

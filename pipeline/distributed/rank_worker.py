@@ -70,7 +70,7 @@ class Follower:
             job,
             replace(own, prefill=f"{own.prefill} rank={ranks.rank}"),
             self._loaded,
-            open_store(job.cache, Pins(job.cache.dir).wants),
+            open_store(job.cache, Pins(job.cache.dir).is_pinned),
             {"model": job.model, "output": output_digest(job.result_file)},
             Progress(0, quiet=True),
             Report(),

@@ -88,7 +88,7 @@ class RayExecutor(Executor):
             self._when_done(member.actor.start.remote(run.identity, versions(), schemas), self._is_ready, member)
         if not self._has_begun:
             self._has_begun = True
-            self._needs.start(self._labels_to_come())
+            self._pins.pin(self._labels_to_come())
 
     def _hand_out(self) -> None:
         """Give leases to those who have least to do, and let nobody wait for what somebody else has not begun."""
@@ -253,13 +253,13 @@ class RayExecutor(Executor):
 
     def _drop(self, todo: DocumentTask) -> None:
         member, keys = self._own.pop(todo.document_id, (None, set()))
-        if member is not None and not self._needs.wants(todo.label):
+        if member is not None and not self._pins.is_pinned(todo.label):
             member.actor.drop.remote(keys)
 
     def _drop_all(self) -> None:
         from pipeline.cache.store import open_store
 
-        drop_segments(open_store(self._run.job.cache, self._needs.wants), self._run.job)
+        drop_segments(open_store(self._run.job.cache, self._pins.is_pinned), self._run.job)
         dropped = [member.actor.drop.remote(None) for member in self._staff.members.values() if member.store]
         with suppress(RayError):
             ray.get(dropped, timeout=_SECONDS_FOR_DROPPING)

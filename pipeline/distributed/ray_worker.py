@@ -135,7 +135,7 @@ class RayWorker:
         from pipeline.run.executor import drop_segments
 
         others = Pins(self._job.cache.dir, self._job.result_file)  # what the job itself needs, its driver knows
-        drop_segments(open_store(self._job.cache, others.wants), self._job, keys)
+        drop_segments(open_store(self._job.cache, others.is_pinned), self._job, keys)
 
     def _start(self, identity: Identity, versions: Mapping[str, str], schemas: Collection[str]) -> Ready:
         from pipeline.cache.pins import Pins
@@ -148,13 +148,13 @@ class RayWorker:
 
         self._check(identity, versions)
         job, progress = self._job, Progress(0, quiet=True)
-        store = open_store(job.cache, Pins(job.cache.dir).wants)
+        store = open_store(job.cache, Pins(job.cache.dir).is_pinned)
         shared = Renderer(job.prompt).shared
         self._identity = identity
         self._engine = Engine(job, identity, store, shared, schemas, progress, self._report, self._check_stop)
         self._answering = Answering(self._engine, job.retries, progress, self._report, self._check_stop)
         device = f"a CPU, {self._blas.threads} threads" if on_cpu() else "a GPU"
-        return Ready(socket.gethostname(), os.getpid(), _log_file(), store.name(), device)
+        return Ready(socket.gethostname(), os.getpid(), _log_file(), store.folder_id(), device)
 
     def _queue(self, number: int, group: Sequence[DocumentTask]) -> None:
         """Make a lease ready, and have it answered in its turn: whoever hands them out must know which is at work."""

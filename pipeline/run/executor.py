@@ -48,7 +48,7 @@ class Executor(ABC):
     def __init__(self, run: Run) -> None:
         self._run = run
         self._shared = Renderer(run.job.prompt).shared
-        self._needs = Pins(run.job.cache.dir, run.job.result_file)
+        self._pins = Pins(run.job.cache.dir, run.job.result_file)
 
     def prepare(self, group: list[DocumentTask]) -> list[DocumentTask]:
         """A group whose turn comes soon, with what can be done beforehand; from any thread."""
@@ -64,7 +64,7 @@ class Executor(ABC):
             return
         for todo in group:
             if todo.rendered is not None and todo.succeeded:
-                self._needs.done(todo.label)
+                self._pins.unpin(todo.label)
                 if todo.queries and self._run.job.cache.keep == "job":
                     self._drop(todo)
 
@@ -73,10 +73,10 @@ class Executor(ABC):
         if not self._is_loaded and not done:
             return
         if self._is_loaded and done and self._shared:
-            self._needs.done(context_label(self._shared))
+            self._pins.unpin(context_label(self._shared))
         if done and self._run.job.cache.keep == "job":  # a run before may have been killed when all was answered
             self._drop_all()
-        self._needs.finish()
+        self._pins.close()
 
     @property
     @abstractmethod
@@ -135,8 +135,8 @@ class LocalExecutor(Executor):
         from pipeline.cache.store import open_store
         from pipeline.run.engine import Engine
 
-        run, store = self._run, open_store(self._run.job.cache, self._needs.wants)
-        self._needs.start(self._labels_to_come(), store.make_room)
+        run, store = self._run, open_store(self._run.job.cache, self._pins.is_pinned)
+        self._pins.pin(self._labels_to_come(), store.make_room)
         schemas = run.inputs.schemas
         self._loaded = Engine(run.job, run.identity, store, self._shared, schemas, run.progress, run.report, run.check)
         return self._loaded
@@ -150,10 +150,10 @@ class LocalExecutor(Executor):
         from pipeline.cache.store import open_store
 
         job = self._run.job
-        drop_segments(self._loaded.store if self._loaded else open_store(job.cache, self._needs.wants), job)
+        drop_segments(self._loaded.store if self._loaded else open_store(job.cache, self._pins.is_pinned), job)
 
 
 def drop_segments(store: Store, job: Job, keys: set[str] | None = None) -> None:
     """Remove segments that a job built, all unless ``keys`` are given; another may want to keep its own."""
     own = output_digest(job.result_file)
-    store.drop(lambda entry: entry.about.get("output") == own and (keys is None or entry.key in keys))
+    store.remove_where(lambda entry: entry.metadata.get("output") == own and (keys is None or entry.key in keys))

@@ -120,7 +120,7 @@ class Prefixes:
 
         Raises GenerationFailed where the model fails, DiskFull where there is no room to store it.
         """
-        self._store.hold([piece.key for piece in pieces])
+        self._store.protect([piece.key for piece in pieces])
         prefix: Prefix | None = None
         built = False
         for piece, ready in zip_longest(pieces, restored):
@@ -156,7 +156,7 @@ class Prefixes:
         """The prefix with a piece that the store did not have, and whether it has it by now."""
         with ExitStack() as claim:
             if self._ranks.count == 1:  # two runs could wait for each other on two ranks, so there all build
-                claim.enter_context(self._store.building(piece.key, self._check))
+                claim.enter_context(self._store.build_lock(piece.key, self._check))
                 # Another run may have built it meanwhile, and be done with it before there was anything to wait for.
                 if self._store.contains(piece.key) and (stored := self._stored(piece, before)) is not None:
                     return stored, True

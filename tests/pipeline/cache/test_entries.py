@@ -8,7 +8,7 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.cache.entries import Entry, entries, eviction_order, remove, size_of
+from pipeline.cache.entries import Entry, eviction_order, list_entries, remove_entry, size_of
 from turboquant.io.identity import FORMAT_VERSION
 from turboquant.io.safetensors import seal
 from turboquant.io.segment_file import MANIFEST, TENSORS
@@ -88,7 +88,7 @@ def test_what_is_found(tmp_path: Path) -> None:
     for other in ("ab/notes/a.txt", "xy/letter.txt", f"zz/{key('zz')}x/a", "rejected/mine/a", "deep/er/file"):
         (tmp_path / other).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / other).write_text("a user's own")
-    found = {one.folder: one.problem for one in entries(tmp_path)}
+    found = {one.folder: one.problem for one in list_entries(tmp_path)}
     assert found == {
         good: None,
         old: f"format version 1, expected {FORMAT_VERSION}",
@@ -96,11 +96,11 @@ def test_what_is_found(tmp_path: Path) -> None:
         tmp_path / "rejected" / f"{key('x')}-3": "rejected",
     }
     before = size_of(tmp_path)
-    sizes = {one.folder: one.bytes for one in entries(tmp_path)}
-    for one in list(entries(tmp_path)):
-        remove(one)
-    assert list(entries(tmp_path)) == []
+    sizes = {one.folder: one.bytes for one in list_entries(tmp_path)}
+    for one in list(list_entries(tmp_path)):
+        remove_entry(one)
+    assert list(list_entries(tmp_path)) == []
     assert size_of(tmp_path) == before - sum(sizes.values())
     assert len([path for path in tmp_path.rglob("*") if path.is_file()]) == 5
-    assert list(entries(tmp_path / "absent")) == []
+    assert list(list_entries(tmp_path / "absent")) == []
     assert size_of(tmp_path / "absent") == 0

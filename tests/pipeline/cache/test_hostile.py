@@ -79,8 +79,8 @@ def test_a_pipe_among_a_store_s_other_files(name: str, workplace: Workplace) -> 
     os.mkfifo(file)
     report = workplace.run()
     assert (report.rows_answered, report.prefixes_built) == (9, 3)
-    assert not Pins(workplace.cache).wants("a context")
-    assert Store(workplace.cache).name() == "" if name == "locks/name" else len(Store(workplace.cache).name()) == 32
+    assert not Pins(workplace.cache).is_pinned("a context")
+    assert len(Store(workplace.cache).folder_id()) == (0 if name == "locks/name" else 32)
 
 
 def test_names_are_shown_and_not_obeyed(workplace: Workplace) -> None:

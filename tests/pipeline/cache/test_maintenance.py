@@ -124,7 +124,7 @@ def test_shrinking_to_a_budget(workplace: Workplace) -> None:
 def test_what_an_unfinished_job_needs_stays(workplace: Workplace) -> None:
     workplace.run()
     labels = {m["about"]["document"]: m["about"]["label"] for m in map(_manifest, workplace.segments())}
-    Pins(workplace.cache, Path("/another/job")).start([labels["d1"]])
+    Pins(workplace.cache, Path("/another/job")).pin([labels["d1"]])
     assert listed(workplace.cache)["d1"]["needed"]
     assert told("gc", workplace.cache, "--budget", "1")["removed"] == 2
     assert told("gc", workplace.cache, "--unused-for", "0")["removed"] == 0
@@ -156,7 +156,7 @@ def test_a_folder_that_refuses(workplace: Workplace, monkeypatch: pytest.MonkeyP
     def refuse(_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("pipeline.cache.store.remove", refuse)
+    monkeypatch.setattr("pipeline.cache.store.remove_entry", refuse)
     code, _, error = invoke("gc", workplace.cache, "--budget", "1kB")
     assert code == 1
     assert "cannot be shrunk: " in error

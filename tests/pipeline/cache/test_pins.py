@@ -16,59 +16,59 @@ OUTPUT = Path("/results/a.parquet")
 
 
 def started(folder: Path, *labels: str, output: Path = OUTPUT) -> Pins:
-    needs = Pins(folder, output)
-    needs.start(labels)
-    return needs
+    pins = Pins(folder, output)
+    pins.pin(labels)
+    return pins
 
 
 def test_a_label_is_needed_as_often_as_it_is_given(tmp_path: Path) -> None:
-    needs = started(tmp_path, "a", "b", "a")
-    assert needs.wants("a")
-    needs.done("a")
-    assert needs.wants("a")
-    needs.done("a")
-    assert not needs.wants("a")
-    assert needs.wants("b")
-    assert not needs.wants("c")
+    pins = started(tmp_path, "a", "b", "a")
+    assert pins.is_pinned("a")
+    pins.unpin("a")
+    assert pins.is_pinned("a")
+    pins.unpin("a")
+    assert not pins.is_pinned("a")
+    assert pins.is_pinned("b")
+    assert not pins.is_pinned("c")
 
 
 def test_other_jobs_are_told(tmp_path: Path) -> None:
     first = started(tmp_path, "a", "b")
     second = Pins(tmp_path, Path("/results/b.parquet"))
-    assert second.wants("b")
-    first.done("a")
-    first.done("b")
-    first.finish()
-    assert not second.wants("b")
+    assert second.is_pinned("b")
+    first.unpin("a")
+    first.unpin("b")
+    first.close()
+    assert not second.is_pinned("b")
     assert list((tmp_path / JOBS).iterdir()) == []
 
 
 def test_what_an_interrupted_job_needs_stays_needed_for_a_week(tmp_path: Path) -> None:
     first = started(tmp_path, "a", "b")
-    first.done("a")
-    first.finish()
+    first.unpin("a")
+    first.close()
     looker = Pins(tmp_path)
-    assert (looker.wants("a"), looker.wants("b")) == (False, True)
+    assert (looker.is_pinned("a"), looker.is_pinned("b")) == (False, True)
     (file,) = (tmp_path / JOBS).iterdir()
     week = 7 * 24 * 3600
     for age, wanted in ((week - 60, True), (week + 60, False), (-week, True)):  # the last: the clock was set back
         os.utime(file, (time.time() - age,) * 2)
-        assert looker.wants("b") is wanted, age
+        assert looker.is_pinned("b") is wanted, age
 
 
 def test_the_same_job_does_not_need_what_its_last_run_did(tmp_path: Path) -> None:
     started(tmp_path, "a", "b")
-    assert not Pins(tmp_path, OUTPUT).wants("a")
-    assert Pins(tmp_path, Path("/results/b.parquet")).wants("a")
+    assert not Pins(tmp_path, OUTPUT).is_pinned("a")
+    assert Pins(tmp_path, Path("/results/b.parquet")).is_pinned("a")
 
 
 def test_the_file_is_written_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first, looker = started(tmp_path, "a", "b"), Pins(tmp_path)
-    first.done("a")
-    assert looker.wants("a")
+    first.unpin("a")
+    assert looker.is_pinned("a")
     monkeypatch.setattr(module, "SECONDS_BETWEEN_WRITES", 0.0)
-    first.done("b")
-    assert not looker.wants("a")
+    first.unpin("b")
+    assert not looker.is_pinned("a")
 
 
 @pytest.mark.parametrize(
@@ -78,17 +78,17 @@ def test_a_spoilt_file_counts_nothing(tmp_path: Path, content: bytes) -> None:
     started(tmp_path, "a")
     (file,) = (tmp_path / JOBS).iterdir()
     file.write_bytes(content)
-    assert not Pins(tmp_path).wants("a")
+    assert not Pins(tmp_path).is_pinned("a")
 
 
 def test_a_folder_that_refuses_stops_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    needs = started(tmp_path / "file", "a")
-    assert needs.wants("a")
-    needs.done("a")
-    needs.finish()
+    pins = started(tmp_path / "file", "a")
+    assert pins.is_pinned("a")
+    pins.unpin("a")
+    pins.close()
     looker = Pins(tmp_path)
-    looker.start(["a"])
+    looker.pin(["a"])
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
@@ -96,7 +96,7 @@ def test_where_there_is_no_room_to_tell_others_nothing_is_told(tmp_path: Path) -
     def no_room(_: int) -> None:
         raise BudgetTooSmall("cache.budget: too small")
 
-    needs = Pins(tmp_path, OUTPUT)
-    needs.start(["a"], no_room)
-    assert needs.wants("a")
+    pins = Pins(tmp_path, OUTPUT)
+    pins.pin(["a"], no_room)
+    assert pins.is_pinned("a")
     assert not (tmp_path / JOBS).exists()

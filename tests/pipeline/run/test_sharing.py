@@ -121,10 +121,10 @@ def test_what_an_interrupted_job_needs_is_kept_for_a_week(
 
 def test_needs_survive_a_clock_that_jumps_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mine, other = Pins(tmp_path, Path("/a")), Pins(tmp_path, Path("/b"))
-    mine.start(["one"])
+    mine.pin(["one"])
     monkeypatch.setattr(time, "time", lambda: 0.0)
-    assert other.wants("one")
-    assert not other.wants("two")
+    assert other.is_pinned("one")
+    assert not other.is_pinned("two")
 
 
 def entry(key: str, used: float, parent: str | None = None, start: int = 0, problem: str | None = None) -> Entry:
@@ -237,15 +237,15 @@ def test_a_context_that_repeats_is_prefilled_once(
 def test_what_another_run_built_meanwhile_is_not_built_again(
     workplace: Workplace, prefilled: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real, other = Store.building, Workplace(workplace.folder / "other", workplace.model)
+    real, other = Store.build_lock, Workplace(workplace.folder / "other", workplace.model)
     other.tree["cache"] = {"dir": str(workplace.cache)}
 
-    def building(*args: Any) -> Any:  # it was absent when looked for, and is there before the lock is taken
-        monkeypatch.setattr(Store, "building", real)
+    def build_lock(*args: Any) -> Any:  # it was absent when looked for, and is there before the lock is taken
+        monkeypatch.setattr(Store, "build_lock", real)
         other.run()
         return real(*args)
 
-    monkeypatch.setattr(Store, "building", building)
+    monkeypatch.setattr(Store, "build_lock", build_lock)
     workplace.run()
     assert len(prefilled) == 3
     assert workplace.output.read_bytes() == other.output.read_bytes()
