@@ -27,7 +27,7 @@ def groups(
 
     With a shard, those of its groups alone.
 
-    >>> texts = [Document(i, str(i), "a text", {}, ["Who?", "When?", "Why?"]) for i in range(7)]
+    >>> texts = [Document(str(i), "a text", {}, ["Who?", "When?", "Why?"]) for i in range(7)]
     >>> [[document.id for document in group] for group in groups(texts, 8)]
     [['0', '1', '2'], ['3', '4', '5'], ['6']]
     >>> [[document.id for document in group] for group in groups(texts, 8, alone={"1"})]

@@ -12,7 +12,6 @@ from hashlib import blake2b
 from itertools import islice
 
 from pipeline.errors import InputError, one_line
-from pipeline.files.find import InputFile
 from pipeline.files.tables import ANYTHING, ID, TEXT, Column, Record, Table
 from pipeline.inputs.templates import Expression
 from pipeline.job.job import Documents, Query
@@ -27,22 +26,13 @@ class Document:
     queries: what is asked of it, which inputs.py adds.
     """
 
-    index: int
     id: str
     text: str
     columns: dict[str, object]
     queries: Sequence[Query] = ()
 
 
-@dataclass(frozen=True)
-class DocumentsSummary:
-    """What a check found."""
-
-    count: int
-    files: tuple[InputFile, ...]
-
-
-def check_documents(source: Documents, columns: Collection[str] = ()) -> DocumentsSummary:
+def check_documents(source: Documents, columns: Collection[str] = ()) -> int:
     """Check files, columns, types and ids before anything is run; `columns` are those that the prompt uses.
 
     Of Parquet it reads only footers, ids and what `where` uses; it keeps 16 bytes of each id. Raises InputError.
@@ -59,15 +49,14 @@ def check_documents(source: Documents, columns: Collection[str] = ()) -> Documen
         files = f"{len(rows.table.files)} file{'s' * (len(rows.table.files) > 1)}"
         fitting = f" that documents.where is true of: {source.where}" if source.where else ""
         raise InputError(f"documents.path: no documents: {files} at {source.path} with no rows{fitting}")
-    return DocumentsSummary(len(seen), tuple(rows.table.files))
+    return len(seen)
 
 
 def stream_documents(source: Documents, columns: Collection[str] = ()) -> Iterator[Document]:
     """Yield the documents in order: files by name, rows as they stand. Reads the named columns only."""
     wanted = {source.id, source.text, *columns}
-    for index, record in enumerate(_Rows(source, columns).selected(wanted, rows_per_batch=1)):
+    for record in _Rows(source, columns).selected(wanted, rows_per_batch=1):
         yield Document(
-            index=index,
             id=_id(record, source.id),
             text=_text(record.values[source.text]),
             columns={name: record.values[name] for name in sorted(wanted)},

@@ -30,7 +30,7 @@ class Inputs:
     def __init__(self, job: Job, shard: Shard | None = None) -> None:
         self._job, self._shard = job, shard
         self._columns = template_columns(job.prompt)
-        self.documents = check_documents(job.documents, self._columns).count
+        self.documents = check_documents(job.documents, self._columns)
         self._own: OwnQueries | None = None
         self._shared: tuple[Query, ...] = ()
         if not isinstance(job.queries, QueryTable):

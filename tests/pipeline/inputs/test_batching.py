@@ -24,7 +24,7 @@ TOGETHER = {"max_tokens": 5, "batch_size": 8}  # with three queries a document, 
 
 def document(number: int, size: int, queries: int) -> Document:
     asked = [Query(id=str(n), text="Why?") for n in range(queries)]
-    return Document(number, str(number), "x" * size, {}, asked)
+    return Document(str(number), "x" * size, {}, asked)
 
 
 @given(

@@ -16,7 +16,7 @@ MINUTES = "The board met on the third of May and decided the budget.\n\nThe leas
 
 
 def document(text: str = MINUTES, **columns: object) -> Document:
-    return Document(0, "1", text, {"text": text, **columns})
+    return Document("1", text, {"text": text, **columns})
 
 
 def encode(tokenizer: Any, text: str, add_special_tokens: bool = False) -> list[int]:

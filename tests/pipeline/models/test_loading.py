@@ -276,12 +276,6 @@ def test_one_byte_changes_the_tokenizer_fingerprint(folder, file):
     assert tokenizer_fingerprint(folder) != before
 
 
-def test_template_arguments_change_the_tokenizer_fingerprint(folder):
-    prints = [tokenizer_fingerprint(folder, arguments) for arguments in (None, {}, {"enable_thinking": False})]
-    assert prints[0] == prints[1] != prints[2]
-    assert tokenizer_fingerprint(folder, {"a": 1, "b": 2}) == tokenizer_fingerprint(folder, {"b": 2, "a": 1})
-
-
 def test_fingerprint_without_weights(folder, memo):
     (folder / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="no weights"):
