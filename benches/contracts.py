@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from turboquant.fidelity import chat_sample, load_model, table
+from turboquant.runtime.blas import load_tuned_blas
 
 if TYPE_CHECKING:
     from turboquant.eval.results import Contender, Fidelity, Sample
@@ -94,6 +95,7 @@ def main() -> None:
     parser.add_argument("--half", action="store_true", help="keep the weights as they are, not float32")
     parser.add_argument("--json", type=Path, help="also write all figures to this file")
     arguments = parser.parse_args()
+    load_tuned_blas()
     model, tokenizer = load_model(arguments.model)
     if not arguments.half:
         import mlx.core as mx

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from benches.contracts import contract_samples, measure_contracts
 from turboquant.fidelity import load_model, table
+from turboquant.runtime.blas import load_tuned_blas
 
 if TYPE_CHECKING:
     from turboquant.eval.results import Contender, Fidelity
@@ -132,6 +133,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write all figures to this file")
     parser.add_argument("--worker", choices=_WORKERS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    load_tuned_blas()
     if arguments.worker:
         print(json.dumps(_work(arguments)))
         return

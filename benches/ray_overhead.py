@@ -176,7 +176,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--documents", type=int, nargs="+")
     given = parser.parse_args()
-    load_tuned_blas()  # before what imports MLX
+    load_tuned_blas()
     if given.what == "one":
         print(*measure(given.latency, given.documents[0], given.workers[0]))
     elif given.what == "efficiency":

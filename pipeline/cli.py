@@ -220,7 +220,7 @@ def _shards(shards: Sequence[ShardStatus]) -> str:
 def _follow(job: Job) -> None:
     from turboquant.runtime.blas import load_tuned_blas
 
-    load_tuned_blas()  # before anything imports NumPy or MLX
+    load_tuned_blas()
     from pipeline.distributed.rank_worker import follow
 
     follow(job)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from turboquant.eval import plot
 from turboquant.eval.columns import aligned
-from turboquant.quant.codebook import SUPPORTED_BITS
+from turboquant.quant import SUPPORTED_BITS
 from turboquant.runtime.blas import load_tuned_blas
 
 if TYPE_CHECKING:

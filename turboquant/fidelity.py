@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from turboquant.eval import plot
 from turboquant.eval.columns import aligned
-from turboquant.quant.codebook import SUPPORTED_BITS
+from turboquant.quant import SUPPORTED_BITS
 from turboquant.runtime.blas import load_tuned_blas
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ class UsageError(Exception):
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code: 0, 2 for a wrong command line, 1 for anything else."""
     options = _parser().parse_args(_shielded(sys.argv[1:] if arguments is None else arguments))
+    load_tuned_blas()
     try:
         _run(options)
     except UsageError as error:
@@ -62,7 +63,6 @@ def load_model(name: str) -> tuple[Any, Any]:
     """
     if not Path(name).is_dir() and (Path(name).exists() or not _REPO_ID.fullmatch(name)):
         raise UsageError(f"--model {name}: neither a model's folder nor a Hugging Face repo id (owner/name)")
-    load_tuned_blas()
     from mlx_lm import load
 
     from turboquant.runtime.device import settle_weights

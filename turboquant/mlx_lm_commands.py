@@ -18,8 +18,8 @@ from typing import Any
 from turboquant.io.prompt_cache import make_prompt_cache
 from turboquant.mlx_lm.families import explain
 from turboquant.mlx_lm.patch import enabled
+from turboquant.quant import SUPPORTED_BITS
 from turboquant.quant.cache_codec import CacheCodec
-from turboquant.quant.codebook import SUPPORTED_BITS
 from turboquant.runtime.device import settle_weights
 
 DEFAULT_BITS = 4

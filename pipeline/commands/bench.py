@@ -241,7 +241,7 @@ def _compete(connection: Connection, contender: str, job: Job, small: Job, folde
     try:
         from turboquant.runtime.blas import load_tuned_blas
 
-        load_tuned_blas()  # before anything imports NumPy or MLX: it sets what OpenBLAS reads when it is loaded
+        load_tuned_blas()
 
         from pipeline.commands.baselines import compete
 

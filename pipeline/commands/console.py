@@ -48,7 +48,7 @@ def errors_explained(
     if computes:
         from turboquant.runtime.blas import load_tuned_blas
 
-        load_tuned_blas()  # before anything imports NumPy or MLX: it sets what OpenBLAS reads when it is loaded
+        load_tuned_blas()
     set_up(logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO, log_format)
     try:
         yield

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
-from turboquant.runtime.blas import Blas, load_tuned_blas, measure_gflops, usable_cpus
+from turboquant.runtime.blas import Blas, blas_in_use, measure_gflops, usable_cpus
 
 DISTRIBUTION = "turboquant-pipeline"
 DEPENDENCIES = ("mlx", "mlx-lm", "numpy", "pyarrow")
@@ -40,7 +40,7 @@ def examine(cache_dir: Path = Path(".cache")) -> list[Check]:
 
     `cache_dir` need not exist yet.
     """
-    blas = load_tuned_blas()  # before anything imports MLX
+    blas = blas_in_use()
     checks = [Check("Python", f"{platform.python_version()} ({sys.executable})")]
     checks += [Check("platform", platform.platform()), _check_memory()]
     checks += [_check_version(name) for name in DEPENDENCIES]

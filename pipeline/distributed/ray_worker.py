@@ -77,7 +77,7 @@ class RayWorker:
     def __init__(self, job: Job, log_level: int) -> None:
         from turboquant.runtime.blas import load_tuned_blas
 
-        self._blas = load_tuned_blas()  # before anything imports NumPy or MLX: it sets what OpenBLAS reads when loaded
+        self._blas = load_tuned_blas()
         self._job = job
         self._lines = _Lines()
         self._report = Report()

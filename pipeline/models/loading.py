@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeline.errors import ModelError, one_line
 from pipeline.models.ranks import SINGLE, RankGroup
-from turboquant.runtime.blas import load_tuned_blas
 
 if TYPE_CHECKING:
     from turboquant.quant.cache_codec import CacheCodec
@@ -65,7 +64,6 @@ def load_model(
     _require_files(path)
     if adapter is not None:
         _require_whole(adapter_files(adapter)[1])
-    load_tuned_blas()
     from mlx_lm import load
 
     from turboquant.runtime.device import settle_weights
@@ -91,7 +89,6 @@ def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
     """mlx-lm's tokenizer of a model folder, for work that needs no weights."""
     config = read_config(path)
     _require_vocabulary(path)
-    load_tuned_blas()
     from mlx_lm.utils import load_tokenizer
 
     options = {"trust_remote_code": trust_remote_code}
@@ -156,7 +153,6 @@ def max_context(config: Mapping[str, Any], tokenizer: Any = None) -> int | None:
 
 def _snapshot(repo: str, revision: str | None) -> Path:
     """Local first: a job must give the same answers tomorrow, whatever was pushed to the hub since."""
-    load_tuned_blas()
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
     from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS

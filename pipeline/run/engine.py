@@ -28,7 +28,7 @@ from pipeline.run.task import DocumentTask, Tokenised
 from turboquant import Prefix
 from turboquant.caches.prefix import resident
 from turboquant.io.identity import Identity
-from turboquant.runtime.blas import load_tuned_blas
+from turboquant.runtime.blas import blas_in_use
 
 _log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ class Engine:
         report: Report,
         check: Callable[[], None],
     ) -> None:
-        if hint := load_tuned_blas().hint:
+        if hint := blas_in_use().hint:
             _log.warning("MLX computes with a slow BLAS here: %s", hint)
         self._job, self._report = job, report
         self._ranks = meet(job.scale.ranks)

@@ -20,7 +20,6 @@ from pipeline.job.shards import Shard
 from pipeline.models.fingerprints import tokenizer_fingerprint, weights_fingerprint
 from pipeline.models.loading import resolve_model
 from turboquant.io.identity import Identity
-from turboquant.runtime.blas import load_tuned_blas
 
 if TYPE_CHECKING:
     from pipeline.output.rows import Row
@@ -31,7 +30,6 @@ MEMO = "fingerprints.json"
 
 def cache_codec(cache: Cache) -> CacheCodec:
     """The codec a job asks for."""
-    load_tuned_blas()  # which must come before MLX, and turboquant's codec imports MLX
     from turboquant.quant.cache_codec import CacheCodec
 
     return CacheCodec(

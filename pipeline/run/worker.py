@@ -177,7 +177,7 @@ def _outcome(outbox: _Outbox, task: Task) -> Finished | Failed:
     try:
         from turboquant.runtime.blas import load_tuned_blas
 
-        load_tuned_blas()  # before anything imports NumPy or MLX: it sets what OpenBLAS reads when it is loaded
+        load_tuned_blas()
 
         from pipeline.models.ranks import leading_ranks
         from pipeline.run.runner import Runner

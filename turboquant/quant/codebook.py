@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-SUPPORTED_BITS = (2, 3, 4, 5, 6, 8)
+from turboquant.quant import SUPPORTED_BITS
 
 
 @dataclass(frozen=True)

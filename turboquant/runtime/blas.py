@@ -1,16 +1,20 @@
-"""A tuned BLAS for MLX on a Linux CPU, with no compiler, no root and no extra package.
+"""Give MLX a tuned BLAS on a Linux CPU, with no compiler, no root and no extra package.
 
-MLX's Linux CPU wheel links Netlib's reference BLAS: a few GFLOP/s, one thread. `libmlx.so` imports
-`cblas_sgemm` and its kin by plain name, and a library loaded with RTLD_GLOBAL before `mlx.core` wins that
-lookup. NumPy's wheel already carries OpenBLAS, but under other names and with 64-bit integers; cblas_shim.py lends
-its functions the names that MLX looks for.
+MLX's Linux CPU wheel links Netlib's reference BLAS, which reaches a few GFLOP/s on one thread. `libmlx.so` imports
+`cblas_sgemm` and a few more functions by plain name, and a library that is loaded with RTLD_GLOBAL before `mlx.core`
+wins that lookup. NumPy's wheel already carries OpenBLAS, but under other names and with 64-bit integers; cblas_shim.py
+gives its functions the names that MLX looks for.
 
-It knows libraries, threads and dlopen. It does not know models or jobs, it never imports MLX or NumPy but in
-`measure_gflops`, and it changes nothing on macOS, with a CUDA backend, or once MLX is loaded.
+Nothing changes on macOS, with a CUDA backend, or once MLX is loaded. This module imports neither MLX nor NumPy, except
+in `measure_gflops`.
 
-The environment variable PIPELINE_BLAS picks the library: `numpy`, `system`, or `off` for MLX's own. Unset,
-the first of these is taken: one preloaded by the user, NumPy's, the system's. OPENBLAS_NUM_THREADS and
-OMP_NUM_THREADS are respected.
+This is the only module of the package that reads environment variables:
+
+- TURBOQUANT_BLAS chooses the library: `numpy`, `system`, or `off` for MLX's own. If it is not set, PIPELINE_BLAS, its
+  former name, is read. If neither is set, the first of these is used: a library that the user has preloaded, NumPy's,
+  the system's.
+- OPENBLAS_NUM_THREADS and OMP_NUM_THREADS set the number of threads, in this order.
+- OPENBLAS_THREAD_TIMEOUT is set for OpenBLAS, unless the user has set it.
 """
 
 from __future__ import annotations
@@ -20,7 +24,6 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata, util
@@ -28,12 +31,12 @@ from pathlib import Path
 
 from turboquant.runtime.cblas_shim import FUNCTIONS, export
 
-SWITCH = "PIPELINE_BLAS"
+SWITCH, FORMER_SWITCH = "TURBOQUANT_BLAS", "PIPELINE_BLAS"
 INSTALL_HINT = "install OpenBLAS (Debian, Ubuntu: apt install libopenblas0-pthread), or NumPy's wheel from PyPI"
 
 _THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
-# How long OpenBLAS's idle threads spin before they sleep: 2**20 cycles, half a millisecond, in place of 2**26, which
-# takes a core from MLX and NumPy between two products. Prefill on two cores took an eighth less time, decoding a sixth.
+# OpenBLAS's idle threads spin for 2**20 cycles, half a millisecond, before they sleep. With OpenBLAS's default, 2**26,
+# they take a core from MLX and NumPy between two products: on two cores prefill took an eighth longer, decode a sixth.
 _IDLE_SPIN = "20"
 _TUNED_NAMES = ("openblas", "mkl", "blis", "nvpl", "armpl")
 _SYSTEM_LIBRARIES = ("libopenblas.so.0", "libmkl_rt.so.3", "libmkl_rt.so.2", "libmkl_rt.so.1")
@@ -41,7 +44,11 @@ _SYSTEM_LIBRARIES = ("libopenblas.so.0", "libmkl_rt.so.3", "libmkl_rt.so.2", "li
 
 @dataclass(frozen=True)
 class Blas:
-    """The matrix library MLX uses on this machine."""
+    """The matrix library that MLX uses in this process.
+
+    path: of its file, if it is known. threads: how many it uses. tuned: False where it is a slow one.
+    hint: for the user, how to get a faster one; None where there is nothing to do.
+    """
 
     name: str
     path: str | None
@@ -52,24 +59,35 @@ class Blas:
 
 @cache
 def load_tuned_blas() -> Blas:
-    """Make MLX use a tuned BLAS where its own is slow; call it before anything imports `mlx.core`.
+    """Make MLX use a tuned BLAS, where its own is slow.
 
-    Never raises: where nothing better can be had, the result says so (`tuned` is False, `hint` is the fix).
+    Every process that computes calls this once, where it starts, before it imports NumPy or MLX: MLX looks up its BLAS
+    when `mlx.core` is imported, and OpenBLAS reads its number of threads when NumPy loads it. Other code assumes that
+    this was done, and reads `blas_in_use`.
+
+    Returns a description of the library. Never raises: where there is nothing better than MLX's own, `tuned` is False
+    and `hint` says what to do.
 
     >>> load_tuned_blas().threads >= 1
     True
     """
     if sys.platform != "linux":
         return Blas("Accelerate", None, usable_cpus(), sys.platform == "darwin", None)
-    if not _mlx_is_cpu_wheel():
+    # MLX's wheels overwrite each other's files. With two of them installed nobody knows which one is in use.
+    if not _is_installed("mlx-cpu") or _is_installed("mlx-cuda-12") or _is_installed("mlx-cuda-13"):
         return Blas("the one MLX was built with", None, usable_cpus(), True, None)
-    threads, choice = set_threads(), os.environ.get(SWITCH, "")
+    threads = set_threads()
+    variable = SWITCH if os.environ.get(SWITCH) else FORMER_SWITCH
+    choice = os.environ.get(variable, "")
     if choice == "off":
-        return _netlib(f"unset {SWITCH}")
+        return _netlib(f"unset {variable}")
     if choice not in ("", "numpy", "system"):
-        return _netlib(f"{SWITCH} is {choice!r}; it may be numpy, system or off")
-    if preloaded := _global_gemm():
-        return _preloaded(preloaded, threads)
+        return _netlib(f"{variable} is {choice!r}; it may be numpy, system or off")
+    if preloaded := _global_gemm():  # the user's library wins every later lookup
+        path = os.path.realpath(preloaded)
+        tuned = any(name in path.lower() for name in _TUNED_NAMES)
+        hint = None if tuned else f"{preloaded} is preloaded and hides faster ones; take it out of LD_PRELOAD"
+        return Blas(f"{Path(path).name} (preloaded)", path, threads, tuned, hint)
     if "mlx.core" in sys.modules:
         return _netlib("call load_tuned_blas() before anything imports mlx")
     found = _load_from_numpy(threads) if choice != "system" else None
@@ -78,11 +96,16 @@ def load_tuned_blas() -> Blas:
     return found or _netlib(INSTALL_HINT)
 
 
-def set_threads() -> int:
-    """Tell OpenBLAS to use the usable CPUs, unless the user has set a number; return the number in force.
+def blas_in_use() -> Blas:
+    """Describe the BLAS that MLX uses in this process, which `load_tuned_blas` chose when the process started."""
+    return load_tuned_blas()  # cached, so nothing is loaded again
 
-    Oversubscription is dear: two processes of two threads each on two cores ran ten times slower than with
-    one each. OpenBLAS itself counts the CPUs of the machine, not of its container.
+
+def set_threads() -> int:
+    """Make OpenBLAS use the usable CPUs, unless the user has set a number; return the number of threads.
+
+    Too many threads cost much: two processes of two threads each on two cores ran ten times slower than with one
+    thread each. OpenBLAS by itself counts the CPUs of the machine, not those of its container.
     """
     os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", _IDLE_SPIN)
     for variable in _THREAD_VARIABLES:
@@ -94,13 +117,26 @@ def set_threads() -> int:
 
 
 def usable_cpus() -> int:
-    """CPUs this process may use: its affinity mask, cut to the quota of its container (cgroup)."""
+    """Count the CPUs that this process may use: its affinity mask, cut to the quotas of its cgroups (version 2)."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min([cpus, *_cgroup_quotas()]))
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return cpus
+    root = Path("/sys/fs/cgroup")
+    inner = next((root / line[3:].lstrip("/") for line in lines if line.startswith("0::")), root)
+    for folder in (inner, *inner.parents):
+        try:
+            quota, period = (folder / "cpu.max").read_text().split()
+        except (OSError, ValueError):
+            continue
+        if quota != "max":
+            cpus = min(cpus, int(quota) // int(period))
+    return max(1, cpus)
 
 
 def measure_gflops(size: int = 1024, seconds: float = 0.5) -> float:
-    """Best rate, in GFLOP/s, of float32 `size` x `size` matrix products on MLX's default device."""
+    """Measure float32 `size` x `size` matrix products on MLX's default device; return the best rate in GFLOP/s."""
     import mlx.core as mx
 
     a, b = (mx.random.uniform(shape=(size, size), key=mx.random.key(seed)) for seed in (0, 1))
@@ -117,19 +153,6 @@ def _netlib(hint: str) -> Blas:
     return Blas("Netlib reference BLAS (MLX's own)", None, 1, False, hint)
 
 
-def _preloaded(path: str, threads: int) -> Blas:
-    """What the user loaded globally wins every later lookup, so all that is left is to name it."""
-    real = os.path.realpath(path)
-    tuned = any(name in real.lower() for name in _TUNED_NAMES)
-    hint = None if tuned else f"{path} is preloaded and hides faster ones; take it out of LD_PRELOAD"
-    return Blas(f"{Path(real).name} (preloaded)", real, threads, tuned, hint)
-
-
-def _mlx_is_cpu_wheel() -> bool:
-    """The wheels overwrite each other's files, so with both installed there is no telling: leave it alone."""
-    return _is_installed("mlx-cpu") and not any(map(_is_installed, ("mlx-cuda-12", "mlx-cuda-13")))
-
-
 def _is_installed(distribution: str) -> bool:
     try:
         metadata.version(distribution)
@@ -138,30 +161,13 @@ def _is_installed(distribution: str) -> bool:
     return True
 
 
-def _cgroup_quotas() -> Iterator[int]:
-    """Whole CPUs allowed by each cgroup (version 2) around this process; none where there is no limit."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return
-    root = Path("/sys/fs/cgroup")
-    inner = next((root / line[3:].lstrip("/") for line in lines if line.startswith("0::")), root)
-    for folder in (inner, *inner.parents):
-        try:
-            quota, period = (folder / "cpu.max").read_text().split()
-        except (OSError, ValueError):
-            continue
-        if quota != "max":
-            yield int(quota) // int(period)
-
-
-# ---- choosing a library
+# ---- loading a library
 
 
 def _load_from_numpy(threads: int) -> Blas | None:
     if platform.machine() != "x86_64":
         return None
-    spec = util.find_spec("numpy")  # located, not imported: OpenBLAS reads its thread count when it is loaded
+    spec = util.find_spec("numpy")  # finds the package without importing it, which would load OpenBLAS
     if spec is None or spec.origin is None:
         return None
     for path in sorted(Path(spec.origin).parents[1].glob("numpy.libs/*openblas*.so*")):
@@ -172,13 +178,16 @@ def _load_from_numpy(threads: int) -> Blas | None:
         for pattern in ("scipy_cblas_{}64_", "cblas_{}64_"):
             addresses = {name: _address(library, pattern.format(name[6:])) for name in FUNCTIONS}
             if all(addresses.values()) and export(addresses):
-                _set_openblas_threads(library, threads)
+                # If NumPy was imported first, OpenBLAS did not see the environment variable.
+                for setter in ("scipy_openblas_set_num_threads64_", "openblas_set_num_threads64_"):
+                    if hasattr(library, setter):
+                        getattr(library, setter)(threads)
                 return Blas("OpenBLAS of NumPy", str(path), threads, True, None)
     return None
 
 
 def _load_from_system(threads: int) -> Blas | None:
-    """A library of the system, or of this Python's own prefix (conda, the `mkl` wheel), by plain dlopen."""
+    """Load a library of the system, or of this Python's own prefix (conda, the `mkl` wheel)."""
     for name in _SYSTEM_LIBRARIES:
         for candidate in (name, f"{sys.prefix}/lib/{name}"):
             try:
@@ -188,13 +197,6 @@ def _load_from_system(threads: int) -> Blas | None:
             except OSError:
                 continue
     return None
-
-
-def _set_openblas_threads(library: ctypes.CDLL, threads: int) -> None:
-    """Only matters where NumPy was imported first: then the environment came too late."""
-    for name in ("scipy_openblas_set_num_threads64_", "openblas_set_num_threads64_"):
-        if hasattr(library, name):
-            getattr(library, name)(threads)
 
 
 def _address(library: ctypes.CDLL, name: str) -> int | None:
@@ -211,7 +213,7 @@ class _DlInfo(ctypes.Structure):
 
 
 def _global_gemm() -> str | None:
-    """The file of the `cblas_sgemm` a library loaded from now on would get, if there is one."""
+    """Return the file whose `cblas_sgemm` a library that is loaded from now on would get; None if there is none."""
     process = ctypes.CDLL(None)
     address, info = _address(process, "cblas_sgemm"), _DlInfo()
     if address is None or not process.dladdr(ctypes.c_void_p(address), ctypes.byref(info)):

@@ -20,7 +20,7 @@ from turboquant.attention import reference as attention
 from turboquant.attention.dispatch import attend_past, backend, has_kernel
 from turboquant.attention.reference import Partial, add_sink_logits, fold_queries, merge, unfold_part
 from turboquant.kernels.encoding import encode_layer
-from turboquant.quant.codebook import SUPPORTED_BITS
+from turboquant.quant import SUPPORTED_BITS
 from turboquant.quant.codec import Encoded
 from turboquant.quant.packing import pack
 from turboquant.quant.query_stats import QueryCollector

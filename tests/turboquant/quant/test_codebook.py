@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from turboquant.quant.codebook import SUPPORTED_BITS, Codebook, lloyd_max
+from turboquant.quant import SUPPORTED_BITS
+from turboquant.quant.codebook import Codebook, lloyd_max
 
 GRID = np.linspace(-12.0, 12.0, 2_000_001)
 WEIGHTS = np.exp(-(GRID**2) / 2) / math.sqrt(2 * math.pi) * (GRID[1] - GRID[0])

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from turboquant.quant import SUPPORTED_BITS
 from turboquant.quant.cache_codec import CacheCodec
-from turboquant.quant.codebook import SUPPORTED_BITS
 from turboquant.quant.codec import Codec, Encoded
 
 LLOYD_MAX = {2: 0.1175, 3: 0.03455, 4: 0.0095, 5: 0.0025}

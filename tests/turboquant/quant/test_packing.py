@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from turboquant.quant.codebook import SUPPORTED_BITS
+from turboquant.quant import SUPPORTED_BITS
 from turboquant.quant.packing import pack, packed_words, unpack
 
 # Code i is (7 i + 3) mod 2**bits, i = 0 .. 19, so that planes are padded too.

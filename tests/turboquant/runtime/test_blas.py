@@ -1,8 +1,9 @@
-"""The BLAS under MLX: which one is used, and that its results are right. Each case needs a fresh process."""
+"""The BLAS under MLX: which one is used, and that its results are right. Each case runs in a process of its own."""
 
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from importlib import metadata, util
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests import ROOT
+from tests.import_recorder import imports_of
 
 
 def is_installed(distribution):
@@ -25,7 +27,9 @@ linux_cpu = pytest.mark.skipif(
     sys.platform != "linux" or platform.machine() != "x86_64" or not is_installed("mlx-cpu"),
     reason="the tuned BLAS is for MLX's CPU wheel on Linux x86-64",
 )
-THREAD_VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "PIPELINE_BLAS", "LD_PRELOAD")
+SWITCHES = ("TURBOQUANT_BLAS", "PIPELINE_BLAS")
+DEMO = ROOT / "jobs" / "demo" / "model"
+VARIABLES = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", *SWITCHES, "LD_PRELOAD")
 
 LOAD = """
 import json, os, sys
@@ -92,7 +96,7 @@ print(json.dumps({"single": worst, "double": double}))
 
 def run_python(code, **environment):
     """Run `code` in a fresh process that starts without the caller's choices, and parse what it prints."""
-    inherited = {key: value for key, value in os.environ.items() if key not in THREAD_VARIABLES}
+    inherited = {key: value for key, value in os.environ.items() if key not in VARIABLES}
     command = [sys.executable, "-W", "error", "-c", code]
     done = subprocess.run(
         command, cwd=ROOT, env={**inherited, **environment}, capture_output=True, text=True, check=False
@@ -108,7 +112,7 @@ def netlib():
 
 
 @linux_cpu
-def test_numpy_openblas_is_used():
+def test_the_openblas_of_numpy_is_used():
     found = run_python(LOAD + REPORT)
     assert found["tuned"]
     assert found["hint"] is None
@@ -125,45 +129,54 @@ def test_products_are_right(before):
 
 
 @linux_cpu
-def test_off_leaves_mlx_alone():
-    found = run_python(LOAD + REPORT, PIPELINE_BLAS="off")
+@pytest.mark.parametrize("variable", SWITCHES)
+def test_off_leaves_mlx_alone(variable):
+    found = run_python(LOAD + REPORT, **{variable: "off"})
     assert not found["tuned"]
     assert found["path"] is None
-    assert "PIPELINE_BLAS" in found["hint"]
+    assert variable in found["hint"]
     assert "openblas" not in found["mapped"]
 
 
 @linux_cpu
-def test_unknown_choice_is_named():
-    found = run_python(LOAD + REPORT, PIPELINE_BLAS="fast")
+@pytest.mark.parametrize("variable", SWITCHES)
+def test_an_unknown_choice_is_named(variable):
+    found = run_python(LOAD + REPORT, **{variable: "fast"})
     assert not found["tuned"]
     assert "'fast'" in found["hint"]
+    assert variable in found["hint"]
 
 
 @linux_cpu
-def test_too_late_after_mlx():
+def test_the_former_name_counts_only_where_the_new_one_is_not_set():
+    assert run_python(LOAD + REPORT, TURBOQUANT_BLAS="numpy", PIPELINE_BLAS="off")["tuned"]
+    assert not run_python(LOAD + REPORT, TURBOQUANT_BLAS="", PIPELINE_BLAS="off")["tuned"]
+
+
+@linux_cpu
+def test_loading_after_mlx_is_too_late_and_the_hint_says_so():
     found = run_python("import mlx.core\n" + LOAD + REPORT)
     assert not found["tuned"]
     assert "before" in found["hint"]
 
 
 @linux_cpu
-def test_system_library(tmp_path):
+def test_the_library_of_the_system_can_be_chosen(tmp_path):
     (tmp_path / "libopenblas.so.0").symlink_to(netlib())
-    found = run_python(LOAD + REPORT, PIPELINE_BLAS="system", LD_LIBRARY_PATH=str(tmp_path))
+    found = run_python(LOAD + REPORT, TURBOQUANT_BLAS="system", LD_LIBRARY_PATH=str(tmp_path))
     assert found["tuned"]
     assert found["path"] == str(tmp_path / "libopenblas.so.0")
 
 
 @linux_cpu
-def test_slow_preloaded_library_is_reported():
+def test_a_slow_preloaded_library_is_reported():
     found = run_python(LOAD + REPORT, LD_PRELOAD=str(netlib()))
     assert not found["tuned"]
     assert "LD_PRELOAD" in found["hint"]
 
 
 @linux_cpu
-def test_temporary_file_where_memory_files_may_not_run(tmp_path):
+def test_a_temporary_file_is_used_where_memory_files_cannot_be_executed(tmp_path):
     forbid = "import os\ndef fail(*_): raise PermissionError\nos.memfd_create = fail\n"
     found = run_python(forbid + LOAD + REPORT, TMPDIR=str(tmp_path))
     assert found["tuned"]
@@ -172,21 +185,20 @@ def test_temporary_file_where_memory_files_may_not_run(tmp_path):
 
 @linux_cpu
 def test_a_library_that_multiplies_wrongly_is_refused():
-    """Swap in a function that does nothing: it must not become the process's BLAS."""
+    """A function that does nothing must not become the process's BLAS."""
     code = """
 import ctypes, json
-from turboquant.runtime import blas
-from turboquant.runtime import cblas_shim as plain_names
+from turboquant.runtime import blas, cblas_shim
 nothing = ctypes.CDLL(None).getpid
 address = ctypes.cast(nothing, ctypes.c_void_p).value
-refused = not plain_names.export({name: address for name in plain_names.FUNCTIONS})
+refused = not cblas_shim.export({name: address for name in cblas_shim.FUNCTIONS})
 print(json.dumps({"refused": refused, "global": blas._global_gemm()}))
 """
     assert run_python(code) == {"refused": True, "global": None}
 
 
 @linux_cpu
-def test_threads_of_the_user_are_respected():
+def test_the_user_s_number_of_threads_is_respected():
     code = (
         LOAD
         + """
@@ -208,9 +220,59 @@ print(json.dumps([set_threads(), usable_cpus(), int(os.environ["OPENBLAS_NUM_THR
     assert threads == usable == variable >= 1
 
 
-def test_load_twice_is_the_same_object():
-    assert run_python(LOAD + "print(json.dumps(load_tuned_blas() is blas))")
+def test_loading_twice_gives_the_same_description():
+    code = "from turboquant.runtime.blas import blas_in_use\n"
+    assert run_python(LOAD + code + "print(json.dumps(load_tuned_blas() is blas and blas_in_use() is blas))")
 
 
 def test_measure_gflops():
     assert run_python(LOAD + "from turboquant.runtime.blas import measure_gflops\nprint(measure_gflops(64, 0.01))") > 0
+
+
+# ---- where it is loaded
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["generate", "--help"],
+        ["chat", "--help"],
+        ["server", "--help"],
+        ["bench", "--tokens", "64", "--rows", "1"],
+        ["fidelity", "--model", str(DEMO), "--text", str(ROOT / "README.md"), "--context", "64", "--bits", "4"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_every_command_loads_the_blas_before_it_imports_numpy_or_mlx(command, tmp_path):
+    module, *arguments = command
+    assert imports_of(tmp_path, ["-m", f"turboquant.{module}", *arguments]) == [{"numpy": "after", "mlx.core": "after"}]
+
+
+def test_imports_that_come_too_early_would_be_noticed(tmp_path):
+    early = imports_of(tmp_path, ["-c", "import numpy\n" + LOAD + "import mlx.core"])
+    assert early == [{"numpy": "before", "mlx.core": "after"}]
+    assert imports_of(tmp_path, ["-c", "import mlx.core\n" + LOAD])[0]["mlx.core"] == "before"
+
+
+def test_only_the_entries_of_processes_load_it():
+    entries = {
+        "pipeline/cli.py",  # the worker of a rank
+        "pipeline/commands/bench.py",  # the process of a baseline
+        "pipeline/commands/console.py",
+        "pipeline/distributed/ray_worker.py",
+        "pipeline/run/worker.py",
+        "turboquant/bench.py",
+        "turboquant/chat.py",
+        "turboquant/fidelity.py",
+        "turboquant/generate.py",
+        "turboquant/runtime/blas.py",
+        "turboquant/server.py",
+    }
+    files = [file for package in ("pipeline", "turboquant") for file in (ROOT / package).rglob("*.py")]
+    calling = [file for file in files if "load_tuned_blas()" in file.read_text(encoding="utf-8")]
+    assert {str(file.relative_to(ROOT)) for file in calling} == entries
+
+
+def test_one_module_of_turboquant_uses_environment_variables():
+    files = (ROOT / "turboquant").rglob("*.py")
+    assert [file.name for file in files if re.search(r"os\.environ|getenv", file.read_text("utf-8"))] == ["blas.py"]
