@@ -1,21 +1,22 @@
-"""What a run would do, and what has been done: ``plan`` and ``status``, without loading weights.
+"""``pipeline plan`` and ``pipeline status``: count the rows that are done, and tell the cost of the others.
 
-Reads what a run would read and changes nothing.
+Both read the files that a run would read. They load no weights and change no file.
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
+from itertools import zip_longest
 from typing import Any
 
 from pipeline.cache.hit_index import HitIndex, label_number
 from pipeline.errors import RowError
 from pipeline.inputs.inputs import Inputs
 from pipeline.inputs.prompts import PromptTokenizer, Rendered, Renderer
-from pipeline.inputs.token_counter import Asked, Effort, Lengths, Questions, TokenCounter
+from pipeline.inputs.token_counter import Effort, Lengths, TokenCounter
 from pipeline.inputs.windows import OVERLAP, WindowCutter, reserved
 from pipeline.job.budget import budget_bytes, existing
 from pipeline.job.job import Job, Query
@@ -27,61 +28,58 @@ from pipeline.progress import watched
 from pipeline.run.fingerprint import cache_codec, context_label, job_identity, kept_rows, row_fingerprints
 from turboquant.io.identity import Identity
 
-_DOCUMENTS_PER_BATCH = 256
-_CHARACTERS_PER_BATCH = 1 << 20
-
 
 @dataclass(frozen=True)
 class Status:
-    """Rows by what has become of them."""
+    """Numbers of documents and rows. failed: rows that the last run could not answer; they are not done."""
 
-    documents: int
-    rows: int
-    done: int
-    failed: int
+    documents: int = 0
+    rows: int = 0
+    done: int = 0
+    failed: int = 0
 
     @property
     def left(self) -> int:
-        """Rows that the next run will work on, failed ones included."""
+        """Rows that the next run will answer, failed ones included."""
         return self.rows - self.done
 
 
-@dataclass(frozen=True)
+@dataclass
 class Plan:
-    """What a run would cost.
+    """The cost of a run.
 
-    ``unreadable`` and ``too_long`` count documents of which some rows will fail, ``truncated`` and ``split`` those that
-    will be cut; ``hits`` counts the documents'
-    prefixes that are in the store, ``misses`` those that a run would build. Documents of the same text share one. Where
-    there is too much to count, tokens and bytes are ``estimated``, and so is which documents are too long.
+    unreadable, too_long: documents of which some rows will fail. truncated, split: documents that will be cut. tokens,
+    longest: tokens of all contexts, and of the longest one. hits: prefixes in the store. misses: prefixes that a run
+    would build; documents of the same text share one. estimated: some tokens were estimated from characters, and with
+    them the bytes and which documents are too long.
     """
 
     status: Status
-    unreadable: int
-    too_long: int
-    truncated: int
-    split: int
-    tokens: int
-    longest: int
-    hits: int
-    misses: int
-    tokens_to_prefill: int
-    bytes_to_store: int
-    free_bytes: int
+    unreadable: int = 0
+    too_long: int = 0
+    truncated: int = 0
+    split: int = 0
+    tokens: int = 0
+    longest: int = 0
+    hits: int = 0
+    misses: int = 0
+    tokens_to_prefill: int = 0
+    bytes_to_store: int = 0
+    free_bytes: int = 0
     budget_bytes: int | None = None
     estimated: bool = False
 
 
 def job_status(job: Job, quiet: bool = True, shard: Shard | None = None) -> Status:
-    """Count a job's rows; a row answered under other settings, weights or text counts as left."""
-    inputs, rows = Inputs(job, shard), _Rows()
+    """Count a job's rows. A row that was answered with other settings, weights or text is not done."""
+    inputs, status = Inputs(job, shard), Status()
     for document in watched(_documents(job, inputs, job_identity(job, remember=False)), inputs.documents, quiet):
-        rows.add(document)
-    return rows.status()
+        status = document.added_to(status)
+    return status
 
 
 def plan_job(job: Job, quiet: bool = True, effort: Effort | None = None, shard: Shard | None = None) -> Plan:
-    """Count everything and look each prefix up in the store. Raises JobError for what is wrong."""
+    """Return the cost of a run. effort: how much to tokenise. Raises JobError for errors in the job."""
     from pipeline.cache.store import Store
 
     inputs = Inputs(job, shard)
@@ -91,146 +89,31 @@ def plan_job(job: Job, quiet: bool = True, effort: Effort | None = None, shard: 
     tokenizer = load_tokenizer(path, job.trust_remote_code)
     prompts = PromptTokenizer(tokenizer, bool(job.generation.thinking))
     counter = TokenCounter(prompts, inputs.documents, effort or Effort())
-    stored = HitIndex(Store(job.cache.dir).contexts(identity))
-    survey = _Survey(job, config, max_context(config, tokenizer), stored)
-    for batch in _batches(watched(_documents(job, inputs, identity), inputs.documents, quiet)):
-        survey.add(batch, counter)
-    return survey.plan()
-
-
-class _Rows:
-    """Counts rows by what has become of them."""
-
-    def __init__(self) -> None:
-        self._documents = self._rows = self._left = self._failed = 0
-
-    def add(self, document: _Document) -> None:
-        self._documents += 1
-        self._rows += len(document.queries)
-        self._left += len(document.pending)
-        self._failed += document.failed
-
-    def status(self) -> Status:
-        return Status(self._documents, self._rows, self._rows - self._left, self._failed)
-
-
-class _Survey:
-    """Adds documents up to a plan, in a few dozen bytes for each text."""
-
-    def __init__(self, job: Job, config: Mapping[str, Any], limit: int | None, stored: HitIndex) -> None:
-        self._job, self._limit, self._stored = job, limit, stored
-        self._bytes = lru_cache(maxsize=4096)(partial(prefix_bytes, cache_codec(job.cache), config))
-        self._rows = _Rows()
-        self._questions = Questions((), ())
-        self._questions_of: Sequence[Query] = ()
-        self._unreadable = self._too_long = self._cut = self._tokens = self._longest = 0
-        self._tokens_to_prefill = self._bytes_to_store = 0
-        self._hits: set[int] = set()
-        self._misses: set[int] = set()  # documents with the same text share a prefix
-        self._estimated = False
-
-    def add(self, batch: Sequence[_Document], counter: TokenCounter) -> None:
-        """Count a batch of documents."""
-        readable: list[tuple[_Document, int]] = []
-        asked: list[Asked] = []
-        for document in batch:
-            self._rows.add(document)
-            if document.rendered is None:
-                self._unreadable += 1
-                continue
-            label = label_number(context_label(document.rendered))
-            readable.append((document, label))
-            asked.append(Asked(document.rendered, self._asked_of(document), *self._stored.expected(label)))
-        for (document, label), lengths in zip(readable, counter.count(asked), strict=True):
-            if lengths is None:
-                self._unreadable += 1
-            else:
-                self._add_counted(document, label, lengths)
-
-    def plan(self) -> Plan:
-        """What all documents come to."""
-        return Plan(
-            status=self._rows.status(),
-            unreadable=self._unreadable,
-            too_long=self._too_long,
-            truncated=self._cut if self._job.documents.too_long == "truncate" else 0,
-            split=self._cut if self._job.documents.too_long == "split" else 0,
-            tokens=self._tokens,
-            longest=self._longest,
-            hits=len(self._hits),
-            misses=len(self._misses),
-            tokens_to_prefill=self._tokens_to_prefill,
-            bytes_to_store=self._bytes_to_store,
-            free_bytes=shutil.disk_usage(existing(self._job.cache.dir)).free,
-            budget_bytes=_budget(self._job),
-            estimated=self._estimated,
-        )
-
-    def _add_counted(self, document: _Document, label: int, lengths: Lengths) -> None:
-        fitting = self._fitting(document, lengths)
-        if self._is_to_be_cut(document, lengths):
-            self._cut += 1
-            lengths, fitting = self._cut_lengths(document, lengths), {query.id for query in document.queries}
-        self._tokens += lengths.context
-        self._longest = max(self._longest, lengths.context)
-        self._estimated |= lengths.estimated
-        self._too_long += len(fitting) < len(document.queries)
-        if self._stored.holds(label, lengths.context, lengths.estimated):
-            self._hits.add(label)
-        elif label not in self._misses and fitting & document.pending:
-            self._misses.add(label)
-            self._tokens_to_prefill += lengths.context
-            self._bytes_to_store += self._bytes(lengths.context)
-
-    def _is_to_be_cut(self, document: _Document, lengths: Lengths) -> bool:
-        return self._job.documents.too_long != "error" and 0 < self._room(document, lengths) < lengths.context
-
-    def _cut_lengths(self, document: _Document, lengths: Lengths) -> Lengths:
-        """The lengths of what is read of a document, all windows together, which can only be estimated."""
-        room = self._room(document, lengths)
-        if self._job.documents.too_long == "split":
-            room = round(lengths.context * OVERLAP / (OVERLAP - 1))
-        return replace(lengths, context=room, estimated=True)
-
-    def _room(self, document: _Document, lengths: Lengths) -> int:
-        """The tokens that a context may have; its own where there is no limit."""
-        if self._limit is None:
-            return lengths.context
-        return self._limit - reserved(document.queries, self._job.generation) - min(lengths.suffixes)
-
-    def _asked_of(self, document: _Document) -> Questions:
-        """What is asked of a document; worked out once for documents that follow each other and share their queries."""
-        if document.queries is not self._questions_of:
-            longest = [query.settings(self._job.generation).max_tokens for query in document.queries]
-            rooms = () if self._limit is None else tuple(self._limit - tokens for tokens in longest)
-            self._questions = Questions(tuple(query.text for query in document.queries), rooms)
-            self._questions_of = document.queries
-        return self._questions
-
-    def _fitting(self, document: _Document, lengths: Lengths) -> set[str]:
-        """The queries for which the model reads far enough."""
-        if self._limit is None:
-            return {query.id for query in document.queries}
-        each = zip(document.queries, lengths.suffixes, self._asked_of(document).rooms, strict=True)
-        return {query.id for query, suffix, room in each if lengths.context + suffix <= room}
-
-
-def _budget(job: Job) -> int | None:
-    return None if job.cache.budget is None else budget_bytes(job.cache.budget, job.cache.dir)
+    hit_index = HitIndex(Store(job.cache.dir).contexts(identity))
+    planner = _Planner(job, config, max_context(config, tokenizer), counter, hit_index)
+    for document in watched(_documents(job, inputs, identity), inputs.documents, quiet):
+        planner.add(document)
+    return planner.plan
 
 
 @dataclass(frozen=True)
 class _Document:
-    """What is left of one document: ``rendered`` is None where that fails."""
+    """One document. rendered: None if the template fails. open: ids of queries without a valid row. failed: rows."""
 
     queries: Sequence[Query]
     rendered: Rendered | None
-    pending: frozenset[str]
+    open: frozenset[str]
     failed: int
+
+    def added_to(self, status: Status) -> Status:
+        """Return the status with this document's rows."""
+        rows = len(self.queries)
+        done = status.done + rows - len(self.open)
+        return Status(status.documents + 1, status.rows + rows, done, status.failed + self.failed)
 
 
 def _documents(job: Job, inputs: Inputs, identity: Identity) -> Iterator[_Document]:
-    renderer, fitting = Renderer(job.prompt), WindowCutter(job)
+    renderer, cutter = Renderer(job.prompt), WindowCutter(job)
     with Results(job.result_file, url=job.result_url, read_only=True) as results:
         for document in inputs.stream():
             every = frozenset(query.id for query in document.queries)
@@ -241,21 +124,80 @@ def _documents(job: Job, inputs: Inputs, identity: Identity) -> Iterator[_Docume
             except RowError:
                 yield _Document(document.queries, None, every, failed)
                 continue
-            cut = fitting.mark(rendered, document.queries)
+            cut = cutter.mark(rendered, document.queries)
             fingerprints = row_fingerprints(identity, rendered, document.queries, job.generation, cut) if rows else {}
-            kept = kept_rows(rows, fingerprints)
-            yield _Document(document.queries, rendered, every - kept.keys(), failed)
+            yield _Document(document.queries, rendered, every - kept_rows(rows, fingerprints).keys(), failed)
 
 
-def _batches(documents: Iterable[_Document]) -> Iterator[list[_Document]]:
-    """Documents to be tokenised together: enough to keep a tokenizer's threads busy, few enough to be held."""
-    batch: list[_Document] = []
-    characters = 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document.rendered.context) if document.rendered else 0
-        if len(batch) >= _DOCUMENTS_PER_BATCH or characters >= _CHARACTERS_PER_BATCH:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
+class _Planner:
+    """Adds documents to a plan, and remembers a number for each prefix that it has counted.
+
+    limit: the most tokens that the model reads, or None.
+    """
+
+    def __init__(
+        self, job: Job, config: Mapping[str, Any], limit: int | None, counter: TokenCounter, hit_index: HitIndex
+    ) -> None:
+        budget = None if job.cache.budget is None else budget_bytes(job.cache.budget, job.cache.dir)
+        free = shutil.disk_usage(existing(job.cache.dir)).free
+        self.plan = Plan(Status(), free_bytes=free, budget_bytes=budget)
+        self._job, self._limit, self._counter, self._hit_index = job, limit, counter, hit_index
+        self._prefix_bytes = lru_cache(maxsize=4096)(partial(prefix_bytes, cache_codec(job.cache), config))
+        self._hits: set[int] = set()
+        self._misses: set[int] = set()
+
+    def add(self, document: _Document) -> None:
+        """Add one document."""
+        plan = self.plan
+        plan.status = document.added_to(plan.status)
+        settings = [query.settings(self._job.generation) for query in document.queries]
+        rooms = [] if self._limit is None else [self._limit - each.max_tokens for each in settings]
+        label = label_number(context_label(document.rendered)) if document.rendered else 0
+        lengths = self._lengths(document, label, rooms)
+        if lengths is None:
+            plan.unreadable += 1
+            return
+        lengths, is_cut = self._cut(document, lengths)
+        plan.truncated += is_cut and self._job.documents.too_long == "truncate"
+        plan.split += is_cut and self._job.documents.too_long == "split"
+        fits = [
+            is_cut or self._limit is None or lengths.context + suffix <= room
+            for suffix, room in zip_longest(lengths.suffixes, rooms, fillvalue=0)
+        ]
+        plan.too_long += not all(fits)
+        plan.tokens += lengths.context
+        plan.longest = max(plan.longest, lengths.context)
+        plan.estimated |= lengths.estimated
+        if self._hit_index.contains(label, lengths.context, lengths.estimated):
+            self._hits.add(label)
+        elif label not in self._misses and any(
+            fit and query.id in document.open for query, fit in zip(document.queries, fits, strict=True)
+        ):
+            self._misses.add(label)
+            plan.tokens_to_prefill += lengths.context
+            plan.bytes_to_store += self._prefix_bytes(lengths.context)
+        plan.hits, plan.misses = len(self._hits), len(self._misses)
+
+    def _lengths(self, document: _Document, label: int, rooms: Sequence[int]) -> Lengths | None:
+        """Return the lengths of a document's prompts, or None if they cannot be made."""
+        if document.rendered is None:
+            return None
+        texts = [query.text for query in document.queries]
+        try:
+            stored_tokens = self._hit_index.trusted_tokens(label)
+            if stored_tokens is not None:
+                return Lengths(stored_tokens, self._counter.suffixes(document.rendered, texts))
+            return self._counter.count(document.rendered, texts, rooms)
+        except RowError:
+            return None
+
+    def _cut(self, document: _Document, lengths: Lengths) -> tuple[Lengths, bool]:
+        """Return the lengths after the document is cut, all windows together, and whether it is cut at all."""
+        policy = self._job.documents.too_long
+        if policy == "error" or self._limit is None:
+            return lengths, False
+        room = self._limit - reserved(document.queries, self._job.generation) - min(lengths.suffixes)
+        if not 0 < room < lengths.context:
+            return lengths, False
+        context = room if policy == "truncate" else round(lengths.context * OVERLAP / (OVERLAP - 1))
+        return replace(lengths, context=context, estimated=True), True

@@ -225,8 +225,7 @@ def test_plan_and_status_print_tables_or_json(workplace: Workplace) -> None:
 def test_an_estimated_plan_says_so(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     from pipeline.inputs.token_counter import Effort
 
-    monkeypatch.setattr("pipeline.commands.plan.Effort", lambda: Effort(0, 0, 0))
-    monkeypatch.setattr("pipeline.commands.plan._DOCUMENTS_PER_BATCH", 1)
+    monkeypatch.setattr("pipeline.commands.plan.Effort", lambda: Effort(0, 0))
     shown = invoke("plan", workplace.job_file).stdout
     assert "3 (about " in shown
     assert "prefill    about " in shown

@@ -103,7 +103,7 @@ def test_what_is_stored_is_not_tokenised_again(
     counted: list[str] = []
     count = PromptTokenizer.count
     monkeypatch.setattr(PromptTokenizer, "count", lambda self, texts: counted.extend(texts) or count(self, texts))
-    monkeypatch.setattr("pipeline.cache.hit_index._CHECKED_FIRST", 0)
+    monkeypatch.setattr("pipeline.cache.hit_index._FIRST_CHECKS", 0)
     plan = plan_job(job(workplace))
     assert (plan.hits, plan.misses) == (2, 1)
     assert plan.tokens - plan.tokens_to_prefill == before.tokens
@@ -138,13 +138,12 @@ def test_contexts_of_another_identity_are_no_hits(workplace: Workplace, run: Cal
     assert plan_job(job(workplace)).hits == 2
 
 
-def test_a_plan_beyond_the_effort_is_estimated(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.commands.plan._DOCUMENTS_PER_BATCH", 1)
+def test_a_plan_beyond_the_effort_is_estimated(workplace: Workplace) -> None:
     for number in range(8):
         workplace.documents[f"e{number}"] = f"Paper {number}. The board met and decided the budget. " * (9 + number)
     workplace.documents |= {"long": "The board met. " * 1900, "blank": " "}
     exact = plan_job(job(workplace))
-    about = plan_job(job(workplace), effort=Effort(0, 0, 0))
+    about = plan_job(job(workplace), effort=Effort(0, 0))
     assert (exact.estimated, about.estimated) == (False, True)
     assert about.status == exact.status
     assert (about.misses, about.too_long, about.unreadable) == (exact.misses, 1, 1) == (11, 1, 1)
@@ -152,11 +151,8 @@ def test_a_plan_beyond_the_effort_is_estimated(workplace: Workplace, monkeypatch
     assert about.tokens != exact.tokens
 
 
-@pytest.mark.parametrize("effort", [Effort(), Effort(0, 0, 1 << 20)], ids=["counted", "estimated"])
-def test_the_last_token_that_fits(
-    workplace: Workplace, run: Callable[[], None], monkeypatch: pytest.MonkeyPatch, effort: Effort
-) -> None:
-    monkeypatch.setattr("pipeline.commands.plan._DOCUMENTS_PER_BATCH", 1)
+@pytest.mark.parametrize("effort", [Effort(), Effort(0, 1 << 20)], ids=["counted", "estimated"])
+def test_the_last_token_that_fits(workplace: Workplace, run: Callable[[], None], effort: Effort) -> None:
     workplace.queries = workplace.queries[:1]
     workplace.documents = {"first": "The board met; twice! " * 20, "near": "The board met; twice! " * 100}
     run()
