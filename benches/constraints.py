@@ -97,7 +97,7 @@ def main() -> None:
 
     from pipeline.models.constraints import Grammars
     from pipeline.models.loading import load_model
-    from pipeline.models.thinking import Marks
+    from pipeline.models.thinking import ThinkingMarks
     from turboquant import CacheCodec, enabled, prefill
     from turboquant.caches.prefix import resident
 
@@ -105,13 +105,13 @@ def main() -> None:
     vocabulary = int(loaded.config["vocab_size"])
     texts = [json.dumps(schema) for schema in SCHEMAS]
     started = time.perf_counter()
-    grammars, marks = Grammars(loaded.tokenizer, texts), Marks(loaded.tokenizer)
+    grammars, marks = Grammars(loaded.tokenizer, texts), ThinkingMarks(loaded.tokenizer)
     print(f"vocabulary {vocabulary:,}; 8 schemas compiled in {time.perf_counter() - started:.2f} s", flush=True)
     packed = prefill(loaded.model, random_tokens(arguments.tokens, vocabulary, -1), CacheCodec(), 512)
     (prefix,) = resident([packed], "dense")
     for rows in arguments.rows:
         seconds: list[float] = []
-        held = [grammars.constraint(texts[row % 8], marks.watch([], may_think=False)) for row in range(rows)]
+        held = [grammars.constraint(texts[row % 8], marks.parser([], may_think=False)) for row in range(rows)]
         with enabled(loaded.model):
             ways = [None] * rows, [Timed(each, seconds) for each in held]
             before, after = measure([begin(loaded.model, prefix, vocabulary, way) for way in ways])

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from turboquant.eval import plot
 from turboquant.eval.columns import aligned
+from turboquant.mlx_lm.loading import is_repo_id, load_lazily
 from turboquant.quant import SUPPORTED_BITS
 from turboquant.runtime.blas import load_tuned_blas
 
@@ -30,7 +31,6 @@ LONGEST = 8192  # tokens of context, unless --context says otherwise
 SHORTEST = 64
 MARGIN = 256  # tokens left free behind a context for a question and the template around it
 PROBES = ("What", "1", "(x)", "\n-")  # questions that show where the context ends for any question
-_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 class UsageError(Exception):
@@ -57,17 +57,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def load_model(name: str) -> tuple[Any, Any]:
-    """A model and its tokenizer, by mlx-lm, from a folder or a Hugging Face repo id.
+    """Load a model and its tokenizer from a folder or a Hugging Face repo, in a form that suits the device.
 
-    In a form that suits the device, see ``settle_weights``. Raises UsageError where there is no such folder.
+    See `settle_weights`. Raises UsageError if there is no such folder.
     """
-    if not Path(name).is_dir() and (Path(name).exists() or not _REPO_ID.fullmatch(name)):
+    if not Path(name).is_dir() and (Path(name).exists() or not is_repo_id(name)):
         raise UsageError(f"--model {name}: neither a model's folder nor a Hugging Face repo id (owner/name)")
-    from mlx_lm import load
+    model, tokenizer, _ = load_lazily(name)
 
     from turboquant.runtime.device import settle_weights
 
-    model, tokenizer = load(name, lazy=True)[:2]
     settle_weights(model)
     return model, tokenizer
 

@@ -16,8 +16,6 @@ from typing import Any
 
 import mlx.core as mx
 import pyarrow.parquet as pq
-from mlx_lm.generate import batch_generate, generate_step, stream_generate
-from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache
 
 from pipeline.commands.bench_result import WARM, Outcome, Pair
 from pipeline.commands.resource_meter import ResourceMeter
@@ -27,6 +25,14 @@ from pipeline.inputs.prompts import PromptTokenizer, Renderer
 from pipeline.inputs.windows import WindowCutter
 from pipeline.job.job import Job, Settings
 from pipeline.models.loading import LoadedModel, load_model, max_context
+from pipeline.models.mlx_lm_internals import (
+    batch_generate,
+    generate_step,
+    load_prompt_cache,
+    make_prompt_cache,
+    save_prompt_cache,
+    stream_generate,
+)
 from pipeline.models.output_parser import OutputParser, RowParser
 from pipeline.progress import Progress
 from pipeline.run.decode import make_sampler, row_name
@@ -158,7 +164,7 @@ class _Stock:
         """Answer a question by stream_generate; returns the seconds until there was a token."""
         started, seconds = time.monotonic(), 0.0
         settings = question.settings
-        reading = self._reader.begin(question.suffix, settings)
+        reading = self._reader.start_row(question.suffix, settings)
         responses = stream_generate(
             self._loaded.model,
             self._loaded.tokenizer,
@@ -196,11 +202,11 @@ class _Stock:
                 prefill_batch_size=size,
             )
             for question, tokens in zip(batch, response.token_ids, strict=True):
-                self._note(question, self._reader.begin(question.suffix, question.settings), tokens)
+                self._note(question, self._reader.start_row(question.suffix, question.settings), tokens)
 
     def _note(self, question: _Question, reading: RowParser, tokens: Iterable[int]) -> None:
         """Take tokens until the answer ends."""
-        any(map(reading.take, tokens))
+        any(map(reading.add, tokens))
         answer = reading.answer("stop")
         self.answers[question.pair] = answer.text
         self.answer_tokens += answer.tokens

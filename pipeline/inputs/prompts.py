@@ -91,7 +91,9 @@ class PromptTokenizer:
 
     def __init__(self, tokenizer: Any, thinks: bool = False) -> None:
         self._tokenizer = tokenizer
-        self._has_template = _has_chat_template(tokenizer)
+        from pipeline.models.mlx_lm_internals import can_use_chat_template
+
+        self._has_template = can_use_chat_template(tokenizer)
         self._template_options = {"enable_thinking": thinks, **_template_options(tokenizer)}
         self.folds_system = self._has_template and not self._takes_system_role()
         self._encode = _find_encoder(tokenizer, add_special_tokens=not self._has_template)
@@ -182,13 +184,6 @@ def _fill(template: Template, key: str, document: Document) -> str:
         raise PromptFailed(f"{key}: {one_line(error)}") from error
 
 
-def _has_chat_template(tokenizer: Any) -> bool:
-    # mlx-lm's wrapper may render in Python, with no template in the tokenizer.
-    if hasattr(tokenizer, "has_chat_template"):
-        return bool(tokenizer.has_chat_template)
-    return getattr(tokenizer, "chat_template", None) is not None
-
-
 # Llama's own date where the clock is not to be had.
 _DATE = {"%Y": "2024", "%y": "24", "%m": "07", "%B": "July", "%b": "Jul", "%d": "26", "%H": "00", "%M": "00"}
 
@@ -205,16 +200,15 @@ def _template_options(tokenizer: Any) -> dict[str, str]:
 
 def _find_encoder(tokenizer: Any, add_special_tokens: bool) -> Callable[[list[str]], list[list[int]]]:
     """The fastest way to tokenise several texts that gives what `tokenizer.encode` gives for each."""
+    from pipeline.models.mlx_lm_internals import hugging_face_tokenizer
+
     # Without `verbose` there is a warning for each text longer than the model's training length.
     options: dict[str, Any] = {"add_special_tokens": add_special_tokens, "verbose": False}
 
     def one_by_one(texts: list[str]) -> list[list[int]]:
         return [list(tokenizer.encode(text, **options)) for text in texts]
 
-    # mlx-lm's wrapper forwards methods, but cannot be called.
-    call = tokenizer if callable(tokenizer) else getattr(tokenizer, "_tokenizer", None)
-    if not callable(call):
-        return one_by_one
+    call = hugging_face_tokenizer(tokenizer)
 
     def together(texts: list[str]) -> list[list[int]]:
         ids: list[list[int]] = call(texts, return_attention_mask=False, **options)["input_ids"]

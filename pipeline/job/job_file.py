@@ -18,6 +18,7 @@ from pipeline.job import yaml_reader as yaml_files
 from pipeline.job.job import QUERIES, Job, Output
 from pipeline.job.shards import Shard
 from pipeline.job.validation_errors import describe, explain_job
+from turboquant.mlx_lm.loading import is_repo_id
 
 _UPLOADS = ("s3", "s3a", "gs", "gcs")  # where a file appears whole or not at all
 _PATHS = ("adapter", "documents.path", "queries.path", "cache.dir", "output.path")
@@ -88,7 +89,7 @@ def _resolve_model(value: str, base: Path, origin: str) -> str:
     folder = _absolute(value, base)
     if os.path.isdir(folder):
         return folder
-    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", value):
+    if is_repo_id(value):
         return value
     raise JobError(
         f"{origin}: model: there is no folder {folder}, and '{value}' is not a Hugging Face repo id (owner/name)"

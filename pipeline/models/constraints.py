@@ -1,7 +1,6 @@
-"""JSON schemas that answers must follow: compiled before a run, and enforced while decoding, by llguidance.
+"""Hold answers to JSON schemas: llguidance compiles the schemas before a run and restricts tokens while decoding.
 
-Knows schemas, the extra that compiles them, and tokens; not prompts or rows, nor which rows share a batch. What
-llguidance has no rule for it refuses, so JSON that it lets through to the end is JSON of the schema.
+llguidance refuses every part of a schema that it has no rule for, so a complete answer always follows its schema.
 """
 
 from __future__ import annotations
@@ -13,12 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipeline.errors import AnswerCutOff, GenerationFailed, JobError, ModelError, RowError, one_line
-from pipeline.models.thinking import Thinking
 
 if TYPE_CHECKING:
     import mlx.core as mx
 
-# One line, or a model that is at a loss could go on with spaces for ever.
+    from pipeline.models.thinking import ThinkingParser
+
+# JSON on one line: a model that has nothing to say could otherwise write spaces without end.
 _FORM = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?", "lenient": False}
 
 _SCHEMA_KEYS = {"items", "prefixItems", "additionalProperties", "anyOf", "oneOf"}
@@ -27,9 +27,9 @@ _OPEN_KEYS = {"additionalProperties", "patternProperties", "unevaluatedPropertie
 
 
 def check_schemas(schemas: Mapping[str, str]) -> None:
-    """Raises JobError for a schema that cannot be compiled, and where there is nothing to compile it with.
+    """Raise JobError if a schema cannot be compiled, or if llguidance is not installed.
 
-    schemas: each with the id of the first query that has it.
+    schemas: each schema with the id of the first query that has it.
     """
     for schema, query_id in schemas.items():
         origin = f"queries: json_schema of query '{query_id}'"
@@ -45,7 +45,10 @@ def check_schemas(schemas: Mapping[str, str]) -> None:
 
 
 class Grammars:
-    """Schemas, compiled for a tokenizer (mlx-lm's wrapper). Raises ModelError where it does not tell its bytes."""
+    """JSON schemas, compiled for one tokenizer.
+
+    tokenizer: mlx-lm's wrapper. Raises ModelError if llguidance cannot find out the bytes of its tokens.
+    """
 
     def __init__(self, tokenizer: Any, schemas: Collection[str]) -> None:
         self._matchers: dict[str, Any] = {}
@@ -54,58 +57,61 @@ class Grammars:
         from llguidance import LLMatcher
         from llguidance.hf import from_tokenizer
 
+        from pipeline.models.mlx_lm_internals import hugging_face_tokenizer, stop_token_ids
+
         try:
-            self._tokenizer = from_tokenizer(tokenizer._tokenizer, eos_token=sorted(tokenizer.eos_token_ids))
+            self._tokenizer = from_tokenizer(hugging_face_tokenizer(tokenizer), eos_token=stop_token_ids(tokenizer))
         except ValueError as error:
             raise ModelError(f"json_schema cannot be used with this model's tokenizer: {one_line(error)}") from error
         for schema in schemas:
             self._matchers[schema] = LLMatcher(self._tokenizer, _grammar(schema), log_level=0)
 
-    def constraint(self, schema: str, thinking: Thinking) -> Constraint:
-        """What keeps one answer to one of the schemas, from where its thinking is over."""
+    def constraint(self, schema: str, thinking: ThinkingParser) -> Constraint:
+        """Return the constraint that holds one answer to a schema, beginning where its thinking ends."""
         return Constraint(self._matchers[schema].deep_copy(), self._tokenizer, thinking)
 
 
 class Constraint:
-    """Keeps one row to its schema, as a logits processor of mlx-lm's; whatever rows are beside it."""
+    """A logits processor of mlx-lm that holds one row to its schema, independently of the other rows of the batch."""
 
-    def __init__(self, matcher: Any, tokenizer: Any, thinking: Thinking) -> None:
+    def __init__(self, matcher: Any, tokenizer: Any, thinking: ThinkingParser) -> None:
         self._matcher, self._tokenizer, self._thinking = matcher, tokenizer, thinking
-        self._read: int | None = None  # tokens seen, the prompt's among them
+        self._tokens_read: int | None = None  # of the prompt and the answer
 
     def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
-        """Logits, (1, vocabulary), without the tokens that cannot come next.
+        """Return the logits, (1, vocabulary), with minus infinity for every token that cannot come next.
 
-        tokens: the prompt's, as far as the generator knows them, and all that were generated; none at the first call.
+        tokens: the tokens of the prompt that mlx-lm knows, and all that were generated, which are none at the first
+        call.
         """
         import mlx.core as mx
 
-        if self._read is not None:
-            generated: Any = tokens[self._read :].tolist()
+        if self._tokens_read is not None:
+            generated: Any = tokens[self._tokens_read :].tolist()
             for token in generated:
-                self._matcher.consume_tokens(self._thinking.take(token))
-        self._read = tokens.size
+                self._matcher.consume_tokens(self._thinking.add(token))
+        self._tokens_read = tokens.size
         if self._thinking.is_open:
             return logits
-        words = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)  # only the end where it gave up
+        words = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)  # only the stop token if llguidance gave up
         allowed = np.unpackbits(words, count=logits.shape[-1], bitorder="little").view(bool)
-        if (mark := self._thinking.awaited) is not None:
-            allowed &= not self._thinking.tokens  # a mark that was begun is ended
-            allowed[mark] = True
+        if (start_token := self._thinking.next_start_token) is not None:
+            allowed &= not self._thinking.tokens  # a mark of several tokens that was begun must be completed
+            allowed[start_token] = True
         return mx.where(mx.array(allowed), logits, -mx.inf)
 
     @property
     def is_complete(self) -> bool:
-        """Whether all tokens so far are JSON of the schema that nothing can be added to."""
+        """Whether the tokens so far are complete JSON of the schema."""
         return self._matcher.is_stopped() and not self._matcher.is_error()
 
     def text(self, tokens: Sequence[int]) -> str:
-        """What tokens are to the schema, to the byte."""
+        """Return the text of tokens as llguidance reads it, byte by byte."""
         text: str = self._tokenizer.decode_str(list(tokens))
         return text
 
     def failure(self, tokens: int) -> RowError | None:
-        """What is wrong with an answer that ended with so many tokens."""
+        """Return the error of an answer that ended after `tokens` tokens, or None if it is complete."""
         if self.is_complete:
             return None
         if problem := self._matcher.get_error():
@@ -118,16 +124,16 @@ class Constraint:
 def _grammar(schema: str) -> str:
     from llguidance import LLMatcher
 
-    is_merged = '"allOf"' in schema  # of parts, each of which must let the others' properties pass
+    is_merged = '"allOf"' in schema  # each part of `allOf` must accept the properties of the others
     tree = json.loads(schema)
     grammar: str = LLMatcher.grammar_from_json_schema(tree if is_merged else _closed(tree), overrides=_FORM)
     return grammar
 
 
 def _closed(schema: Any) -> Any:
-    """A schema whose objects have the properties it names and no others, but where it says what others may be.
+    """Return the schema with objects closed to properties that it does not name, unless it describes those too.
 
-    All that it allows the schema itself allows; a model that may add properties finds no end.
+    Everything that the result accepts, the schema accepts. A model that may add any property does not come to an end.
     """
     if isinstance(schema, list):
         return [_closed(each) for each in schema]

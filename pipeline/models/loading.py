@@ -1,46 +1,43 @@
-"""Find a model and load it with its tokenizer and its adapter.
+"""Find a model, check its files, and load it with its tokenizer and its adapter.
 
-It knows mlx-lm's loader, the layout of a model folder and the Hugging Face cache. It does not know jobs,
-prompts or caches of K/V. MLX and mlx-lm (two seconds) are imported only where something is loaded.
+The parent process of a run imports this module too, so MLX and mlx-lm, which take two seconds, are imported only in the
+functions that load something.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ModelError, one_line
 from pipeline.models.ranks import SINGLE, RankGroup
+from turboquant.mlx_lm.loading import is_repo_id, load_lazily
 
 if TYPE_CHECKING:
     from turboquant.quant.cache_codec import CacheCodec
 
-WEIGHTS = "model*.safetensors"  # what mlx-lm loads; a folder may hold other copies of the weights besides
+WEIGHTS = "model*.safetensors"  # the files that mlx-lm loads; a folder may hold other copies of the weights
 
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model", "*.tiktoken")
 _CONTEXT_KEYS = ("max_position_embeddings", "max_sequence_length", "n_positions", "n_ctx", "seq_length")
-_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-_NO_LIMIT = 10**9  # transformers writes 1e30 where a tokenizer states no limit
+_NO_LIMIT = 10**9  # transformers writes 1e30 if a tokenizer states no limit
 
-_TRUST = "; where you trust the code that comes with it, set `trust_remote_code: true` in the job"
-
-Loaded = TypeVar("Loaded")
+_TRUST_HINT = "; if you trust the code that comes with it, set `trust_remote_code: true` in the job"
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """An mlx-lm model ready to run, its tokenizer (mlx-lm's wrapper), its config.json and its folder."""
+    """An mlx-lm model that is ready to run, its tokenizer (mlx-lm's wrapper) and its config.json."""
 
     model: Any
     tokenizer: Any
     config: dict[str, Any]
-    path: Path
 
 
 def load_model(
@@ -52,71 +49,66 @@ def load_model(
 ) -> LoadedModel:
     """Load a model folder or a Hugging Face repo, in a form that suits the device.
 
-    revision: of the repo. adapter: a folder that mlx-lm's training wrote. trust_remote_code: run code that comes with
-    the model, where it needs that. ranks: those that hold the model between them, of which each loads its part.
+    revision: a branch, a tag or a commit of the repo. adapter: a folder that mlx-lm's training wrote.
+    trust_remote_code: run code that comes with the model, if the model needs it. ranks: the group that holds the model
+    between its processes; each of them loads its part.
 
-    On a GPU weights stay as they are. On a CPU they become float32, quantized layers included: MLX computes
-    half precision there at 2 to 5 GFLOP/s and quantized layers at 2, float32 at the speed of the BLAS.
+    On a GPU, weights keep their dtypes. On a CPU they become float32, and quantized layers are dequantized: there MLX
+    computes half precision with 2 to 5 GFLOP/s, quantized layers with 2, and float32 as fast as the BLAS.
 
-    Raises ModelError where the model can't be found, read or understood.
+    Raises ModelError if the model cannot be found, read or loaded.
     """
     path = resolve_model(name, revision)
-    _require_files(path)
+    read_config(path)
+    _require_vocabulary(path)
+    for file in weight_files(path):
+        _require_whole(file)
     if adapter is not None:
         _require_whole(adapter_files(adapter)[1])
-    from mlx_lm import load
+    with _explained_failure(path):
+        model, tokenizer, config = load_lazily(path, adapter, trust_remote_code)
+    if ranks.count > 1:
+        _require_whole_heads(path, model, config, ranks.count)
 
     from turboquant.runtime.device import settle_weights
 
-    def loaded() -> Any:
-        return load(
-            str(path),
-            tokenizer_config={"trust_remote_code": trust_remote_code},
-            adapter_path=None if adapter is None else str(adapter),
-            lazy=True,
-            return_config=True,
-            trust_remote_code=trust_remote_code,
-        )
-
-    model, tokenizer, config = _explain_failure(path, loaded)
-    if ranks.count > 1:
-        _require_parts(path, model, config, ranks.count)
-    _explain_failure(path, lambda: settle_weights(model, ranks.group))
-    return LoadedModel(model, tokenizer, config, path)
+    with _explained_failure(path):
+        settle_weights(model, ranks.group)
+    return LoadedModel(model, tokenizer, config)
 
 
 def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
-    """mlx-lm's tokenizer of a model folder, for work that needs no weights."""
+    """Load mlx-lm's tokenizer wrapper from a model folder, for work that needs no weights. Raises ModelError."""
     config = read_config(path)
     _require_vocabulary(path)
-    from mlx_lm.utils import load_tokenizer
+    from pipeline.models.mlx_lm_internals import load_tokenizer_only
 
-    options = {"trust_remote_code": trust_remote_code}
-    return _explain_failure(path, lambda: load_tokenizer(path, options, eos_token_ids=config.get("eos_token_id")))
+    with _explained_failure(path):
+        return load_tokenizer_only(path, config.get("eos_token_id"), trust_remote_code)
 
 
 def resolve_model(name: str | Path, revision: str | None = None) -> Path:
-    """The folder of a model: `name` itself, or a repo id's local snapshot, downloaded where there is none.
+    """Return the folder of a model: `name` itself, or the local snapshot of a repo, which is downloaded if missing.
 
-    revision: a branch, a tag or a commit of the repo.
+    revision: a branch, a tag or a commit of the repo. Raises ModelError.
     """
     path = Path(name).expanduser()
     if path.is_dir():
         if revision is not None:
-            raise ModelError(f"revision {revision}: is for models from Hugging Face, and {name} is a folder")
+            raise ModelError(f"revision {revision}: a revision is for models from Hugging Face, and {name} is a folder")
         return path.resolve()
     if path.exists():
         raise ModelError(f"model {name}: is a file; give the folder that holds config.json and the weights")
-    if not isinstance(name, str) or not _REPO_ID.fullmatch(name):
+    if not isinstance(name, str) or not is_repo_id(name):
         raise ModelError(
-            f"model {name}: no such folder, and not a Hugging Face repo id (owner/name) either; "
-            "a relative path counts from the job file"
+            f"model {name}: there is no such folder, and it is not a Hugging Face repo id (owner/name) either; "
+            "a relative path starts at the job file's folder"
         )
     return _snapshot(name, revision)
 
 
 def adapter_files(adapter: Path) -> tuple[Path, Path]:
-    """The config and the weights of an adapter. Raises ModelError where a folder lacks them."""
+    """Return the config file and the weight file of an adapter. Raises ModelError if the folder lacks one of them."""
     files = adapter / "adapter_config.json", adapter / "adapters.safetensors"
     if missing := [file.name for file in files if not file.is_file()]:
         raise ModelError(
@@ -127,7 +119,10 @@ def adapter_files(adapter: Path) -> tuple[Path, Path]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """The model's config.json, with the stop tokens of generation_config.json where those differ."""
+    """Return a model's config.json, with the stop tokens of generation_config.json if that file names any.
+
+    Raises ModelError if one of the files cannot be read.
+    """
     config = _read_object(path / "config.json")
     generation = path / "generation_config.json"
     if generation.exists() and (stop := _read_object(generation).get("eos_token_id")):
@@ -136,7 +131,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def max_context(config: Mapping[str, Any], tokenizer: Any = None) -> int | None:
-    """Most tokens the model was made for, or None where neither its config nor its tokenizer tells.
+    """Return how many tokens the model reads at most, or None if neither its config nor its tokenizer states a limit.
 
     >>> max_context({"max_position_embeddings": 8192})
     8192
@@ -152,10 +147,14 @@ def max_context(config: Mapping[str, Any], tokenizer: Any = None) -> int | None:
 
 
 def _snapshot(repo: str, revision: str | None) -> Path:
-    """Local first: a job must give the same answers tomorrow, whatever was pushed to the hub since."""
+    """Return the folder of a repo's snapshot, downloaded only if there is none.
+
+    A job must give the same answers tomorrow, even if the repo has changed on the hub since.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
+
+    from pipeline.models.mlx_lm_internals import DEFAULT_ALLOW_PATTERNS
 
     download = partial(snapshot_download, repo, revision=revision, allow_patterns=DEFAULT_ALLOW_PATTERNS)
     try:
@@ -167,16 +166,9 @@ def _snapshot(repo: str, revision: str | None) -> Path:
     except (OSError, ValueError, HfHubHTTPError) as error:
         at = f" at revision {revision}" if revision else ""
         raise ModelError(
-            f"model {repo}{at}: neither a folder here nor to be had from Hugging Face ({one_line(error)}); "
+            f"model {repo}{at}: neither a folder here nor a repo that Hugging Face provides ({one_line(error)}); "
             "check the name and the network, log in if the repo is gated, or give a local folder"
         ) from error
-
-
-def _require_files(path: Path) -> None:
-    read_config(path)
-    _require_vocabulary(path)
-    for file in weight_files(path):
-        _require_whole(file)
 
 
 def _require_vocabulary(path: Path) -> None:
@@ -185,7 +177,10 @@ def _require_vocabulary(path: Path) -> None:
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The weight files by name, all those that the index names, if there is an index."""
+    """Return a model's weight files, sorted by name.
+
+    Raises ModelError if there are none, or if the index names a file that is missing.
+    """
     files = sorted(path.glob(WEIGHTS))
     index = path / "model.safetensors.index.json"
     named = set(_read_object(index).get("weight_map", {}).values()) if index.exists() else set()
@@ -231,8 +226,8 @@ def _read_object(file: Path) -> dict[str, Any]:
 # ---- loading
 
 
-def _require_parts(path: Path, model: Any, config: Mapping[str, Any], count: int) -> None:
-    """Heads are not cut, though mlx-lm would try: each rank has as many, and the keys and values of its own."""
+def _require_whole_heads(path: Path, model: Any, config: Mapping[str, Any], count: int) -> None:
+    """Raise ModelError if `count` ranks cannot share the heads evenly: mlx-lm would cut a head in two."""
     if not hasattr(model, "shard"):
         raise ModelError(f"model {path}: mlx-lm can't split a {config.get('model_type')}; set scale.ranks to 1")
     text = config.get("text_config") or config
@@ -244,10 +239,11 @@ def _require_parts(path: Path, model: Any, config: Mapping[str, Any], count: int
             )
 
 
-def _explain_failure(path: Path, load: Callable[[], Loaded]) -> Loaded:
-    """mlx-lm and transformers raise whatever comes to hand; the reason is in the text."""
+@contextmanager
+def _explained_failure(path: Path) -> Iterator[None]:
+    """Raise ModelError for the exceptions of mlx-lm and transformers, which are of many kinds and name the reason."""
     try:
-        return load()
+        yield
     except (
         OSError,
         ValueError,
@@ -258,12 +254,15 @@ def _explain_failure(path: Path, load: Callable[[], Loaded]) -> Loaded:
         ImportError,
         AssertionError,
     ) as error:
-        hint = _TRUST if "trust_remote_code" in str(error) else ""
+        hint = _TRUST_HINT if "trust_remote_code" in str(error) else ""
         raise ModelError(f"model {path}: mlx-lm can't load it ({one_line(error)}){hint}") from error
 
 
 def prefix_bytes(codec: CacheCodec, config: Mapping[str, Any], tokens: int) -> int:
-    """About what a prefix of so many tokens takes on disk, were all layers of the model compressed."""
+    """Return about how many bytes a prefix of `tokens` tokens takes on disk if all layers are compressed.
+
+    config: the model's config.json; the result is 0 if it does not state the model's sizes.
+    """
     text = config.get("text_config") or config
     if not all(name in text for name in ("num_hidden_layers", "num_attention_heads", "hidden_size")):
         return 0

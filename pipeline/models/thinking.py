@@ -1,7 +1,6 @@
-"""Where a model's thinking ends and its answer begins, by the marks that its tokenizer has for that.
+"""Separate a model's thinking from its answer, by the marks that its tokenizer has for the beginning and the end of it.
 
-Knows tokens and marks; not templates or rows, nor what becomes of either part. Models that think without marks of their
-own in the vocabulary are taken to answer at once.
+A model that thinks without marks of its own in the vocabulary is read as if it answered at once.
 """
 
 from __future__ import annotations
@@ -9,24 +8,34 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-_TAIL = 4  # tokens, such as line breaks, that a template may put behind the mark with which it has a model think
+_TAIL = 4  # tokens, such as line breaks, that a template may put after the mark with which it makes a model think
 
 
-class Marks:
-    """The marks of a tokenizer (mlx-lm's wrapper), if it has any."""
+class ThinkingMarks:
+    """The tokens with which a model begins (`start`) and ends (`end`) its thinking; both are empty if it has none.
+
+    tokenizer: mlx-lm's wrapper.
+    """
 
     def __init__(self, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
-        self.start: list[int] = list(tokenizer.think_start_tokens or ())
-        self.end: list[int] = list(tokenizer.think_end_tokens or ())
+        from pipeline.models.mlx_lm_internals import thinking_marks
 
-    def watch(self, prompt: Sequence[int], may_think: bool = True) -> Thinking:
-        """For what is generated behind a prompt; a model that may not think does so where the prompt begins it."""
-        is_open = self._ends_with_start(prompt)
-        return Thinking(self, is_open, is_over=not self.start or not (is_open or may_think))
+        self._tokenizer = tokenizer
+        self.start, self.end, self._start_text = thinking_marks(tokenizer)
+
+    def parser(self, prompt: Sequence[int], may_think: bool = True) -> ThinkingParser:
+        """Return a parser for the tokens that are generated after a prompt.
+
+        may_think: whether the model may begin to think by itself. It always thinks if the prompt ends with the mark.
+        """
+        is_open = False
+        if self.start:
+            tail: str = self._tokenizer.decode(list(prompt[-len(self.start) - _TAIL :]))
+            is_open = tail.rstrip().endswith(self._start_text)
+        return ThinkingParser(self, is_open, is_over=not self.start or not (is_open or may_think))
 
     def text(self, tokens: Sequence[int]) -> str:
-        """The text of thinking, without its marks."""
+        """Return the text of thinking without its marks."""
         inner = list(tokens)
         if inner[: len(self.start)] == self.start:
             inner = inner[len(self.start) :]
@@ -35,36 +44,33 @@ class Marks:
         text: str = self._tokenizer.decode(inner, skip_special_tokens=True)
         return text.strip()
 
-    def _ends_with_start(self, prompt: Sequence[int]) -> bool:
-        if not self.start:
-            return False
-        tail: str = self._tokenizer.decode(list(prompt[-len(self.start) - _TAIL :]))
-        return tail.rstrip().endswith(self._tokenizer.think_start)
 
+class ThinkingParser:
+    """Separates one row's thinking from its answer, token by token.
 
-class Thinking:
-    """Tells one row's thinking from its answer, token by token; ``tokens`` are the thinking's, with its marks."""
+    tokens: the tokens of the thinking so far, with its marks. is_open: whether the thinking has begun and not ended.
+    """
 
-    def __init__(self, marks: Marks, is_open: bool, is_over: bool) -> None:
+    def __init__(self, marks: ThinkingMarks, is_open: bool, is_over: bool) -> None:
         self._marks = marks
         self.is_open, self._is_over = is_open and not is_over, is_over
         self.tokens: list[int] = []
 
     @property
-    def awaited(self) -> int | None:
-        """The token with which thinking would begin, or go on beginning; None where it has begun or will not."""
+    def next_start_token(self) -> int | None:
+        """The next token of the mark that begins the thinking; None if the thinking has begun or will not begin."""
         return None if self.is_open or self._is_over else self._marks.start[len(self.tokens)]
 
-    def take(self, token: int) -> list[int]:
-        """Take what was generated next; returns the tokens that are now known to be the answer's."""
+    def add(self, token: int) -> list[int]:
+        """Add a generated token; return the tokens that are now known to belong to the answer."""
         if self._is_over:
             return [token]
-        begins = token == self.awaited
+        is_start = token == self.next_start_token
         self.tokens.append(token)
         if self.is_open:
             self._is_over = self.tokens[-len(self._marks.end) :] == self._marks.end
             self.is_open = not self._is_over
-        elif begins:
+        elif is_start:
             self.is_open = len(self.tokens) == len(self._marks.start)
         else:
             self._is_over = True

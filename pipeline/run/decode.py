@@ -11,11 +11,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
-from mlx_lm.generate import BatchGenerator
-from mlx_lm.sample_utils import apply_top_p, greedy_sampler
 
 from pipeline.job.job import Settings
 from pipeline.models.loading import LoadedModel
+from pipeline.models.mlx_lm_internals import BatchGenerator, apply_top_p, greedy_sampler
 from pipeline.models.output_parser import Answer, OutputParser
 from pipeline.models.ranks import SINGLE, RankGroup
 from turboquant import Prefix, enabled
@@ -93,7 +92,7 @@ def _generate(
     on_answer: Callable[[], None],
     ranks: RankGroup,
 ) -> list[Answer]:
-    readings = [reader.begin(request.tokens, request.settings) for request in requests]
+    readings = [reader.start_row(request.tokens, request.settings) for request in requests]
     samplers = [make_sampler(request.settings, request.name) for request in requests]
     numbers = generator.insert(
         [list(request.tokens) for request in requests],
@@ -107,7 +106,7 @@ def _generate(
     while len(answers) < len(numbers):
         for response in generator.next_generated():
             number, reason = response.uid, response.finish_reason
-            if reason != "stop" and rows[number].take(response.token):
+            if reason != "stop" and rows[number].add(response.token):
                 if reason is None:
                     with mx.stream(generator.stream):
                         generator.remove([number])

@@ -223,15 +223,15 @@ def test_a_run_that_was_interrupted_gives_the_same_bytes(
 
     taken = []
 
-    def take(row: Any, token: int) -> bool:
+    def add(row: Any, token: int) -> bool:
         taken.append(token)
         if len(taken) == 200:
             raise KeyboardInterrupt
         return real(row, token)
 
-    real = RowParser.take
+    real = RowParser.add
     with monkeypatch.context() as patch:
-        patch.setattr(RowParser, "take", take)
+        patch.setattr(RowParser, "add", add)
         with pytest.raises(KeyboardInterrupt):
             structured.run()
     assert not structured.output.exists()

@@ -146,11 +146,13 @@ def test_a_revision_is_the_one_that_is_asked_for(workplace: Workplace, write_mod
     report = json.loads(command("run", job, "--json", "--set", "revision=null", **hub).stdout)
     assert report["rows_kept"] == 9  # main is v2
     line = error_of(command("run", job, "--set", "revision=v3", **hub))
-    assert line.startswith("error: model owner/name at revision v3: neither a folder here nor to be had from ")
+    assert line.startswith("error: model owner/name at revision v3: neither a folder here nor a repo that ")
 
 
 def test_a_folder_has_no_revisions(workplace: Workplace) -> None:
-    with pytest.raises(ModelError, match=r"^revision v1: is for models from Hugging Face, and .* is a folder$"):
+    with pytest.raises(
+        ModelError, match=r"^revision v1: a revision is for models from Hugging Face, and .* is a folder$"
+    ):
         workplace.run("revision=v1")
 
 
@@ -172,7 +174,7 @@ def own_code(workplace: Workplace) -> Path:
 
 def test_a_model_s_own_code_is_not_run_unasked(workplace: Workplace, own_code: Path) -> None:
     line = error_of(command("run", workplace.job_file))
-    assert line.endswith("where you trust the code that comes with it, set `trust_remote_code: true` in the job")
+    assert line.endswith("; if you trust the code that comes with it, set `trust_remote_code: true` in the job")
     assert command("plan", workplace.job_file).returncode == 0
     assert not (workplace.folder / "was-run").exists()
 

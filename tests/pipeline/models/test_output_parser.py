@@ -33,9 +33,9 @@ def read(
 ) -> Answer:
     """Read tokens that end by themselves."""
     asked = Settings(100, 0.0, 1.0, 0, stop, thinking=thinking)
-    reading = OutputParser(tokenizer).begin(tokenizer.encode(prompt, add_special_tokens=False), asked)
+    reading = OutputParser(tokenizer).start_row(tokenizer.encode(prompt, add_special_tokens=False), asked)
     for token in tokens:
-        if reading.take(token):
+        if reading.add(token):
             break
     return reading.answer("stop")
 

@@ -1,0 +1,73 @@
+"""Everything of this package that depends on how mlx-lm works inside.
+
+The other modules import mlx-lm's names from here and read a tokenizer through the functions below, so that a new
+release of mlx-lm is met in one place. The tests in test_mlx_lm_contract state every assumption in words.
+How models are loaded, and what replaces mlx-lm's attention, is in turboquant/mlx_lm/.
+
+Importing this module imports MLX and mlx-lm, which takes two seconds: modules that the parent process of a run needs
+import it inside functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mlx_lm.generate import BatchGenerator, batch_generate, generate_step, stream_generate
+from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache
+from mlx_lm.sample_utils import apply_top_p, greedy_sampler
+from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, load_tokenizer
+
+__all__ = [
+    "DEFAULT_ALLOW_PATTERNS",
+    "BatchGenerator",
+    "apply_top_p",
+    "batch_generate",
+    "can_use_chat_template",
+    "generate_step",
+    "greedy_sampler",
+    "hugging_face_tokenizer",
+    "load_prompt_cache",
+    "load_tokenizer_only",
+    "make_prompt_cache",
+    "save_prompt_cache",
+    "stop_token_ids",
+    "stream_generate",
+    "thinking_marks",
+]
+
+
+def thinking_marks(tokenizer: Any) -> tuple[list[int], list[int], str]:
+    """Return the marks with which a model begins and ends its thinking, of mlx-lm's tokenizer wrapper.
+
+    Returns the tokens of both, and the text of the first one; all are empty if the tokenizer has no marks.
+    """
+    start, end = tokenizer.think_start_tokens, tokenizer.think_end_tokens
+    return list(start or ()), list(end or ()), tokenizer.think_start or ""
+
+
+def stop_token_ids(tokenizer: Any) -> list[int]:
+    """Return the tokens that end an answer, in ascending order, of mlx-lm's tokenizer wrapper."""
+    return sorted(tokenizer.eos_token_ids)
+
+
+def hugging_face_tokenizer(tokenizer: Any) -> Any:
+    """Return the Hugging Face tokenizer inside of mlx-lm's wrapper, or the tokenizer itself if it is not wrapped.
+
+    Only the wrapper cannot be called.
+    """
+    return tokenizer if callable(tokenizer) else tokenizer._tokenizer
+
+
+def can_use_chat_template(tokenizer: Any) -> bool:
+    """Return whether a tokenizer, wrapped or not, can render messages as a prompt."""
+    # mlx-lm's wrapper may render in Python, with no template in the tokenizer.
+    if hasattr(tokenizer, "has_chat_template"):
+        return bool(tokenizer.has_chat_template)
+    return getattr(tokenizer, "chat_template", None) is not None
+
+
+def load_tokenizer_only(folder: Path, stop_tokens: int | Sequence[int] | None, trust_remote_code: bool) -> Any:
+    """Load mlx-lm's tokenizer wrapper from a model folder, without the model. Raises what mlx-lm raises."""
+    return load_tokenizer(folder, {"trust_remote_code": trust_remote_code}, eos_token_ids=stop_tokens)

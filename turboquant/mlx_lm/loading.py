@@ -1,0 +1,44 @@
+"""Load a model with mlx-lm, and tell a Hugging Face repo id from the path of a folder."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+# huggingface_hub has a check of its own, but importing it takes a quarter of a second, and it lets `gpt2` pass, which
+# a job file more likely means as a folder.
+_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def is_repo_id(name: str) -> bool:
+    """Return whether a name has the form of a Hugging Face repo id, `owner/name`.
+
+    >>> is_repo_id("mlx-community/SmolLM2-135M-Instruct"), is_repo_id("../models/smollm2")
+    (True, False)
+    """
+    return _REPO_ID.fullmatch(name) is not None
+
+
+def load_lazily(
+    name: str | Path, adapter: Path | None = None, trust_remote_code: bool = False
+) -> tuple[Any, Any, dict[str, Any]]:
+    """Load a model folder or a Hugging Face repo with mlx-lm.
+
+    Its weights are read when they are first used, or by `turboquant.runtime.device.settle_weights`.
+
+    adapter: a folder that mlx-lm's training wrote. trust_remote_code: run code that comes with the model.
+
+    Returns the model, mlx-lm's wrapper of its tokenizer, and its config.json. Raises what mlx-lm raises.
+    """
+    from mlx_lm import load
+
+    model, tokenizer, config = load(
+        str(name),
+        tokenizer_config={"trust_remote_code": trust_remote_code},
+        adapter_path=None if adapter is None else str(adapter),
+        lazy=True,
+        return_config=True,
+        trust_remote_code=trust_remote_code,
+    )
+    return model, tokenizer, config
