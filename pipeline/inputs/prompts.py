@@ -209,6 +209,8 @@ def _find_encoder(tokenizer: Any, add_special_tokens: bool) -> Callable[[list[st
         return [list(tokenizer.encode(text, **options)) for text in texts]
 
     call = hugging_face_tokenizer(tokenizer)
+    if not callable(call):
+        return one_by_one
 
     def together(texts: list[str]) -> list[list[int]]:
         ids: list[list[int]] = call(texts, return_attention_mask=False, **options)["input_ids"]

@@ -55,9 +55,9 @@ def stop_token_ids(tokenizer: Any) -> list[int]:
 def hugging_face_tokenizer(tokenizer: Any) -> Any:
     """Return the Hugging Face tokenizer inside of mlx-lm's wrapper, or the tokenizer itself if it is not wrapped.
 
-    Only the wrapper cannot be called.
+    mlx-lm's wrapper forwards methods, but cannot be called.
     """
-    return tokenizer if callable(tokenizer) else tokenizer._tokenizer
+    return tokenizer if callable(tokenizer) else getattr(tokenizer, "_tokenizer", tokenizer)
 
 
 def can_use_chat_template(tokenizer: Any) -> bool:
