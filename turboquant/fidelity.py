@@ -59,15 +59,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def load_model(name: str) -> tuple[Any, Any]:
     """Load a model and its tokenizer from a folder or a Hugging Face repo, in a form that suits the device.
 
-    See `settle_weights`. Raises UsageError if there is no such folder.
+    See `prepare_weights`. Raises UsageError if there is no such folder.
     """
     if not Path(name).is_dir() and (Path(name).exists() or not is_repo_id(name)):
         raise UsageError(f"--model {name}: neither a model's folder nor a Hugging Face repo id (owner/name)")
     model, tokenizer, _ = load_lazily(name)
 
-    from turboquant.runtime.device import settle_weights
+    from turboquant.runtime.device import prepare_weights
 
-    settle_weights(model)
+    prepare_weights(model)
     return model, tokenizer
 
 

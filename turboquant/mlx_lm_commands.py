@@ -20,7 +20,7 @@ from turboquant.mlx_lm.families import explain
 from turboquant.mlx_lm.patch import enabled
 from turboquant.quant import SUPPORTED_BITS
 from turboquant.quant.cache_codec import CacheCodec
-from turboquant.runtime.device import settle_weights
+from turboquant.runtime.device import prepare_weights
 
 DEFAULT_BITS = 4
 
@@ -84,7 +84,7 @@ def _compressing(modules: Sequence[ModuleType], codec: CacheCodec) -> Iterator[N
             @functools.wraps(load)
             def load_and_enable(*arguments: Any, **options: Any) -> Any:
                 loaded = load(*arguments, **options)
-                settle_weights(loaded[0])
+                prepare_weights(loaded[0])
                 stack.enter_context(enabled(loaded[0]))
                 if message := explain(loaded[0]).message:
                     print(f"[turboquant] {message}", file=sys.stderr)

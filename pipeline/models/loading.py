@@ -70,10 +70,10 @@ def load_model(
     if ranks.count > 1:
         _require_whole_heads(path, model, config, ranks.count)
 
-    from turboquant.runtime.device import settle_weights
+    from turboquant.runtime.device import prepare_weights
 
     with _explained_failure(path):
-        settle_weights(model, ranks.group)
+        prepare_weights(model, ranks.group)
     return LoadedModel(model, tokenizer, config)
 
 

@@ -65,7 +65,7 @@ class Prefix:
                 raise ValueError(f"layer {index} does not hold {tokens} tokens of one row")
             if plain and (compressible is None or compressible[index]):
                 keys, values = cache.keys_and_values()
-                queries = cache.queries.collected() if isinstance(cache, PrefillCache) else None
+                queries = cache.queries.statistics() if isinstance(cache, PrefillCache) else None
                 own = codec.for_layer(index, len(prompt_cache))
                 layers.append(encode_layer(keys[0], values[0], own, queries))
                 cache.keys = cache.values = None

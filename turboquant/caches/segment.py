@@ -113,7 +113,7 @@ def prefill_segment(
         if isinstance(cache, SegmentCache):
             keys, values = cache.suffix.keys_and_values()
             own = codec.for_layer(index, len(caches))
-            layers.append(encode_layer(keys[0], values[0], own, cache.queries.collected(), before))
+            layers.append(encode_layer(keys[0], values[0], own, cache.queries.statistics(), before))
             cache.suffix = KVCache()  # so that memory never holds the whole segment twice
         else:
             layers.append(plain_cache([cache], start) if type(cache) is KVCache else cache)

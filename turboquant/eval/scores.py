@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from turboquant.runtime.device import array_module, to_module
+from turboquant.runtime.device import array_module, as_float32
 
 SCORED_AT_ONCE = 1 << 22  # logits compared at a time, in float64: bounds the memory beside the logits themselves
 
@@ -69,7 +69,7 @@ def _score_some(full: mx.array, compressed: mx.array, following: list[int]) -> t
     work, in float64, since MLX's exponentials are slow there.
     """
     xp = array_module()
-    f, c = to_module(xp, full), to_module(xp, compressed)
+    f, c = as_float32(xp, full), as_float32(xp, compressed)
     if xp is np:
         f, c = f.astype(np.float64), c.astype(np.float64)
     rows, after = xp.arange(len(following)), xp.array(following)

@@ -133,7 +133,7 @@ def _packed(keys: mx.array, values: mx.array, codec: CacheCodec, sizes: Sizes) -
     for start in range(0, keys.shape[1], step):
         shape = (1, sizes.heads, min(step, keys.shape[1] - start), sizes.head_dim)
         collector.add(mx.random.normal(shape).astype(keys.dtype), sizes.kv_heads, start, scale)
-    queries = collector.collected()
+    queries = collector.statistics()
 
     def encode() -> EncodedLayer:
         return encode_layer(keys, values, codec, queries)

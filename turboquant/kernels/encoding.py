@@ -83,7 +83,7 @@ def _plan(keys: mx.array, codec: CacheCodec, queries: QueryStatistics | None) ->
     order = mx.broadcast_to(mx.arange(count, dtype=mx.int32), (heads, count))
     if queries is None:
         return None, order, window
-    metric, looks = queries.look_at(keys)
+    metric, looks = queries.metric_and_attention(keys)
     split = count - window - looked_at
     if 0 < split < count:
         xp = array_module()

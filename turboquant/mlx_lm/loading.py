@@ -25,7 +25,7 @@ def load_lazily(
 ) -> tuple[Any, Any, dict[str, Any]]:
     """Load a model folder or a Hugging Face repo with mlx-lm.
 
-    Its weights are read when they are first used, or by `turboquant.runtime.device.settle_weights`.
+    Its weights are read when they are first used, or by `turboquant.runtime.device.prepare_weights`.
 
     adapter: a folder that mlx-lm's training wrote. trust_remote_code: run code that comes with the model.
 

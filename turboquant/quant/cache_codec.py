@@ -1,6 +1,7 @@
-"""How a layer's keys and values are compressed, which of them finer, and that as JSON for files and states of caches.
+"""Settings of compression: bits of keys and values, and which tokens are kept uncompressed or with more bits.
 
-Knows bits and counts of tokens; how vectors become codes is codec.py's. What is read as JSON may be a stranger's.
+codec.py compresses the vectors. Settings are written to files and to states of caches as JSON, which is not trusted
+when it is read.
 """
 
 from __future__ import annotations
@@ -12,23 +13,25 @@ from typing import Any
 from turboquant.quant.codebook import lloyd_max
 from turboquant.quant.codec import Codec
 
-# What the bits of tokens that matter most are raised to.
+# Bits of the tokens that are kept finer, by the bits of the others.
 FINE_BITS = {2: 5, 3: 6, 4: 8, 5: 8, 6: 8, 8: 8}
 
 
 @dataclass(frozen=True)
 class CacheCodec:
-    """How the keys and values of an attention layer are compressed.
+    """Settings by which the keys and values of attention layers are compressed.
 
-    key_bits, value_bits: any of ``codebook.SUPPORTED_BITS``.
-    sinks: tokens at the start kept as they are. The very first draw most of the attention, with short keys; the
-        others hold the marks of a chat template, at which the marks around a question look back.
-    window: most tokens at the end, next to the question, that are kept finer (``FINE_BITS``).
-    extra_bits: what finer tokens may cost, in bits a value of the context. What the window leaves of it, half at
-        least, goes to the tokens that the context's own queries look at, where those are known.
-    query_aware: whether keys are rounded to suit the context's own queries, where those are known.
-    layer_bits: layers with bits of their own, as (layer, key_bits, value_bits); a negative layer counts from the
-        last one back.
+    key_bits, value_bits: bits per coordinate, each one of ``SUPPORTED_BITS``.
+    sinks: number of tokens at the start that are not compressed. The very first tokens get most of the attention, and
+        have short keys. The others are marks of a chat template, to which the marks around a question attend.
+    window: largest number of tokens at the end, next to the question, that are kept finer (``FINE_BITS``).
+    extra_bits: largest cost of finer tokens, in bits per value of the context. At least one half of it is for the
+        tokens that the context's own queries attend to most, if the queries are known.
+    query_aware: whether keys are rounded to suit the context's own queries, if these are known.
+    seed: of the rotation.
+    layer_bits: other bits for some layers, as (layer, key_bits, value_bits). A negative layer counts from the last one.
+
+    Raises ValueError for settings out of range.
 
     >>> CacheCodec(4, 3, layer_bits=((0, 8, 8), (-1, 8, 8))).for_layer(29, 30).key_bits
     8
@@ -53,28 +56,28 @@ class CacheCodec:
             raise ValueError("extra_bits must be between 0 and 16")
 
     def for_layer(self, index: int, n_layers: int) -> CacheCodec:
-        """The codec of layer ``index`` of a model of ``n_layers``, with no layers' bits in it."""
-        own = {layer % n_layers: bits for layer, *bits in self.layer_bits if -n_layers <= layer < n_layers}
-        key_bits, value_bits = own.get(index, (self.key_bits, self.value_bits))
+        """Return the codec of layer ``index`` of a model with ``n_layers`` layers; its ``layer_bits`` are empty."""
+        bits_of = {layer % n_layers: bits for layer, *bits in self.layer_bits if -n_layers <= layer < n_layers}
+        key_bits, value_bits = bits_of.get(index, (self.key_bits, self.value_bits))
         return replace(self, key_bits=key_bits, value_bits=value_bits, layer_bits=())
 
     @property
     def fine(self) -> CacheCodec:
-        """The codec of the tokens that are kept finer."""
+        """Return the codec of the tokens that are kept finer."""
         return replace(self, key_bits=FINE_BITS[self.key_bits], value_bits=FINE_BITS[self.value_bits])
 
     def keys(self, head_dim: int) -> Codec:
-        """The codec of keys of ``head_dim`` coordinates."""
+        """Return the codec of keys with ``head_dim`` coordinates."""
         return Codec(head_dim, self.key_bits, self.seed)
 
     def values(self, head_dim: int) -> Codec:
-        """The codec of values of ``head_dim`` coordinates."""
+        """Return the codec of values with ``head_dim`` coordinates."""
         return Codec(head_dim, self.value_bits, self.seed)
 
     def fine_tokens(self, tokens: int, queries_known: bool) -> tuple[int, int]:
-        """How many of a context's ``tokens`` are kept finer: at its end, and wherever queries look."""
-        added = (self.fine.key_bits + self.fine.value_bits - self.key_bits - self.value_bits) / 2
-        most = min(tokens - self.sinks, int(self.extra_bits * tokens / added)) if added else 0
+        """Return how many of a context's ``tokens`` are kept finer: at its end, and those its queries attend to."""
+        added_bits = (self.fine.key_bits + self.fine.value_bits - self.key_bits - self.value_bits) / 2
+        most = min(tokens - self.sinks, int(self.extra_bits * tokens / added_bits)) if added_bits else 0
         if most <= 0:
             return 0, 0
         if not queries_known:
@@ -83,7 +86,7 @@ class CacheCodec:
         return window, most - window
 
     def nbytes(self, tokens: int, head_dim: int) -> int:
-        """What the keys and values of one KV head take."""
+        """Return the bytes that the keys and values of ``tokens`` tokens take in one KV head."""
         sinks, fine = min(tokens, self.sinks), sum(self.fine_tokens(tokens, queries_known=True))
 
         def bits(codec: CacheCodec) -> float:
@@ -94,7 +97,7 @@ class CacheCodec:
 
     @property
     def identity(self) -> str:
-        """Names everything that decides the codes; part of a segment's key."""
+        """Name everything that decides the codes; this text is a part of a segment's key."""
         return (
             f"turboquant-2 keys={self.key_bits} values={self.value_bits} sinks={self.sinks} window={self.window} "
             f"extra={self.extra_bits} rounding={'queries' if self.query_aware else 'nearest'} seed={self.seed}"
@@ -103,7 +106,7 @@ class CacheCodec:
 
 
 def dump_codec(codec: CacheCodec) -> str:
-    """A codec as JSON.
+    """Write a codec as JSON.
 
     >>> parse_codec(json.loads(dump_codec(CacheCodec(3, 4)))) == CacheCodec(3, 4)
     True
@@ -112,7 +115,7 @@ def dump_codec(codec: CacheCodec) -> str:
 
 
 def parse_codec(content: Any) -> CacheCodec:
-    """The codec that ``dump_codec`` wrote as JSON. Raises ValueError where it wrote no such thing."""
+    """Read a codec from what ``dump_codec`` wrote, parsed. Raises ValueError for anything else."""
     default = CacheCodec()
     names = {field.name for field in fields(default)}
     if not isinstance(content, dict) or content.keys() != names:
@@ -125,7 +128,7 @@ def parse_codec(content: Any) -> CacheCodec:
     try:
         return CacheCodec(**values)
     except TypeError as error:
-        raise ValueError(f"no codec: {error}") from None
+        raise ValueError(f"the codec cannot be read: {error}") from None
 
 
 def _tuples(value: Any) -> Any:

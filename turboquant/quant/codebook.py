@@ -1,7 +1,6 @@
-"""Lloyd-Max scalar quantisers for the standard normal distribution.
+"""Lloyd-Max scalar quantisers for the standard normal distribution N(0, 1).
 
-Knows one density and the number of bits. Knows nothing of vectors, rotations or packing: after a random
-rotation the coordinates of a normalised vector are close to N(0, 1), and that is all the rest needs of it.
+After a random rotation the coordinates of a normalised vector are close to N(0, 1), so all of them have one codebook.
 
 Sources: J. Max, "Quantizing for Minimum Distortion" (1960); S. Lloyd, "Least Squares Quantization in PCM" (1982).
 """
@@ -33,7 +32,7 @@ class Codebook:
 
 @functools.cache
 def lloyd_max(bits: int) -> Codebook:
-    """The Lloyd-Max codebook for ``bits`` in ``SUPPORTED_BITS``; ValueError for any other number.
+    """Return the Lloyd-Max codebook for ``bits``. Raises ValueError if they are not in ``SUPPORTED_BITS``.
 
     >>> [round(float(x), 4) for x in lloyd_max(2).levels]
     [-1.5104, -0.4528, 0.4528, 1.5104]
@@ -50,11 +49,15 @@ def lloyd_max(bits: int) -> Codebook:
 
 
 def _solve_positive_levels(count: int) -> NDArray[np.float64]:
-    """The ``count`` positive levels: Newton's method on "each level is the centroid of its cell".
+    """Solve "each level is the centroid of its cell" for the ``count`` positive levels, by Newton's method.
 
-    Lloyd's own iteration needs thousands of rounds at 8 bits; the Jacobian here is tridiagonal and ten do.
+    Lloyd's own iteration needs thousands of rounds at 8 bits, Newton's method ten. Its Jacobian is tridiagonal here.
+    It starts close to the optimum, where the density of levels is proportional to the cube root of that of the
+    distribution (Panter and Dite).
     """
-    levels = _companded_levels(count)
+    grid = np.linspace(0.0, 12.0, 20_001)
+    cumulative = np.cumsum(np.exp(-(grid**2) / 6))
+    levels = np.interp((np.arange(count) + 0.5) / count, cumulative / cumulative[-1], grid)
     for _ in range(100):
         lower = np.concatenate([[0.0], (levels[1:] + levels[:-1]) / 2])
         upper = np.concatenate([lower[1:], [np.inf]])
@@ -69,16 +72,10 @@ def _solve_positive_levels(count: int) -> NDArray[np.float64]:
         jacobian -= np.diag(by_lower[1:] / 2, -1) + np.diag(by_upper[:-1] / 2, 1)
         step = np.linalg.solve(jacobian, levels - centroid)
         levels = levels - step
-        if np.max(np.abs(step)) < 1e-10:  # far below float32, above the rounding of the tail masses
+        # The limit is far below float32's precision, but above the rounding errors of the tail masses.
+        if np.max(np.abs(step)) < 1e-10:
             return levels
     raise ArithmeticError(f"the Lloyd-Max levels for {2 * count} cells did not converge")
-
-
-def _companded_levels(count: int) -> NDArray[np.float64]:
-    """A start close to the optimum: point density proportional to the cube root of the density (Panter-Dite)."""
-    grid = np.linspace(0.0, 12.0, 20_001)
-    cumulative = np.cumsum(np.exp(-(grid**2) / 6))
-    return np.interp((np.arange(count) + 0.5) / count, cumulative / cumulative[-1], grid)
 
 
 def _density(x: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -1,11 +1,11 @@
-"""The TurboQuant codec: rotate, normalise, quantise each coordinate, keep one scale a vector.
+"""The TurboQuant codec: rotate a vector, normalise it, quantise each coordinate, and keep one scale per vector.
 
-``Codec`` knows vectors of one size at one number of bits. ``CacheCodec`` knows how a layer's keys and values are
-treated: their bits, and which tokens are kept as they are. Neither knows attention, files or mlx-lm.
+``Codec`` compresses vectors of one size to one number of bits. Which codec keys and values get is decided in
+cache_codec.py.
 
-Source: Zandieh et al., "TurboQuant" (arXiv 2504.19874), without its QJL residual. Added here: the scale makes up
-for the norm that quantisation loses, a given mean is left out of the vectors that are shorter without it, and codes
-may be chosen by the queries they will meet (rounding.py).
+Source: Zandieh et al., "TurboQuant" (arXiv 2504.19874), without its QJL residual. Three things are added here. The
+scale restores the norm that quantisation loses. A mean can be given, which is subtracted from those vectors that it
+makes shorter. Codes can be chosen to suit the queries of the context (rounding.py).
 """
 
 from __future__ import annotations
@@ -24,11 +24,10 @@ from turboquant.quant.codebook import lloyd_max
 from turboquant.quant.packing import pack, packed_words, unpack
 from turboquant.quant.rotation import Rotation
 from turboquant.quant.rounding import RoundingMetric, round_in_metric
-from turboquant.runtime.device import array_module, fused, to_module
+from turboquant.runtime.device import array_module, as_float32, fused
 from turboquant.runtime.threads import run_in_parallel
 
-SMALLEST_SCALE = 2.0**-24  # float16's smallest positive number
-LARGEST_SCALE = 65504.0  # and its largest
+SMALLEST_SCALE, LARGEST_SCALE = 2.0**-24, 65504.0  # float16's smallest and largest positive number
 
 
 @dataclass(frozen=True)
@@ -36,8 +35,8 @@ class Encoded:
     """Compressed vectors.
 
     codes: (..., packed_words) uint32, see packing.py.
-    scales: (...) float16. The magnitude multiplies the decoded levels. The sign is positive where the mean was
-        removed from the vector before encoding, negative where the vector was encoded as it was.
+    scales: (...) float16. The magnitude multiplies the decoded levels. The sign is positive if the mean was
+        subtracted from the vector before it was encoded, and negative if not.
     """
 
     codes: mx.array
@@ -45,21 +44,21 @@ class Encoded:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of codes and scales."""
+        """Count the bytes of codes and scales."""
         return int(self.codes.nbytes + self.scales.nbytes)
 
     @property
     def tokens(self) -> int:
-        """The length of the last axis but one of the encoded array: of keys and values, the tokens."""
+        """Count the vectors along the last axis of ``scales``; for keys and values these are the tokens."""
         return int(self.scales.shape[-1])
 
     def slice_tokens(self, start: int, stop: int) -> Encoded:
-        """The encoded tokens start .. stop, without copying."""
+        """Return the encoded tokens start .. stop, without copying."""
         return Encoded(self.codes[..., start:stop, :], self.scales[..., start:stop])
 
     @staticmethod
     def concatenate(parts: Sequence[Encoded]) -> Encoded:
-        """The parts one behind the other along the token axis."""
+        """Join parts along the token axis."""
         return Encoded(
             mx.concatenate([part.codes for part in parts], axis=-2),
             mx.concatenate([part.scales for part in parts], axis=-1),
@@ -68,9 +67,10 @@ class Encoded:
 
 @dataclass(frozen=True)
 class Codec:
-    """Compresses float vectors of ``head_dim`` coordinates to ``bits`` bits a coordinate and two bytes a vector.
+    """Compress float vectors of ``head_dim`` coordinates to ``bits`` bits per coordinate and two bytes per vector.
 
-    Encoding a vector gives the same bits whatever is encoded with it.
+    A vector gets the same codes whichever vectors are encoded with it. Raises ValueError for bits that are not in
+    ``SUPPORTED_BITS``, and for fewer than 2 coordinates.
 
     >>> x = mx.random.normal((2, 100, 128))
     >>> codec = Codec(head_dim=128, bits=4)
@@ -91,59 +91,64 @@ class Codec:
 
     @property
     def rotation(self) -> Rotation:
-        """The rotation in whose basis the codes are."""
+        """Return the rotation that is applied before a vector is quantised."""
         return Rotation(self.head_dim, self.seed)
 
     @property
     def words(self) -> int:
-        """uint32 words a vector."""
+        """Count the uint32 words that the codes of a vector take."""
         return packed_words(self.head_dim, self.bits)
 
     @property
     def effective_bits(self) -> float:
-        """Bits a coordinate with the scale counted."""
+        """Count the bits per coordinate, with those of the scale."""
         return (32 * self.words + 16) / self.head_dim
 
     def rounding_metric(self, metric: Any, kernel: Callable[[Any], Any] | None = None) -> RoundingMetric:
-        """A metric (H, head_dim, head_dim) of vectors as they are given to ``encode``, made ready for it.
+        """Prepare a metric for ``encode``: rotate it, and compute what rounding needs of it.
 
-        It is of ``device.array_module``: float64 of NumPy's, else float32. kernel: see ``RoundingMetric.of``.
+        metric: (H, head_dim, head_dim) in the basis of the vectors that are encoded, an array of
+            ``device.array_module``: float64 of NumPy, or float32 of MLX.
+        kernel: see ``RoundingMetric.prepare``.
         """
         xp = array_module()
         if xp is np:
             basis = _basis(self.rotation)
-            return RoundingMetric.of(np, basis.T @ metric @ basis, kernel)
-        half = self.rotation.forward(metric).swapaxes(1, 2)  # a product might round to 10 bits, and the metric with it
-        return RoundingMetric.of(mx, self.rotation.forward(half), kernel)
+            return RoundingMetric.prepare(np, basis.T @ metric @ basis, kernel)
+        half = self.rotation.forward(metric).swapaxes(1, 2)  # a matrix product on a GPU may round to 10 bits
+        return RoundingMetric.prepare(mx, self.rotation.forward(half), kernel)
 
     def encode(self, x: mx.array, mean: mx.array | None = None, metric: RoundingMetric | None = None) -> Encoded:
         """Compress x (..., head_dim), any float dtype.
 
-        mean: broadcastable to x; removed from each vector that is shorter without it. The same mean must be given
-        to ``decode``.
-        metric: of ``rounding_metric``, for x (H, T, head_dim); codes are then chosen so that the error is small in
-        it, and else the nearest to each coordinate.
-        Raises ValueError where the last axis is not head_dim.
+        mean: broadcastable to x; subtracted from each vector that it makes shorter. ``decode`` needs the same mean.
+        metric: made by ``rounding_metric``, for x (H, T, head_dim). Codes are then chosen so that the error is small
+            in this metric. Without it each coordinate gets the nearest level.
+        Raises ValueError if the last axis is not head_dim.
         """
         if x.shape[-1] != self.head_dim:
             raise ValueError(f"vectors of {x.shape[-1]} coordinates given to a codec for {self.head_dim}")
         if x.size == 0:  # several of MLX's operations refuse empty arrays
             return Encoded(mx.zeros((*x.shape[:-1], self.words), mx.uint32), mx.zeros(x.shape[:-1], mx.float16))
         x = x.astype(mx.float32)
-        removed = None
+        is_centred = None
         if mean is not None:
             centred = x - mean
-            removed = _norm(centred) < _norm(x)
-            x = mx.where(removed[..., None], centred, x)
+            is_centred = _norm(centred) < _norm(x)
+            x = mx.where(is_centred[..., None], centred, x)
         norm = _norm(x) / math.sqrt(self.head_dim)
         unit = self.rotation.forward(x) / mx.maximum(norm, 1e-30)[..., None]
-        codes, factors = self._nearest(unit) if metric is None else self._round_in_metric(unit, metric)
+        if metric is None:
+            codes = nearest_levels(self.bits)(unit)
+            factors = math.sqrt(self.head_dim) / _norm(self.levels[codes])  # restore each vector's norm
+        else:
+            codes, factors = self._round_in_metric(unit, metric)
         scales = mx.clip(norm * factors, SMALLEST_SCALE, LARGEST_SCALE)
-        scales = -scales if removed is None else mx.where(removed, scales, -scales)
+        scales = -scales if is_centred is None else mx.where(is_centred, scales, -scales)
         return Encoded(pack(codes, self.bits), scales.astype(mx.float16))
 
     def decode(self, encoded: Encoded, mean: mx.array | None = None, dtype: mx.Dtype = mx.float32) -> mx.array:
-        """Reconstruct (..., head_dim) in ``dtype`` from what ``encode`` made with the same mean."""
+        """Reconstruct vectors (..., head_dim) in ``dtype``; mean: the one that ``encode`` was given."""
         if encoded.scales.size == 0:
             return mx.zeros((*encoded.scales.shape, self.head_dim), dtype)
         x = self.rotation.inverse(self.decode_rotated(encoded))
@@ -152,35 +157,31 @@ class Codec:
         return x.astype(dtype)
 
     def decode_rotated(self, encoded: Encoded) -> mx.array:
-        """Reconstruct (..., head_dim) float32 in the rotated basis, the mean still left out."""
+        """Reconstruct vectors (..., head_dim) float32 in the rotated basis, without adding the mean."""
         levels = self.levels[unpack(encoded.codes, self.bits, self.head_dim)]
         return levels * mx.abs(encoded.scales.astype(mx.float32))[..., None]
 
     @property
     def levels(self) -> mx.array:
-        """The codebook's levels, (2**bits,) float32."""
+        """Return the codebook's levels, (2**bits,) float32."""
         return mx.array(lloyd_max(self.bits).levels)
 
-    def _nearest(self, unit: mx.array) -> tuple[mx.array, mx.array]:
-        """The index of the nearest level for every coordinate, and what restores each vector's norm."""
-        codes = _nearest_level(self.bits)(unit)
-        return codes, math.sqrt(self.head_dim) / _norm(self.levels[codes])
-
     def _round_in_metric(self, unit: mx.array, metric: RoundingMetric) -> tuple[mx.array, mx.array]:
+        """Choose codes (H, T, head_dim) and factors (H, T) for rotated vectors of norm sqrt(head_dim)."""
         xp = array_module()
-        coordinates = to_module(xp, mx.contiguous(unit.swapaxes(1, 2)))
+        coordinates = as_float32(xp, mx.contiguous(unit.swapaxes(1, 2)))
 
-        def rounded(some: slice) -> tuple[Any, Any]:
-            return round_in_metric(xp, coordinates[some], metric.of_heads(some), self.bits)
+        def round_heads(some: slice) -> tuple[Any, Any]:
+            return round_in_metric(xp, coordinates[some], metric.slice_heads(some), self.bits)
 
         heads = [slice(head, head + 1) for head in range(unit.shape[0])] if xp is np else [slice(None)]
-        codes, factors = (xp.concatenate(parts) for parts in zip(*run_in_parallel(rounded, heads), strict=True))
+        codes, factors = (xp.concatenate(parts) for parts in zip(*run_in_parallel(round_heads, heads), strict=True))
         return mx.array(codes).swapaxes(1, 2), mx.array(factors)
 
 
 @functools.lru_cache(maxsize=16)
 def _basis(rotation: Rotation) -> NDArray[np.float64]:
-    """The rotation as a matrix; row i: what coordinate i becomes."""
+    """Return the rotation as a matrix (dim, dim); row i is the rotated unit vector of coordinate i."""
     return np.array(rotation.forward(mx.eye(rotation.dim)), np.float64)
 
 
@@ -189,11 +190,22 @@ def _norm(x: mx.array) -> mx.array:
 
 
 @functools.cache
-def _nearest_level(bits: int) -> Callable[[mx.array], mx.array]:
-    """What gives the code of each coordinate: a comparison a boundary is fastest for few, a binary search for many."""
+def nearest_levels(bits: int) -> Callable[[mx.array], mx.array]:
+    """Return a function that gives the code, uint32, of the level nearest to each coordinate.
+
+    It compares with each boundary if there are few, and searches in halves if there are many; each is faster there.
+    """
     boundaries = [float(b) for b in lloyd_max(bits).boundaries]
     if len(boundaries) > 31:
-        return lambda unit: _binary_search(unit, mx.array(boundaries))
+
+        def search(unit: mx.array) -> mx.array:
+            table, codes = mx.array(boundaries), mx.zeros(unit.shape, mx.uint32)
+            for step in (128, 64, 32, 16, 8, 4, 2, 1):
+                if step <= len(boundaries):
+                    codes = mx.where(unit > table[codes + (step - 1)], codes + step, codes)
+            return codes
+
+        return search
 
     @fused
     def count_boundaries(unit: mx.array) -> mx.array:
@@ -203,11 +215,3 @@ def _nearest_level(bits: int) -> Callable[[mx.array], mx.array]:
         return codes.astype(mx.uint32)
 
     return count_boundaries
-
-
-def _binary_search(x: mx.array, boundaries: mx.array) -> mx.array:
-    codes = mx.zeros(x.shape, mx.uint32)
-    for step in (128, 64, 32, 16, 8, 4, 2, 1):
-        if step <= boundaries.shape[0]:
-            codes = mx.where(x > boundaries[codes + (step - 1)], codes + step, codes)
-    return codes

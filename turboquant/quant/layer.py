@@ -1,9 +1,9 @@
-"""One attention layer's K/V of a finished context, compressed.
+"""The compressed keys and values of a finished context in one attention layer.
 
-Knows the tensors of tokens kept as they are (the first ones, attention sinks), of those encoded finer (the last ones,
-and those that the context's own queries look at) and of the others; which is which, and their codes, are encoding.py's.
-Every query to come sees all of them, so their order is of no account. Knows nothing of prompts, batches or files;
-``tensors`` and ``from_tensors`` are all that those need.
+A layer has three kinds of tokens: attention sinks, which are the first tokens and are not compressed; finer tokens,
+which are the last ones and those that the context's own queries attend to most; and all others. kernels/encoding.py
+makes layers. Later queries attend to all tokens, so the order of tokens does not matter. ``tensors`` and
+``from_tensors`` are for files and caches.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from turboquant.quant.codec import Codec, Encoded
 
 @dataclass(frozen=True)
 class EncodedPart:
-    """Tokens of one layer encoded alike: ``Encoded`` keys and values of (n_kv_heads, N) vectors, and their codecs."""
+    """Tokens of one layer that have the same codecs: ``Encoded`` keys and values of (n_kv_heads, N) vectors."""
 
     keys: Encoded
     values: Encoded
@@ -29,13 +29,13 @@ class EncodedPart:
 
 @dataclass(frozen=True)
 class EncodedLayer:
-    """Keys and values of T tokens: S sinks, E encoded ones and F encoded finer; T = S + E + F.
+    """Keys and values of T tokens: S sinks, E encoded tokens and F finer ones; T = S + E + F.
 
     sink_keys, sink_values: (n_kv_heads, S, head_dim), 16-bit floats.
     keys, values: ``Encoded`` of (n_kv_heads, E) vectors, in the order of the context.
-    fine_keys, fine_values: ``Encoded`` of (n_kv_heads, F) vectors; which tokens they are differs between heads.
-    key_mean, value_mean: (n_kv_heads, 1, head_dim) float32, frozen: removed where that shortens a vector.
-    derived: what a backend makes of all that once, and keeps.
+    fine_keys, fine_values: ``Encoded`` of (n_kv_heads, F) vectors. Each head has its own choice of finer tokens.
+    key_mean, value_mean: (n_kv_heads, 1, head_dim) float32; subtracted from those vectors that they make shorter.
+    derived: tensors that a backend computes once from the others and keeps here.
 
     The head_dim of values may differ from that of keys.
     """
@@ -53,14 +53,17 @@ class EncodedLayer:
 
     @classmethod
     def join(cls, layers: Sequence[EncodedLayer]) -> EncodedLayer:
-        """The tokens of all layers, each encoded behind the ones before it. Raises ValueError unless they fit."""
+        """Join layers of consecutive tokens. Raises ValueError if their means differ.
+
+        Each layer must have been encoded with the first one as ``parent``, see ``encode_layer``.
+        """
         first = layers[0]
         if len(layers) == 1:
             return first
         for other in layers[1:]:
             same = mx.array_equal(other.key_mean, first.key_mean) & mx.array_equal(other.value_mean, first.value_mean)
             if not same.item():
-                raise ValueError("layers that were encoded about different means cannot be joined")
+                raise ValueError("layers that were encoded with different means cannot be joined")
         joined = replace(
             first,
             sink_keys=mx.concatenate([layer.sink_keys for layer in layers], axis=1),
@@ -75,17 +78,17 @@ class EncodedLayer:
 
     @property
     def key_codec(self) -> Codec:
-        """The codec of the keys."""
+        """Return the codec of the keys that are not finer."""
         return self.codec.keys(self.key_mean.shape[-1])
 
     @property
     def value_codec(self) -> Codec:
-        """The codec of the values."""
+        """Return the codec of the values that are not finer."""
         return self.codec.values(self.value_mean.shape[-1])
 
     @property
     def parts(self) -> list[EncodedPart]:
-        """The encoded tokens, those encoded alike together; no part is empty."""
+        """Return the encoded tokens in parts with the same codecs, without empty parts."""
         key_dim, value_dim = self.key_mean.shape[-1], self.value_mean.shape[-1]
         parts = [
             EncodedPart(keys, values, codec.keys(key_dim), codec.values(value_dim))
@@ -98,23 +101,23 @@ class EncodedLayer:
 
     @property
     def tokens(self) -> int:
-        """Tokens held, those kept as they are included."""
+        """Count the tokens, with the sinks."""
         return int(self.sink_keys.shape[1] + self.keys.tokens + self.fine_keys.tokens)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """Count the bytes of all tensors."""
         return sum(int(x.nbytes) for x in self.tensors().values())
 
     @property
     def effective_bits(self) -> float:
-        """Bits a coordinate, everything counted: scales, means, sinks, finer tokens."""
+        """Count the bits per coordinate, with those of scales, means, sinks and finer tokens."""
         heads = self.key_mean.shape[0]
         coordinates = heads * self.tokens * (self.key_mean.shape[-1] + self.value_mean.shape[-1])
         return 8 * self.nbytes / max(1, coordinates)
 
     def decode(self) -> tuple[mx.array, mx.array]:
-        """The reconstructed keys and values, (n_kv_heads, T, head_dim) float32 each: sinks, encoded, finer ones."""
+        """Reconstruct keys and values, (n_kv_heads, T, head_dim) float32 each: sinks, encoded tokens, finer tokens."""
         keys, values = [self.sink_keys.astype(mx.float32)], [self.sink_values.astype(mx.float32)]
         for part in self.parts:
             keys.append(part.key_codec.decode(part.keys, self.key_mean))
@@ -122,7 +125,7 @@ class EncodedLayer:
         return mx.concatenate(keys, axis=1), mx.concatenate(values, axis=1)
 
     def dense(self, dtype: mx.Dtype) -> DenseLayer:
-        """The layer decoded, in ``dtype``, saturating."""
+        """Decode the layer to ``dtype``. Numbers that are too large for it become its largest."""
         largest = float(mx.finfo(dtype).max)
         keys, values = (mx.clip(x, -largest, largest) for x in self.decode())
         layer = DenseLayer(keys.astype(dtype), values.astype(dtype))
@@ -130,7 +133,7 @@ class EncodedLayer:
         return layer
 
     def tensors(self) -> dict[str, mx.array]:
-        """Everything but the codec, by name; the inverse of ``from_tensors``."""
+        """Return all tensors by name. Together with the codec they are the layer, see ``from_tensors``."""
         return {
             "sink_keys": self.sink_keys,
             "sink_values": self.sink_values,
@@ -148,7 +151,7 @@ class EncodedLayer:
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, mx.array], codec: CacheCodec) -> EncodedLayer:
-        """Rebuild a layer. Raises ValueError where a tensor is missing or shapes and dtypes don't fit together."""
+        """Build a layer from its tensors. Raises ValueError if one is missing, or shapes or dtypes do not fit."""
         try:
             layer = cls(
                 codec=codec,
@@ -163,10 +166,10 @@ class EncodedLayer:
             )
         except KeyError as error:
             raise ValueError(f"the layer's tensor {error} is missing") from None
-        layer._check()
+        layer._check_shapes()
         return layer
 
-    def _check(self) -> None:
+    def _check_shapes(self) -> None:
         if self.key_mean.ndim != 3 or self.value_mean.ndim != 3:
             raise ValueError("the layer's means are not (n_kv_heads, 1, head_dim)")
         if self.keys.scales.ndim != 2 or self.fine_keys.scales.ndim != 2:
@@ -195,7 +198,7 @@ class EncodedLayer:
 
 @dataclass(frozen=True)
 class DenseLayer:
-    """An encoded layer decoded once, to be attended without decoding each time: what it holds is the same.
+    """An encoded layer that was decoded once, so that attention need not decode it at each step.
 
     keys, values: (n_kv_heads, T, head_dim) floats.
     """
@@ -205,10 +208,10 @@ class DenseLayer:
 
     @property
     def tokens(self) -> int:
-        """Tokens held."""
+        """Count the tokens."""
         return int(self.keys.shape[1])
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values."""
+        """Count the bytes of keys and values."""
         return int(self.keys.nbytes + self.values.nbytes)

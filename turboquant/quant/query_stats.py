@@ -1,7 +1,7 @@
-"""What the queries of a context's own prefill tell of the ones to come: where they look, and at which tokens.
+"""Statistics of a context's own queries: in which directions they point, and which tokens they attend to.
 
-Collected while a context is prefilled in full precision, used once when it is encoded. The questions are not known
-then, but the context's own later tokens ask much as they will. Knows tensors, and nothing of codes.
+They are collected while a context is prefilled in full precision, and used once, when it is encoded. Queries that come
+later are not known then, but the context's own later tokens attend to it in a similar way.
 """
 
 from __future__ import annotations
@@ -14,58 +14,61 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from turboquant.runtime.device import array_module, to_module
+from turboquant.runtime.device import array_module, as_float32
 from turboquant.runtime.threads import run_in_parallel
 
-SAMPLES = 256  # queries of each head whose attention is looked at
-NEAR = 64  # tokens before a query that don't count as looked at: near ones are, whatever they hold
-SINKS = 4  # nor do the first ones
-SCORES, GPU_SCORES = 1 << 17, 1 << 24  # held at a time: about a core's cache
-FEWEST_ROWS = 8  # however many tokens
+SAMPLES = 256  # queries of each head whose attention is computed, at least
+NEAR = 64  # this many tokens before a query are not counted, because near tokens get attention whatever they are
+SINKS = 4  # this many first tokens are not counted, for the same reason
+SCORES, GPU_SCORES = 1 << 17, 1 << 24  # in memory at a time; on a CPU about the size of a core's cache
+FEWEST_ROWS = 8  # of scores in memory at a time, however long a row is
 
 
 @dataclass(frozen=True)
 class QueryStatistics:
-    """Queries of one layer, after positional encoding.
+    """Statistics of the queries of one layer, after positional encoding.
 
     moment: (n_kv_heads, head_dim, head_dim) float32, the sum of q q' over all queries that share a KV head.
-    sampled: (n_heads, N, head_dim), spread evenly over the context.
-    positions: N of them, ascending, counted from the first of the keys that are looked at.
-    scale: of the scores.
-    past: (n_heads, N) float32, the log-sum-exp of each sampled query's scores of tokens before those keys, if any.
+    sampled: (n_heads, N, head_dim), queries that are spread evenly over the context.
+    positions: of the N sampled queries, ascending, counted from the first token of the context.
+    scale: by which scores are multiplied.
+    past_logsumexp: (n_heads, N) float32, over each sampled query's scores of tokens before the context, if any.
     """
 
     moment: mx.array
     sampled: mx.array
     positions: tuple[int, ...]
     scale: float
-    past: mx.array | None = None
+    past_logsumexp: mx.array | None = None
 
-    def look_at(self, keys: mx.array) -> tuple[Any, Any]:
-        """Where queries look among keys (n_kv_heads, T, head_dim).
+    def metric_and_attention(self, keys: mx.array) -> tuple[Any, Any]:
+        """Measure how the queries attend to the context's keys (n_kv_heads, T, head_dim).
 
-        Returns the metric in which keys should be close, (n_kv_heads, head_dim, head_dim), half of it from all
-        queries, half from the sampled ones by how sharply they look at tokens far from them; and how much each
-        token is looked at, (n_kv_heads, T), summed squares of attention. Both are of ``device.array_module``.
+        Returns two arrays of ``device.array_module``. The first is the metric in which the error of keys should be
+        small, (n_kv_heads, head_dim, head_dim): one half is the moment of all queries, the other that of the sampled
+        ones, each weighted by the squared attention that it gives to distant tokens. The second is the squared
+        attention that each token gets from the sampled queries, (n_kv_heads, T).
         """
         xp, heads = array_module(), keys.shape[0]
-        sampled = to_module(xp, self.sampled).reshape(heads, -1, *self.sampled.shape[1:])
-        past = None if self.past is None else to_module(xp, self.past).reshape(*sampled.shape[:3], 1)
-        turned = to_module(xp, keys).swapaxes(-1, -2)
+        sampled = as_float32(xp, self.sampled).reshape(heads, -1, *self.sampled.shape[1:])
+        past = None
+        if self.past_logsumexp is not None:
+            past = as_float32(xp, self.past_logsumexp).reshape(*sampled.shape[:3], 1)
+        transposed = as_float32(xp, keys).swapaxes(-1, -2)
 
-        def look(some: slice) -> tuple[Any, Any]:
+        def attend_heads(some: slice) -> tuple[Any, Any]:
             before = None if past is None else past[some]
-            return _look_at(xp, sampled[some] * self.scale, turned[some], before, self.positions)
+            return _attend(xp, sampled[some] * self.scale, transposed[some], before, self.positions)
 
         each = [slice(head, head + 1) for head in range(heads)] if xp is np else [slice(None)]
-        sharp, looks = zip(*run_in_parallel(look, each), strict=True)
+        weighted_moments, attention = zip(*run_in_parallel(attend_heads, each), strict=True)
         moment = np.array(self.moment, np.float64) if xp is np else self.moment
-        # A metric's size does not matter, so the samples' may be scaled.
-        return _normalised(xp, moment) + _normalised(xp, xp.concatenate(sharp)), xp.concatenate(looks)
+        # Only the direction of a metric matters, so both halves are scaled to the same size.
+        return _normalised(xp, moment) + _normalised(xp, xp.concatenate(weighted_moments)), xp.concatenate(attention)
 
 
 class QueryCollector:
-    """Gathers ``QueryStatistics`` chunk by chunk over a context of ``tokens`` tokens."""
+    """Collect ``QueryStatistics`` chunk by chunk over a context of ``tokens`` tokens."""
 
     def __init__(self, tokens: int) -> None:
         self._stride = max(1, tokens // SAMPLES)
@@ -75,25 +78,29 @@ class QueryCollector:
         self._past: list[mx.array] = []
         self._scale = 1.0
 
-    def add(self, queries: mx.array, n_kv_heads: int, offset: int, scale: float, past: mx.array | None = None) -> None:
-        """Take in queries (1, n_heads, L, head_dim) at positions offset .. offset + L.
+    def add(
+        self, queries: mx.array, n_kv_heads: int, offset: int, scale: float, past_logsumexp: mx.array | None = None
+    ) -> None:
+        """Add queries (1, n_heads, L, head_dim) at positions offset .. offset + L.
 
-        past: (1, n_heads, L), the log-sum-exp of their scores of tokens before position 0, where there are any.
+        scale: by which scores are multiplied. past_logsumexp: (1, n_heads, L) over the queries' scores of tokens before
+        position 0, if there are any.
         """
         flat = queries[0].astype(mx.float32).reshape(n_kv_heads, -1, queries.shape[-1])
         moment = flat.swapaxes(1, 2) @ flat
         self._moment = moment if self._moment is None else self._moment + moment
         first = -(offset + 1) % self._stride
-        self._sampled.append(mx.contiguous(queries[0, :, first :: self._stride]))  # a view would keep all of them
+        # A copy, since a view would keep all queries in memory.
+        self._sampled.append(mx.contiguous(queries[0, :, first :: self._stride]))
         self._positions += range(offset + first, offset + queries.shape[2], self._stride)
-        if past is not None:
-            self._past.append(mx.contiguous(past[0, :, first :: self._stride]))
+        if past_logsumexp is not None:
+            self._past.append(mx.contiguous(past_logsumexp[0, :, first :: self._stride]))
         self._scale = scale
-        # Neither waited for, nor are all queries kept until it is needed.
+        # Started now and not waited for; computed later, it would keep all queries in memory until then.
         mx.async_eval(self._moment, self._sampled[-1])  # type: ignore[no-untyped-call]
 
-    def collected(self) -> QueryStatistics | None:
-        """What was gathered; None before anything was."""
+    def statistics(self) -> QueryStatistics | None:
+        """Return the statistics of all queries so far; None if no query was sampled yet."""
         if self._moment is None or not self._positions:
             return None
         sampled = mx.concatenate(self._sampled, axis=1)
@@ -101,25 +108,28 @@ class QueryCollector:
         return QueryStatistics(self._moment, sampled, tuple(self._positions), self._scale, past)
 
 
-def _look_at(xp: Any, sampled: Any, turned: Any, past: Any, positions: Sequence[int]) -> tuple[Any, Any]:
-    """The moments (H, dim, dim) of sampled queries, each as much as it looks sharply, and the looks (H, T).
+def _attend(xp: Any, sampled: Any, transposed: Any, past: Any, positions: Sequence[int]) -> tuple[Any, Any]:
+    """Compute the squared attention of sampled queries to distant tokens, some queries at a time.
 
-    sampled: (H, repeats, N, dim), times the scale. turned: (H, dim, T). past: (H, repeats, N, 1) or None.
+    sampled: (H, repeats, N, dim), multiplied by the scale. transposed: keys (H, dim, T). past: logsumexp over earlier
+    tokens (H, repeats, N, 1), or None.
+    Returns the sum of q q' (H, dim, dim), each query weighted by its squared attention, and the squared attention that
+    each token gets (H, T).
     """
     heads, repeats, count, dim = sampled.shape
-    tokens = turned.shape[-1]
-    sharp, looks = xp.zeros((heads, dim, dim)), xp.zeros((heads, tokens), dtype=xp.float32)
+    tokens = transposed.shape[-1]
+    moments, attention = xp.zeros((heads, dim, dim)), xp.zeros((heads, tokens), dtype=xp.float32)
     most = SCORES if xp is np else GPU_SCORES
     step = max(FEWEST_ROWS, most // (heads * repeats * tokens))
-    seen, exponentials, squared = _elementwise(xp)
+    mask_later, exponentials, square_distant = _elementwise(xp)
     sinks = xp.array(SINKS if past is None else 0)
     for start in range(0, count, step):
         rows = slice(start, start + step)
-        stop = positions[rows][-1] + 1  # later tokens are seen by none of these
+        stop = positions[rows][-1] + 1  # none of these queries sees later tokens
         position, token = xp.array(positions[rows])[:, None], xp.arange(stop)
         queries = sampled[:, :, rows].reshape(heads, -1, dim)
-        scores = (queries @ turned[..., :stop]).reshape(heads, repeats, -1, stop)
-        scores = seen(scores, token, position)
+        scores = (queries @ transposed[..., :stop]).reshape(heads, repeats, -1, stop)
+        scores = mask_later(scores, token, position)
         highest = scores.max(axis=-1, keepdims=True)
         if past is not None:
             highest = xp.maximum(highest, past[:, :, rows])
@@ -127,34 +137,34 @@ def _look_at(xp: Any, sampled: Any, turned: Any, past: Any, positions: Sequence[
         total = weights.sum(axis=-1, keepdims=True)
         if past is not None:
             total = total + exponentials(past[:, :, rows], highest)
-        squares = squared(weights, total, token, position, sinks)
+        squares = square_distant(weights, total, token, position, sinks)
         weighted = queries * xp.sqrt(squares.sum(axis=-1).reshape(heads, -1, 1))
-        sharp = sharp + weighted.swapaxes(-1, -2) @ weighted  # of one array with itself, so symmetric however rounded
-        looks[:, :stop] += squares.sum(axis=(1, 2))
-    return sharp, looks
+        moments = moments + weighted.swapaxes(-1, -2) @ weighted  # exactly symmetric, as both factors are one array
+        attention[:, :stop] += squares.sum(axis=(1, 2))
+    return moments, attention
 
 
 @functools.cache
 def _elementwise(xp: Any) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
-    """Scores of the tokens a query sees; exponentials; and squared shares of attention of those far from it."""
+    """Return functions that mask later tokens, take exponentials, and square the attention to distant tokens."""
 
-    def seen(scores: Any, token: Any, position: Any) -> Any:
+    def mask_later(scores: Any, token: Any, position: Any) -> Any:
         return xp.where(token <= position, scores, -1e30)
 
     def exponentials(scores: Any, highest: Any) -> Any:
         return xp.exp(scores - highest)
 
-    def squared(weights: Any, total: Any, token: Any, position: Any, sinks: Any) -> Any:
+    def square_distant(weights: Any, total: Any, token: Any, position: Any, sinks: Any) -> Any:
         shares = weights / total
         return xp.where((token <= position - NEAR) & (token >= sinks), shares * shares, 0.0)
 
     if xp is np:
-        return seen, exponentials, squared
-    first, second, third = (mx.compile(f, shapeless=True) for f in (seen, exponentials, squared))
+        return mask_later, exponentials, square_distant
+    first, second, third = (mx.compile(f, shapeless=True) for f in (mask_later, exponentials, square_distant))
     return first, second, third
 
 
 def _normalised(xp: Any, moments: Any) -> Any:
-    """(H, dim, dim) each with a trace of 1, where it has any."""
+    """Scale matrices (H, dim, dim) to a trace of 1; one with a trace of 0 stays as it is."""
     trace = xp.trace(moments, axis1=1, axis2=2)[:, None, None]
     return moments / xp.where(trace > 0, trace, 1.0)

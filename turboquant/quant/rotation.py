@@ -1,11 +1,12 @@
-"""The fixed orthogonal rotation that spreads a vector's energy evenly over its coordinates.
+"""A fixed orthogonal rotation, which spreads a vector's energy evenly over its coordinates.
 
-Knows a dimension and a seed. It is a randomised Hadamard transform: random signs, then butterflies, in float32.
-A dimension that is no power of two gets two transforms of the largest power of two below it, one over its first
-and one over its last coordinates; they overlap, so that energy spreads over all, and random signs come before each,
-for without them the second would undo much of the first. There is no dense matrix to store or to multiply by, and
-since butterflies work on each vector alone, a vector's rotation does not depend on which others are rotated with
-it: a matrix product's would, in the last bit, and with it the codes.
+It is a randomised Hadamard transform: random signs, then butterflies, in float32. If the dimension is not a power of
+two, there are two transforms of the largest power of two below it, one of the first and one of the last coordinates.
+They overlap, so that energy spreads over all coordinates. Random signs come before each of them, because without them
+the second would undo much of the first.
+
+No dense matrix is stored or multiplied by. Butterflies rotate each vector alone, so the result does not depend on the
+vectors beside it. That of a matrix product does, in the last bit, and so would the codes.
 
 Source of the idea: Ailon and Chazelle, "The Fast Johnson-Lindenstrauss Transform" (2009).
 """
@@ -20,7 +21,10 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Rotation:
-    """An orthogonal map of vectors of ``dim`` coordinates, the same for ever for one (dim, seed)."""
+    """An orthogonal map of vectors of ``dim`` coordinates. It depends on (dim, seed) alone and never changes.
+
+    Raises ValueError for fewer than 2 coordinates.
+    """
 
     dim: int
     seed: int = 0
@@ -30,14 +34,14 @@ class Rotation:
             raise ValueError(f"a rotation needs at least 2 dimensions, not {self.dim}")
 
     def forward(self, x: mx.array) -> mx.array:
-        """Rotate x (..., dim), any float dtype; returns float32."""
+        """Rotate x (..., dim), any float dtype; return float32."""
         y = x.astype(mx.float32)
         for start, signs in zip(self._block_starts(), self._signs(), strict=True):
             y = self._transform(y * signs, start)
         return y
 
     def inverse(self, y: mx.array) -> mx.array:
-        """Undo ``forward``: y (..., dim) to float32 (..., dim)."""
+        """Rotate y (..., dim) back; return float32."""
         x = y.astype(mx.float32)
         for start, signs in zip(reversed(self._block_starts()), reversed(self._signs()), strict=True):
             x = self._transform(x, start) * signs
@@ -45,13 +49,13 @@ class Rotation:
 
     @property
     def signs(self) -> mx.array:
-        """(dim,) what coordinates are multiplied by before the transform, where dim is a power of two."""
+        """Return the signs (dim,) that coordinates are multiplied by, if dim is a power of two."""
         (signs,) = self._signs()
         return signs
 
     def _signs(self) -> list[mx.array]:
-        """One vector of signs for each transform."""
-        # PCG64 is pinned by NumPy's stream compatibility policy; `random` itself is not used beyond raw bits.
+        """Return a vector of signs (dim,) for each transform."""
+        # NumPy guarantees that the raw bits of PCG64 never change; nothing else of its `random` is used.
         stages = len(self._block_starts())
         bits = np.random.PCG64([self.seed, self.dim]).random_raw((stages, self.dim)) >> np.uint64(63)
         return [mx.array(row) for row in 1.0 - 2.0 * bits.astype(np.float32)]
@@ -64,7 +68,7 @@ class Rotation:
         return 1 << (self.dim.bit_length() - 1)
 
     def _transform(self, x: mx.array, start: int) -> mx.array:
-        """The normalised Hadamard transform, its own inverse, of coordinates start .. start + block."""
+        """Apply the normalised Hadamard transform, which is its own inverse, to coordinates start .. start + block."""
         if self._block == self.dim:
             return mx.hadamard_transform(x)
         stop = start + self._block

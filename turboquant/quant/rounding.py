@@ -1,18 +1,21 @@
-"""Choosing codes so that the error is small where queries look.
+"""Choose codes so that the error is small in the directions of the queries.
 
-The nearest level for each coordinate makes the error e of a key small on average over all directions. Attention sees
-it only along queries, as q.e, so the codes chosen here make e' S e small instead, S being the second moment of the
-queries. What decodes them need not know. Knows arrays and a codebook; which queries, is attention's (query_stats.py).
+The nearest level for each coordinate makes the error e of a key small on average over all directions. Attention only
+depends on the products q.e with the queries. The codes chosen here make e' S e small, where S is the second moment of
+the queries. Decoding is the same for both. query_stats.py measures S.
 
-One routine does two things, a coordinate at a time, all vectors at once. From no error at all, in the metric's
-triangular factor, it is rounding with feedback: each coordinate makes up for the errors of those before it (the LDLQ of
-Chee et al., "QuIP", arXiv 2307.13304; GPTQ's order of work). From codes that are there already, in the metric itself,
-it is coordinate descent. At two bits feedback overloads the outer levels and the nearest ones are the better start.
-Coordinates are worked on in blocks, as GPTQ does: what the errors of all others make of a block is one product, and
-only what changes within the block is followed up one by one.
+``_sweep`` chooses coordinates one by one, for all vectors at once, and is used in two ways:
 
-Written for NumPy and MLX alike: ``xp`` is either module, and all arrays are that module's. On a GPU it is the
-reference for a kernel, kernels/encoding_gpu.py.
+- Rounding with feedback starts without errors and uses the metric's triangular factor: each coordinate compensates for
+  the errors of those before it. This is LDLQ (Chee et al., "QuIP", arXiv 2307.13304), in GPTQ's order of work.
+- Coordinate descent starts with codes and uses the metric itself.
+
+At two bits, feedback drives coordinates beyond the outer levels, and the nearest levels are the better start.
+As in GPTQ, coordinates are processed in blocks: one matrix product gives the effect of all other errors on a block, and
+only changes within the block are applied one by one.
+
+The code runs on NumPy and MLX: ``xp`` is either module, and all arrays belong to it. It is also the reference for the
+kernel in kernels/encoding_gpu.py.
 """
 
 from __future__ import annotations
@@ -27,20 +30,20 @@ from numpy.typing import NDArray
 
 from turboquant.quant.codebook import lloyd_max
 
-SWEEPS = 2
+SWEEPS = 2  # of coordinate descent
 BLOCK = 16  # coordinates
-DAMPING = 0.08  # of the metric's mean diagonal, added to its diagonal: queries to come are not those of the context
-BINS, REACH = 4096, 5.0  # coordinates are looked up in bins over -REACH .. REACH
+DAMPING = 0.08  # share of the mean diagonal that is added to the diagonal, because later queries differ from these
+BINS, REACH = 4096, 5.0  # coordinates are looked up in BINS bins over -REACH .. REACH
 FEWEST_FOR_FEEDBACK = 3  # bits
 
 
 @dataclass(frozen=True)
 class RoundingMetric:
-    """A metric for H heads, made ready once for all the vectors to be rounded in it.
+    """A metric for H heads, prepared once for all vectors that are rounded in it.
 
-    factor: (H, dim, dim) float32; row i: what coordinate i makes up of each later coordinate's error.
-    pull: (H, dim, dim) float32; row i: how the errors of the others move coordinate i.
-    damped: (H, dim, dim) float32, the metric itself.
+    factor: (H, dim, dim) float32; row i: how much of each later coordinate's error coordinate i compensates for.
+    pull: (H, dim, dim) float32; row i: how far the errors of the other coordinates move the best value of coordinate i.
+    damped: (H, dim, dim) float32, the damped metric.
     """
 
     factor: Any
@@ -48,102 +51,85 @@ class RoundingMetric:
     damped: Any
 
     @classmethod
-    def of(cls, xp: Any, metric: Any, kernel: Callable[[Any], Any] | None = None) -> RoundingMetric:
-        """From (H, dim, dim) of that module, symmetric and positive semidefinite; NumPy's had better be float64.
+    def prepare(cls, xp: Any, metric: Any, kernel: Callable[[Any], Any] | None = None) -> RoundingMetric:
+        """Damp and factorise a metric (H, dim, dim), symmetric and positive semidefinite; in NumPy best as float64.
 
-        kernel: makes the damped metric's factor in LAPACK's place.
+        kernel: computes what ``feedback`` does, on a GPU.
         """
-        metric = _damped(xp, metric)
+        mean = xp.trace(metric, axis1=1, axis2=2)[:, None, None] / metric.shape[1]
+        metric = metric / xp.where(mean > 0, mean, 1.0) + DAMPING * xp.eye(metric.shape[1])
         pull = metric / xp.diagonal(metric, axis1=1, axis2=2)[:, :, None] - xp.eye(metric.shape[1])
         factor = kernel(metric) if kernel else feedback(xp, metric)
         return cls(*(x.astype(xp.float32) for x in (factor, pull, metric)))
 
-    def of_heads(self, some: slice) -> RoundingMetric:
-        """That of some of the heads."""
+    def slice_heads(self, some: slice) -> RoundingMetric:
+        """Return the metric of some of the heads."""
         return RoundingMetric(self.factor[some], self.pull[some], self.damped[some])
 
 
 def round_in_metric(xp: Any, unit: Any, metric: RoundingMetric, bits: int) -> tuple[Any, Any]:
-    """Codes (H, dim, T) uint8, and a factor (H, T) for each vector's levels, that are close to ``unit`` in ``metric``.
+    """Choose codes, and a factor for each vector's levels, so that the error is small in ``metric``.
 
     unit: (H, dim, T) float32, vectors of norm sqrt(dim), coordinate by coordinate.
-
-    The factor makes the product with the queries right on average: it divides by what the levels keep of it.
+    Returns codes (H, dim, T) uint8 and factors (H, T). With its factor, a vector's product with the queries is right
+    on average.
     """
     levels, scaled = xp.array(lloyd_max(bits).levels), metric.damped @ unit
     if bits < FEWEST_FOR_FEEDBACK:
-        codes = nearest(xp, unit, bits)
+        codes = nearest_codes(xp, unit, bits)
     else:
         one = xp.ones(unit.shape[::2], dtype=xp.float32)
         codes = _sweep(xp, unit, xp.zeros_like(unit), metric.factor, one, bits, -1)
     for _ in range(SWEEPS):
         chosen = levels[codes]
-        fitted = (chosen * scaled).sum(axis=1) / (chosen * (metric.damped @ chosen)).sum(axis=1)
-        fitted = xp.clip(fitted, 0.5, 2.0)
-        error = fitted[:, None] * chosen - unit
-        codes = _sweep(xp, unit, error, metric.pull, fitted, bits, 1)
-    kept = (levels[codes] * scaled).sum(axis=1)
-    whole = (unit * scaled).sum(axis=1)
-    return codes, xp.clip(whole / xp.maximum(kept, 1e-9), 0.5, 2.0)
+        best_scale = (chosen * scaled).sum(axis=1) / (chosen * (metric.damped @ chosen)).sum(axis=1)
+        best_scale = xp.clip(best_scale, 0.5, 2.0)
+        error = best_scale[:, None] * chosen - unit
+        codes = _sweep(xp, unit, error, metric.pull, best_scale, bits, 1)
+    product_of_levels = (levels[codes] * scaled).sum(axis=1)
+    exact_product = (unit * scaled).sum(axis=1)
+    return codes, xp.clip(exact_product / xp.maximum(product_of_levels, 1e-9), 0.5, 2.0)
 
 
 def _sweep(xp: Any, unit: Any, error: Any, pull: Any, scale: Any, bits: int, step: int) -> Any:
-    """Choose coordinates one by one, each by what ``pull`` makes of the errors of all others; changes ``error``.
+    """Choose the codes of coordinates one by one, each by how far ``pull`` and the errors of all others move it.
 
-    step: 1 from the first coordinate on, -1 from the last.
+    unit: (H, dim, T). error: (H, dim, T), the errors before; they are replaced by those after. pull: (H, dim, dim).
+    scale: (H, T), of each vector's levels. step: 1 to begin with the first coordinate, -1 with the last.
+    Returns codes (H, dim, T) uint8.
     """
-    blocks, dim, codes = range(0, unit.shape[1], BLOCK), unit.shape[1], []
-    for start in blocks[::step]:
+    levels, dim = xp.array(lloyd_max(bits).levels), unit.shape[1]
+    codes: list[Any] = [None] * dim
+    for start in range(0, dim, BLOCK)[::step]:
         block = slice(start, min(start + BLOCK, dim))
-        wanted = unit[:, block] - pull[:, block] @ error
-        own = pull[:, block, block]
-        chosen, error[:, block] = _round_block(xp, wanted, unit[:, block], error[:, block], own, scale, bits, step)
-        codes.append(chosen)
-    return xp.concatenate(codes[::step], axis=1)
+        target = unit[:, block] - pull[:, block] @ error
+        within, before, exact = pull[:, block, block], error[:, block], unit[:, block]
+        changes = xp.zeros_like(target)  # of the block's errors
+        for i in range(target.shape[1])[::step]:
+            moved = target[:, i] - (within[:, i : i + 1] @ changes)[:, 0]
+            codes[start + i] = nearest_codes(xp, moved / scale, bits)
+            changes[:, i] = scale * levels[codes[start + i]] - exact[:, i] - before[:, i]
+        error[:, block] = before + changes
+    return xp.stack(codes, axis=1)
 
 
-def _round_block(
-    xp: Any, wanted: Any, unit: Any, error: Any, own: Any, scale: Any, bits: int, step: int
-) -> tuple[Any, Any]:
-    """Codes and errors (H, B, T) of a block of coordinates, chosen one by one, from the last if ``step`` is -1.
-
-    wanted: (H, B, T), what each coordinate should be, the errors of all others being what they were. unit: (H, B, T),
-    what it is. error: (H, B, T), what they were. own: (H, B, B), how much errors of the block move the others in it.
-    scale: (H, T), of the levels.
-    """
-    levels, changes = xp.array(lloyd_max(bits).levels), xp.zeros_like(wanted)
-    codes: list[Any] = [None] * wanted.shape[1]
-    for i in range(wanted.shape[1])[::step]:
-        now = wanted[:, i] - (own[:, i : i + 1] @ changes)[:, 0]
-        codes[i] = nearest(xp, now / scale, bits)
-        changes[:, i] = scale * levels[codes[i]] - unit[:, i] - error[:, i]
-    return xp.stack(codes, axis=1), error + changes
-
-
-def nearest(xp: Any, x: Any, bits: int) -> Any:
-    """The codes of the levels that are nearest to x, but for bins that a boundary cuts."""
+def nearest_codes(xp: Any, x: Any, bits: int) -> Any:
+    """Look up the code of the level nearest to the middle of the bin that each x is in."""
     bins = xp.clip(x * (BINS / (2 * REACH)) + BINS / 2, 0, BINS - 1)
     return xp.array(code_of_bin(bits))[bins.astype(xp.int32)]
 
 
 @functools.cache
 def code_of_bin(bits: int) -> NDArray[np.uint8]:
-    """(BINS,) the code of the level nearest to the middle of each bin."""
+    """Return the code of the level that is nearest to the middle of each bin, (BINS,)."""
     centres = (np.arange(BINS) + 0.5) * (2 * REACH / BINS) - REACH
     return np.searchsorted(lloyd_max(bits).boundaries, centres).astype(np.uint8)
 
 
-def _damped(xp: Any, metric: Any) -> Any:
-    dim = metric.shape[1]
-    mean = xp.trace(metric, axis1=1, axis2=2)[:, None, None] / dim
-    mean = xp.where(mean > 0, mean, 1.0)
-    return metric / mean + DAMPING * xp.eye(dim)
-
-
 def feedback(xp: Any, metric: Any) -> Any:
-    """Row i: what coordinate i makes up of each later coordinate's error, (H, dim, dim) float32; by LAPACK in float64.
+    """Factorise a metric (H, dim, dim), symmetric and positive definite, for rounding with feedback.
 
-    metric: (H, dim, dim), symmetric and positive definite.
+    Returns ``RoundingMetric.factor``, (H, dim, dim) float32, computed by LAPACK in float64.
     """
     factor = np.linalg.cholesky(np.array(metric, np.float64))
     unit_lower = factor / np.diagonal(factor, axis1=1, axis2=2)[:, None]

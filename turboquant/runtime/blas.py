@@ -8,7 +8,7 @@ gives its functions the names that MLX looks for.
 Nothing changes on macOS, with a CUDA backend, or once MLX is loaded. This module imports neither MLX nor NumPy, except
 in `measure_gflops`.
 
-This is the only module of the package that reads environment variables:
+It reads and sets these environment variables:
 
 - TURBOQUANT_BLAS chooses the library: `numpy`, `system`, or `off` for MLX's own. If it is not set, PIPELINE_BLAS, its
   former name, is read. If neither is set, the first of these is used: a library that the user has preloaded, NumPy's,

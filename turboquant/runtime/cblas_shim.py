@@ -1,6 +1,7 @@
-"""A tiny shared object whose functions have CBLAS's plain names, widen the integers, and jump to another library's.
+"""Give the functions of a BLAS with 64-bit integers the plain names of CBLAS, for x86-64 (System V).
 
-It knows ELF and the calling convention of x86-64 (System V). It does not know which library is jumped to, or why.
+This module writes a tiny ELF shared object. Each of its functions has a plain name, widens its integer arguments to 64
+bits, and jumps to the function of the other library.
 """
 
 from __future__ import annotations
@@ -10,15 +11,19 @@ import os
 import struct
 import tempfile
 
-# Integer arguments on the stack, by offset from rsp at entry. M, N and K are always in rcx, r8 and r9; real
-# alpha and beta travel in xmm0 and xmm1, complex ones as pointers that take a stack slot each.
+# Integer arguments on the stack, by their offset from rsp at entry. M, N and K are always in rcx, r8 and r9. Real
+# alpha and beta are in xmm0 and xmm1; complex ones are pointers, which take a stack slot each.
 _REAL = (16, 32, 48)  # return, A, lda, B, ldb, C, ldc
 _COMPLEX = (24, 40, 64)  # return, alpha, A, lda, B, ldb, beta, C, ldc
 FUNCTIONS = {"cblas_sgemm": _REAL, "cblas_dgemm": _REAL, "cblas_cgemm": _COMPLEX}
 
 
 def export(addresses: dict[str, int | None]) -> bool:
-    """Make `addresses` callable by plain name for libraries loaded from now on; False where it can't be."""
+    """Make functions callable by plain name for libraries that are loaded from now on.
+
+    addresses: of the functions with 64-bit integers, by the plain names, which are those of `FUNCTIONS`.
+    Returns False where this machine cannot load the shared object, or a product comes out wrong.
+    """
     for write in (_memory_file, _temporary_file):
         try:
             descriptor, path = write(_shared_object())
@@ -30,9 +35,9 @@ def export(addresses: dict[str, int | None]) -> bool:
                 ctypes.c_void_p.in_dll(library, f"{name}_target").value = address
             if not _multiplies(library):
                 return False
-            ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)  # same file: only makes it visible to others
+            ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)  # the same file again, now visible to other libraries
             return True
-        except OSError:  # a machine that lets no memory file, or nothing in the temporary folder, run
+        except OSError:  # memory files, or files in the temporary folder, may not be executed here
             continue
         finally:
             os.close(descriptor)
@@ -54,7 +59,7 @@ def _temporary_file(content: bytes) -> tuple[int, str]:
 
 
 def _multiplies(library: ctypes.CDLL) -> bool:
-    """One small product, (1, 2) x (2, 3): a NumPy built in some other way can't give MLX wrong numbers."""
+    """Try one small product, (1, 2) x (2, 3), so that a NumPy that was built differently gives MLX no wrong numbers."""
     row_major, plain, one, zero = 101, 111, ctypes.c_float(1), ctypes.c_float(0)
     a, b, c = (ctypes.c_float * 2)(1, 2), (ctypes.c_float * 6)(1, 2, 3, 4, 5, 6), (ctypes.c_float * 3)()
     library.cblas_sgemm.restype = None
@@ -63,16 +68,16 @@ def _multiplies(library: ctypes.CDLL) -> bool:
 
 
 def _shared_object() -> bytes:
-    """An ELF64 x86-64 library (System V gABI, chapters 4 and 5) of `FUNCTIONS` and their `_target` slots.
+    """Write an ELF64 x86-64 library (System V gABI, chapters 4 and 5) of `FUNCTIONS` and their `_target` slots.
 
-    One page holds headers, tables and code; the next the dynamic section and the slots, which are writable.
+    The first page holds headers, tables and code. The second is writable and holds the dynamic section and the slots.
     """
     page, headers, symbol_size, dynamic_size = 0x1000, 64 + 4 * 56, 24, 7 * 16
     names = [*FUNCTIONS, *(f"{name}_target" for name in FUNCTIONS), "libturboquant-cblas.so"]
     strings = b"\0" + b"".join(name.encode() + b"\0" for name in names)
     string_offset = {name: strings.index(b"\0" + name.encode() + b"\0") + 1 for name in names}
     count = 1 + 2 * len(FUNCTIONS)
-    # A hash table of one bucket is a plain chain of all symbols: bucket count, length, first, next...
+    # A hash table of one bucket is a chain of all symbols: number of buckets, length, first symbol, next ones.
     chain = struct.pack(f"<{3 + count}I", 1, count, 1, 0, *range(2, count), 0)
     chain += bytes(-len(chain) % 8)
     symbols_at = headers + len(chain)
@@ -93,13 +98,16 @@ def _shared_object() -> bytes:
     data = b"".join(struct.pack("<QQ", *entry) for entry in dynamic.items()) + bytes(8 * len(FUNCTIONS))
     segments = _segment(1, 5, 0, headers + len(text), page) + _segment(1, 6, page, len(data), page)
     segments += _segment(2, 6, page, dynamic_size, 8) + _segment(0x6474E551, 6, 0, 0, 16)
-    return (_elf_header(4) + segments + text).ljust(page, b"\0") + data
+    identity, shared, x86_64 = b"\x7fELF" + bytes([2, 1, 1]) + bytes(9), 3, 62  # 64 bits, little-endian, System V
+    header = identity + struct.pack("<HHIQQQIHHHHHH", shared, x86_64, 1, 0, 64, 0, 0, 64, 56, 4, 0, 0, 0)
+    return (header + segments + text).ljust(page, b"\0") + data
 
 
 def _stub(stack: tuple[int, ...], address: int, slot: int) -> bytes:
-    """Machine code: widen M, N, K and the leading dimensions to 64 bits, then jump to the slot's function.
+    """Write machine code that widens M, N, K and the leading dimensions to 64 bits and jumps to the slot's function.
 
-    The caller has left the upper halves undefined. Stack slots of arguments belong to the called function.
+    The caller leaves the upper halves of 32-bit arguments undefined. A called function may overwrite the stack slots of
+    its arguments.
     """
     code = bytes.fromhex("4863c9 4d63c0 4d63c9")  # movsxd rcx, ecx; movsxd r8, r8d; movsxd r9, r9d
     for offset in stack:  # movsxd rax, dword [rsp + offset]; mov [rsp + offset], rax
@@ -107,16 +115,10 @@ def _stub(stack: tuple[int, ...], address: int, slot: int) -> bytes:
     return code + b"\xff\x25" + struct.pack("<i", slot - (address + len(code) + 6))  # jmp [rip + distance]
 
 
-def _elf_header(segments: int) -> bytes:
-    identity = b"\x7fELF" + bytes([2, 1, 1]) + bytes(9)  # 64 bits, little-endian, System V
-    shared, x86_64 = 3, 62
-    return identity + struct.pack("<HHIQQQIHHHHHH", shared, x86_64, 1, 0, 64, 0, 0, 64, 56, segments, 0, 0, 0)
-
-
 def _segment(kind: int, flags: int, offset: int, size: int, alignment: int) -> bytes:
     return struct.pack("<IIQQQQQQ", kind, flags, offset, offset, offset, size, size, alignment)
 
 
 def _symbol(name: int, info: int, address: int, size: int) -> bytes:
-    defined = 1  # any section number but "undefined" will do: the file has no section table
+    defined = 1  # the file has no section table, so any number except that of "undefined" is right
     return struct.pack("<IBBHQQ", name, info, 0, defined, address, size)

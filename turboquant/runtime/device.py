@@ -1,4 +1,4 @@
-"""Where MLX computes, and what suits that: weights' dtype, and the array module for work that NumPy and MLX both do."""
+"""Adapt work to MLX's default device: the dtype of weights, and which array module does what NumPy and MLX both can."""
 
 from __future__ import annotations
 
@@ -10,33 +10,36 @@ import numpy as np
 
 
 def on_cpu() -> bool:
-    """Whether MLX's default device is the CPU."""
+    """Return whether MLX's default device is the CPU."""
     return bool(mx.default_device() == mx.Device(mx.cpu))
 
 
 def array_module() -> Any:
-    """NumPy on a CPU, where MLX's small operations and exponentials are slow; MLX elsewhere."""
+    """Return NumPy on a CPU, where MLX's small operations and exponentials are slow, and mlx.core elsewhere."""
     return np if on_cpu() else mx
 
 
-def to_module(xp: Any, x: mx.array) -> Any:
-    """x as float32 of that module, without a copy where x is float32 already. A NumPy view is not to be written to."""
+def as_float32(xp: Any, x: mx.array) -> Any:
+    """Convert x to a float32 array of the module `xp`.
+
+    A float32 x is not copied: NumPy then gets a view of it, which must not be written to.
+    """
     x = x.astype(mx.float32)
     return np.asarray(x) if xp is np else x
 
 
 def fused(f: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    """Elementwise operations in few kernels, where starting them and passing results on takes time: on a GPU."""
+    """Compile elementwise operations into few kernels for a GPU, where each start of a kernel takes time."""
     compiled: Callable[..., mx.array] = mx.compile(f, shapeless=True)
     return lambda *arrays: f(*arrays) if on_cpu() else compiled(*arrays)
 
 
-def settle_weights(model: Any, group: mx.distributed.Group | None = None) -> None:
-    """Read a lazily loaded model's weights from disk; on a CPU as float32, quantised ones too.
+def prepare_weights(model: Any, group: mx.distributed.Group | None = None) -> None:
+    """Read a lazily loaded model's weights from disk; on a CPU convert all of them to float32, quantised ones too.
 
-    MLX computes half precision there at 2 to 5 GFLOP/s and quantised layers at 2, float32 at the speed of the BLAS.
+    On a CPU MLX computes half precision at 2 to 5 GFLOP/s, quantised layers at 2, and float32 at the speed of the BLAS.
 
-    group: of processes that hold the model between them, of which each keeps its part.
+    group: the processes that share the model; each of them keeps its part of the weights.
     """
     from mlx_lm.utils import dequantize_model
 

@@ -1,4 +1,4 @@
-"""NumPy's work shared out among the cores, as many as the BLAS was told to use. Knows nothing of what the work is."""
+"""Run NumPy's work on several threads, as many as the BLAS was told to use."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ _Result = TypeVar("_Result")
 
 
 def run_in_parallel(work: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
-    """Do each item on a thread of its own, with a BLAS that keeps to one thread; the results in the items' order.
+    """Call ``work`` for each item on a pool of threads, while the BLAS uses one thread; return results in items' order.
 
-    Exponentials are then shared among the cores as well, and no core waits for another inside of a product, which
-    on a busy machine takes twice as long. MLX's arrays are not to be computed in ``work``.
+    This spreads exponentials over the cores too, and no core waits for another one within a matrix product, which takes
+    twice as long on a busy machine. ``work`` must not evaluate MLX arrays.
     """
-    threads = _threads()
+    threads = thread_count()
     if threads == 1 or len(items) == 1:
         return [work(item) for item in items]
     with _blas().limit(limits=1):
@@ -27,14 +27,14 @@ def run_in_parallel(work: Callable[[_Item], _Result], items: Sequence[_Item]) ->
 
 
 @functools.cache
-def _blas() -> Any:
-    return ThreadpoolController().select(user_api="blas")
+def thread_count() -> int:
+    """Return how many threads the BLAS was told to use, which is the number that the user wants."""
+    return max((library["num_threads"] for library in _blas().info()), default=1)
 
 
 @functools.cache
-def _threads() -> int:
-    """How many threads the BLAS was told to use, which is how many the user wants used."""
-    return max((library["num_threads"] for library in _blas().info()), default=1)
+def _blas() -> Any:
+    return ThreadpoolController().select(user_api="blas")
 
 
 @functools.cache

@@ -313,11 +313,11 @@ def test_threads_change_no_bit(monkeypatch: pytest.MonkeyPatch, threads: int) ->
     collector.add(queries[:1], 4, 600, 0.125)
 
     def computed() -> list[mx.array]:
-        layer = encode_layer(keys, values, CacheCodec(4, 3), collector.collected())
+        layer = encode_layer(keys, values, CacheCodec(4, 3), collector.statistics())
         dense = cpu.attend_dense(queries[:1], keys[None, :, :300], values[None, :, :300], 0.125, "causal")
         packed = cpu.attend_layer(queries, layer, 0.125)
         return [dense.output, dense.logsumexp, packed.output, packed.logsumexp, *layer.tensors().values()]
 
     alone = computed()
-    monkeypatch.setattr("turboquant.runtime.threads._threads", lambda: threads)
+    monkeypatch.setattr("turboquant.runtime.threads.thread_count", lambda: threads)
     assert all(mx.array_equal(one, other) for one, other in zip(alone, computed(), strict=True))

@@ -140,9 +140,9 @@ def test_queries_share_their_attention_with_the_parent() -> None:
     for past in (-1e9, 50.0):
         cache = SegmentCache(DenseLayer(keys, keys), 200)
         cache.queries.add(queries, 1, 0, 0.2, mx.full((1, 2, 200), past))
-        collected = cache.queries.collected()
+        collected = cache.queries.statistics()
         assert collected is not None
-        looks.append(collected.look_at(keys)[1])
+        looks.append(collected.metric_and_attention(keys)[1])
     assert looks[1].sum() < 1e-6 * looks[0].sum()
 
 

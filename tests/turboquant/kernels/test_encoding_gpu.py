@@ -114,7 +114,7 @@ def test_a_metric_made_ready_on_a_gpu_is_numpy_s(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.usefixtures("emulated")
 def test_a_vector_s_codes_depend_on_it_alone() -> None:
     codec, x, mean = Codec(64, 3), vectors(40, 64), mx.zeros((HEADS, 64))
-    metric = RoundingMetric.of(mx, mx.array(a_metric(64).astype(np.float32)))
+    metric = RoundingMetric.prepare(mx, mx.array(a_metric(64).astype(np.float32)))
     order = mx.broadcast_to(mx.arange(40, dtype=mx.int32), (HEADS, 40))
     whole = encoding_gpu.encode(x, order, mean, codec, metric)
     some = encoding_gpu.encode(x[:, 5:], order[:, 3:20] - 2, mean, codec, metric)

@@ -31,7 +31,7 @@ def collect(asked: mx.array, chunk: int) -> QueryStatistics:
     collector = QueryCollector(TOKENS)
     for start in range(0, TOKENS, chunk):
         collector.add(asked[:, :, start : start + chunk], HEADS, start, DIM**-0.5)
-    collected = collector.collected()
+    collected = collector.statistics()
     assert collected is not None
     return collected
 
@@ -55,25 +55,25 @@ def test_queries_are_not_kept() -> None:
     collector, before = QueryCollector(8 * 2048), mx.get_active_memory()
     for chunk in range(8):
         collector.add(mx.random.normal((1, 4, 2048, DIM)), HEADS, chunk * 2048, 1.0)
-    assert collector.collected() is not None
+    assert collector.statistics() is not None
     mx.synchronize()
     assert mx.get_active_memory() - before < 4 * 2048 * DIM * 4  # an eighth of them
 
 
 def test_nothing_asked_is_nothing_collected() -> None:
-    assert QueryCollector(100).collected() is None
+    assert QueryCollector(100).statistics() is None
 
 
 def test_a_token_that_queries_look_at_is_noticed(asked: mx.array, keys: mx.array) -> None:
     mean = asked[0].reshape(HEADS, -1, DIM).mean(axis=1)
     keys[:, 500] = 40 * mean / mx.linalg.norm(mean, axis=-1, keepdims=True)
     asked = asked + 3 * mx.repeat(mean, REPEATS, axis=0)[None, :, None]
-    _, looks = collect(asked, 512).look_at(keys)
+    _, looks = collect(asked, 512).metric_and_attention(keys)
     assert looks.argmax(axis=1).tolist() == [500, 500]
 
 
 def test_near_and_first_tokens_don_t_count(asked: mx.array, keys: mx.array) -> None:
-    _, looks = collect(asked, 512).look_at(keys)
+    _, looks = collect(asked, 512).metric_and_attention(keys)
     assert looks[:, : queries.SINKS].max() == 0
     assert looks[:, TOKENS - queries.NEAR + 1 :].max() == 0
     assert looks[:, queries.SINKS : TOKENS // 2].min() > 0
@@ -81,18 +81,18 @@ def test_near_and_first_tokens_don_t_count(asked: mx.array, keys: mx.array) -> N
 
 def test_scores_in_blocks_are_the_same(asked: mx.array, keys: mx.array, monkeypatch: pytest.MonkeyPatch) -> None:
     collected = collect(asked, 512)
-    metric, looks = collected.look_at(keys)
+    metric, looks = collected.metric_and_attention(keys)
     monkeypatch.setattr(queries, "SCORES", 10 * TOKENS)
-    other_metric, other_looks = collected.look_at(keys)
+    other_metric, other_looks = collected.metric_and_attention(keys)
     np.testing.assert_allclose(looks, other_looks, rtol=1e-4)
     np.testing.assert_allclose(metric, other_metric, rtol=1e-3, atol=1e-6)
 
 
 def test_mlx_and_numpy_see_the_same(asked: mx.array, keys: mx.array, monkeypatch: pytest.MonkeyPatch) -> None:
     collected = collect(asked, 512)
-    metric, looks = collected.look_at(keys)
+    metric, looks = collected.metric_and_attention(keys)
     monkeypatch.setattr(queries, "array_module", lambda: mx)
-    other_metric, other_looks = collected.look_at(keys)
+    other_metric, other_looks = collected.metric_and_attention(keys)
     np.testing.assert_allclose(looks, other_looks, rtol=1e-3, atol=1e-9)
     np.testing.assert_allclose(metric, other_metric, rtol=1e-2, atol=1e-5)
 
@@ -120,7 +120,7 @@ def test_tokens_looked_at_are_kept_finer_and_every_token_is_held_once(asked: mx.
     held = np.array(layer.decode()[1]).mean(axis=-1)
     assert np.abs(np.sort(held, axis=1) - np.arange(TOKENS)).max() < 90  # each value's mean is its token's number
     finer = held[:, -layer.fine_keys.tokens :].round().astype(int)
-    _, looks = known.look_at(keys)
+    _, looks = known.metric_and_attention(keys)
     for head in range(HEADS):
         unseen = np.median(looks[head][16 : TOKENS - 150])
         middle = [token for token in finer[head] if 16 <= token < TOKENS - 150]

@@ -40,27 +40,27 @@ def test_errors_shrink_where_queries_look(bits: int, share: float, dim: int) -> 
     unit, metric = units(dim), a_metric(dim)
     nearest = np.abs(unit[..., None] - lloyd_max(bits).levels).argmin(-1)
     norms = np.sqrt(dim) / np.linalg.norm(lloyd_max(bits).levels[nearest], axis=1)
-    codes, factors = rounding.round_in_metric(np, unit, RoundingMetric.of(np, metric), bits)
+    codes, factors = rounding.round_in_metric(np, unit, RoundingMetric.prepare(np, metric), bits)
     assert error(unit, codes, factors, metric, bits) < share * error(unit, nearest, norms, metric, bits)
 
 
 def test_a_metric_without_directions_gives_about_the_nearest_levels() -> None:
     unit = units(64)
-    codes, _ = rounding.round_in_metric(np, unit, RoundingMetric.of(np, np.stack([np.eye(64)] * HEADS)), 4)
+    codes, _ = rounding.round_in_metric(np, unit, RoundingMetric.prepare(np, np.stack([np.eye(64)] * HEADS)), 4)
     nearest = np.abs(unit[..., None] - lloyd_max(4).levels).argmin(-1)
     assert (codes == nearest).mean() > 0.95
 
 
 @pytest.mark.parametrize("metric", [np.zeros((HEADS, 64, 64)), np.ones((HEADS, 64, 64)) * 1e30])
 def test_queries_that_say_nothing_are_no_error(metric: NDArray[np.float64]) -> None:
-    codes, factors = rounding.round_in_metric(np, units(64), RoundingMetric.of(np, metric), 3)
+    codes, factors = rounding.round_in_metric(np, units(64), RoundingMetric.prepare(np, metric), 3)
     assert codes.max() < 8
     assert np.isfinite(factors).all()
 
 
 def test_vectors_are_rounded_each_by_itself() -> None:
     unit, metric = units(64), a_metric(64)
-    prepared = RoundingMetric.of(np, metric)
+    prepared = RoundingMetric.prepare(np, metric)
     codes, _ = rounding.round_in_metric(np, unit, prepared, 4)
     some, _ = rounding.round_in_metric(np, np.ascontiguousarray(unit[:, :, 7:20]), prepared, 4)
     assert (codes[:, :, 7:20] == some).mean() > 0.999
@@ -69,8 +69,10 @@ def test_vectors_are_rounded_each_by_itself() -> None:
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_mlx_rounds_as_numpy_does(bits: int) -> None:
     unit, metric = units(64), a_metric(64)
-    codes, factors = rounding.round_in_metric(np, unit, RoundingMetric.of(np, metric), bits)
-    others, other_factors = rounding.round_in_metric(mx, mx.array(unit), RoundingMetric.of(mx, mx.array(metric)), bits)
+    codes, factors = rounding.round_in_metric(np, unit, RoundingMetric.prepare(np, metric), bits)
+    others, other_factors = rounding.round_in_metric(
+        mx, mx.array(unit), RoundingMetric.prepare(mx, mx.array(metric)), bits
+    )
     assert (np.array(others) == codes).mean() > 0.99  # sums are rounded otherwise, and a tie is a tie
     assert np.abs(np.array(other_factors) - factors).mean() < 1e-3
 
