@@ -1,5 +1,6 @@
-"""The command line: arguments in, tables and exit codes out. Thin; everything is imported by the command that uses it.
+"""The command line: the arguments of each command, and the text that it prints.
 
+The work of a command is in `pipeline.commands` and is imported when the command runs, so that ``--help`` is fast.
 Exit codes: 0 all rows answered; 2 the job or the command line is wrong; 3 finished, some rows failed; 130
 interrupted, resumable; 1 anything else.
 """
@@ -7,38 +8,34 @@ interrupted, resumable; 1 anything else.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.commands.bench_cli import bench
-from pipeline.commands.cache_cli import app as cache_app
+from pipeline.commands.cache import app as cache_app
 from pipeline.commands.console import (
     AsJson,
     Debug,
     JobFile,
     OneShard,
     Overrides,
-    columns,
     errors_explained,
     load,
     size,
     table,
 )
-from pipeline.commands.init_cli import init, schema
-from pipeline.commands.show_cli import show
 from pipeline.logs import LogFormat, tell
 
 if TYPE_CHECKING:
     from pipeline.job.job import Job
-    from pipeline.job.shards import Shard, ShardStatus
     from pipeline.report import Report
-    from pipeline.retry import OnFailure
 
+CONTENDER_FAILED = 1
 SOME_ROWS_FAILED = 3
+INTERRUPTED = 130
 
 app = typer.Typer(
     name="pipeline",
@@ -69,6 +66,25 @@ On = Annotated[
     str | None,
     typer.Option("--on", metavar="RAY", help="Run on a Ray cluster: ray, or ray://HOST:PORT with its client port."),
 ]
+ShownDocuments = Annotated[
+    list[str] | None, typer.Option("--document", metavar="ID", help="This document only; may be repeated.")
+]
+ShownQueries = Annotated[
+    list[str] | None, typer.Option("--query", metavar="ID", help="This query only; may be repeated.")
+]
+Questions = Annotated[
+    list[str] | None, typer.Option("--query", metavar="TEXT", help="Ask this of every document; may be repeated.")
+]
+FirstQueries = Annotated[
+    int | None, typer.Option("--queries", metavar="N", min=1, help="Ask the first N queries only.")
+]
+NaiveQueries = Annotated[
+    int | None,
+    typer.Option("--naive-queries", metavar="N", min=1, help="Have naive, which is slow, answer the first N only."),
+]
+Contenders = Annotated[
+    list[str] | None, typer.Option("--contender", metavar="NAME", help="Run this one only; may be repeated.")
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress and no summary.")]
 
 
@@ -93,20 +109,32 @@ def run(
 
         job, shard = load(job_file, set_, one_shard)
         if on is None and is_rank_worker(job):
-            _follow(job)
+            from turboquant.runtime.blas import load_tuned_blas
+
+            load_tuned_blas()
+            from pipeline.distributed.rank_worker import follow
+
+            follow(job)
             return
         named = f"{job_file} --shard {shard}" if shard else str(job_file)
         again = f"pipeline run {named} --on {on}" if on else f"pipeline run {named}"
         shows_nothing = quiet or (as_json and log_format is LogFormat.text)
         on_failure = OnFailure(keep=not retry_failed, stop=fail_fast)
-        report = _run(job, on, shows_nothing, on_failure, metrics, shard)
-        _tell(job, named, report, quiet, as_json)
+        if on is None:
+            from pipeline.run.supervisor import supervise
+
+            report = supervise(job, shows_nothing, on_failure, metrics, shard)
+        else:
+            from pipeline.distributed.ray_cluster import run_on_ray
+
+            report = run_on_ray(job, on, shows_nothing, on_failure, metrics, shard)
+        _print_report(job, named, report, quiet, as_json)
         if report.stopped_at:
             tell(f"stopped at the first failure: {report.stopped_at}; to resume: {again}", exit_code=1)
             raise typer.Exit(1)
         if report.interrupted:
-            tell(f"interrupted; to resume: {again}", exit_code=130)
-            raise typer.Exit(130)
+            tell(f"interrupted; to resume: {again}", exit_code=INTERRUPTED)
+            raise typer.Exit(INTERRUPTED)
         if report.rows_failed:
             raise typer.Exit(SOME_ROWS_FAILED)
 
@@ -121,7 +149,7 @@ def merge(
 
         job, _ = load(job_file, set_)
         report = merge_shards(job, quiet or as_json)
-        _tell(job, str(job_file), report, quiet, as_json)
+        _print_report(job, str(job_file), report, quiet, as_json)
         if report.rows_failed:
             raise typer.Exit(SOME_ROWS_FAILED)
 
@@ -140,29 +168,25 @@ def plan(
 
         job, shard = load(job_file, set_, one_shard)
         found = plan_job(job, quiet=as_json, shard=shard)
-        about = "about " if found.estimated else ""
         if as_json:
             print(json.dumps(asdict(found), indent=1))
             return
-        print(
-            table(
-                (
-                    "documents",
-                    f"{found.status.documents:,} ({about}{found.tokens:,} tokens, the longest {found.longest:,})",
-                ),
-                ("queries", f"{found.status.rows / max(found.status.documents, 1):,.4g} a document"),
-                ("rows", f"{found.status.rows:,}: {found.status.done:,} done, {found.status.left:,} to do"),
-                ("will fail", _will_fail(found.too_long, found.unreadable)),
-                *_cut(found.truncated, found.split),
-                ("prefixes", f"{found.hits:,} in the store, {found.misses:,} to build"),
-                ("prefill", f"{about}{found.tokens_to_prefill:,} tokens"),
-                (
-                    "disk",
-                    f"{about}{size(found.bytes_to_store)} to store, {size(found.free_bytes)} free at {job.cache.dir}"
-                    + (f", budget {size(found.budget_bytes)}" if found.budget_bytes else ""),
-                ),
-            )
-        )
+        status, about = found.status, "about " if found.estimated else ""
+        reasons = (found.too_long, "too long for the model"), (found.unreadable, "blank or not fit for the prompt")
+        failing = ", ".join(f"{count:,} {reason}" for count, reason in reasons if count)
+        to_store, free = size(found.bytes_to_store), size(found.free_bytes)
+        budget = f", budget {size(found.budget_bytes)}" if found.budget_bytes else ""
+        rows = [
+            ("documents", f"{status.documents:,} ({about}{found.tokens:,} tokens, the longest {found.longest:,})"),
+            ("queries", f"{status.rows / max(status.documents, 1):,.4g} a document"),
+            ("rows", f"{status.rows:,}: {status.done:,} done, {status.left:,} to do"),
+            ("will fail", f"documents: {failing}" if failing else "nothing known beforehand"),
+            *_cut_documents(found.truncated, found.split),
+            ("prefixes", f"{found.hits:,} in the store, {found.misses:,} to build"),
+            ("prefill", f"{about}{found.tokens_to_prefill:,} tokens"),
+            ("disk", f"{about}{to_store} to store, {free} free at {job.cache.dir}{budget}"),
+        ]
+        print(table(rows))
 
 
 @app.command()
@@ -182,19 +206,131 @@ def status(
         found = job_status(job, quiet=as_json, shard=shard)
         shards = list(shard_statuses(job.result_file))
         if as_json:
-            told = {"shards": [asdict(each) for each in shards]} if shards else {}
-            print(json.dumps({**asdict(found), "left": found.left, **told}, indent=1))
+            of_shards = {"shards": [asdict(each) for each in shards]} if shards else {}
+            print(json.dumps({**asdict(found), "left": found.left, **of_shards}, indent=1))
+            return
+        counts = f"{found.rows:,}: {found.done:,} done, {found.failed:,} failed, {found.left:,} left"
+        print(table([("documents", f"{found.documents:,}"), ("rows", counts)]))
+        if shards:
+            heading = ("shard", "state", "rows", "done", "failed", "left", "updated")
+            rows = [tuple(str(value) for value in vars(each).values()) for each in shards]
+            print(f"\n{table([heading, *rows])}")
+
+
+@app.command()
+def show(
+    job_file: JobFile,
+    document: ShownDocuments = None,
+    query: ShownQueries = None,
+    failed: Annotated[bool, typer.Option("--failed", help="Failed rows only.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Don't cut long answers on a terminal.")] = False,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write a page with filters instead.")
+    ] = None,
+    one_shard: OneShard = None,
+    set_: Overrides = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON for each row.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Show answers: documents down, queries across; while the job runs, those that are there.
+
+    Where the output is no terminal, a row is a line: document, query, status and answer, with tabs between.
+    """
+    with errors_explained(debug, computes=False):
+        from pipeline.commands.show import AnswerTable, lines, tables
+
+        job, shard = load(job_file, set_, one_shard)
+        answers = AnswerTable(job, document or (), query or (), failed, shard)
+        if html:
+            from pipeline.commands.page import write_page
+
+            write_page(html, job.name, answers)
+            print(html)
+        elif as_json:
+            for _, rows in answers:
+                for row in filter(None, rows.values()):
+                    print(json.dumps(asdict(row)))
+        elif sys.stdout.isatty():
+            from rich.console import Console
+
+            console = Console(highlight=False)
+            for part in tables(answers, console, full):
+                console.print(part)
         else:
-            counts = f"{found.rows:,}: {found.done:,} done, {found.failed:,} failed, {found.left:,} left"
-            print(table(("documents", f"{found.documents:,}"), ("rows", counts)))
-            if shards:
-                print(f"\n{_shards(shards)}")
+            for line in lines(answers):
+                print(line)
 
 
-app.command()(show)
-app.command()(init)
-app.command()(schema)
-app.command()(bench)
+@app.command()
+def init(
+    documents: Annotated[
+        str, typer.Argument(metavar="DOCUMENTS", help="Parquet, JSON Lines or texts: a file, a folder or a glob.")
+    ],
+    job_file: Annotated[Path, typer.Argument(metavar="JOB", help="The job file to write.")] = Path("job.yaml"),
+    id_: Annotated[str | None, typer.Option("--id", metavar="COLUMN", help="The column of ids.")] = None,
+    text: Annotated[str | None, typer.Option("--text", metavar="COLUMN", help="The column of texts.")] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", metavar="MODEL", help="A folder or a Hugging Face repo id.")
+    ] = None,
+    query: Questions = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace a job file that exists.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Write a job file for your documents, with every key explained; on a terminal, ask what is not given.
+
+    Beside it pipeline.schema.json is written, by which editors complete and check the file.
+    """
+    with errors_explained(debug, computes=False):
+        from pipeline.commands.init import MODEL, QUESTION, Start, guess_columns, write_job
+
+        id_guess, text_guess = (id_, text) if id_ and text else guess_columns(documents)
+        start = Start(
+            documents=documents,
+            id=id_ or _ask("Column of ids", id_guess),
+            text=text or _ask("Column of texts", text_guess),
+            model=model or _ask("Model, a folder or a Hugging Face repo id", MODEL),
+            queries=query or [_ask("First question", QUESTION)],
+        )
+        write_job(job_file, start, force)
+        print(f"{job_file}\nnext: pipeline plan {job_file}")
+
+
+@app.command()
+def schema(debug: Debug = False) -> None:
+    """Print the JSON Schema of job files, for editors and other programs."""
+    with errors_explained(debug, computes=False):
+        from pipeline.job.job_schema import job_schema
+
+        print(json.dumps(job_schema(), indent=1))
+
+
+@app.command()
+def bench(
+    job_file: JobFile,
+    documents: Annotated[int, typer.Option(metavar="N", min=1, help="Take the job's first N documents.")] = 2,
+    queries: FirstQueries = None,
+    naive_queries: NaiveQueries = None,
+    contender: Contenders = None,
+    set_: Overrides = None,
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Compare the pipeline with plain mlx-lm on this machine, on a job's own documents and queries."""
+    with errors_explained(debug, computes=False):
+        from pipeline.commands import bench as module
+        from pipeline.commands.bench_result import CONTENDERS
+        from pipeline.job.job_file import load_job
+
+        job = load_job(job_file, set_ or [])
+        extent = module.Extent(documents, queries, naive_queries)
+        try:
+            rows = module.bench(job, extent, contender or CONTENDERS)
+        except KeyboardInterrupt:
+            print("interrupted; nothing was kept", file=sys.stderr)
+            raise typer.Exit(INTERRUPTED) from None
+        print(json.dumps([asdict(row) for row in rows], indent=1) if as_json else module.render(rows))
+        if any(row.failed and row.applies for row in rows):
+            raise typer.Exit(CONTENDER_FAILED)
 
 
 @app.command()
@@ -212,48 +348,24 @@ def main() -> None:
     app(prog_name="pipeline")
 
 
-def _shards(shards: Sequence[ShardStatus]) -> str:
-    heading = ("shard", "state", "rows", "done", "failed", "left", "updated")
-    return columns([heading, *([str(value) for value in vars(shard).values()] for shard in shards)])
+def _ask(question: str, default: str) -> str:
+    """Return the user's answer, or the default if there is no terminal to ask on."""
+    return str(typer.prompt(question, default, err=True)) if sys.stdin.isatty() else default
 
 
-def _follow(job: Job) -> None:
-    from turboquant.runtime.blas import load_tuned_blas
-
-    load_tuned_blas()
-    from pipeline.distributed.rank_worker import follow
-
-    follow(job)
-
-
-def _run(
-    job: Job, on: str | None, quiet: bool, on_failure: OnFailure, metrics: Path | None, shard: Shard | None
-) -> Report:
-    """Run the job on this machine, or on a cluster."""
-    if on is not None:
-        from pipeline.distributed.ray_cluster import run_on_ray
-
-        return run_on_ray(job, on, quiet, on_failure, metrics, shard)
-    from pipeline.run.supervisor import supervise
-
-    return supervise(job, quiet, on_failure, metrics, shard)
-
-
-def _tell(job: Job, named: str, report: Report, quiet: bool, as_json: bool) -> None:
+def _print_report(job: Job, named: str, report: Report, quiet: bool, as_json: bool) -> None:
+    """Print the report of a run. named: the job and the shard as the user would give them to a command."""
     if as_json:
         print(json.dumps(asdict(report), indent=1))
-    elif not quiet:
-        print(_summary(job, named, report))
-
-
-def _summary(job: Job, named: str, report: Report) -> str:
+    if as_json or quiet:
+        return
     answered = f"{report.rows_answered:,} answered, {report.rows_kept:,} kept, {report.rows_failed:,} failed"
     rows = [("rows", f"{answered} of {report.rows:,} ({report.documents:,} documents)")]
     for kind, count in sorted(report.failures.items()):
         rows.append(("failures", f"{count:,} {kind}, first {report.first_failures[kind]}"))
     if report.failures:
         rows.append(("", f"to see them: pipeline show {named} --failed"))
-    rows += _cut(report.documents_truncated, report.documents_split)
+    rows += _cut_documents(report.documents_truncated, report.documents_split)
     if prefixes := report.prefixes_built + report.prefixes_restored:
         built = f"{report.prefixes_built:,} built, {report.prefixes_restored:,} restored"
         bits = f"{report.effective_bits:.2f} bits a value" if report.effective_bits else "uncompressed"
@@ -270,16 +382,10 @@ def _summary(job: Job, named: str, report: Report) -> str:
         rows.append(("restarts", f"{report.restarts:,} of the model's process, which had died"))
     rows.append(("seconds", f"{report.seconds:.1f}"))
     rows.append(("result", f"{job.result_file}.parts" if report.interrupted else job.output.path))
-    return table(*rows)
+    print(table(rows))
 
 
-def _will_fail(too_long: int, unreadable: int) -> str:
-    reasons = (too_long, "too long for the model"), (unreadable, "blank or not fit for the prompt")
-    counted = [f"{count:,} {reason}" for count, reason in reasons if count]
-    return f"documents: {', '.join(counted)}" if counted else "nothing known beforehand"
-
-
-def _cut(truncated: int, split: int) -> list[tuple[str, str]]:
+def _cut_documents(truncated: int, split: int) -> list[tuple[str, str]]:
     counts = ("truncated", truncated), ("split", split)
     return [(name, f"{count:,} documents, too long for the model") for name, count in counts if count]
 

@@ -1,12 +1,14 @@
-"""What each contender of a bench does, in the process that it is called in: mlx-lm as it comes, and the pipeline.
+"""The contenders of ``pipeline bench``: mlx-lm without changes, used in four good ways, and the pipeline.
 
-Knows how mlx-lm is used well; not whom a contender is compared with (bench.py). All load the same weights and read the
-same tokens. In mlx-lm's contenders the model calls mlx-lm's own attention, and prefills in mlx-lm's own steps.
+All contenders load the same weights and read the same tokens. In mlx-lm's contenders the model calls mlx-lm's own
+attention and prefills in mlx-lm's own steps.
 """
 
 from __future__ import annotations
 
+import resource
 import shutil
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, suppress
@@ -17,8 +19,7 @@ from typing import Any
 import mlx.core as mx
 import pyarrow.parquet as pq
 
-from pipeline.commands.bench_result import WARM, Outcome, Pair
-from pipeline.commands.resource_meter import ResourceMeter
+from pipeline.commands.bench_result import WARM, BenchResult, Pair
 from pipeline.errors import NotApplicable, PipelineError, RowError, one_line
 from pipeline.inputs.inputs import Inputs
 from pipeline.inputs.prompts import PromptTokenizer, Renderer
@@ -42,28 +43,66 @@ from turboquant.eval.baselines import group_size_of
 from turboquant.eval.results import CannotRun
 from turboquant.runtime.device import on_cpu
 
+_PROC = Path("/proc/self")
 
-def compete(contender: str, job: Job, small: Job, folder: Path) -> Outcome:
-    """Do a job as one of outcome.CONTENDERS does it; ``folder`` takes the prompt caches that mlx-lm writes.
 
-    A GPU does the ``small`` one before, unmeasured. Raises NotApplicable where mlx-lm can't, and what mlx-lm and the
-    pipeline raise.
+def run_contender(contender: str, job: Job, small: Job, folder: Path) -> BenchResult:
+    """Do a job as one contender does it, and return the result.
+
+    small: a job that a GPU does first, without measurement. folder: for the prompt caches that mlx-lm writes. Raises
+    NotApplicable if mlx-lm cannot do the job, and the errors of mlx-lm and the pipeline.
     """
     if contender not in _STOCK:
         if not on_cpu():
             cache = small.cache.model_copy(update={"resident": job.cache.resident})
             Runner(small.model_copy(update={"cache": cache}), quiet=True).run()
             shutil.rmtree(small.result_file.parent)
-        return _pipeline(job, warm=contender == WARM)
+        return _run_pipeline(job, warm=contender == WARM)
     loaded = load_model(job.model, job.revision, job.adapter, job.trust_remote_code)
     if not on_cpu():
-        _STOCK[contender](_Stock(small, loaded, folder / f"{contender}-small.safetensors"))
-    stock = _Stock(job, loaded, folder / f"{contender}.safetensors")
+        _STOCK[contender](_StockModel(small, loaded, folder / f"{contender}-small.safetensors"))
+    stock = _StockModel(job, loaded, folder / f"{contender}.safetensors")
     meter = ResourceMeter()
     _STOCK[contender](stock)
-    return Outcome(
+    return BenchResult(
         stock.answers, stock.answer_tokens, stock.left_out, stock.prefill_seconds, stock.disk_bytes, *meter.read()
     )
+
+
+# ---- memory and time
+
+
+class ResourceMeter:
+    """Measures time and memory since it was made: the memory of MLX's arrays on a GPU, all resident memory on a CPU.
+
+    Without Linux's /proc the peak cannot be reset, so a peak that is smaller than an earlier one is not seen.
+    """
+
+    def __init__(self) -> None:
+        mx.clear_cache()
+        if on_cpu():
+            with suppress(OSError):
+                (_PROC / "clear_refs").write_text("5")  # sets VmHWM to VmRSS, see proc(5)
+            self._held = _resident_bytes("VmRSS")
+        else:
+            mx.reset_peak_memory()
+            self._held = mx.get_active_memory()
+        self._started = time.monotonic()
+
+    def read(self) -> tuple[float, int, int]:
+        """Return the seconds, the peak in bytes, and the part of the peak beyond the memory in use at the start."""
+        seconds = time.monotonic() - self._started
+        peak = _resident_bytes("VmHWM") if on_cpu() else mx.get_peak_memory()
+        return seconds, peak, max(0, peak - self._held)
+
+
+def _resident_bytes(name: str) -> int:
+    """Return a value of /proc/self/status in bytes; without /proc, the peak of this process."""
+    with suppress(OSError):
+        for line in (_PROC / "status").read_text().splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 # ---- the pipeline
@@ -78,7 +117,7 @@ class _Watch(Progress):
         self.meter = self.meter or ResourceMeter()
 
 
-def _pipeline(job: Job, warm: bool) -> Outcome:
+def _run_pipeline(job: Job, warm: bool) -> BenchResult:
     watch = _Watch(0, quiet=True)
     report = Runner(job.model_copy(update={"retries": 0}), watch=lambda rows: watch).run()
     assert watch.meter is not None
@@ -88,7 +127,7 @@ def _pipeline(job: Job, warm: bool) -> Outcome:
     if broken := report.failures.get("GenerationFailed"):
         raise PipelineError(f"{broken} rows failed: GenerationFailed")
     rows = pq.read_table(job.result_file).to_pylist()
-    return Outcome(
+    return BenchResult(
         {(row["document_id"], row["query_id"]): row["answer"] for row in rows if row["status"] == "ok"},
         report.answer_tokens,
         report.rows_failed,
@@ -103,17 +142,17 @@ def _pipeline(job: Job, warm: bool) -> Outcome:
 
 @dataclass(frozen=True)
 class _Question:
-    """One query of one document, and the tokens that follow the context."""
+    """One query of one document. suffix: the tokens after the context."""
 
     pair: Pair
     suffix: list[int]
     settings: Settings
 
 
-class _Stock:
-    """A loaded model, a job's documents as tokens, what mlx-lm does with them, and the tally.
+class _StockModel:
+    """A loaded model and a job, with mlx-lm's ways to prefill and to answer. It counts the answers, tokens and bytes.
 
-    file: where a prompt cache is written, beside which those of other documents are.
+    file: path of the first prompt cache that is written; the others are written beside it.
     """
 
     def __init__(self, job: Job, loaded: LoadedModel, file: Path) -> None:
@@ -125,15 +164,15 @@ class _Stock:
         self.prefill_seconds = 0.0
 
     def documents(self) -> Iterator[tuple[list[int], list[_Question]]]:
-        """Each document's context and the questions that the model has room for, in the job's order."""
+        """Yield each document's context and the questions that fit into the model, in the job's order."""
         job, loaded = self._job, self._loaded
-        renderer, fitting = Renderer(job.prompt), WindowCutter(job)
+        renderer, cutter = Renderer(job.prompt), WindowCutter(job)
         tokenizer = PromptTokenizer(loaded.tokenizer, bool(job.generation.thinking))
         limit = max_context(loaded.config, loaded.tokenizer)
         for document in self._inputs.stream():
             questions: list[_Question] = []
             with suppress(RowError):
-                (rendered,) = fitting.windows(document, renderer.render(document), tokenizer, limit)
+                (rendered,) = cutter.windows(document, renderer.render(document), tokenizer, limit)
                 tokens = tokenizer.tokenise(rendered, [query.text for query in document.queries])
                 for query, suffix in zip(document.queries, tokens.suffixes, strict=True):
                     settings = query.settings(job.generation)
@@ -143,8 +182,8 @@ class _Stock:
             if questions:
                 yield tokens.context, questions
 
-    def prefilled(self, context: list[int]) -> list[Any]:
-        """A prompt cache of a context, as mlx_lm.cache_prompt makes it."""
+    def prefill(self, context: list[int]) -> list[Any]:
+        """Return a prompt cache of a context, made as mlx_lm.cache_prompt makes it."""
         started = time.monotonic()
         cache: list[Any] = make_prompt_cache(self._loaded.model)
         for _ in generate_step(mx.array(context), self._loaded.model, max_tokens=0, prompt_cache=cache):
@@ -153,15 +192,15 @@ class _Stock:
         self.prefill_seconds += time.monotonic() - started
         return cache
 
-    def saved(self, cache: list[Any]) -> str:
-        """The name of a new file that holds a prompt cache."""
+    def save(self, cache: list[Any]) -> str:
+        """Write a prompt cache to a new file, and return the name of the file."""
         file = self._file.with_stem(f"{self._file.stem}-{len(self.answers)}")
         save_prompt_cache(str(file), cache)
         self.disk_bytes += file.stat().st_size
         return str(file)
 
-    def ask(self, question: _Question, prompt: list[int], cache: list[Any] | None = None) -> float:
-        """Answer a question by stream_generate; returns the seconds until there was a token."""
+    def answer(self, question: _Question, prompt: list[int], cache: list[Any] | None = None) -> float:
+        """Answer a question by stream_generate, and return the seconds until the first token."""
         started, seconds = time.monotonic(), 0.0
         settings = question.settings
         reading = self._reader.start_row(question.suffix, settings)
@@ -183,10 +222,10 @@ class _Stock:
                     yield response.token
 
         with closing(responses):
-            self._note(question, reading, tokens())
+            self._record(question, reading, tokens())
         return seconds
 
-    def ask_together(self, questions: Sequence[_Question], cache: list[Any]) -> None:
+    def answer_together(self, questions: Sequence[_Question], cache: list[Any]) -> None:
         """Answer a document's questions by batch_generate, each with a copy of the cache."""
         size = self._job.generation.batch_size
         for start in range(0, len(questions), size):
@@ -195,17 +234,17 @@ class _Stock:
                 self._loaded.model,
                 self._loaded.tokenizer,
                 [question.suffix for question in batch],
-                prompt_caches=[cache] * len(batch),  # of which it makes the copies
+                prompt_caches=[cache] * len(batch),  # batch_generate copies it
                 max_tokens=[question.settings.max_tokens for question in batch],
                 return_token_ids=True,
                 completion_batch_size=size,
                 prefill_batch_size=size,
             )
             for question, tokens in zip(batch, response.token_ids, strict=True):
-                self._note(question, self._reader.start_row(question.suffix, question.settings), tokens)
+                self._record(question, self._reader.start_row(question.suffix, question.settings), tokens)
 
-    def _note(self, question: _Question, reading: RowParser, tokens: Iterable[int]) -> None:
-        """Take tokens until the answer ends."""
+    def _record(self, question: _Question, reading: RowParser, tokens: Iterable[int]) -> None:
+        """Read tokens until the answer ends, and keep the answer."""
         any(map(reading.add, tokens))
         answer = reading.answer("stop")
         self.answers[question.pair] = answer.text
@@ -213,58 +252,63 @@ class _Stock:
 
     @property
     def samples(self) -> bool:
-        """Whether any query is not answered greedily."""
+        """Whether any answer is sampled rather than greedy."""
         queries = (query for document in self._inputs.stream() for query in document.queries)
         return any(query.settings(self._job.generation).temperature for query in queries)
 
     @property
     def has_schemas(self) -> bool:
-        """Whether any query's answer is to be JSON."""
+        """Whether any answer must be JSON of a schema."""
         return bool(self._inputs.schemas)
 
     @property
     def bits(self) -> int:
-        """The bits of a quantised cache that are nearest to the job's."""
+        """The bits of mlx-lm's quantised cache that are nearest to those of the job."""
         return 4 if max(self._job.cache.key_bits, self._job.cache.value_bits) <= 4 else 8
 
 
-def _naive(stock: _Stock) -> None:
+def _naive(stock: _StockModel) -> None:
     for context, questions in stock.documents():
         for question in questions:
-            stock.prefill_seconds += stock.ask(question, context + question.suffix)
+            stock.prefill_seconds += stock.answer(question, context + question.suffix)
 
 
-def _reloaded(stock: _Stock, convert: Callable[[list[Any]], list[Any]] = lambda cache: cache) -> None:
+def _reloaded(stock: _StockModel, convert: Callable[[list[Any]], list[Any]] = lambda cache: cache) -> None:
     for context, questions in stock.documents():
-        file = stock.saved(convert(stock.prefilled(context)))
+        file = stock.save(convert(stock.prefill(context)))
         for question in questions:
-            stock.ask(question, question.suffix, load_prompt_cache(file))
+            stock.answer(question, question.suffix, load_prompt_cache(file))
 
 
-def _copied(stock: _Stock) -> None:
+def _copied(stock: _StockModel) -> None:
     if stock.samples:
         raise NotApplicable("mlx-lm's batch_generate has one sampler for all rows, and this job has a seed for each")
     if stock.has_schemas:
         raise NotApplicable("mlx-lm's batch_generate holds all rows to one schema, and here each has its own")
     for context, questions in stock.documents():
-        cache = stock.prefilled(context)
+        cache = stock.prefill(context)
         for kind in {type(layer) for layer in cache if not hasattr(layer, "merge")}:
             raise NotApplicable(f"mlx-lm's batch_generate takes no {kind.__name__}")
-        stock.ask_together(questions, cache)
+        stock.answer_together(questions, cache)
 
 
-def _quantized(stock: _Stock) -> None:
+def _quantized(stock: _StockModel) -> None:
     def convert(cache: list[Any]) -> list[Any]:
         group_size = group_size_of(cache)
         return [layer.to_quantized(group_size, stock.bits) for layer in cache]
 
     try:
         _reloaded(stock, convert)
-    except (AttributeError, CannotRun, NotImplementedError, ValueError) as error:  # as mlx-lm refuses a model or a size
+    except (
+        AttributeError,
+        CannotRun,
+        NotImplementedError,
+        ValueError,
+    ) as error:  # mlx-lm raises any of these
         raise NotApplicable(f"mlx-lm can't quantise this model's cache: {one_line(error)}") from error
 
 
-_STOCK: dict[str, Callable[[_Stock], None]] = {
+_STOCK: dict[str, Callable[[_StockModel], None]] = {
     "naive": _naive,
     "reloaded": _reloaded,
     "copied": _copied,

@@ -1,8 +1,7 @@
-"""A job's own work, done by the pipeline and by plain mlx-lm in turn, each in a process of its own.
+"""``pipeline bench``: do a part of a job with the pipeline and with plain mlx-lm, one contender after the other.
 
-Knows the part of the job that the contenders do, and whether they agree. It does not know how a
-contender does it (baselines.py), and never imports MLX but in the processes. The job's store and output are left
-alone: all is written to a temporary folder beside the store, which is gone at the end.
+Each contender runs in a process of its own, by the code in baselines.py; only those processes import MLX. The job's
+store and output are not touched: all files are written to a temporary folder beside the store and removed at the end.
 """
 
 from __future__ import annotations
@@ -10,15 +9,27 @@ from __future__ import annotations
 import logging
 import signal
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from pipeline import errors
-from pipeline.commands.bench_result import COLD, CONTENDERS, NAIVE, WARM, Outcome, Pair
+from pipeline.commands.bench_result import (
+    COLD,
+    CONTENDERS,
+    COPIED,
+    NAIVE,
+    WARM,
+    BenchResult,
+    BenchRow,
+    Pair,
+    Resident,
+    display_name,
+)
+from pipeline.commands.console import size, table
 from pipeline.errors import InputError, JobError, NotApplicable, RowError
 from pipeline.job.budget import existing
 from pipeline.job.job import Job, Query, QueryTable
@@ -28,56 +39,27 @@ from pipeline.signals import stops_handled, stops_held_back
 
 if TYPE_CHECKING:
     from pipeline.inputs.documents import Document
-    from pipeline.inputs.inputs import Inputs
 
-SMALL_CHARACTERS, SMALL_TOKENS = 1 << 16, 2  # as long as contexts for which other kernels are chosen
+SMALL_CHARACTERS, SMALL_TOKENS = 1 << 16, 2  # long enough for the kernels of long contexts
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Extent:
-    """How much of a job is done: its first documents and queries; by naive the first ``naive_queries`` alone."""
+    """The part of a job that is benchmarked: its first documents and queries. None: all queries.
+
+    naive_queries: the contender naive answers only so many queries.
+    """
 
     documents: int
     queries: int | None = None
     naive_queries: int | None = None
 
 
-@dataclass(frozen=True)
-class Row:
-    """One contender's figures; null where it failed, which ``failed`` gives the reason of, or cannot be told.
+def bench(job: Job, extent: Extent, chosen: Collection[str] = CONTENDERS) -> list[BenchRow]:
+    """Run the chosen contenders on a part of a job, one after the other. Call this from the main thread.
 
-    ``applies`` is false where it is no fault that it failed: mlx-lm can't do this with this model or job.
-    ``extra_bytes`` is the peak beyond what was held when the model had been loaded; ``agreement`` the share, 0 to 1, of
-    the pairs answered by naive too that have the same answer.
-    """
-
-    contender: str
-    resident: Literal["packed", "dense"] | None
-    seconds: float | None = None
-    answers: int | None = None
-    answers_per_second: float | None = None
-    answer_tokens: int | None = None
-    tokens_per_second: float | None = None
-    prefill_seconds: float | None = None
-    peak_bytes: int | None = None
-    extra_bytes: int | None = None
-    disk_bytes: int | None = None
-    agreement: float | None = None
-    failed: str | None = None
-    applies: bool = True
-
-    @property
-    def name(self) -> str:
-        """The contender, and how prefixes are resident."""
-        return _named(self.contender, self.resident)
-
-
-def bench(job: Job, extent: Extent, chosen: Collection[str] = CONTENDERS) -> list[Row]:
-    """Have the contenders that are chosen do a part of a job, one after the other.
-
-    Raises JobError where a name is unknown or the job is wrong, and KeyboardInterrupt for SIGINT and SIGTERM. To be
-    called from the main thread.
+    Raises JobError if a contender is unknown or the job is wrong, and KeyboardInterrupt for SIGINT and SIGTERM.
     """
     if unknown := set(chosen) - set(CONTENDERS):
         raise JobError(f"--contender {min(unknown)}: there is no such contender; there are: {', '.join(CONTENDERS)}")
@@ -89,62 +71,98 @@ def bench(job: Job, extent: Extent, chosen: Collection[str] = CONTENDERS) -> lis
         tempfile.TemporaryDirectory(prefix=".bench-", dir=beside) as temporary,
     ):
         folder = Path(temporary)
-        part = _part(job, extent, folder / "documents.parquet")
-        small = _small(part, folder)
-        rows: list[Row] = []
+        part = _job_part(job, extent, folder / "documents.parquet")
+        small = _warm_up_job(part, folder)
+        rows: list[BenchRow] = []
         truth: dict[Pair, str] | None = None
         for contender in CONTENDERS:
-            if contender not in chosen and not (contender == COLD and WARM in chosen):  # which needs its store
+            if contender not in chosen and not (contender == COLD and WARM in chosen):  # warm needs the store of cold
                 continue
-            for resident in _residents(contender, job):
-                own = _own_job(part, contender, resident, extent, folder)
-                outcome = _measure(contender, resident, own, small, folder)
-                if contender == NAIVE and isinstance(outcome, Outcome):
-                    truth = outcome.answers
+            residents: tuple[Resident | None, ...] = (None,)
+            if contender in (COLD, WARM):
+                residents = ("packed", "dense") if job.cache.resident == "auto" else (job.cache.resident,)
+            for resident in residents:
+                own = _contender_job(part, contender, resident, extent, folder)
+                result = _run_contender(contender, resident, own, small, folder)
+                if contender == NAIVE and isinstance(result, BenchResult):
+                    truth = result.answers
                 if contender in chosen:
-                    rows.append(_row(contender, resident, outcome, truth))
+                    rows.append(_bench_row(contender, resident, result, truth))
         return rows
 
 
-def _named(contender: str, resident: str | None) -> str:
-    return f"{contender} ({resident})" if resident else contender
+def render(rows: Sequence[BenchRow]) -> str:
+    """Return the rows as a table for people, with the speed relative to naive and to copied."""
+    rates = {row.contender: row.answers_per_second for row in rows if row.answers_per_second}
+    names = ("seconds", "answers/s", "x naive", "x copied", "tokens/s", "prefill s", "peak", "extra", "disk", "agree")
+    lines: list[tuple[str, ...]] = [("contender", "resident", *names)]
+
+    def relative(row: BenchRow, base: str) -> str:
+        rate = row.answers_per_second
+        return f"{rate / rates[base]:.1f}" if rate is not None and base in rates else "-"
+
+    for row in rows:
+        cells = (
+            _number(row.seconds),
+            _number(row.answers_per_second),
+            relative(row, NAIVE),
+            relative(row, COPIED),
+            _number(row.tokens_per_second),
+            _number(row.prefill_seconds),
+            *("-" if count is None else size(count) for count in (row.peak_bytes, row.extra_bytes, row.disk_bytes)),
+            "-" if row.agreement is None else f"{row.agreement:.0%}",
+        )
+        lines.append((row.contender, row.resident or "", *cells))
+    return "\n".join([table(lines), *(f"{row.name}: {row.failed}" for row in rows if row.failed)])
 
 
-def _residents(contender: str, job: Job) -> tuple[Literal["packed", "dense"] | None, ...]:
-    """How the pipeline holds prefixes: both ways, unless the job says how."""
-    if contender not in (COLD, WARM):
-        return (None,)
-    return ("packed", "dense") if job.cache.resident == "auto" else (job.cache.resident,)
+def _number(value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:,.2f}" if value < 10 else f"{value:,.1f}"
 
 
-def _part(job: Job, extent: Extent, path: Path) -> Job:
-    """The job on its first documents that can be rendered, written to ``path``, and its first queries."""
+def _job_part(job: Job, extent: Extent, path: Path) -> Job:
+    """Return the job with its first documents that can be rendered, written to ``path``, and its first queries."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     from pipeline.inputs.inputs import Inputs
+    from pipeline.inputs.prompts import Renderer
     from pipeline.models.constraints import check_schemas
 
-    inputs = Inputs(job)
+    inputs, renderer = Inputs(job), Renderer(job.prompt)
     check_schemas(inputs.schemas)
-    taken = list(islice(_rendering(job, inputs), extent.documents))
+    taken: list[Document] = []
+    for document in inputs.stream():
+        try:
+            renderer.render(document)
+        except RowError as error:
+            _log.warning("document '%s' is left out: %s", document.id, error)
+            continue
+        taken.append(document)
+        if len(taken) == extent.documents:
+            break
     if not taken:
         raise InputError("documents.path: there is no document that is fit for the prompt")
     pq.write_table(
         pa.Table.from_pylist([{**document.columns, job.documents.id: document.id} for document in taken]), path
     )
     documents = job.documents.model_copy(update={"path": str(path), "where": None, "limit": None})
-    if documents.too_long == "split":  # which mlx-lm has nothing like
+    if documents.too_long == "split":  # mlx-lm has nothing like it
         documents = documents.model_copy(update={"too_long": "error"})
-    cache = job.cache.model_copy(update={"budget": None, "keep": "always"})  # or there might be nothing to restore
+    cache = job.cache.model_copy(update={"budget": None, "keep": "always"})  # so that warm can restore all prefixes
     part = job.model_copy(update={"documents": documents, "cache": cache})
-    return _asking(part, taken, path.with_name("queries.parquet"), lambda queries: queries[: extent.queries])
+    return _with_queries(part, taken, path.with_name("queries.parquet"), lambda queries: queries[: extent.queries])
 
 
-def _asking(
+def _with_queries(
     part: Job, documents: Sequence[Document], path: Path, change: Callable[[Sequence[Query]], Sequence[Query]]
 ) -> Job:
-    """The part with ``change`` of its documents' queries; where each has its own they are written to ``path``."""
+    """Return the part with changed queries. If each document has its own queries, they are written to ``path``.
+
+    change: returns the queries to ask in place of a document's queries.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -156,10 +174,8 @@ def _asking(
     return part.model_copy(update={"queries": QueryTable(path=str(path), document_id="document_id")})
 
 
-def _small(part: Job, folder: Path) -> Job:
-    """The beginning of the part's first document, and few tokens of answers: what warms a GPU up, which compiles as it
-    goes.
-    """
+def _warm_up_job(part: Job, folder: Path) -> Job:
+    """Return a small job that warms up a GPU: the start of the part's first document, and short answers."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -172,32 +188,22 @@ def _small(part: Job, folder: Path) -> Job:
     cache = part.cache.model_copy(update={"dir": folder / "small" / "cache"})
     output = part.output.model_copy(update={"path": str(folder / "small" / "answers.parquet")})
     small = part.model_copy(update={"documents": documents, "cache": cache, "output": output})
-    return _asking(small, list(islice(Inputs(part).stream(), 1)), folder / "small-queries.parquet", _briefly)
+    first_document = list(islice(Inputs(part).stream(), 1))
+    return _with_queries(
+        small,
+        first_document,
+        folder / "small-queries.parquet",
+        lambda queries: [query.model_copy(update={"max_tokens": SMALL_TOKENS}) for query in queries],
+    )
 
 
-def _briefly(queries: Sequence[Query]) -> list[Query]:
-    return [query.model_copy(update={"max_tokens": SMALL_TOKENS}) for query in queries]
-
-
-def _rendering(job: Job, inputs: Inputs) -> Iterator[Document]:
-    from pipeline.inputs.prompts import Renderer
-
-    renderer = Renderer(job.prompt)
-    for document in inputs.stream():
-        try:
-            renderer.render(document)
-        except RowError as error:
-            _log.warning("document '%s' is left out: %s", document.id, error)
-        else:
-            yield document
-
-
-def _own_job(part: Job, contender: str, resident: str | None, extent: Extent, folder: Path) -> Job:
+def _contender_job(part: Job, contender: str, resident: Resident | None, extent: Extent, folder: Path) -> Job:
+    """Return the part as one contender does it, with a store and an output of its own."""
     from pipeline.inputs.inputs import Inputs
 
     if contender == NAIVE:
         asked = folder / "naive-queries.parquet"
-        return _asking(part, list(Inputs(part).stream()), asked, lambda queries: queries[: extent.naive_queries])
+        return _with_queries(part, list(Inputs(part).stream()), asked, lambda queries: queries[: extent.naive_queries])
     if resident is None:
         return part
     own = folder / f"pipeline-{resident}"  # for cold and warm
@@ -206,71 +212,71 @@ def _own_job(part: Job, contender: str, resident: str | None, extent: Extent, fo
     return part.model_copy(update={"cache": cache, "output": output})
 
 
-def _measure(contender: str, resident: str | None, job: Job, small: Job, folder: Path) -> Outcome | Failed:
-    """Have a contender do a job in a process of its own. Raises JobError where the job turns out to be wrong."""
-    name = _named(contender, resident)
+def _run_contender(
+    contender: str, resident: Resident | None, job: Job, small: Job, folder: Path
+) -> BenchResult | Failed:
+    """Run a contender on a job in a process of its own. Raises JobError if the job turns out to be wrong."""
+    name = display_name(contender, resident)
     _log.info("%s: started", name)
     receiver, sender = SPAWN.Pipe(duplex=False)
-    process = SPAWN.Process(target=_compete, args=(sender, contender, job, small, folder), name=contender)
+    process = SPAWN.Process(target=_run_in_process, args=(sender, contender, job, small, folder), name=contender)
     with receiver:
-        with sender, stops_held_back():  # from the process for good: it is killed where it is to stop
+        with sender, stops_held_back():  # the process ignores them for good: only its parent stops it
             process.start()
         try:
-            outcome: Outcome | Failed | None = receive(receiver)  # type: ignore[assignment]
+            result: BenchResult | Failed | None = receive(receiver)  # type: ignore[assignment]
         except BaseException:
             process.kill()
             raise
         finally:
             process.join()
-    if outcome is None:
-        outcome = Failed(errors.PipelineError.__name__, f"its process {cause_of_death(process.exitcode or 0)}", "")
-    if isinstance(outcome, Failed):
-        if issubclass(getattr(errors, outcome.error), JobError):
-            reraise(outcome)
-        _log.info("%s: %s", name, outcome.message)
-        _log.debug("%s", outcome.trace)
+    if result is None:
+        result = Failed(errors.PipelineError.__name__, f"its process {cause_of_death(process.exitcode or 0)}", "")
+    if isinstance(result, Failed):
+        if issubclass(getattr(errors, result.error), JobError):
+            reraise(result)
+        _log.info("%s: %s", name, result.message)
+        _log.debug("%s", result.trace)
     else:
-        left_out = f"; {outcome.left_out} left out, too long or not fit for the prompt" if outcome.left_out else ""
-        _log.info("%s: %d answered in %.1f s%s", name, len(outcome.answers), outcome.seconds, left_out)
-    return outcome
+        left_out = f"; {result.left_out} left out, too long or not fit for the prompt" if result.left_out else ""
+        _log.info("%s: %d answered in %.1f s%s", name, len(result.answers), result.seconds, left_out)
+    return result
 
 
-def _compete(connection: Connection, contender: str, job: Job, small: Job, folder: Path) -> None:
-    """In a process of its own: do the job, and send what came of it."""
+def _run_in_process(connection: Connection, contender: str, job: Job, small: Job, folder: Path) -> None:
+    """Run a contender in this process, and send its result or its failure."""
     end_with_the_parent()
     try:
         from turboquant.runtime.blas import load_tuned_blas
 
         load_tuned_blas()
 
-        from pipeline.commands.baselines import compete
+        from pipeline.commands.baselines import run_contender
 
-        connection.send(compete(contender, job, small, folder))
+        connection.send(run_contender(contender, job, small, folder))
     except Exception as error:
         connection.send(Failed.of(error))
 
 
-def _row(
-    contender: str,
-    resident: Literal["packed", "dense"] | None,
-    outcome: Outcome | Failed,
-    truth: dict[Pair, str] | None,
-) -> Row:
-    if isinstance(outcome, Failed):
-        return Row(contender, resident, failed=outcome.message, applies=outcome.error != NotApplicable.__name__)
-    seconds = max(outcome.seconds, 1e-9)
-    same = [text == truth[pair] for pair, text in outcome.answers.items() if pair in truth] if truth else []
-    return Row(
+def _bench_row(
+    contender: str, resident: Resident | None, result: BenchResult | Failed, truth: dict[Pair, str] | None
+) -> BenchRow:
+    """Return the figures of a result. truth: the answers of naive, if it was run."""
+    if isinstance(result, Failed):
+        return BenchRow(contender, resident, failed=result.message, applies=result.error != NotApplicable.__name__)
+    seconds = max(result.seconds, 1e-9)
+    same = [text == truth[pair] for pair, text in result.answers.items() if pair in truth] if truth else []
+    return BenchRow(
         contender,
         resident,
-        seconds=outcome.seconds,
-        answers=len(outcome.answers),
-        answers_per_second=len(outcome.answers) / seconds,
-        answer_tokens=outcome.answer_tokens,
-        tokens_per_second=outcome.answer_tokens / seconds,
-        prefill_seconds=outcome.prefill_seconds,
-        peak_bytes=outcome.peak_bytes,
-        extra_bytes=outcome.extra_bytes,
-        disk_bytes=outcome.disk_bytes,
+        seconds=result.seconds,
+        answers=len(result.answers),
+        answers_per_second=len(result.answers) / seconds,
+        answer_tokens=result.answer_tokens,
+        tokens_per_second=result.answer_tokens / seconds,
+        prefill_seconds=result.prefill_seconds,
+        peak_bytes=result.peak_bytes,
+        extra_bytes=result.extra_bytes,
+        disk_bytes=result.disk_bytes,
         agreement=sum(same) / len(same) if same else None,
     )

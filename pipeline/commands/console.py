@@ -1,4 +1,4 @@
-"""What the commands have in common: options, how errors are told, how numbers and tables look."""
+"""The parts that all commands share: options, error messages, exit codes, and the format of sizes and tables."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback when some
 
 
 def load(job_file: Path, overrides: list[str] | None, shard: str | None = None) -> tuple[Job, Shard | None]:
-    """The job that a command names, and the shard of it. Raises JobError."""
+    """Return the job of a command, and the shard of it that is wanted. Raises JobError."""
     from pipeline.job.job_file import load_job
     from pipeline.job.shards import Shard
 
@@ -42,7 +42,10 @@ def load(job_file: Path, overrides: list[str] | None, shard: str | None = None) 
 def errors_explained(
     debug: bool, quiet: bool = False, computes: bool = True, log_format: LogFormat = LogFormat.text
 ) -> Iterator[None]:
-    """Turn what is raised into one line on stderr and an exit code. ``computes``: MLX may be used in this process."""
+    """Set up the log, and turn an exception into one line on stderr and an exit code.
+
+    computes: whether this process may use MLX. debug: raise the exception, which shows a traceback.
+    """
     from pipeline.errors import PipelineError, one_line
 
     if computes:
@@ -60,7 +63,11 @@ def errors_explained(
     except KeyboardInterrupt:
         tell("interrupted; the same command resumes", exit_code=130)
         raise typer.Exit(130) from None
-    except (typer.Exit, typer.Abort, BrokenPipeError):  # click's own; the last is a reader that has seen enough
+    except (
+        typer.Exit,
+        typer.Abort,
+        BrokenPipeError,
+    ):  # for Typer; the last one means that the reader of our output closed it
         raise
     except Exception as error:
         if debug:
@@ -71,7 +78,7 @@ def errors_explained(
 
 
 def size(count: float) -> str:
-    """Bytes, in a unit that suits them."""
+    """Return a number of bytes in a unit that suits it."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
@@ -79,14 +86,8 @@ def size(count: float) -> str:
     return f"{count:,.1f} GB"
 
 
-def table(*rows: tuple[str, str]) -> str:
-    """Names and values in two columns."""
-    width = max(len(name) for name, _ in rows)
-    return printable("\n".join(f"{name:<{width}}  {value}" for name, value in rows))
-
-
-def columns(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of equally many cells, aligned at the left."""
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows of equally many cells in columns that are aligned at the left."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
     return printable("\n".join(line.rstrip() for line in lines))

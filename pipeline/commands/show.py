@@ -1,7 +1,6 @@
-"""A job's answers as they stand, to be looked at: side by side on a terminal, or one a line.
+"""``pipeline show``: a job's answers as a table on a terminal, or one row a line.
 
-Finished parts are read while a job still runs. Knows rows, widths and what a terminal is not to be sent; nothing of
-how answers come about, nor which of them the next run would give again.
+The parts that are finished can be shown while the job runs.
 """
 
 from __future__ import annotations
@@ -21,17 +20,17 @@ from pipeline.output.results import Results
 from pipeline.output.rows import Row
 from pipeline.printable import printable
 
-LINES = 8  # of an answer, in a table
-_NARROWEST = 24  # columns of an answer beside others
-_WIDEST_ID = 24
-_GAP = 2
+LINES = 8  # the most lines of an answer in a table
+_LEAST_WIDTH = 24  # characters of a column of answers
+_MOST_ID_WIDTH = 24
+_GAP = 2  # characters between columns
 
 
-class Answers:
-    """What there is of a job's answers, read as often as it is wanted.
+class AnswerTable:
+    """A job's answers by document and query, read from disk each time that they are iterated.
 
-    documents, queries: ids of those to be seen; all where there are none. failed: failed rows alone. Raises JobError
-    for unknown ids and OutputError where there is no result yet.
+    documents, queries: ids to show; empty for all. failed: show failed rows only. Raises JobError for unknown ids and
+    OutputError if there is no result yet.
     """
 
     def __init__(
@@ -55,20 +54,20 @@ class Answers:
         with self._results() as results:
             if not results.exist:
                 in_shards = shards_folder(job.result_file).exists()
-                told = "pipeline merge takes them from the shards" if in_shards else "pipeline run makes them"
-                raise OutputError(f"{job.output.path}: there are no answers yet; {told}")
+                cure = "pipeline merge takes them from the shards" if in_shards else "pipeline run makes them"
+                raise OutputError(f"{job.output.path}: there are no answers yet; {cure}")
 
     def ids(self) -> Iterator[str]:
-        """The documents to be seen."""
+        """Yield the ids of the documents to show."""
         return (name for name, _ in self._pairs())
 
     def __iter__(self) -> Iterator[tuple[str, dict[str, Row | None]]]:
-        """Each document and its rows by query id, in input order; None for those that are not there yet."""
-        seen = {query.id for query in self.queries}
+        """Yield each document's id and its rows by query id, in input order; None for a row that is not there yet."""
+        shown = {query.id for query in self.queries}
         with self._results() as results:
-            for document_id, asked in self._pairs():
+            for document_id, query_ids in self._pairs():
                 known = results.rows(document_id)
-                rows = {query_id: known.get(query_id) for query_id in asked if query_id in seen}
+                rows = {query_id: known.get(query_id) for query_id in query_ids if query_id in shown}
                 if self._failed:
                     rows = {query_id: row for query_id, row in rows.items() if row and row.status == "error"}
                 if rows:
@@ -81,36 +80,37 @@ class Answers:
         return (pair for pair in self._inputs.pairs() if not self._documents or pair[0] in self._documents)
 
 
-def said(row: Row) -> str:
-    """A row's answer, or its error."""
+def answer_or_error(row: Row) -> str:
+    """Return a row's answer, or its error."""
     return row.answer or "" if row.status == "ok" else f"{row.error_type}: {row.error}"
 
 
-def lines(answers: Answers) -> Iterator[str]:
-    """Document, query, status and answer of every row on one line, with tabs between."""
+def lines(answers: AnswerTable) -> Iterator[str]:
+    """Yield a line for each row: document, query, status and answer, with tabs between them."""
     for document_id, rows in answers:
         for row in filter(None, rows.values()):
-            cells = (document_id, row.query_id, row.status, said(row))
-            yield "\t".join(" ".join(_harmless(cell).split()) for cell in cells)
+            cells = (document_id, row.query_id, row.status, answer_or_error(row))
+            yield "\t".join(" ".join(_printable_text(cell).split()) for cell in cells)
 
 
-def tables(answers: Answers, console: Console, full: bool = False) -> Iterator[Table]:
-    """Documents down, queries across, as many as the console has room for; then the next queries, and so on.
+def tables(answers: AnswerTable, console: Console, full: bool = False) -> Iterator[Table]:
+    """Yield the lines of a table: a line for each document, and as many queries across as the console has room for.
 
-    Yields a table for each line, so that none is held. Answers are cut to a few lines unless ``full``.
+    The table is repeated for the next queries, and so on. Each line is a rich table of its own, so that memory stays
+    small. full: do not cut long answers.
     """
-    id_width = min(_WIDEST_ID, max(map(cell_len, answers.ids()), default=0))
+    id_width = min(_MOST_ID_WIDTH, max(map(cell_len, answers.ids()), default=0))
     room = console.width - id_width
-    across = max(1, min(len(answers.queries), room // (_NARROWEST + _GAP)))
+    across = max(1, min(len(answers.queries), room // (_LEAST_WIDTH + _GAP)))
     width = max(1, room // across - _GAP)
     for start in range(0, len(answers.queries), across):
         band = answers.queries[start : start + across]
         widths = [id_width, *[width] * len(band)]
-        heading = [Text(_harmless(query.id), "bold") for query in band]
+        heading = [Text(_printable_text(query.id), "bold") for query in band]
         yield _line([Text(""), *heading], widths)
         for document_id, rows in answers:
             cells = [_cell(rows[query.id], console, width, full) if query.id in rows else Text() for query in band]
-            yield _line([Text(_harmless(document_id), "bold"), *cells], widths)
+            yield _line([Text(_printable_text(document_id), "bold"), *cells], widths)
 
 
 def _line(cells: Sequence[Text], widths: Sequence[int]) -> Table:
@@ -124,12 +124,12 @@ def _line(cells: Sequence[Text], widths: Sequence[int]) -> Table:
 def _cell(row: Row | None, console: Console, width: int, full: bool) -> Text:
     if row is None:
         return Text("open", "dim")
-    text = Text(_harmless(said(row)), "red" if row.status == "error" else "")
+    text = Text(_printable_text(answer_or_error(row)), "red" if row.status == "error" else "")
     wrapped = text.wrap(console, width, overflow="fold")
     if full or len(wrapped) <= LINES:
         return Text("\n").join(wrapped)
     return Text("\n").join([*wrapped[: LINES - 1], Text("…", "dim")])
 
 
-def _harmless(text: str) -> str:
+def _printable_text(text: str) -> str:
     return printable(text.replace("\r\n", "\n").expandtabs(4))

@@ -18,8 +18,7 @@ from typer.testing import CliRunner, Result
 
 from pipeline.cli import app
 from pipeline.commands import bench
-from pipeline.commands.bench import Row
-from pipeline.commands.bench_result import CONTENDERS
+from pipeline.commands.bench_result import CONTENDERS, BenchRow
 from pipeline.job.job_file import load_job
 from tests import ROOT
 from tests.pipeline.workplace import Workplace
@@ -118,7 +117,7 @@ def test_every_contender_is_measured(ran: Ran) -> None:
     assert ran.exit_code == 0, ran.error
     assert set(ran.rows) == STOCK | PIPELINE
     for key, row in ran.rows.items():
-        assert list(row) == [field.name for field in fields(Row)], key
+        assert list(row) == [field.name for field in fields(BenchRow)], key
         assert row["failed"] is None, key
         assert row["applies"] is True, key
         assert row["answers"] == (2 if row["contender"] == "naive" else 4), key
@@ -227,11 +226,13 @@ def test_a_model_that_cannot_be_loaded_ends_it(workplace: Workplace, tmp_path: P
 
 @pytest.mark.parametrize(("applies", "exit_code"), [(True, 1), (False, 0)])
 def test_the_table(workplace: Workplace, monkeypatch: pytest.MonkeyPatch, applies: bool, exit_code: int) -> None:
-    def measured(*_: Any) -> Sequence[Row]:
+    def measured(*_: Any) -> Sequence[BenchRow]:
         return [
-            Row("naive", None, seconds=40.0, answers=10, answers_per_second=0.25),
-            Row("copied", None, failed="its process died", applies=applies),
-            Row("pipeline-warm", "dense", seconds=2.0, answers_per_second=5.0, disk_bytes=6_100_000, agreement=0.5),
+            BenchRow("naive", None, seconds=40.0, answers=10, answers_per_second=0.25),
+            BenchRow("copied", None, failed="its process died", applies=applies),
+            BenchRow(
+                "pipeline-warm", "dense", seconds=2.0, answers_per_second=5.0, disk_bytes=6_100_000, agreement=0.5
+            ),
         ]
 
     monkeypatch.setattr(bench, "bench", measured)
@@ -261,23 +262,23 @@ def test_a_gpu_is_warmed_up_before_it_is_measured(
     contender: str, workplace: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By little work, which leaves no trace in what is measured."""
-    from pipeline.commands import baselines as contenders
+    from pipeline.commands import baselines
     from pipeline.job.job_file import load_job
 
     job, folder = load_job(workplace.save(), []), workplace.folder / "bench"
     folder.mkdir()
-    part = bench._part(job, bench.Extent(1), folder / "documents.parquet")
-    small = bench._small(part, folder)
-    own = bench._own_job(part, contender, None if contender == "copied" else "packed", bench.Extent(1), folder)
-    expected = contenders.compete(contender, own, small, folder)
-    monkeypatch.setattr(contenders, "on_cpu", lambda: False)
+    part = bench._job_part(job, bench.Extent(1), folder / "documents.parquet")
+    small = bench._warm_up_job(part, folder)
+    own = bench._contender_job(part, contender, None if contender == "copied" else "packed", bench.Extent(1), folder)
+    expected = baselines.run_contender(contender, own, small, folder)
+    monkeypatch.setattr(baselines, "on_cpu", lambda: False)
     if contender != "copied":
         own.result_file.unlink()
         shutil.rmtree(own.cache.dir)
     done: list[str] = []
-    for name in ("Runner", "_Stock"):
-        monkeypatch.setattr(contenders, name, noting(getattr(contenders, name), done))
-    outcome = contenders.compete(contender, own, small, folder)
+    for name in ("Runner", "_StockModel"):
+        monkeypatch.setattr(baselines, name, noting(getattr(baselines, name), done))
+    outcome = baselines.run_contender(contender, own, small, folder)
     assert done == ["small.parquet", "documents.parquet"]
     assert outcome.answers == expected.answers
     assert outcome.disk_bytes == expected.disk_bytes
@@ -287,5 +288,5 @@ def test_a_gpu_is_warmed_up_before_it_is_measured(
 
 def test_what_mlx_lm_cannot_split_is_too_long_for_all(workplace: Workplace, tmp_path: Path) -> None:
     workplace.save(documents={"path": "docs.parquet", "too_long": "split"})
-    part = bench._part(load_job(workplace.job_file), bench.Extent(1), tmp_path / "documents.parquet")
+    part = bench._job_part(load_job(workplace.job_file), bench.Extent(1), tmp_path / "documents.parquet")
     assert part.documents.too_long == "error"

@@ -237,7 +237,7 @@ def test_a_page_is_whole_or_not_there(answered: Workplace, monkeypatch: pytest.M
 
     file = answered.folder / "page.html"
     file.write_text("before")
-    monkeypatch.setattr("pipeline.commands.page.said", fail)
+    monkeypatch.setattr("pipeline.commands.page.answer_or_error", fail)
     assert invoke("show", answered.job_file, "--html", file).exit_code == 1
     assert file.read_text() == "before"
     assert not list(answered.folder.glob(".tmp-*"))

@@ -1,19 +1,15 @@
-"""``pipeline cache``: look at the store, check it and shrink it. Arguments in, tables and exit codes out."""
+"""The commands of ``pipeline cache``: list, verify and shrink the store."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from pipeline.commands.console import AsJson, Debug, columns, errors_explained, size, table
-
-if TYPE_CHECKING:
-    from pipeline.cache.maintenance import ListedSegment
+from pipeline.commands.console import AsJson, Debug, errors_explained, size, table
 
 BAD_FOUND = 1
 
@@ -35,8 +31,19 @@ def list_(where: Where, as_json: AsJson = False, debug: Debug = False) -> None:
         from pipeline.cache.maintenance import list_store
 
         folder, _ = _store(where)
-        listed = list(list_store(folder))
-        print(json.dumps([asdict(entry) for entry in listed], indent=1) if as_json else _listing(folder, listed))
+        segments = list(list_store(folder))
+        if as_json:
+            print(json.dumps([asdict(segment) for segment in segments], indent=1))
+            return
+        rows = [("key", "tokens", "size", "age", "unused for", "", "model", "document")]
+        for segment in segments:
+            note = segment.problem or ("needed" if segment.needed else "")
+            ages = _duration(segment.age), _duration(segment.unused_for)
+            numbers = f"{segment.tokens:,}", size(segment.bytes), *ages
+            rows.append((segment.key[:12], *numbers, note, segment.model, segment.document))
+        if segments:
+            print(table(rows))
+        print(f"{len(segments):,} segments, {size(sum(segment.bytes for segment in segments))} in {folder}")
 
 
 @app.command()
@@ -51,7 +58,7 @@ def verify(where: Where, as_json: AsJson = False, debug: Debug = False) -> None:
             print(json.dumps(asdict(found), indent=1))
         else:
             rows = [("good", f"{found.good:,}"), ("bad", f"{len(found.bad):,}"), ("read", size(found.bytes))]
-            print(table(*rows, *((f"  {key[:12]}", reason) for key, reason in found.bad.items())))
+            print(table([*rows, *((f"  {key[:12]}", reason) for key, reason in found.bad.items())]))
         if found.bad:
             raise typer.Exit(BAD_FOUND)
 
@@ -82,39 +89,27 @@ def gc(
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in found.reasons.items())
         removed = f"{found.removed:,} segments, {size(found.removed_bytes)}{f' ({reasons})' if reasons else ''}"
         left = f"{found.left:,} segments, {size(found.left_bytes)}"
-        print(table(("would remove" if dry_run else "removed", removed), ("left", left)))
+        print(table([("would remove" if dry_run else "removed", removed), ("left", left)]))
 
 
 def _store(where: Path, budget: str | None = None) -> tuple[Path, int | None]:
-    """The folder of a store, and its budget in bytes."""
+    """Return the folder of a store and its budget in bytes. budget: replaces the budget of the job."""
     from pipeline.errors import JobError
     from pipeline.job.budget import budget_bytes, checked_budget
     from pipeline.job.job_file import load_job
 
-    said: int | str | None = budget
+    stated: int | str | None = budget
     if where.is_dir():
         folder = where
     elif where.suffix in (".yaml", ".yml"):
         job = load_job(where)
-        folder, said = job.cache.dir, budget or job.cache.budget
+        folder, stated = job.cache.dir, budget or job.cache.budget
     else:
         raise JobError(f"{where}: neither a job file (.yaml) nor a folder")
     try:
-        return folder, None if said is None else budget_bytes(checked_budget(said), folder)
+        return folder, None if stated is None else budget_bytes(checked_budget(stated), folder)
     except ValueError as error:
         raise JobError(f"--budget: {error}") from None
-
-
-def _listing(folder: Path, listed: Iterable[ListedSegment]) -> str:
-    rows = [("key", "tokens", "size", "age", "unused for", "", "model", "document")]
-    total = count = 0
-    for entry in listed:
-        note = entry.problem or ("needed" if entry.needed else "")
-        ages = (_duration(entry.age), _duration(entry.unused_for))
-        rows.append((entry.key[:12], f"{entry.tokens:,}", size(entry.bytes), *ages, note, entry.model, entry.document))
-        total, count = total + entry.bytes, count + 1
-    listing = f"{columns(rows)}\n" if count else ""
-    return f"{listing}{count:,} segments, {size(total)} in {folder}"
 
 
 def _duration(seconds: float | None) -> str:
