@@ -30,7 +30,8 @@ from turboquant import CacheCodec, EncodedLayer, Fork, TurboQuantKVCache, load_p
 from turboquant.caches.segment import Segment, join
 from turboquant.io.identity import Identity
 from turboquant.io.prompt_cache import MANIFEST as MANIFEST_KEY
-from turboquant.io.safetensors import FileError, Stored, digest_stored, seal
+from turboquant.io.safetensors import FileError, digest_stored, seal
+from turboquant.io.safetensors_header import Stored
 from turboquant.io.segment_file import MANIFEST, TENSORS, read_segment, write_segment
 from turboquant.kernels.encoding import encode_layer
 

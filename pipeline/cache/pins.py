@@ -19,7 +19,7 @@ from pathlib import Path
 
 from pipeline.errors import BudgetTooSmall, OutputError
 from pipeline.files.atomic import atomic_file
-from turboquant.io.plain_files import open_regular
+from turboquant.io.atomic import open_regular
 
 JOBS = "jobs"
 SECONDS_BETWEEN_WRITES = 60.0

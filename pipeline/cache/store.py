@@ -32,8 +32,8 @@ from pipeline.job.budget import budget_bytes, existing
 from pipeline.job.job import Cache
 from turboquant import CacheCodec
 from turboquant.caches.segment import Segment
+from turboquant.io.atomic import open_regular
 from turboquant.io.identity import Identity
-from turboquant.io.plain_files import open_regular
 from turboquant.io.segment_file import MANIFEST, SegmentError, read_segment, segment_bytes, write_segment
 
 LOCKS = "locks"

@@ -5,35 +5,25 @@ Knows paths and what a disk may refuse; nothing of what is in a file.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.errors import OutputError, is_disk_full, one_line
-from turboquant.io.plain_files import flush
-
-TEMPORARY = ".tmp-"  # readers of datasets pass over names that start with a dot
+from turboquant.io.atomic import flush, replacing
 
 
 @contextmanager
 def atomic_file(path: Path, ending: str = "") -> Iterator[Path]:
-    """A temporary path beside `path`; once the block ends well it takes the place of `path`, all or nothing.
+    """Yield a temporary path beside `path`; when the block ends without an error, it replaces `path` as a whole.
 
-    `ending` is for files whose readers go by how names end. Raises OutputError where the disk refuses.
+    Folders that are missing are made. `ending` is how the temporary name must end, for readers that look at it.
+    Raises OutputError where the disk refuses.
     """
-    temporary = path.with_name(TEMPORARY + path.name + ending)
     with disk_errors(path, "cannot be written"):
         make_folder(path.parent)
-        try:
+        with replacing(path, ending) as temporary:
             yield temporary
-            flush(temporary)
-            os.replace(temporary, path)
-        except Exception:
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
-        flush(path.parent)
 
 
 @contextmanager

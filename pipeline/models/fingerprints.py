@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Iterable
 from contextlib import suppress
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.models.loading import adapter_files, weight_files
-from turboquant.io.plain_files import open_regular
+from turboquant.io.atomic import open_regular, replacing
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -114,12 +113,8 @@ def _read_memo(memo: Path) -> Memo:
 
 
 def _write_memo(memo: Path, files: Memo) -> None:
-    """Atomic, so that a reader never meets half a memo. Not being able to write one only costs time."""
-    temporary = memo.with_name(f"{memo.name}.{os.getpid()}.tmp")
-    try:
+    """Replace the memo. Where it cannot be written, later runs only take longer."""
+    with suppress(OSError):
         memo.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps({"format": _MEMO_FORMAT, "files": files}, indent=1))
-        temporary.replace(memo)
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        with replacing(memo) as temporary:
+            temporary.write_text(json.dumps({"format": _MEMO_FORMAT, "files": files}, indent=1))

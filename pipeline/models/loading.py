@@ -7,7 +7,6 @@ functions that load something.
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import ModelError, one_line
 from pipeline.models.ranks import SINGLE, RankGroup
+from turboquant.io.safetensors_header import read_header
 from turboquant.mlx_lm.loading import is_repo_id, load_lazily
 
 if TYPE_CHECKING:
@@ -195,19 +195,11 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def _require_whole(file: Path) -> None:
-    """Compare the length a safetensors header implies with the file's: what a broken download gets wrong."""
-    size = file.stat().st_size
+    """Check a weight file's header and length: a download that was interrupted is found before MLX reads it."""
     try:
         with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > size:
-                raise ValueError("its header is longer than the file")
-            header = json.loads(stream.read(length))
-        tensors = [entry for name, entry in header.items() if name != "__metadata__"]
-        implied = 8 + length + max((entry["data_offsets"][1] for entry in tensors), default=0)
-        if implied != size:
-            raise ValueError(f"it holds {size} bytes and should hold {implied}")
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+            read_header(stream, any_dtype=True)
+    except ValueError as error:
         raise ModelError(f"{file}: damaged weights ({one_line(error)}); download it again") from error
 
 

@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from pipeline.errors import JobError, OutputError, RemoteError, one_line
-from pipeline.files.atomic import TEMPORARY, atomic_file, disk_errors, make_folder
+from pipeline.files.atomic import atomic_file, disk_errors, make_folder
 from pipeline.files.remote import upload
 from pipeline.output.rows import (
     BROKEN,
@@ -46,6 +46,7 @@ from pipeline.output.rows import (
     to_table,
     write_rows,
 )
+from turboquant.io.atomic import TEMPORARY, remove_leftovers
 
 # Readers of datasets pass over names that start with a dot.
 _SET_ASIDE = ".bad-"
@@ -191,7 +192,7 @@ class Results:
             raise RuntimeError("results that are not open for writing cannot be changed")
 
     def _clear_leftovers(self) -> None:
-        self.output.with_name(TEMPORARY + self.output.name).unlink(missing_ok=True)
+        remove_leftovers(self.output)
         for pattern in (f"{TEMPORARY}*", f"*/{TEMPORARY}*"):
             for leftover in self.parts.glob(pattern):
                 leftover.unlink(missing_ok=True)

@@ -22,16 +22,15 @@ from mlx_lm.models.cache import make_prompt_cache as make_stock_cache
 from turboquant.caches.fork import Fork
 from turboquant.caches.growth import BLOCK
 from turboquant.caches.streaming import TurboQuantKVCache
+from turboquant.io.atomic import replacing
 from turboquant.io.safetensors import (
     FileError,
     digest_stored,
     digest_tensors,
     load_tensors,
-    parse_json,
-    read_header,
-    replacing,
     seal,
 )
+from turboquant.io.safetensors_header import parse_json, read_header
 from turboquant.io.serialization import MALFORMED, STOCK_CACHES, freeze, restore_layer, restore_stock, take
 from turboquant.kernels.encoding import encode_layer
 from turboquant.mlx_lm.patch import compressible_layers
@@ -112,7 +111,7 @@ def save_prompt_cache(
         "versions": {name: importlib.metadata.version(name) for name in ("mlx", "mlx-lm")},
     }
     text = json.dumps({**manifest, "manifest_checksum": seal(manifest)})
-    with replacing(Path(path)) as temporary:
+    with replacing(Path(path), ending=".safetensors") as temporary:  # MLX adds the ending where it lacks
         mx.save_safetensors(str(temporary), tensors, {MANIFEST: text, **FOR_MLX_LM})
 
 

@@ -20,19 +20,16 @@ import mlx.core as mx
 from mlx_lm.models.cache import KVCache
 
 from turboquant.caches.segment import Segment
+from turboquant.io.atomic import open_regular, replacing
 from turboquant.io.identity import FORMAT_VERSION, Identity
-from turboquant.io.plain_files import open_regular
 from turboquant.io.safetensors import (
     FileError,
     digest_file,
     load_tensors,
-    parse_json,
-    read_header,
-    replacing,
     save_tensors,
     seal,
-    write_text,
 )
+from turboquant.io.safetensors_header import parse_json, read_header
 from turboquant.io.serialization import MALFORMED, STOCK_CACHES, freeze, restore_layer, restore_stock, take, tokens_held
 from turboquant.quant.cache_codec import CacheCodec
 from turboquant.quant.layer import EncodedLayer
@@ -76,7 +73,9 @@ def write_segment(
         "versions": {name: importlib.metadata.version(name) for name in ("mlx", "mlx-lm")},
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
-    write_text(folder / MANIFEST, json.dumps({**manifest, "manifest_checksum": seal(manifest)}, indent=1))
+    with replacing(folder / MANIFEST) as temporary:
+        text = json.dumps({**manifest, "manifest_checksum": seal(manifest)}, indent=1)
+        temporary.write_text(text, encoding="utf-8")
     return size + (folder / MANIFEST).stat().st_size
 
 

@@ -19,7 +19,7 @@ STREAMING = ["cache.prefill=streaming", "cache.segment=512"]
 
 def killed_at_steps(model: Path, folder: Path, every: int, overrides: list[str]) -> tuple[Any, list[Any]]:
     """What steps.py tells of the undisturbed run and of those that were killed and resumed."""
-    command = [sys.executable, str(Path(__file__).with_name("steps.py")), str(model), str(folder), str(every)]
+    command = [sys.executable, str(Path(__file__).parents[1] / "steps.py"), str(model), str(folder), str(every)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([*command, *overrides], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
