@@ -10,18 +10,24 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.errors import OutputError, is_disk_full, one_line
-from turboquant.io.atomic import flush, replacing
+from turboquant.io.atomic import flush, remove_leftovers, replacing
 
 
 @contextmanager
-def atomic_file(path: Path, ending: str = "") -> Iterator[Path]:
+def atomic_file(path: Path, ending: str = "", clear: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `path`; when the block ends without an error, it replaces `path` as a whole.
 
-    Folders that are missing are made. `ending` is how the temporary name must end, for readers that look at it.
+    Folders that are missing are made. Only one process may write `path` at a time.
+
+    ending: how the temporary name must end, for readers that look at it.
+    clear: first remove temporary files for `path` whose writers were killed. That reads the whole folder.
+
     Raises OutputError where the disk refuses.
     """
     with disk_errors(path, "cannot be written"):
         make_folder(path.parent)
+        if clear:
+            remove_leftovers(path)
         with replacing(path, ending) as temporary:
             yield temporary
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.models.loading import adapter_files, weight_files
-from turboquant.io.atomic import open_regular, replacing
+from turboquant.io.atomic import open_regular, remove_leftovers, replacing
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -116,5 +116,6 @@ def _write_memo(memo: Path, files: Memo) -> None:
     """Replace the memo. Where it cannot be written, later runs only take longer."""
     with suppress(OSError):
         memo.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(memo)  # also of a job that writes it now, which then only fails to remember
         with replacing(memo) as temporary:
             temporary.write_text(json.dumps({"format": _MEMO_FORMAT, "files": files}, indent=1))

@@ -85,7 +85,7 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
     """Write a part, whole or not at all. Raises OutputError where the disk refuses."""
     content = pa.BufferOutputStream()
     pq.write_table(to_table(rows, SCHEMA), content, **_PART_FORMAT)
-    with atomic_file(path) as temporary:
+    with atomic_file(path, clear=False) as temporary:  # `Results` clears all parts when it is opened
         temporary.write_bytes(content.getvalue())
 
 
