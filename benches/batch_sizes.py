@@ -56,8 +56,7 @@ def partings(job: Job, size: int, first: dict[Pair, str | None], other: dict[Pai
     from pipeline.run.fingerprint import cache_codec
     from pipeline.run.prefill import prefill
     from turboquant import enabled
-    from turboquant.caches.prefix import resident
-    from turboquant.caches.segment import join
+    from turboquant.caches.prefix import join, make_resident
 
     loaded, renderer = load_model(job.model), Renderer(job.prompt)
     tokenizer = PromptTokenizer(loaded.tokenizer)
@@ -69,7 +68,7 @@ def partings(job: Job, size: int, first: dict[Pair, str | None], other: dict[Pai
             continue
         tokens = tokenizer.tokenise(renderer.render(document), [query.text for query in job.queries])
         segment = prefill(loaded.model, tokens.context, cache_codec(job.cache))
-        (prefix,) = resident([join([segment])], job.cache.resident)
+        (prefix,) = make_resident([join([segment])], job.cache.resident)
         for pair in mine:
             ends = [*sorted(loaded.tokenizer.eos_token_ids)][:1]
             a, b = (

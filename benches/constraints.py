@@ -99,7 +99,7 @@ def main() -> None:
     from pipeline.models.loading import load_model
     from pipeline.models.thinking import ThinkingMarks
     from turboquant import CacheCodec, enabled, prefill
-    from turboquant.caches.prefix import resident
+    from turboquant.caches.prefix import make_resident
 
     loaded = load_model(arguments.model)
     vocabulary = int(loaded.config["vocab_size"])
@@ -108,7 +108,7 @@ def main() -> None:
     grammars, marks = Grammars(loaded.tokenizer, texts), ThinkingMarks(loaded.tokenizer)
     print(f"vocabulary {vocabulary:,}; 8 schemas compiled in {time.perf_counter() - started:.2f} s", flush=True)
     packed = prefill(loaded.model, random_tokens(arguments.tokens, vocabulary, -1), CacheCodec(), 512)
-    (prefix,) = resident([packed], "dense")
+    (prefix,) = make_resident([packed], "dense")
     for rows in arguments.rows:
         seconds: list[float] = []
         held = [grammars.constraint(texts[row % 8], marks.parser([], may_think=False)) for row in range(rows)]

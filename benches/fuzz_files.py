@@ -27,7 +27,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache
 
 from turboquant import CacheCodec, EncodedLayer, Fork, TurboQuantKVCache, load_prompt_cache, save_prompt_cache
-from turboquant.caches.segment import Segment, join
+from turboquant.caches.prefix import Segment, join
 from turboquant.io.identity import Identity
 from turboquant.io.prompt_cache import MANIFEST as MANIFEST_KEY
 from turboquant.io.safetensors import FileError, digest_stored, seal

@@ -25,10 +25,10 @@ GROUP = "pipeline.run.answering:Answering.answer"
 REST = "everything else"
 MODEL = {"prefill: the model", "prefill: encoding", "answers: the model, in BatchGenerator", "decoding prefixes once"}
 STAGES = {
-    "turboquant.caches.segment:feed": "prefill: the model",
+    "turboquant.caches.prefix:feed": "prefill: the model",
     "turboquant.kernels.encoding:encode_layer": "prefill: encoding",
     "mlx_lm.generate:BatchGenerator.next_generated": "answers: the model, in BatchGenerator",
-    "pipeline.run.engine:resident": "decoding prefixes once",
+    "pipeline.run.engine:make_resident": "decoding prefixes once",
     "mlx_lm.generate:BatchGenerator.insert": "answers: joining the batch",
     "pipeline.models.output_parser:RowParser.answer": "answers: tokens to text",
     "pipeline.run.engine:Engine.settle": "waiting for segments to be written",

@@ -24,13 +24,13 @@ def measure(model: Any, tokens: Sequence[int], rounds: int) -> dict[str, float]:
     from pipeline.run.prefill import CPU_CHUNK
     from turboquant import CacheCodec, enabled, prefill
     from turboquant.caches.prefix import feed, prefill_caches
-    from turboquant.mlx_lm.patch import compressible_layers
+    from turboquant.mlx_lm.families import explain
 
     def stock(chunk: int) -> None:
         feed(model, make_prompt_cache(model), tokens, chunk)
 
     def ours() -> None:
-        caches = prefill_caches(model, len(tokens), compressible_layers(model))
+        caches = prefill_caches(model, len(tokens), explain(model).layers)
         with enabled(model):
             feed(model, caches, tokens, CPU_CHUNK)
 
@@ -56,13 +56,13 @@ def logit_difference(model: Any, tokens: Sequence[int]) -> tuple[float, float]:
 
     from turboquant import enabled
     from turboquant.caches.prefix import feed, prefill_caches
-    from turboquant.mlx_lm.patch import compressible_layers
+    from turboquant.mlx_lm.families import explain
 
     before, last = tokens[:-CHECKED], mx.array(list(tokens[-CHECKED:]))[None]
     stock = make_prompt_cache(model)
     feed(model, stock, before, 2048)
     expected = model(last, cache=stock)
-    caches = prefill_caches(model, len(tokens), compressible_layers(model))
+    caches = prefill_caches(model, len(tokens), explain(model).layers)
     with enabled(model):
         feed(model, caches, before, 512)
         found = model(last, cache=caches)

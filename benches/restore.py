@@ -61,7 +61,7 @@ def measure(job_file: Path, folder: Path, rounds: int, count: int | None = None)
 
 
 def _restore(folder: Path, key: str, codec: CacheCodec) -> Prefix:
-    from turboquant.caches.segment import join
+    from turboquant.caches.prefix import join
     from turboquant.io.segment_file import read_segment
 
     return join([read_segment(folder, key, codec)])

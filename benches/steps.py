@@ -57,7 +57,7 @@ def main() -> None:
 
     from pipeline.models.loading import load_model
     from turboquant import CacheCodec, enabled, prefill
-    from turboquant.caches.prefix import feed, resident
+    from turboquant.caches.prefix import feed, make_resident
 
     loaded = load_model(arguments.model)
     model, vocabulary = loaded.model, int(loaded.config["vocab_size"])
@@ -66,7 +66,7 @@ def main() -> None:
         stock = make_prompt_cache(model)
         feed(model, stock, context, 2048)
         packed = prefill(model, context, CacheCodec(), 2048)
-        (dense,) = resident([packed], "dense")
+        (dense,) = make_resident([packed], "dense")
         for rows in arguments.rows:
             ways = {
                 "no context": lambda: make_prompt_cache(model),

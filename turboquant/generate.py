@@ -21,13 +21,12 @@ METADATA = ("model", "tokenizer_config")
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code, 2 for a prompt cache or flags that cannot be used."""
     load_tuned_blas()
-    from mlx_lm.generate import setup_arg_parser
-
     from turboquant import mlx_lm_commands as commands
     from turboquant.io.prompt_cache import PromptCacheError, load_prompt_cache, make_prompt_cache
+    from turboquant.mlx_lm.internals import generate_is_verbose
 
     options, rest = commands.parse("generate", arguments)
-    codec = commands.codec_of(options)
+    codec = commands.make_codec(options)
     used: list[list[Any]] = []
 
     def make(model: Any, max_kv_size: None = None) -> list[Any]:
@@ -44,11 +43,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return cache, metadata
 
     try:
-        commands.run("generate", rest, codec, make_prompt_cache=make, load_prompt_cache=load)
+        commands.run("generate", rest, codec, {"make_prompt_cache": make, "load_prompt_cache": load})
     except (PromptCacheError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if setup_arg_parser().parse_args(rest).verbose:
+    if generate_is_verbose(rest):
         print(f"Cache: {describe(used[0])}")  # a draft model's comes second
     return 0
 

@@ -1,7 +1,7 @@
-"""mlx-lm's own commands with compressed caches: what generate.py, chat.py and server.py share.
+"""Run mlx-lm's own commands with compressed caches, for generate.py, chat.py and server.py.
 
-A command of mlx-lm runs as it is, all of its flags included, while the functions it loads models and makes caches with
-are replaced in its modules; they are put back when it ends, however it ends. Knows the names of those functions.
+A command of mlx-lm runs with all of its flags. While it runs, the functions with which its modules load models and make
+caches are replaced; they are restored when it ends, also by an exception.
 """
 
 from __future__ import annotations
@@ -9,15 +9,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
-import importlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from types import ModuleType
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from turboquant.io.prompt_cache import make_prompt_cache
 from turboquant.mlx_lm.families import explain
-from turboquant.mlx_lm.patch import enabled
+from turboquant.mlx_lm.internals import LOADERS, command_modules
+from turboquant.mlx_lm.patch import enabled, replaced
 from turboquant.quant import SUPPORTED_BITS
 from turboquant.quant.cache_codec import CacheCodec
 from turboquant.runtime.device import prepare_weights
@@ -26,19 +25,23 @@ DEFAULT_BITS = 4
 
 
 def parse(command: str, arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
-    """This package's flags, and the arguments left for mlx-lm's command. Exits with 2 where they don't go together."""
+    """Return turboquant's own flags, and the arguments left for mlx-lm's command.
+
+    Exits with code 2 for flags that cannot be used together. With --help it prints its own help; mlx-lm's follows.
+    """
     parser = argparse.ArgumentParser(
         prog=f"turboquant.{command}",
-        description=f"mlx_lm.{command} with a compressed K/V cache; its own flags are below.",
+        description=f"mlx_lm.{command} with a compressed K/V cache. The flags of mlx_lm.{command} are listed below.",
         add_help=False,
         allow_abbrev=False,
     )
-    for name, what in (("kv", "keys and values"), ("key", "keys"), ("value", "values")):
+    for name, vectors in (("kv", "keys and values"), ("key", "keys"), ("value", "values")):
         parser.add_argument(
             f"--turbo-{name}-bits",
             type=int,
             choices=SUPPORTED_BITS,
-            help=f"bits a coordinate of {what} (default: {DEFAULT_BITS if name == 'kv' else '--turbo-kv-bits'})",
+            help=f"bits for one coordinate of {vectors} "
+            f"(default: {DEFAULT_BITS if name == 'kv' else '--turbo-kv-bits'})",
         )
     for flag in ("--kv-bits", "--max-kv-size"):
         parser.add_argument(flag, help=argparse.SUPPRESS)
@@ -52,35 +55,26 @@ def parse(command: str, arguments: Sequence[str] | None) -> tuple[argparse.Names
     return options, rest
 
 
-def codec_of(options: argparse.Namespace) -> CacheCodec:
-    """The codec that the flags ask for."""
+def make_codec(options: argparse.Namespace) -> CacheCodec:
+    """Return the codec that the flags ask for."""
     both = options.turbo_kv_bits or DEFAULT_BITS
     return CacheCodec(options.turbo_key_bits or both, options.turbo_value_bits or both)
 
 
-def run(command: str, arguments: Sequence[str], codec: CacheCodec, **replacements: Callable[..., Any]) -> None:
+def run(
+    command: str,
+    arguments: Sequence[str],
+    codec: CacheCodec,
+    replacements: Mapping[str, Callable[..., Any]] | None = None,
+) -> None:
     """Run ``mlx_lm.<command>`` with these arguments and compressed caches.
 
-    replacements: functions to take the place of others of the command's module, by name.
+    replacements: further functions to replace in the command's module, by name.
     """
-    module = importlib.import_module(f"mlx_lm.{command}")
-    modules = [module, importlib.import_module("mlx_lm.generate")]
-    given, sys.argv = sys.argv, [f"turboquant.{command}", *arguments]
-    try:
-        with _compressing(modules, codec), contextlib.ExitStack() as stack:
-            for name, function in replacements.items():
-                stack.enter_context(_replaced(module, name, function))
-            module.main()
-    finally:
-        sys.argv = given
-
-
-@contextlib.contextmanager
-def _compressing(modules: Sequence[ModuleType], codec: CacheCodec) -> Iterator[None]:
-    """While the block runs, models loaded by the modules run on compressed caches, which the modules make."""
+    modules = command_modules(command)
     with contextlib.ExitStack() as stack:
 
-        def loading(load: Callable[..., Any]) -> Callable[..., Any]:
+        def enabling(load: Callable[..., Any]) -> Callable[..., Any]:
             @functools.wraps(load)
             def load_and_enable(*arguments: Any, **options: Any) -> Any:
                 loaded = load(*arguments, **options)
@@ -92,22 +86,16 @@ def _compressing(modules: Sequence[ModuleType], codec: CacheCodec) -> Iterator[N
 
             return load_and_enable
 
-        def make(model: Any, max_kv_size: None = None) -> list[Any]:
+        def make_cache(model: Any, max_kv_size: None = None) -> list[Any]:
             return make_prompt_cache(model, codec)
 
-        for module in dict.fromkeys(modules):
-            for name in ("load", "sharded_load"):
-                if hasattr(module, name):
-                    stack.enter_context(_replaced(module, name, loading(getattr(module, name))))
-            stack.enter_context(_replaced(module, "make_prompt_cache", make))
-        yield
-
-
-@contextlib.contextmanager
-def _replaced(module: ModuleType, name: str, function: Any) -> Iterator[None]:
-    stock = getattr(module, name)
-    setattr(module, name, function)
-    try:
-        yield
-    finally:
-        setattr(module, name, stock)
+        loaders = [(module, name) for module in modules for name in LOADERS if hasattr(module, name)]
+        stack.enter_context(
+            replaced(
+                (sys, "argv", [f"turboquant.{command}", *arguments]),
+                *((module, name, enabling(getattr(module, name))) for module, name in loaders),
+                *((module, "make_prompt_cache", make_cache) for module in modules),
+                *((modules[0], name, function) for name, function in (replacements or {}).items()),
+            )
+        )
+        modules[0].main()

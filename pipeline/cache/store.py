@@ -31,7 +31,7 @@ from pipeline.errors import BudgetTooSmall, DiskFull, JobError, StoreError, is_d
 from pipeline.job.budget import budget_bytes, existing
 from pipeline.job.job import Cache
 from turboquant import CacheCodec
-from turboquant.caches.segment import Segment
+from turboquant.caches.prefix import Segment
 from turboquant.io.atomic import open_regular
 from turboquant.io.identity import Identity
 from turboquant.io.segment_file import MANIFEST, SegmentError, read_segment, segment_bytes, write_segment

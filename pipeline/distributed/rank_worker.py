@@ -27,7 +27,7 @@ from pipeline.run.decode import Request, answer
 from pipeline.run.fingerprint import context_label, job_identity
 from pipeline.run.prefixes import Prefixes
 from turboquant import Prefix
-from turboquant.caches.prefix import resident
+from turboquant.caches.prefix import make_resident
 
 
 def follow(job: Job) -> None:
@@ -87,7 +87,7 @@ class Follower:
 
     def answer(self, prefixes: Sequence[str], requests: Sequence[Sequence[Any]]) -> None:
         """Generate answers as the first rank does; each request says by number which of the prefixes it has."""
-        held = resident([self._take(key) for key in prefixes], self._job.cache.resident)
+        held = make_resident([self._take(key) for key in prefixes], self._job.cache.resident)
         asked = [
             Request(held[number], tokens, Settings(**settings | {"stop": tuple(settings["stop"])}), name)
             for number, tokens, settings, name in requests

@@ -26,7 +26,7 @@ from pipeline.run.prefill import warn_of_uncompressed_layers
 from pipeline.run.prefixes import Prefixes
 from pipeline.run.task import DocumentTask, Tokenised
 from turboquant import Prefix
-from turboquant.caches.prefix import resident
+from turboquant.caches.prefix import make_resident
 from turboquant.io.identity import Identity
 from turboquant.runtime.blas import blas_in_use
 
@@ -166,7 +166,7 @@ class Engine:
 
     def answer(self, ready: Sequence[tuple[DocumentTask, Prefix]], on_answer: Callable[[], None]) -> None:
         """Answer all open queries of documents together, into their rows. Raises GenerationFailed."""
-        prefixes = resident([prefix for _, prefix in ready], self._job.cache.resident)
+        prefixes = make_resident([prefix for _, prefix in ready], self._job.cache.resident)
         requests: list[Request] = []
         told: list[tuple[int, list[int], dict[str, object], str]] = []  # of the requests, to the other ranks
         asked: list[tuple[DocumentTask, Query]] = []

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from turboquant import CacheCodec, Prefix
-from turboquant.caches.segment import Segment, prefill_segment
+from turboquant.caches.prefix import Segment, prefill_segment
 from turboquant.mlx_lm.families import explain
 from turboquant.runtime.device import on_cpu
 

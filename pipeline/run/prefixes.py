@@ -26,7 +26,7 @@ from pipeline.report import Report
 from pipeline.run.fingerprint import cache_codec
 from pipeline.run.prefill import prefill
 from turboquant import Prefix
-from turboquant.caches.segment import Segment, join
+from turboquant.caches.prefix import Segment, join
 from turboquant.io.identity import Identity
 
 _log = logging.getLogger(__name__)

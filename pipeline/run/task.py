@@ -15,7 +15,7 @@ from pipeline.output.rows import Row
 if TYPE_CHECKING:
     from pipeline.models.output_parser import Answer
     from pipeline.run.prefixes import Piece
-    from turboquant.caches.segment import Segment
+    from turboquant.caches.prefix import Segment
 
 
 @dataclass

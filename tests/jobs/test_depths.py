@@ -23,8 +23,7 @@ from pipeline.models.output_parser import OutputParser
 from pipeline.run.decode import Request, answer
 from tests import ROOT
 from turboquant import CacheCodec, Prefix, enabled
-from turboquant.caches.prefix import PrefillCache, feed
-from turboquant.caches.segment import Segment, join
+from turboquant.caches.prefix import PrefillCache, Segment, feed, join
 from turboquant.io.identity import Identity
 from turboquant.io.segment_file import read_segment, write_segment
 

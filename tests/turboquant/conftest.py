@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from turboquant import CacheCodec, EncodedLayer, Prefix
 from turboquant.kernels.encoding import encode_layer
-from turboquant.mlx_lm.patch import compressible_layers
+from turboquant.mlx_lm.families import explain
 
 VOCABULARY = 96
 SMALL: dict[str, Any] = {
@@ -188,7 +188,7 @@ def build_prefix(fill: Callable[..., list[Any]]) -> Callable[..., Prefix]:
     """`build_prefix(model, tokens, codec)`: the tokens' prefix, prefilled in full precision."""
 
     def build(model: Any, tokens: list[int], codec: CacheCodec) -> Prefix:
-        return Prefix.encode(fill(model, tokens), len(tokens), codec, compressible_layers(model))
+        return Prefix.encode(fill(model, tokens), len(tokens), codec, explain(model).layers)
 
     return build
 

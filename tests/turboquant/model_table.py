@@ -16,7 +16,8 @@ from pathlib import Path
 import mlx_lm.models
 from mlx_lm.utils import MODEL_REMAPPING
 
-from turboquant.mlx_lm.families import COMPRESSIBLE, PACKAGE, reason
+from turboquant.mlx_lm.families import COMPRESSIBLE, reason
+from turboquant.mlx_lm.internals import MODELS
 
 FOLDER = Path(mlx_lm.models.__path__[0])
 INTRODUCTION = """\
@@ -64,7 +65,7 @@ def row(file: str) -> tuple[str, str, str]:
     if len(homes) > 1:
         return name, "as its language model", ", ".join(homes)
     (home,), kinds = homes, caches(file)
-    can = f"{PACKAGE}.{home}" in COMPRESSIBLE and "KVCache" in kinds
+    can = f"{MODELS}.{home}" in COMPRESSIBLE and "KVCache" in kinds
     kept = [kind for kind in kinds if not can or kind != "KVCache"]
     reasons = ", ".join(f"{reason(home, kind)} ({kind})" for kind in kept)
     return name, "none" if not can else "partial" if kept else "compressed", reasons

@@ -1,11 +1,10 @@
-"""mlx-lm caches over a compressed past.
+"""mlx-lm caches for queries on a compressed past.
 
-    Fork        one layer of one query's cache: an encoded past, shared, and a full-precision suffix of its own
-    BatchForks  one layer of several forks in a batch, as mlx-lm's BatchGenerator makes it by ``merge``
+    Fork        one layer of one query's cache: an encoded past that is shared, and a full-precision suffix of its own
+    BatchForks  one layer of several forks in a batch, made by ``merge`` as mlx-lm's BatchGenerator does
 
-They know mlx-lm's cache contract, and neither how the past was encoded (prefix.py, streaming.py) nor files. The model
-must be made to call ``attend`` (dispatch.py); ``update_and_fetch`` hands back the suffix only. None has an attribute
-``bits``: mlx-lm would take it for its own quantised cache.
+The model must run inside of ``enabled`` (mlx_lm/patch.py), so that it calls ``attend``: ``update_and_fetch`` returns
+only the suffix. No class here may have an attribute ``bits``: mlx-lm would take it for its own quantised cache.
 """
 
 from __future__ import annotations
@@ -15,38 +14,44 @@ from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import BatchKVCache, KVCache
 
 from turboquant.attention.dispatch import attend_past, attend_past_and_own, backend
 from turboquant.attention.reference import Partial, finish, merge
+from turboquant.mlx_lm.internals import BatchKVCache, KVCache
 from turboquant.quant.layer import DenseLayer, EncodedLayer
 
 Mask = mx.array | str | None
 
 
-class _Watched:
-    """Notices a model that is run without ``enabled``: it asks for masks and adds tokens, but calls no ``attend``."""
+class _BypassGuard:
+    """Notices that a model runs outside of ``enabled``: it asks for masks and adds tokens, but never calls ``attend``.
 
-    _asked = _missed = False
+    Without this check the model would ignore the compressed past, and answer nonsense without an error.
+    """
 
-    def _mask_asked(self, compressed: bool) -> None:
-        if self._missed:
+    _mask_was_made = _bypassed = False
+
+    def note_mask(self, compressed: bool) -> None:
+        """A mask is asked for. Raises RuntimeError where ``attend`` was not called for the tokens added before."""
+        if self._bypassed:
             raise RuntimeError(
                 "attention missed the compressed past: run the model inside `with turboquant.enabled(model):`"
             )
-        self._asked = compressed
+        self._mask_was_made = compressed
 
-    def _tokens_added(self) -> None:
-        self._missed = self._asked
+    def note_tokens(self) -> None:
+        """Tokens are added."""
+        self._bypassed = self._mask_was_made
 
-    def _attention_called(self) -> None:
-        self._asked = self._missed = False
+    def note_attention(self) -> None:
+        """The model calls ``attend``."""
+        self._mask_was_made = self._bypassed = False
 
 
-class Fork(_Watched):
-    """One layer of one query's cache: encoded past, shared and immutable, and a full-precision suffix.
+class Fork(_BypassGuard):
+    """One layer of one query's cache: an encoded past, shared and immutable, and a full-precision suffix.
 
-    ``layer`` is None while nothing is compressed (in a ``TurboQuantKVCache`` that is still short).
+    layer: the past; None where nothing is compressed, as in a ``TurboQuantKVCache`` that is still short.
     """
 
     def __init__(self, layer: EncodedLayer | DenseLayer | None) -> None:
@@ -55,16 +60,12 @@ class Fork(_Watched):
 
     @property
     def offset(self) -> int:
-        """Tokens before the next one: its position."""
-        return self._past + int(self.suffix.offset)
-
-    @property
-    def _past(self) -> int:
-        return self.layer.tokens if self.layer is not None else 0
+        """The number of tokens in past and suffix, which is the position of the next token."""
+        return (self.layer.tokens if self.layer is not None else 0) + int(self.suffix.offset)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Append (1, n_kv_heads, L, head_dim) to the suffix and return the suffix."""
-        self._tokens_added()
+        """Append keys and values (1, n_kv_heads, L, head_dim) to the suffix, and return the suffix."""
+        self.note_tokens()
         fetched: tuple[mx.array, mx.array] = self.suffix.update_and_fetch(keys, values)
         return fetched
 
@@ -77,20 +78,21 @@ class Fork(_Watched):
         mask: Mask,
         sinks: mx.array | None,
     ) -> mx.array:
-        """Attention of queries (1, n_heads, L, head_dim) over the encoded past and the suffix given."""
-        self._attention_called()
+        """Return attention of queries (1, n_heads, L, head_dim) over the encoded past and the given suffix."""
+        self.note_attention()
         if self.layer is not None:
             return attend_past_and_own(queries, self.layer, keys, values, scale, mask, sinks)
         return finish(backend().attend_dense(queries, keys, values, scale, mask), sinks, queries.dtype)
 
     def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> Mask:
-        """A mask over the suffix; every query sees the whole encoded past.
+        """Return a mask over the suffix; every query sees the whole encoded past.
 
-        Raises RuntimeError where the model that asks has not called ``attend`` for the tokens added last.
+        Raises RuntimeError where the model did not call ``attend`` for the tokens added before, and ValueError for a
+        sliding window.
         """
         if window_size is not None:
             raise ValueError("a sliding-window layer cannot run on a compressed cache")
-        self._mask_asked(self.layer is not None)
+        self.note_mask(self.layer is not None)
         mask: Mask = self.suffix.make_mask(length, return_array=return_array, window_size=None)
         return mask
 
@@ -101,15 +103,15 @@ class Fork(_Watched):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the suffix: the encoded past is shared."""
+        """The bytes of the suffix; the encoded past is shared and not counted."""
         return int(self.suffix.nbytes)
 
     def size(self) -> int:
-        """Tokens held, past and suffix."""
+        """The number of tokens in past and suffix."""
         return self.offset
 
     def empty(self) -> bool:
-        """Whether nothing is held at all."""
+        """Whether past and suffix are empty."""
         return self.layer is None and bool(self.suffix.empty())
 
     def is_trimmable(self) -> bool:
@@ -117,34 +119,33 @@ class Fork(_Watched):
         return True
 
     def trim(self, n: int) -> int:
-        """Drop the last n tokens, of the suffix at most; returns how many."""
+        """Drop the last n tokens, at most those of the suffix, and return how many were dropped."""
         return int(self.suffix.trim(n))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Fork:
-        copied = type(self).__new__(type(self))
-        copied.__dict__.update(self.__dict__)
+        copied = copy.copy(self)
         copied.suffix = copy.deepcopy(self.suffix, memo)
         return copied
 
     @classmethod
     def merge(cls, caches: Sequence[Fork]) -> BatchForks:
-        """A batch whose rows are the forks'. Raises TypeError where a cache is no fork."""
+        """Return a batch whose rows are the forks. Raises TypeError where a cache is not a fork."""
         if any(type(cache) is not Fork for cache in caches):
             raise TypeError("only forks can share a batch with forks")
         return BatchForks([cache.layer for cache in caches], BatchKVCache.merge([cache.suffix for cache in caches]))
 
 
-class BatchForks(_Watched):
-    """One layer of a batch: each row's encoded past, shared where rows have the same, and a batched suffix."""
+class BatchForks(_BypassGuard):
+    """One layer of a batch of forks: each row's encoded past, which several rows may share, and a batched suffix."""
 
     def __init__(self, layers: list[EncodedLayer | DenseLayer | None], suffix: BatchKVCache) -> None:
         self.suffix = suffix
-        self._set_layers(layers)
+        self.set_layers(layers)
 
-    def _set_layers(self, layers: Sequence[EncodedLayer | DenseLayer | None]) -> None:
-        """What follows from which rows there are is worked out when they change, not at every step."""
+    def set_layers(self, layers: Sequence[EncodedLayer | DenseLayer | None]) -> None:
+        """Set each row's past, and derive from them once what every step needs."""
         self.layers = list(layers)
-        self._past = mx.array([layer.tokens if layer is not None else 0 for layer in layers])
+        self._past_tokens = mx.array([layer.tokens if layer is not None else 0 for layer in layers])
         groups: dict[int, list[int]] = {}
         for row, layer in enumerate(layers):
             groups.setdefault(id(layer), []).append(row)
@@ -152,13 +153,13 @@ class BatchForks(_Watched):
 
     @property
     def offset(self) -> mx.array:
-        """(B,) the position of each row's next token."""
-        offset: mx.array = self.suffix.offset + self._past
+        """The position of each row's next token, (B,)."""
+        offset: mx.array = self.suffix.offset + self._past_tokens
         return offset
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Append (B, n_kv_heads, L, head_dim) to the suffixes and return them."""
-        self._tokens_added()
+        """Append keys and values (B, n_kv_heads, L, head_dim) to the suffixes, and return the suffixes."""
+        self.note_tokens()
         fetched: tuple[mx.array, mx.array] = self.suffix.update_and_fetch(keys, values)
         return fetched
 
@@ -171,33 +172,39 @@ class BatchForks(_Watched):
         mask: Mask,
         sinks: mx.array | None,
     ) -> mx.array:
-        """Attention of queries (B, n_heads, L, head_dim): each distinct past is read once, for all its rows."""
-        self._attention_called()
+        """Return attention of queries (B, n_heads, L, head_dim) over each row's past and suffix.
+
+        Each past is read only once, for all rows that share it.
+        """
+        self.note_attention()
         if len(self._rows_by_layer) == 1 and self.layers[0] is not None:
             return attend_past_and_own(queries, self.layers[0], keys, values, scale, mask, sinks)
         suffix = backend().attend_dense(queries, keys, values, scale, mask)
-        return finish(merge([suffix, self._attend_pasts(queries, scale, values.shape[-1])]), sinks, queries.dtype)
-
-    def _attend_pasts(self, queries: mx.array, scale: float, value_dim: int) -> Partial:
         parts, order = [], []
         for rows in self._rows_by_layer:
-            layer, some = self.layers[rows[0]], queries[mx.array(rows)]
-            parts.append(_nothing(some, value_dim) if layer is None else attend_past(some, layer, scale))
+            layer, group = self.layers[rows[0]], queries[mx.array(rows)]
+            if layer is None:  # attention over no tokens
+                shape = group.shape[:-1]
+                parts.append(Partial(mx.zeros((*shape, values.shape[-1])), mx.full(shape, -mx.inf)))
+            else:
+                parts.append(attend_past(group, layer, scale))
             order += rows
         back = mx.array(sorted(range(len(order)), key=order.__getitem__))
-        return Partial(
+        past = Partial(
             mx.concatenate([part.output for part in parts])[back],
             mx.concatenate([part.logsumexp for part in parts])[back],
         )
+        return finish(merge([suffix, past]), sinks, queries.dtype)
 
     def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
-        """A mask (B, 1, L, T) over the suffixes; every query sees its row's whole encoded past.
+        """Return a mask (B, 1, L, T) over the suffixes; every query sees its row's whole encoded past.
 
-        Raises RuntimeError where the model that asks has not called ``attend`` for the tokens added last.
+        Raises RuntimeError where the model did not call ``attend`` for the tokens added before, and ValueError for a
+        sliding window.
         """
         if window_size is not None:
             raise ValueError("a sliding-window layer cannot run on a compressed cache")
-        self._mask_asked(any(layer is not None for layer in self.layers))
+        self.note_mask(any(layer is not None for layer in self.layers))
         mask: mx.array = self.suffix.make_mask(length)
         return mask
 
@@ -208,25 +215,25 @@ class BatchForks(_Watched):
         lengths: list[int] | None = None,
         right_padding: list[int] | None = None,
     ) -> None:
-        """Announce padding; see mlx-lm's BatchKVCache."""
+        """Announce the padding of the tokens to come, as mlx-lm's BatchKVCache does."""
         self.suffix.prepare(left_padding=left_padding, lengths=lengths, right_padding=right_padding)
 
     def finalize(self) -> None:
-        """Move right padding to the left; see mlx-lm's BatchKVCache."""
+        """Move padding from the right to the left, as mlx-lm's BatchKVCache does."""
         self.suffix.finalize()
 
     def filter(self, batch_indices: Sequence[int]) -> None:
         """Keep only the rows given."""
-        self._set_layers([self.layers[row] for row in batch_indices])
+        self.set_layers([self.layers[row] for row in batch_indices])
         self.suffix.filter(batch_indices)
 
     def extend(self, other: BatchForks) -> None:
-        """Add the other batch's rows behind these."""
-        self._set_layers(self.layers + other.layers)
+        """Add the rows of another batch behind the rows of this one."""
+        self.set_layers(self.layers + other.layers)
         self.suffix.extend(other.suffix)
 
     def extract(self, row: int) -> Fork:
-        """The row as a fork; its past stays shared."""
+        """Return one row as a fork; its past stays shared."""
         fork = Fork(self.layers[row])
         if not self.suffix.empty():
             fork.suffix = self.suffix.extract(row)
@@ -239,15 +246,15 @@ class BatchForks(_Watched):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the suffixes."""
+        """The bytes of the suffixes."""
         return int(self.suffix.nbytes)
 
     def size(self) -> int:
-        """The longest row's tokens in the suffix."""
+        """The number of tokens in the longest suffix."""
         return int(self.suffix.size())
 
     def empty(self) -> bool:
-        """Whether no suffix holds anything."""
+        """Whether all suffixes are empty."""
         return bool(self.suffix.empty())
 
     def is_trimmable(self) -> bool:
@@ -255,16 +262,10 @@ class BatchForks(_Watched):
         return True
 
     def trim(self, n: int) -> int:
-        """Drop the last n tokens of every suffix; returns how many."""
+        """Drop the last n tokens of every suffix, and return how many were dropped."""
         return int(self.suffix.trim(n))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BatchForks:
-        copied = type(self).__new__(type(self))
-        copied.__dict__.update(self.__dict__)
+        copied = copy.copy(self)
         copied.suffix = copy.deepcopy(self.suffix, memo)
         return copied
-
-
-def _nothing(queries: mx.array, value_dim: int) -> Partial:
-    """Attention over no tokens at all."""
-    return Partial(mx.zeros((*queries.shape[:-1], value_dim)), mx.full(queries.shape[:-1], -mx.inf))

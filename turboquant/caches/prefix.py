@@ -1,11 +1,15 @@
-"""A context compressed once, when it is finished, and shared by all its queries.
+"""The compressed K/V of a context: computed once, and shared by all queries about it.
 
-    Prefix        the compressed K/V of a context, immutable; forked once for each query
-    PrefillCache  full precision, for building a prefix
-    prefill       tokens through a model into a prefix; feed, into caches of any kind
+    Prefix           the compressed K/V of a whole context; forked once for each query
+    Segment          the compressed K/V of a run of its tokens; a prefix is a chain of segments
+    prefill          builds a prefix in one go
+    prefill_segment  builds one segment, behind the segments before it
+    join             makes a prefix from a chain of segments
 
-Every chunk of an ``exact`` prefill attends to its past in full precision, and the finished context is encoded at
-once. Knows mlx-lm's caches and tokens, not what they say or where a prefix is kept.
+What many contexts begin with is prefilled once, and a context that grows needs only a segment for its new tokens. The
+codes of a segment depend only on its own tokens and those of the segments before it, never on when it was built. The
+model attends to the tokens of the segment in full precision, and to those before it compressed; the segment is encoded
+as soon as it is complete.
 """
 
 from __future__ import annotations
@@ -16,28 +20,31 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-from turboquant.attention.dispatch import backend, has_kernel, implementation
-from turboquant.attention.reference import finish
+from turboquant.attention.dispatch import attend_past, backend, has_kernel, implementation
+from turboquant.attention.reference import finish, merge
 from turboquant.caches.fork import Fork, Mask
 from turboquant.kernels.encoding import encode_layer
-from turboquant.mlx_lm.patch import compressible_layers, enabled
+from turboquant.mlx_lm.families import explain
+from turboquant.mlx_lm.internals import KVCache, allocate_once, kv_cache, make_prompt_cache, release
+from turboquant.mlx_lm.patch import enabled
 from turboquant.quant.cache_codec import CacheCodec
 from turboquant.quant.layer import DenseLayer, EncodedLayer
 from turboquant.quant.query_stats import QueryCollector
 from turboquant.runtime.device import on_cpu
 
-DENSE_BYTES = 2 << 30  # of prefixes decoded once, on a CPU
-DENSE_SHARE = 8  # elsewhere: one part in so many of the device's memory
+DENSE_BYTES = 2 << 30  # the memory for decoded prefixes on a CPU
+DENSE_SHARE = 8  # on a GPU, decoded prefixes may take one part in this many of the device's memory
 
 
 @dataclass(frozen=True)
 class Prefix:
-    """The compressed K/V of a context, one entry a layer of the model.
+    """The compressed K/V of a context, immutable.
 
-    An entry is an ``EncodedLayer``, or a cache of mlx-lm's kept as it is (sliding-window, recurrent and other layers
-    that are not compressed); those are copied for each fork, encoded layers are shared.
+    layers: one entry for each layer of the model: an ``EncodedLayer`` (or, decoded, a ``DenseLayer``), which all forks
+        share, or a cache of mlx-lm's for a layer that is not compressed (sliding-window, recurrent and others), which
+        is copied for each fork.
+    tokens: the number of tokens of the context.
     """
 
     layers: tuple[Any, ...]
@@ -51,119 +58,78 @@ class Prefix:
         codec: CacheCodec,
         compressible: Sequence[bool] | None = None,
     ) -> Prefix:
-        """Compress a prompt cache filled with ``tokens`` tokens of one row (B = 1).
+        """Compress a prompt cache of one row that holds ``tokens`` tokens, and empty its compressed layers.
 
-        compressible: which layers to compress, all plain KV layers if None; see ``dispatch.compressible_layers``.
-        Where the cache is a ``PrefillCache`` that attended, its queries help to encode it.
-        Compressed layers are emptied one by one, so that memory never holds the whole context twice. Raises
-        ValueError where a layer to be compressed does not hold that many tokens of one row.
+        compressible: which layers to compress, see ``families.explain``; all plain K/V layers if None.
+
+        The queries that a ``PrefillCache`` has collected help to encode it. Layers are emptied one by one, so that the
+        memory never holds the whole context twice. Raises ValueError where a K/V layer does not hold ``tokens`` tokens
+        of one row.
         """
-        layers: list[Any] = []
-        for index, cache in enumerate(prompt_cache):
-            plain = isinstance(cache, KVCache)
-            if plain and (cache.empty() or cache.offset != tokens or cache.keys.shape[0] != 1):
-                raise ValueError(f"layer {index} does not hold {tokens} tokens of one row")
-            if plain and (compressible is None or compressible[index]):
-                keys, values = cache.keys_and_values()
-                queries = cache.queries.statistics() if isinstance(cache, PrefillCache) else None
-                own = codec.for_layer(index, len(prompt_cache))
-                layers.append(encode_layer(keys[0], values[0], own, queries))
-                cache.keys = cache.values = None
-            else:
-                layers.append(plain_cache([cache]) if plain else cache)
-        mx.eval([layer.tensors() for layer in layers if isinstance(layer, EncodedLayer)])
-        return cls(tuple(layers), tokens)
+        return cls(_encode(prompt_cache, tokens, codec, compressible or [True] * len(prompt_cache), None), tokens)
 
     def fork(self) -> list[Any]:
-        """A prompt cache for one query: O(1) a layer for encoded layers, whatever the context's length."""
+        """Return a prompt cache for one query. For a compressed layer this takes O(1), whatever its length."""
         return [Fork(x) if isinstance(x, EncodedLayer | DenseLayer) else copy.deepcopy(x) for x in self.layers]
 
     def dense(self, dtype: mx.Dtype) -> Prefix:
-        """The same prefix with its encoded layers decoded once: faster to attend, several times larger."""
+        """Return the same prefix with its compressed layers decoded: faster to attend, several times larger."""
         layers = [x.dense(dtype) if isinstance(x, EncodedLayer) else x for x in self.layers]
         return Prefix(tuple(layers), self.tokens)
 
     @property
     def is_dense(self) -> bool:
-        """Whether layers are decoded."""
+        """Whether its compressed layers are decoded."""
         return any(isinstance(layer, DenseLayer) for layer in self.layers)
 
     @property
     def attended_by(self) -> str:
-        """What attends its compressed layers, see ``kernels.implementation``."""
+        """The implementation that attends its compressed layers here, see ``dispatch.implementation``."""
         return implementation(layer for layer in self.layers if isinstance(layer, EncodedLayer | DenseLayer))
 
     @property
     def dense_elements(self) -> int:
-        """How many numbers ``dense`` holds in the layers it decodes."""
+        """How many numbers ``dense`` holds in the layers that it decodes."""
         encoded = [layer for layer in self.layers if isinstance(layer, EncodedLayer)]
         per_token = sum(x.key_mean.size + x.value_mean.size for x in encoded)
         return self.tokens * per_token
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all layers."""
+        """The bytes of all layers."""
         return sum(int(layer.nbytes) for layer in self.layers)
 
     @property
     def effective_bits(self) -> float:
-        """Mean bits a coordinate over the encoded layers, everything counted."""
+        """The mean number of bits for one coordinate in the compressed layers, with everything counted."""
         encoded = [layer for layer in self.layers if isinstance(layer, EncodedLayer)]
         return sum(layer.effective_bits for layer in encoded) / max(1, len(encoded))
 
 
-def resident(prefixes: Sequence[Prefix], how: str = "auto") -> list[Prefix]:
-    """Prefixes as they are attended together: ``packed``, decoded anew at every step, or ``dense``, decoded once.
+@dataclass(frozen=True)
+class Segment:
+    """The compressed K/V of a run of ``tokens`` tokens, which stand behind ``start`` other tokens.
 
-    ``auto`` is packed where a kernel attends codes; where looking up levels takes most of a step, it is dense while all
-    of them fit in ``DENSE_BYTES``, or a part of a GPU's memory. The choice depends on the prefixes and the machine
-    alone, not on what memory happens to be free: rounding differs between the two.
-    """
-    encoded = [layer for prefix in prefixes for layer in prefix.layers if isinstance(layer, EncodedLayer)]
-    if how == "dense" or (how == "auto" and not has_kernel(encoded) and dense_fits(prefixes)):
-        return [prefix.dense(_dense_dtype()) for prefix in prefixes]
-    return list(prefixes)
-
-
-def dense_fits(prefixes: Sequence[Prefix]) -> bool:
-    """Whether the memory set apart for prefixes decoded once is enough for all of these."""
-    if on_cpu():
-        most = DENSE_BYTES
-    else:
-        info = mx.device_info()
-        most = int(info.get("memory_size", info.get("total_memory", 0))) // DENSE_SHARE  # Metal's name, and CUDA's
-    return sum(prefix.dense_elements for prefix in prefixes) * _dense_dtype().size <= most
-
-
-def _dense_dtype() -> mx.Dtype:
-    return mx.float32 if on_cpu() else mx.float16
-
-
-class PrefillCache(KVCache):  # type: ignore[misc]
-    """A full-precision cache for a context of known length, attending on a CPU through ``attention/cpu.py``.
-
-    queries: gathers those of the context, for its encoding.
+    layers: one entry for each layer of the model: an ``EncodedLayer`` or a plain ``KVCache`` of the segment's own
+        tokens, or another cache of mlx-lm's in its state after the last of them.
     """
 
-    def __init__(self, capacity: int) -> None:
-        super().__init__()
-        self.step = max(1, capacity)  # allocate once
-        self.queries = QueryCollector(capacity)
+    layers: tuple[Any, ...]
+    start: int
+    tokens: int
 
-    def attend(
-        self,
-        queries: mx.array,
-        keys: mx.array,
-        values: mx.array,
-        scale: float,
-        mask: Mask,
-        sinks: mx.array | None,
-    ) -> mx.array:
-        """Causal attention of the chunk just added over all that is cached."""
-        self.queries.add(queries, keys.shape[1], self.offset - queries.shape[2], scale)
-        if not on_cpu():
-            return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
-        return finish(backend().attend_dense(queries, keys, values, scale, mask), sinks, queries.dtype)
+    @property
+    def stop(self) -> int:
+        """The number of tokens up to the segment's end, with those before it."""
+        return self.start + self.tokens
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all layers."""
+        return sum(int(layer.nbytes) for layer in self.layers)
+
+
+# ---- prefill
 
 
 def prefill(
@@ -173,19 +139,40 @@ def prefill(
     chunk: int = 512,
     on_progress: Callable[[int], None] = lambda _: None,
 ) -> Prefix:
-    """Build the prefix of a context, ``chunk`` tokens a step.
+    """Build the prefix of a context. See ``prefill_segment`` for the arguments."""
+    return join([prefill_segment(model, tokens, codec, None, chunk, on_progress)])
 
-    on_progress: called with the tokens of each chunk done; what it raises ends the prefill.
+
+def prefill_segment(
+    model: Any,
+    tokens: Sequence[int],
+    codec: CacheCodec,
+    parent: Prefix | None = None,
+    chunk: int = 512,
+    on_progress: Callable[[int], None] = lambda _: None,
+) -> Segment:
+    """Run tokens through a model behind the prefix ``parent``, and compress their K/V.
+
+    chunk: how many tokens the model is given in one step.
+    on_progress: called after each chunk with its number of tokens; an exception that it raises ends the prefill.
     """
-    compressible = compressible_layers(model)
-    caches = prefill_caches(model, len(tokens), compressible)
+    compressible, count = explain(model).layers, len(tokens)
+    if parent is None:
+        caches = prefill_caches(model, count, compressible)
+    else:
+        (attended,) = make_resident([parent], "dense" if dense_fits([parent]) else "packed")
+        caches = [
+            SegmentCache(layer, count) if isinstance(layer, EncodedLayer | DenseLayer) else copy.deepcopy(layer)
+            for layer in attended.layers
+        ]
     with enabled(model):
         feed(model, caches, tokens, chunk, on_progress)
-    return Prefix.encode(caches, len(tokens), codec, compressible)
+    layers = _encode(caches, count, codec, compressible, parent)
+    return Segment(layers, parent.tokens if parent is not None else 0, count)
 
 
 def prefill_caches(model: Any, tokens: int, compressible: Sequence[bool]) -> list[Any]:
-    """Empty full-precision caches for a context of ``tokens`` tokens: ``PrefillCache`` where it will be encoded."""
+    """Return empty full-precision caches for ``tokens`` tokens: a ``PrefillCache`` for each layer to be compressed."""
     stock = make_prompt_cache(model)
     return [PrefillCache(tokens) if yes else cache for yes, cache in zip(compressible, stock, strict=True)]
 
@@ -197,21 +184,161 @@ def feed(
     chunk: int,
     on_progress: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Run a context through a model into caches, ``chunk`` tokens a step; see ``prefill`` for ``on_progress``."""
+    """Run tokens through a model into caches of any kind. See ``prefill_segment`` for the arguments."""
     for start in range(0, len(tokens), chunk):
-        some = tokens[start : start + chunk]
-        model(mx.array(list(some))[None], cache=caches)
-        mx.eval([cache.state for cache in caches])  # the logits are never needed, so never computed
+        chunk_tokens = list(tokens[start : start + chunk])
+        model(mx.array(chunk_tokens)[None], cache=caches)
+        mx.eval([cache.state for cache in caches])  # nobody needs the logits, so they are never computed
         mx.clear_cache()
-        on_progress(len(some))
+        on_progress(len(chunk_tokens))
 
 
-def plain_cache(caches: Sequence[KVCache], start: int = 0) -> KVCache:
-    """The tokens of plain caches one behind the other, from ``start`` on, without the unused end of their buffers."""
+class PrefillCache(KVCache):  # type: ignore[misc]
+    """One layer's full-precision cache of a context that is being prefilled.
+
+    capacity: the number of tokens of the context.
+
+    ``queries`` collects statistics of the context's own queries, with which the layer is encoded.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        allocate_once(self, capacity)
+        self.queries = QueryCollector(capacity)
+
+    def attend(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        scale: float,
+        mask: Mask,
+        sinks: mx.array | None,
+    ) -> mx.array:
+        """Return causal attention of the chunk that was added last over all tokens in the cache."""
+        self.queries.add(queries, keys.shape[1], self.offset - queries.shape[2], scale)
+        if not on_cpu():
+            return mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
+        return finish(backend().attend_dense(queries, keys, values, scale, mask), sinks, queries.dtype)
+
+
+class SegmentCache(Fork):
+    """One layer's full-precision cache of a segment that is being prefilled behind a compressed parent.
+
+    ``queries`` collects statistics of the segment's own queries, with which the layer is encoded.
+    """
+
+    def __init__(self, parent: EncodedLayer | DenseLayer, capacity: int) -> None:
+        super().__init__(parent)
+        allocate_once(self.suffix, capacity)
+        self.queries = QueryCollector(capacity)
+
+    def attend(
+        self,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        scale: float,
+        mask: Mask,
+        sinks: mx.array | None,
+    ) -> mx.array:
+        """Return attention of the chunk that was added last over the parent and all tokens in the cache."""
+        assert self.layer is not None
+        self.note_attention()
+        past = attend_past(queries, self.layer, scale)
+        self.queries.add(queries, keys.shape[1], self.suffix.offset - queries.shape[2], scale, past.logsumexp)
+        own = backend().attend_dense(queries, keys, values, scale, mask)
+        return finish(merge([own, past]), sinks, queries.dtype)
+
+
+def _encode(
+    caches: Sequence[Any], tokens: int, codec: CacheCodec, compressible: Sequence[bool], parent: Prefix | None
+) -> tuple[Any, ...]:
+    """Compress caches layer by layer, and release each, so that the memory never holds all tokens twice."""
+    layers: list[Any] = []
+    for index, cache in enumerate(caches):
+        layer_codec = codec.for_layer(index, len(caches))
+        if isinstance(cache, SegmentCache):
+            assert parent is not None
+            keys, values = cache.suffix.keys_and_values()
+            queries = cache.queries.statistics()
+            layers.append(encode_layer(keys[0], values[0], layer_codec, queries, parent.layers[index]))
+            cache.suffix = KVCache()
+        elif not isinstance(cache, KVCache):
+            layers.append(cache)
+        elif parent is not None:
+            layers.append(concatenate_caches([cache], parent.tokens))
+        elif cache.empty() or cache.offset != tokens or cache.keys.shape[0] != 1:
+            raise ValueError(f"layer {index} does not hold {tokens} tokens of one row")
+        elif compressible[index]:
+            keys, values = cache.keys_and_values()
+            queries = cache.queries.statistics() if isinstance(cache, PrefillCache) else None
+            layers.append(encode_layer(keys[0], values[0], layer_codec, queries))
+            release(cache)
+        else:
+            layers.append(concatenate_caches([cache]))
+    mx.eval([layer.tensors() for layer in layers if isinstance(layer, EncodedLayer)])
+    return tuple(layers)
+
+
+# ---- segments as a prefix, and prefixes as they are attended
+
+
+def join(segments: Sequence[Segment]) -> Prefix:
+    """Return the prefix that a chain of segments forms. Raises ValueError where a segment does not follow the last."""
+    stop = 0
+    for segment in segments:
+        if segment.start != stop or len(segment.layers) != len(segments[0].layers):
+            raise ValueError(f"a segment behind {segment.start} tokens cannot follow one that ends at {stop}")
+        stop = segment.stop
+    if len(segments) == 1:
+        return Prefix(segments[0].layers, stop)
+    layers: list[Any] = []
+    for entries in zip(*(segment.layers for segment in segments), strict=True):
+        if len({type(entry) for entry in entries}) > 1:
+            raise ValueError("the segments' layers are of different kinds")
+        if isinstance(entries[0], EncodedLayer):
+            layers.append(EncodedLayer.join(entries))
+        else:
+            layers.append(concatenate_caches(entries) if type(entries[0]) is KVCache else entries[-1])
+    return Prefix(tuple(layers), stop)
+
+
+def concatenate_caches(caches: Sequence[KVCache], start: int = 0) -> KVCache:
+    """Return a cache of all tokens of plain caches from ``start`` on, without the unused end of their buffers."""
     keys, values = (
         mx.contiguous(mx.concatenate(list(parts), axis=2)[:, :, start:])
         for parts in zip(*(cache.keys_and_values() for cache in caches), strict=True)
     )
-    whole = KVCache()
-    whole.state = (keys, values, keys.shape[2])
-    return whole
+    return kv_cache(keys, values)
+
+
+def make_resident(prefixes: Sequence[Prefix], residency: str = "auto") -> list[Prefix]:
+    """Return prefixes in the form in which they are attended together.
+
+    residency: ``packed`` leaves them compressed, so that they are decoded at every step; ``dense`` decodes them once;
+        ``auto`` is packed where a kernel attends the codes, or where not all of them fit in the memory for decoded
+        prefixes, and dense elsewhere.
+
+    The choice depends only on the prefixes and the machine, not on the memory that happens to be free, since the two
+    forms round differently.
+    """
+    encoded = [layer for prefix in prefixes for layer in prefix.layers if isinstance(layer, EncodedLayer)]
+    if residency == "dense" or (residency == "auto" and not has_kernel(encoded) and dense_fits(prefixes)):
+        return [prefix.dense(_dense_dtype()) for prefix in prefixes]
+    return list(prefixes)
+
+
+def dense_fits(prefixes: Sequence[Prefix]) -> bool:
+    """Whether the memory for decoded prefixes is enough for all of these."""
+    if on_cpu():
+        limit = DENSE_BYTES
+    else:
+        info = mx.device_info()
+        # Metal and CUDA name the memory differently.
+        limit = int(info.get("memory_size", info.get("total_memory", 0))) // DENSE_SHARE
+    return sum(prefix.dense_elements for prefix in prefixes) * _dense_dtype().size <= limit
+
+
+def _dense_dtype() -> mx.Dtype:
+    return mx.float32 if on_cpu() else mx.float16

@@ -1,9 +1,7 @@
-"""Caches that compress their own past as they grow, for prefill and generation in bounded memory.
+"""Caches that compress their own past while they grow, for prefill and generation in bounded memory.
 
-    TurboQuantKVCache       one layer of one row's cache
-    BatchTurboQuantKVCache  one layer of several rows, as mlx-lm's BatchGenerator makes it by ``merge``
-
-Know mlx-lm's cache contract and the codec; a past that is compressed once, when it is finished, is prefix.py's.
+TurboQuantKVCache       one layer of one row's cache
+BatchTurboQuantKVCache  one layer of several rows, made by ``merge`` as mlx-lm's BatchGenerator does
 """
 
 from __future__ import annotations
@@ -14,21 +12,25 @@ from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import BatchKVCache, KVCache
 
 from turboquant.caches.fork import BatchForks, Fork, Mask
-from turboquant.caches.growth import due, grown
+from turboquant.kernels.encoding import encode_layer
+from turboquant.mlx_lm.internals import BatchKVCache, KVCache, drop_oldest
 from turboquant.quant.cache_codec import CacheCodec, dump_codec, parse_codec
+from turboquant.quant.codec import Codec, Encoded
 from turboquant.quant.layer import DenseLayer, EncodedLayer
+
+BLOCK = 128  # tokens encoded together, so that the codes don't depend on how many tokens are added at once
+TILE = 4 * BLOCK  # where more tokens are encoded, the encoder's temporary arrays are held for this many at a time
 
 
 class TurboQuantKVCache(Fork):
-    """An ordinary mlx-lm cache that compresses its own past.
+    """A cache for mlx-lm that compresses its own past.
 
-    The last ``codec.window`` tokens stay in full precision; what is older is encoded ``BLOCK`` tokens at a time,
-    about means frozen with the first block, before new tokens are added. So the codes of a token don't depend on
-    how many tokens were added at once, nor on the batch it was in; tokens added in one call stay in full precision
-    until the next.
+    The last ``codec.window`` tokens stay in full precision. Older tokens are encoded ``BLOCK`` at a time, just before
+    new tokens are added, about means that are fixed with the first block. So the codes of a token depend neither on how
+    many tokens were added at once nor on the other rows of a batch. Tokens that are added in one call stay in full
+    precision until the next call.
 
     >>> cache = TurboQuantKVCache(CacheCodec(key_bits=4, value_bits=4))
     >>> keys, values = cache.update_and_fetch(mx.zeros((1, 2, 10, 64)), mx.zeros((1, 2, 10, 64)))
@@ -41,20 +43,20 @@ class TurboQuantKVCache(Fork):
         self.codec = codec or CacheCodec()
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Compress what has grown old, append (1, n_kv_heads, L, head_dim), return what is not compressed."""
+        """Compress old tokens, append (1, n_kv_heads, L, head_dim), and return what is not compressed."""
         if keys.shape[0] != 1:
             raise ValueError("TurboQuantKVCache holds one row; make a batch of rows with merge")
         self._compress()
         return super().update_and_fetch(keys, values)
 
     def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> Mask:
-        """A mask over what will not be compressed when ``length`` tokens are added."""
+        """Return a mask over the tokens that are not compressed yet when ``length`` tokens are added."""
         self._compress()
         return super().make_mask(length, return_array=return_array, window_size=window_size)
 
     @property
     def nbytes(self) -> int:
-        """Bytes in use: of the encoded past and of the suffix's tokens."""
+        """The bytes in use, of the encoded past and of the suffix's tokens."""
         past = self.layer.nbytes if self.layer is not None else 0
         if self.suffix.empty():
             return past
@@ -63,19 +65,19 @@ class TurboQuantKVCache(Fork):
 
     @property
     def numbers(self) -> int:
-        """How many numbers the keys and values of all its tokens are."""
+        """How many numbers the keys and values of all its tokens have."""
         if self._encoded is not None:
             return self.offset * int(self._encoded.key_mean.size + self._encoded.value_mean.size)
         return 0 if self.suffix.empty() else sum(x.size for x in self.suffix.keys_and_values())
 
     @property
     def full_precision_nbytes(self) -> int:
-        """Bytes that all its tokens would take as they came; 16 bits a number where none is left as it came."""
+        """The bytes of all its tokens in the dtype of the suffix, or in 16 bits a number where the suffix is empty."""
         return self.numbers * (2 if self.suffix.empty() else int(self.suffix.keys.dtype.size))
 
     @property
     def state(self) -> Any:
-        """Everything the cache holds: the codec as JSON, the encoded past's tensors by name, the suffix's state."""
+        """All that the cache holds: its codec as JSON, the tensors of its encoded past by name, its suffix's state."""
         past = self._encoded.tensors() if self._encoded is not None else None
         return dump_codec(self.codec), past, None if self.suffix.empty() else self.suffix.state
 
@@ -90,13 +92,13 @@ class TurboQuantKVCache(Fork):
 
     @classmethod
     def from_state(cls, state: Any) -> TurboQuantKVCache:
-        """A cache that goes on as the one whose ``state`` this was."""
+        """Return a cache that continues like the one that ``state`` was read from."""
         cache = cls()
         cache.state = state
         return cache
 
     def trim(self, n: int) -> int:
-        """Drop the last n tokens, encoded ones and sinks too where n reaches them; returns how many."""
+        """Drop the last n tokens, also encoded ones and sinks, and return how many were dropped."""
         trimmed = int(self.suffix.trim(n))
         layer = self._encoded
         if layer is None or trimmed == n:
@@ -109,7 +111,7 @@ class TurboQuantKVCache(Fork):
                 keys=layer.keys.slice_tokens(0, keep - sinks),
                 values=layer.values.slice_tokens(0, keep - sinks),
             )
-        else:  # nothing encoded is left, nor a use for its means: as if the cache had never grown beyond its sinks
+        else:  # No encoded token is left, so the means are dropped too: the cache never grew beyond its sinks.
             dtype = layer.sink_keys.dtype if self.suffix.empty() else self.suffix.keys.dtype
             self.layer, self.suffix = None, KVCache()
             if keep:
@@ -119,18 +121,18 @@ class TurboQuantKVCache(Fork):
 
     @classmethod
     def merge(cls, caches: Sequence[Fork]) -> BatchTurboQuantKVCache:
-        """A batch whose rows go on being compressed. Raises TypeError where a cache is of another class."""
+        """Return a batch whose rows continue to compress themselves. Raises TypeError for other caches."""
         rows = [cache for cache in caches if isinstance(cache, TurboQuantKVCache)]
         if len(rows) != len(caches):
             raise TypeError("only TurboQuantKVCaches can share a batch with TurboQuantKVCaches")
         return BatchTurboQuantKVCache(rows)
 
     def _compress(self) -> None:
-        stop = due(int(self.suffix.offset), self._encoded, self.codec)
+        stop = _count_due(int(self.suffix.offset), self._encoded, self.codec)
         if not stop:
             return
         keys, values = self.suffix.keys_and_values()
-        self.layer = grown(self._encoded, keys[0, :, :stop], values[0, :, :stop], self.codec)
+        self.layer = _append(self._encoded, keys[0, :, :stop], values[0, :, :stop], self.codec)
         rest = KVCache()
         if stop < self.suffix.offset:
             rest.update_and_fetch(keys[:, :, stop:], values[:, :, stop:])
@@ -143,27 +145,27 @@ class TurboQuantKVCache(Fork):
 
 
 class BatchTurboQuantKVCache(BatchForks):
-    """One layer of a batch: each row's past goes on being compressed, to the codes that it would have alone.
+    """One layer of a batch: each row's past continues to be compressed, to the same codes as alone.
 
-    The suffixes lie in one array, each row's between its ``_starts`` and ``_ends``; a row's tokens are dropped from
-    it, once encoded, by making them left padding. Both are kept here besides in mlx-lm's arrays, for reading those
-    would wait for the device at every token.
+    One array holds all suffixes; each row's tokens lie between its ``_starts`` and ``_ends``. Once a row's tokens are
+    encoded, they are dropped from that array by making them padding on the left. mlx-lm's arrays also hold where rows
+    start and end, but reading those would wait for the device at every token.
     """
 
     def __init__(self, rows: Sequence[TurboQuantKVCache]) -> None:
         super().__init__([row.layer for row in rows], BatchKVCache.merge([row.suffix for row in rows]))
         self.codecs = [row.codec for row in rows]
         self._starts = [int(self.suffix.size() - row.suffix.offset) for row in rows]
-        self._ends: list[int] | None = None  # set while padding is announced on the right
+        self._ends: list[int] | None = None  # not None while there is padding on the right
         self._right_padding: list[int] = []
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Compress what has grown old in each row, append (B, n_kv_heads, L, head_dim), return the suffixes."""
+        """Compress old tokens of each row, append (B, n_kv_heads, L, head_dim), and return the suffixes."""
         self._compress()
         return super().update_and_fetch(keys, values)
 
     def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
-        """A mask (B, 1, L, T) over what will not be compressed when ``length`` tokens are added."""
+        """Return a mask (B, 1, L, T) over the tokens that are not compressed yet when ``length`` tokens are added."""
         self._compress()
         return super().make_mask(length, return_array=return_array, window_size=window_size)
 
@@ -174,7 +176,7 @@ class BatchTurboQuantKVCache(BatchForks):
         lengths: list[int] | None = None,
         right_padding: list[int] | None = None,
     ) -> None:
-        """Announce padding, and how many tokens to come are none; see mlx-lm's BatchKVCache."""
+        """Announce the padding of the tokens to come, as mlx-lm's BatchKVCache does."""
         super().prepare(left_padding=left_padding, lengths=lengths, right_padding=right_padding)
         if left_padding is not None:
             self._starts = [start + n for start, n in zip(self._starts, left_padding, strict=True)]
@@ -184,7 +186,7 @@ class BatchTurboQuantKVCache(BatchForks):
             self._ends = [held + n for n in lengths or [0] * len(self.layers)]
 
     def finalize(self) -> None:
-        """Move right padding to the left; see mlx-lm's BatchKVCache."""
+        """Move padding from the right to the left, as mlx-lm's BatchKVCache does."""
         super().finalize()
         if self._ends is not None:
             self._starts = [start + n for start, n in zip(self._starts, self._right_padding, strict=True)]
@@ -194,12 +196,12 @@ class BatchTurboQuantKVCache(BatchForks):
         """Keep only the rows given."""
         held = self.suffix.size()
         super().filter(batch_indices)
-        moved = held - self.suffix.size()  # mlx-lm's cache drops what is padding in all rows
+        moved = held - self.suffix.size()  # mlx-lm's cache cuts off what is padding in all rows
         self.codecs = [self.codecs[row] for row in batch_indices]
         self._starts = [self._starts[row] - moved for row in batch_indices]
 
     def extend(self, other: BatchForks) -> None:
-        """Add the other batch's rows behind these. Raises TypeError where its rows don't compress themselves."""
+        """Add the rows of another batch behind these. Raises TypeError where they don't compress themselves."""
         if not isinstance(other, BatchTurboQuantKVCache):
             raise TypeError("only TurboQuantKVCaches can share a batch with TurboQuantKVCaches")
         held, others = self.suffix.size(), other.suffix.size()
@@ -212,7 +214,7 @@ class BatchTurboQuantKVCache(BatchForks):
         ]
 
     def extract(self, row: int) -> TurboQuantKVCache:
-        """The row by itself, with its past and codec."""
+        """Return one row with its past and its codec."""
         cache = TurboQuantKVCache(self.codecs[row])
         cache.layer = self.layers[row]
         if self.suffix.size() > self._starts[row]:
@@ -220,7 +222,7 @@ class BatchTurboQuantKVCache(BatchForks):
         return cache
 
     def trim(self, n: int) -> int:
-        """Drop the last n tokens of every row, encoded ones too where n reaches them; returns how many."""
+        """Drop the last n tokens of every row, also encoded ones, and return how many were dropped."""
         rows = [self.extract(row) for row in range(len(self.layers))]
         trimmed = max(row.trim(n) for row in rows)
         BatchTurboQuantKVCache.__init__(self, rows)
@@ -228,13 +230,13 @@ class BatchTurboQuantKVCache(BatchForks):
 
     @property
     def state(self) -> Any:
-        """All arrays, those of the encoded pasts included, for evaluation."""
+        """All arrays, with those of the encoded pasts, for evaluation."""
         pasts = [layer.tensors() for layer in self.layers if isinstance(layer, EncodedLayer)]
         return [pasts, super().state]
 
     @property
     def nbytes(self) -> int:
-        """Bytes in use: of the encoded pasts, and of the suffixes with their padding."""
+        """The bytes in use, of the encoded pasts and of the suffixes with their padding."""
         suffixes = () if self.suffix.empty() else self.suffix.keys_and_values()
         pasts = [layer for layer in self.layers if layer is not None]
         return sum(int(x.nbytes) for x in (*suffixes, *pasts))
@@ -245,23 +247,55 @@ class BatchTurboQuantKVCache(BatchForks):
         for row, (start, stop, codec) in enumerate(zip(self._starts, stops, self.codecs, strict=True)):
             layer = layers[row]
             assert not isinstance(layer, DenseLayer)
-            drop[row] = due(min(stop, self.suffix.size()) - start, layer, codec)
+            drop[row] = _count_due(min(stop, self.suffix.size()) - start, layer, codec)
             if drop[row]:
                 keys, values = (x[row, :, start : start + drop[row]] for x in (self.suffix.keys, self.suffix.values))
-                layers[row] = grown(layer, keys, values, codec)
-        if any(drop):
-            self._set_layers(layers)
-            self._drop(drop)
-
-    def _drop(self, tokens: list[int]) -> None:
-        """Make the first ``tokens`` of each row padding, and drop what is padding in all rows."""
-        starts = [start + n for start, n in zip(self._starts, tokens, strict=True)]
+                layers[row] = _append(layer, keys, values, codec)
+        if not any(drop):
+            return
+        self.set_layers(layers)
+        starts = [start + n for start, n in zip(self._starts, drop, strict=True)]
         unused = min(starts)
-        suffix = self.suffix
-        suffix.offset = suffix.offset - mx.array(tokens)
-        suffix.left_padding = suffix.left_padding + mx.array(tokens) - unused
-        suffix.keys, suffix.values = suffix.keys[:, :, unused:], suffix.values[:, :, unused:]
-        suffix._idx -= unused
+        drop_oldest(self.suffix, drop, unused)
         self._starts = [start - unused for start in starts]
         if self._ends is not None:
             self._ends = [end - unused for end in self._ends]
+
+
+# ---- a past that grows
+
+
+def _count_due(tokens: int, layer: EncodedLayer | None, codec: CacheCodec) -> int:
+    """Return how many of the oldest ``tokens`` behind a past must be encoded now: whole blocks, and sinks first."""
+    sinks = codec.sinks if layer is None else 0
+    blocks = (tokens - sinks - codec.window) // BLOCK
+    return sinks + blocks * BLOCK if blocks > 0 else 0
+
+
+def _append(layer: EncodedLayer | None, keys: mx.array, values: mx.array, codec: CacheCodec) -> EncodedLayer:
+    """Return a past with keys and values (n_kv_heads, n, head_dim) behind it.
+
+    This copies the past once; attention reads it at every step.
+    """
+    if layer is None:
+        first = codec.sinks + BLOCK
+        # The first part has no window of its own: the suffix is the window.
+        layer = encode_layer(keys[:, :first], values[:, :first], replace(codec, window=0))
+        keys, values = keys[:, first:], values[:, first:]
+    return replace(
+        layer,
+        keys=_append_vectors(layer.keys, keys, layer.key_codec, layer.key_mean),
+        values=_append_vectors(layer.values, values, layer.value_codec, layer.value_mean),
+    )
+
+
+def _append_vectors(encoded: Encoded, x: mx.array, codec: Codec, mean: mx.array) -> Encoded:
+    parts = [encoded]
+    for start in range(0, x.shape[1], TILE):
+        parts.append(codec.encode(x[:, start : start + TILE], mean))
+        mx.eval(parts[-1].codes, parts[-1].scales)
+    if len(parts) == 1:
+        return encoded
+    whole = Encoded.concatenate(parts)
+    mx.eval(whole.codes, whole.scales)
+    return whole

@@ -11,13 +11,11 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache
-
-from turboquant.caches.prefix import Prefix, feed
-from turboquant.caches.segment import Segment, join, prefill_segment
+from turboquant.caches.prefix import Prefix, Segment, feed, join, prefill_segment
 from turboquant.caches.streaming import TurboQuantKVCache
 from turboquant.eval.results import CannotRun, Contender, Filled
 from turboquant.eval.teacher_forcing import Context
+from turboquant.mlx_lm.internals import KVCache, QuantizedKVCache, kv_cache, make_prompt_cache
 from turboquant.quant.cache_codec import CacheCodec
 from turboquant.quant.layer import EncodedLayer
 
@@ -77,8 +75,7 @@ def _quantize(context: Context, bits: int) -> Filled:
     caches, group_size = copy.deepcopy(context.caches), _group_size(context)
     for index, yes in enumerate(context.compressible):
         if yes:
-            trimmed = KVCache()
-            trimmed.state = (*caches[index].keys_and_values(), caches[index].offset)
+            trimmed = kv_cache(*caches[index].keys_and_values())
             caches[index] = trimmed.to_quantized(group_size=group_size, bits=bits)
     with _explained():
         feed(context.model, copy.deepcopy(caches), context.tokens[-1:], 1)

@@ -17,8 +17,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from turboquant.caches.prefix import Prefix
-from turboquant.caches.segment import Segment, join
+from turboquant.caches.prefix import Prefix, Segment, join
 from turboquant.eval.results import (
     BatchDiffers,
     CannotRun,

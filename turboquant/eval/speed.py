@@ -13,11 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
-from mlx_lm.models.base import quantized_scaled_dot_product_attention
 
 from turboquant.attention import gpu as attention_gpu
 from turboquant.attention.dispatch import backend
 from turboquant.kernels.encoding import encode_layer
+from turboquant.mlx_lm.internals import quantized_scaled_dot_product_attention
 from turboquant.quant.cache_codec import CacheCodec
 from turboquant.quant.layer import EncodedLayer
 from turboquant.quant.query_stats import QueryCollector

@@ -16,12 +16,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import mlx.core as mx
-from mlx_lm.models.cache import KVCache
-from mlx_lm.models.cache import make_prompt_cache as make_stock_cache
 
 from turboquant.caches.fork import Fork
-from turboquant.caches.growth import BLOCK
-from turboquant.caches.streaming import TurboQuantKVCache
+from turboquant.caches.streaming import BLOCK, TurboQuantKVCache
 from turboquant.io.atomic import replacing
 from turboquant.io.safetensors import (
     FileError,
@@ -31,9 +28,11 @@ from turboquant.io.safetensors import (
     seal,
 )
 from turboquant.io.safetensors_header import parse_json, read_header
-from turboquant.io.serialization import MALFORMED, STOCK_CACHES, freeze, restore_layer, restore_stock, take
+from turboquant.io.serialization import MALFORMED, freeze, restore_layer, restore_stock, take
 from turboquant.kernels.encoding import encode_layer
-from turboquant.mlx_lm.patch import compressible_layers
+from turboquant.mlx_lm.families import explain
+from turboquant.mlx_lm.internals import STOCK_CACHES, KVCache, release
+from turboquant.mlx_lm.internals import make_prompt_cache as make_stock_cache
 from turboquant.quant.cache_codec import CacheCodec, dump_codec, parse_codec
 from turboquant.quant.layer import EncodedLayer
 
@@ -62,7 +61,7 @@ def make_prompt_cache(model: Any, codec: CacheCodec | None = None) -> list[Any]:
     codec, caches = codec or CacheCodec(), make_stock_cache(model)
     return [
         TurboQuantKVCache(codec.for_layer(index, len(caches))) if compressible else cache
-        for index, (compressible, cache) in enumerate(zip(compressible_layers(model), caches, strict=True))
+        for index, (compressible, cache) in enumerate(zip(explain(model).layers, caches, strict=True))
     ]
 
 
@@ -77,7 +76,7 @@ def compress(prompt_cache: Sequence[Any], codec: CacheCodec | None = None, model
     """
     codec = codec or CacheCodec()
     n_layers = len(prompt_cache)
-    allowed = compressible_layers(model) if model is not None else [True] * n_layers
+    allowed = explain(model).layers if model is not None else [True] * n_layers
     plain = [yes and isinstance(c, KVCache) for yes, c in zip(allowed, prompt_cache, strict=True)]
     for index, cache in enumerate(prompt_cache):
         if plain[index] and not cache.empty() and cache.keys.shape[0] != 1:
@@ -145,8 +144,7 @@ def _compressed(cache: KVCache, codec: CacheCodec) -> TurboQuantKVCache:
     if keys.shape[2]:
         compressed.suffix.update_and_fetch(keys, values)
         mx.eval(compressed.suffix.state)
-    cache.keys = cache.values = None
-    cache.offset = 0
+    release(cache)
     return compressed
 
 

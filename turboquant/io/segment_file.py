@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx_lm.models.cache import KVCache
 
-from turboquant.caches.segment import Segment
+from turboquant.caches.prefix import Segment
 from turboquant.io.atomic import open_regular, replacing
 from turboquant.io.identity import FORMAT_VERSION, Identity
 from turboquant.io.safetensors import (
@@ -30,7 +29,8 @@ from turboquant.io.safetensors import (
     seal,
 )
 from turboquant.io.safetensors_header import parse_json, read_header
-from turboquant.io.serialization import MALFORMED, STOCK_CACHES, freeze, restore_layer, restore_stock, take, tokens_held
+from turboquant.io.serialization import MALFORMED, freeze, restore_layer, restore_stock, take
+from turboquant.mlx_lm.internals import STOCK_CACHES, KVCache, tokens_held
 from turboquant.quant.cache_codec import CacheCodec
 from turboquant.quant.layer import EncodedLayer
 

@@ -1,7 +1,7 @@
-"""Which of mlx-lm's model families can keep their keys and values compressed, and why the others cannot.
+"""Tell which layers of a model of mlx-lm's can keep their keys and values compressed, and why the others cannot.
 
-Knows the model files of mlx-lm by name and the kinds of cache they make. The lists are kept by hand; the tests hold
-them against the installed sources and write docs/models.md from both.
+The lists of model files are kept by hand. Tests compare them with the installed sources of mlx-lm, and
+docs/models.md is generated from both.
 """
 
 from __future__ import annotations
@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mlx.nn.layers.base import Module
-from mlx_lm.models.cache import KVCache, make_prompt_cache
 
-PACKAGE = "mlx_lm.models"
+from turboquant.mlx_lm.internals import MODELS, KVCache, make_prompt_cache
 
-# K/V go from the cache into scaled_dot_product_attention and nowhere else, so that a cache may keep them compressed.
+# In these files K/V go from the cache into scaled_dot_product_attention and nowhere else, so that a cache may keep them
+# compressed.
 _COMPRESSIBLE = """
 Klear afmoe apertus bailing_moe bailing_moe_linear bitnet cohere cohere2 dbrx deepseek deepseek_v2 dots1 ernie4_5
 ernie4_5_moe exaone exaone4 exaone_moe falcon_h1 gemma gemma3_text glm glm4 glm4_moe gpt2 gpt_bigcode gpt_neox gpt_oss
@@ -25,14 +25,14 @@ muse_glimmer nanbeige nanochat nemotron nemotron-nas nemotron_h olmo2 olmo3 olmo
 phixtral plamo3 qwen qwen2 qwen2_moe qwen3 qwen3_moe qwen3_next seed_oss spark2_5 stablelm starcoder2 step3p5 talkie
 telechat3 youtu_llm
 """
-COMPRESSIBLE = frozenset(f"{PACKAGE}.{file}" for file in _COMPRESSIBLE.split())
+COMPRESSIBLE = frozenset(f"{MODELS}.{file}" for file in _COMPRESSIBLE.split())
 
 _LATENT = "keeps a latent vector (MLA) instead of keys and values"
 _LATENT_FILES = """
 bailing_hybrid bailing_moe_v3 deepseek_v3 deepseek_v32 glm4_moe_lite kimi_k3 kimi_linear longcat_flash mistral4
 """
 _SHARED = "passes keys and values on to other layers"
-# What other files do with K/V, completing a sentence that starts with the file's name.
+# What other files do with K/V: each text completes a sentence that starts with the name of the file.
 USES = {
     **dict.fromkeys(_LATENT_FILES.split(), _LATENT),
     "afm7": _SHARED,
@@ -49,7 +49,7 @@ USES = {
 }
 _NOT_VERIFIED = "is not verified to use its keys and values in attention alone"
 
-# Caches of mlx-lm's that are no plain, append-only KVCache.
+# mlx-lm's caches that are not a plain, append-only KVCache, and which layers use them.
 KINDS = {
     "ArraysCache": "recurrent state",
     "ChunkedKVCache": "chunked attention",
@@ -59,10 +59,10 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Support:
-    """What of a model's cache can be kept compressed, and why the rest is kept as it is.
+    """Which layers of a model can be kept compressed, and why the others cannot.
 
     layers: for each layer's cache, whether its K/V can be compressed without changing what the model computes.
-    reasons: one for each kind of layer that cannot, with the number of such layers.
+    reasons: one for each kind of layer that cannot, with the number of these layers.
     """
 
     layers: tuple[bool, ...]
@@ -70,14 +70,14 @@ class Support:
 
     @property
     def status(self) -> Literal["compressed", "partial", "none"]:
-        """Whether all layers can be compressed, some, or none."""
+        """Whether all layers can be compressed (``compressed``), some (``partial``) or none."""
         if all(self.layers):
             return "compressed"
         return "partial" if any(self.layers) else "none"
 
     @property
     def message(self) -> str:
-        """A sentence that says which layers are kept uncompressed and why; empty where none is.
+        """A sentence that says how many layers are kept uncompressed and why; empty if there are none.
 
         >>> Support((True, False), ("sliding-window attention (1 RotatingKVCache)",)).message
         '1 of 2 layers are kept uncompressed: sliding-window attention (1 RotatingKVCache)'
@@ -88,21 +88,21 @@ class Support:
 
 
 def explain(model: Module) -> Support:
-    """What of the cache of a model loaded by mlx-lm can be kept compressed, and why the rest cannot.
+    """Return which layers of a model loaded by mlx-lm can be kept compressed, and why the others cannot.
 
-    Not compressed are caches that are no plain append-only ``KVCache`` (sliding windows, recurrent states) and all
-    layers of a model that uses K/V outside of attention or whose code is not known not to.
+    A layer is compressed if its cache is a plain append-only ``KVCache`` (not a sliding window or a recurrent state),
+    and if the model's code is known to use keys and values in attention only.
     """
     module = _attention_module(model)
     caches = make_prompt_cache(model)
     layers = tuple(module in COMPRESSIBLE and type(cache) is KVCache for cache in caches)
     kept = Counter(type(cache).__name__ for cache, yes in zip(caches, layers, strict=True) if not yes)
-    file = module.removeprefix(f"{PACKAGE}.")
+    file = module.removeprefix(f"{MODELS}.")
     return Support(layers, tuple(f"{reason(file, kind)} ({count} {kind})" for kind, count in kept.items()))
 
 
 def reason(file: str, kind: str) -> str:
-    """Why a cache of class ``kind`` that a model defined by ``file`` makes is kept as it is."""
+    """Return why a cache of class ``kind``, made by a model that ``file`` defines, is not compressed."""
     if kind in KINDS:
         return KINDS[kind]
     if kind == "KVCache" or file in USES:
@@ -111,9 +111,10 @@ def reason(file: str, kind: str) -> str:
 
 
 def _attention_module(model: Module) -> str:
-    """The module that defines the model's attention: wrappers such as vision models hold a language model.
+    """Return the name of the module that defines the model's attention.
 
-    Where several do, one that is not known to be compressible speaks for all.
+    A wrapper, for example a vision model, holds a language model of another module. Where several modules define
+    attention, one that is not known to be compressible decides for all.
     """
     parts: list[Module] = model.modules()  # type: ignore[no-untyped-call]
     modules = [type(part).__module__ for part in parts if type(part).__name__.endswith("Attention")]

@@ -31,7 +31,7 @@ def load_lazily(
 
     Returns the model, mlx-lm's wrapper of its tokenizer, and its config.json. Raises what mlx-lm raises.
     """
-    from mlx_lm import load
+    from turboquant.mlx_lm.internals import load
 
     model, tokenizer, config = load(
         str(name),

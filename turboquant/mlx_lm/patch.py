@@ -1,9 +1,8 @@
-"""Makes a loaded mlx-lm model call a cache's own attention, and undoes it.
+"""Replace functions in mlx-lm's modules for a while: ``replaced`` does it for all of turboquant.
 
-mlx-lm's model files import ``scaled_dot_product_attention`` by name and call it with the cache. ``enabled(model)``
-rebinds that name, in the modules the model is made of, to a function that asks the cache first: one with a method
-``attend`` computes attention itself, every other goes to mlx-lm's own function. Knows nothing of what ``attend`` does;
-which models can do without K/V handed to them is families.py's.
+mlx-lm's model files import ``scaled_dot_product_attention`` by name and call it with the layer's cache.
+``enabled(model)`` replaces that name, in the modules that the model is made of, with a function that asks the cache
+first: a cache with a method ``attend`` computes attention itself, and any other cache goes to mlx-lm's own function.
 """
 
 from __future__ import annotations
@@ -17,35 +16,36 @@ from typing import Any
 
 import mlx.core as mx
 from mlx.nn.layers.base import Module
-from mlx_lm.models import base
 
-from turboquant.mlx_lm.families import explain
+from turboquant.mlx_lm.internals import ATTENTION, STOCK_ATTENTION
 
-NAME = "scaled_dot_product_attention"
-_stock = base.scaled_dot_product_attention
+
+@contextlib.contextmanager
+def replaced(*replacements: tuple[ModuleType, str, Any]) -> Iterator[None]:
+    """While the block runs, give names in modules other values; put the old values back when it ends.
+
+    replacements: (module, name, value) for each name, which the module must have.
+    """
+    with contextlib.ExitStack() as stack:
+        for module, name, value in replacements:
+            stack.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, value)
+        yield
 
 
 @contextlib.contextmanager
 def enabled(model: Module) -> Iterator[None]:
-    """While the block runs, ``model`` calls a cache's own ``attend`` where the cache has one.
+    """While the block runs, ``model`` calls the method ``attend`` of each cache that has one.
 
-    May be nested; the outermost exit restores mlx-lm's function. With caches of mlx-lm's own the logits stay
-    bit-identical.
+    Blocks may be nested; the end of the outermost one restores mlx-lm's function. With mlx-lm's own caches the logits
+    stay bit-identical.
     """
-    rebound = [module for module in _modules(model) if vars(module).get(NAME) is _stock]
-    del model  # a server may drop it, and load another, while the block runs
-    for module in rebound:
-        setattr(module, NAME, _attention)
-    try:
+    parts: list[Module] = model.modules()  # type: ignore[no-untyped-call]
+    names = sorted({type(part).__module__ for part in parts} & sys.modules.keys())
+    modules = [module for name in names if vars(module := sys.modules[name]).get(ATTENTION) is STOCK_ATTENTION]
+    del model, parts  # a server may drop the model and load another while the block runs
+    with replaced(*((module, ATTENTION, _attention) for module in modules)):
         yield
-    finally:
-        for module in rebound:
-            setattr(module, NAME, _stock)
-
-
-def compressible_layers(model: Module) -> list[bool]:
-    """For each layer's cache, whether its K/V can be kept compressed; ``families.explain`` says why not."""
-    return list(explain(model).layers)
 
 
 def _attention(
@@ -59,12 +59,6 @@ def _attention(
 ) -> mx.array:
     attend = getattr(cache, "attend", None)
     if attend is None:
-        attend = functools.partial(_stock, cache=cache)
+        attend = functools.partial(STOCK_ATTENTION, cache=cache)
     output: mx.array = attend(queries, keys, values, scale=scale, mask=mask, sinks=sinks)
     return output
-
-
-def _modules(model: Module) -> list[ModuleType]:
-    parts: list[Module] = model.modules()  # type: ignore[no-untyped-call]
-    names = {type(part).__module__ for part in parts}
-    return [sys.modules[name] for name in sorted(names) if name in sys.modules]

@@ -14,7 +14,7 @@ from mlx_lm.models.cache import KVCache, QuantizedKVCache
 from pipeline.cache.store import Store
 from pipeline.errors import DiskFull, JobError, StoreError
 from turboquant import CacheCodec, Prefix
-from turboquant.caches.segment import Segment
+from turboquant.caches.prefix import Segment
 from turboquant.io.identity import Identity
 
 TOKENS = list(range(300))

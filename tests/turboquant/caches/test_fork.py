@@ -16,7 +16,7 @@ from turboquant import CacheCodec, EncodedLayer, Fork, Prefix, TurboQuantKVCache
 from turboquant.caches import fork as cache
 from turboquant.caches.fork import BatchForks
 from turboquant.caches.prefix import PrefillCache
-from turboquant.mlx_lm.patch import compressible_layers
+from turboquant.mlx_lm.families import explain
 
 Build = Callable[[str], Any]
 Tokens = Callable[[int, int], list[int]]
@@ -229,8 +229,7 @@ def test_prefilling_in_chunks_with_the_prefill_cache_is_prefilling(
     model, tokens = build_model(family), random_tokens(90, 0)
     stock = fill(model, tokens)
     caches = [
-        PrefillCache(90) if yes else c
-        for yes, c in zip(compressible_layers(model), make_prompt_cache(model), strict=True)
+        PrefillCache(90) if yes else c for yes, c in zip(explain(model).layers, make_prompt_cache(model), strict=True)
     ]
     for start in range(0, 90, 40):
         continue_on(model, caches, tokens[start : start + 40])

@@ -17,7 +17,7 @@ import pytest
 
 from tests import ROOT
 from turboquant import CacheCodec
-from turboquant.caches.segment import Segment
+from turboquant.caches.prefix import Segment
 from turboquant.eval import divergence as drift
 from turboquant.eval import scores
 from turboquant.eval.baselines import affine, exact, streaming

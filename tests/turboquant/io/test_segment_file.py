@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
 
 from turboquant import CacheCodec, EncodedLayer
-from turboquant.caches.segment import Segment, join
+from turboquant.caches.prefix import Segment, join
 from turboquant.io.identity import FORMAT_VERSION, Identity
 from turboquant.io.safetensors import seal
 from turboquant.io.segment_file import MANIFEST, TENSORS, SegmentError, read_manifest, read_segment, write_segment

@@ -15,7 +15,7 @@ from mlx_lm.models import gemma3, llama
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 from turboquant import CacheCodec, EncodedLayer, Prefix, TurboQuantKVCache, enabled, prefill
-from turboquant.caches.segment import Segment, join
+from turboquant.caches.prefix import Segment, join
 from turboquant.io.identity import Identity
 from turboquant.io.segment_file import read_segment, write_segment
 from turboquant.mlx_lm.families import Support, explain

@@ -13,7 +13,8 @@ from mlx_lm.models import base
 from mlx_lm.models.cache import make_prompt_cache
 
 from turboquant import enabled
-from turboquant.mlx_lm.patch import NAME, compressible_layers
+from turboquant.mlx_lm.families import explain
+from turboquant.mlx_lm.internals import ATTENTION
 
 STOCK = base.scaled_dot_product_attention
 FAMILIES = ["llama", "qwen3", "gemma3_text", "gpt_oss", "qwen3_next", "phi", "deepseek_v2", "deepseek_v3"]
@@ -22,7 +23,7 @@ Build = Callable[[str], Any]
 
 def attention_of(family: str) -> Any:
     module: ModuleType = sys.modules[f"mlx_lm.models.{family}"]
-    return getattr(module, NAME)
+    return getattr(module, ATTENTION)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -115,4 +116,4 @@ def test_a_cache_s_own_attention_is_called_with_everything(build_model: Build) -
 def test_only_plain_layers_of_known_models_are_compressed(
     family: str, expected: list[bool], build_model: Build
 ) -> None:
-    assert compressible_layers(build_model(family)) == expected
+    assert list(explain(build_model(family)).layers) == expected

@@ -8,8 +8,8 @@ import pytest
 
 from tests import ROOT
 from tests.turboquant.model_table import called, document, row, tree
-from turboquant.mlx_lm.families import COMPRESSIBLE, PACKAGE, USES
-from turboquant.mlx_lm.patch import NAME
+from turboquant.mlx_lm.families import COMPRESSIBLE, USES
+from turboquant.mlx_lm.internals import ATTENTION, MODELS
 
 DOCUMENT = ROOT / "docs" / "models.md"
 
@@ -47,7 +47,7 @@ def attention_arguments(function: ast.FunctionDef) -> set[int]:
     return {
         id(argument)
         for call in ast.walk(function)
-        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == NAME
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and call.func.id == ATTENTION
         for argument in [*call.args, *(keyword.value for keyword in call.keywords)]
     }
 
@@ -82,7 +82,7 @@ def other_branches(function: ast.FunctionDef) -> set[int]:
 
 @pytest.mark.parametrize("module", sorted(COMPRESSIBLE))
 def test_the_model_uses_fetched_keys_and_values_in_attention_alone(module: str) -> None:
-    assert uses_outside_attention(tree(module.removeprefix(f"{PACKAGE}."))) == []
+    assert uses_outside_attention(tree(module.removeprefix(f"{MODELS}."))) == []
 
 
 @pytest.mark.parametrize("file", sorted(USES))

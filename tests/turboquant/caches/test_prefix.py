@@ -14,8 +14,7 @@ from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache
 
 from tests.turboquant.running import continue_on, cosine
 from turboquant import CacheCodec, EncodedLayer, Prefix, prefill
-from turboquant.caches.prefix import plain_cache, resident
-from turboquant.caches.segment import Segment, SegmentCache, join, prefill_segment
+from turboquant.caches.prefix import Segment, SegmentCache, concatenate_caches, join, make_resident, prefill_segment
 from turboquant.io.identity import Identity
 from turboquant.io.segment_file import read_segment, write_segment
 from turboquant.quant.layer import DenseLayer
@@ -64,7 +63,7 @@ def test_a_chain_answers_as_the_whole_does(models: dict[str, Any], stops: list[i
         whole = prefill(model, TOKENS, CODEC, 32)
         joined, once = (continue_on(model, p.fork(), NEXT) for p in (prefix, whole))
         assert cosine(joined, once) > 0.999, name
-        dense = continue_on(model, resident([prefix], "dense")[0].fork(), NEXT)
+        dense = continue_on(model, make_resident([prefix], "dense")[0].fork(), NEXT)
         assert cosine(dense, joined) > 0.9999, name
 
 
@@ -92,10 +91,10 @@ def test_a_plain_layer_is_stored_in_pieces(models: dict[str, Any]) -> None:
     caches = [KVCache(), KVCache()]
     for cache, length in zip(caches, (40, 30), strict=True):
         cache.update_and_fetch(mx.random.normal((1, 2, length, 8)), mx.random.normal((1, 2, length, 8)))
-    whole = plain_cache(caches)
+    whole = concatenate_caches(caches)
     assert whole.offset == 70
-    assert mx.array_equal(plain_cache([whole], 40).keys, caches[1].keys_and_values()[0])
-    assert plain_cache([whole], 40).offset == 30
+    assert mx.array_equal(concatenate_caches([whole], 40).keys, caches[1].keys_and_values()[0])
+    assert concatenate_caches([whole], 40).offset == 30
     pieces = [Segment((caches[0],), 0, 40), Segment((caches[1],), 40, 30)]
     assert mx.array_equal(join(pieces).layers[0].keys, whole.keys)
 
