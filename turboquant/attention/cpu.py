@@ -1,9 +1,8 @@
 """Attention on a CPU: NumPy and its BLAS on zero-copy views of MLX arrays.
 
-MLX computes exponentials on a CPU twenty times slower than NumPy does, and they are what attention there waits for.
-The functions are equals of those of the same name in ``attention/reference.py``, which defines what they compute. They
-evaluate their inputs, so they suit a CPU, where nothing is gained by queueing, and nothing else. Views are read,
-never written to.
+On a CPU, MLX computes exponentials twenty times slower than NumPy, and they take most of the time of attention. The
+functions compute the same as those with the same names in attention/reference.py. They evaluate their inputs at once,
+which costs nothing on a CPU. They never write to a view of an MLX array.
 """
 
 from __future__ import annotations
@@ -23,16 +22,16 @@ from turboquant.quant.layer import EncodedLayer
 from turboquant.quant.packing import PLANES
 from turboquant.runtime.threads import run_in_parallel
 
-Floats = NDArray[np.floating[Any]]  # float32 throughout; NumPy's stubs lose track of it
-BLOCK = 1 << 17  # elements of scores, and of decoded keys, worked on at a time: about a core's cache
-FEW = 1 << 16  # scores that are worked on at once, for all rows and heads, since sharing them out would take longer
-ROWS = 256  # queries worked on at a time: enough for the BLAS, few enough to skip most of what a causal mask hides
+Floats = NDArray[np.floating[Any]]  # always float32, which NumPy's type stubs cannot follow
+BLOCK = 1 << 17  # scores, and numbers of decoded keys, in memory at a time: about the size of a core's cache
+FEW = 1 << 16  # with at most so many scores, one thread does all rows and heads, because starting more takes longer
+ROWS = 256  # queries at a time: enough for the BLAS, and few enough to skip most of what a causal mask hides
 
 
 def attend_dense(
     queries: mx.array, keys: mx.array, values: mx.array, scale: float, mask: mx.array | str | None
 ) -> Partial:
-    """See ``reference.attend_dense``."""
+    """Compute the same as ``reference.attend_dense``."""
     batch, n_heads, length, dim = queries.shape
     n_kv_heads, tokens = keys.shape[1], keys.shape[2]
     repeats = n_heads // n_kv_heads
@@ -73,7 +72,7 @@ def attend_dense(
 
 
 def attend_layer(queries: mx.array, layer: EncodedLayer, scale: float) -> Partial:
-    """See ``attention.attend_layer``."""
+    """Compute the same as ``reference.attend_layer``."""
     block = fold_queries(queries.astype(mx.float32) * scale, layer.key_mean.shape[0])
     n_kv_heads, rows, _ = block.shape
     softmax = OnlineSoftmax((n_kv_heads, rows), layer.value_mean.shape[-1])
@@ -98,7 +97,7 @@ def attend_layer(queries: mx.array, layer: EncodedLayer, scale: float) -> Partia
             mean_share += weights @ value_centred[..., some].swapaxes(-1, -2)
             weights *= value_factors[..., some]
             softmax.add(index, fade, weights @ decode_levels(value_codes[:, some], part.value_codec))
-    # What was summed so far lies in the rotated basis; the tokens kept as they are do not.
+    # The sum so far is in the rotated basis. The sinks, which come next, are not.
     softmax.output = _view(layer.value_codec.rotation.inverse(mx.array(softmax.output))).copy()
     softmax.output += mean_share * _view(layer.value_mean)
     if layer.sink_keys.shape[1]:
@@ -111,7 +110,7 @@ def attend_layer(queries: mx.array, layer: EncodedLayer, scale: float) -> Partia
 class OnlineSoftmax:
     """The running maximum, sum and output of softmax attention over tiles of tokens.
 
-    shape: that of the queries without head_dim; ``output`` has value_dim behind it, and is not normalised.
+    shape: of the queries without head_dim. ``output`` has the shape (*shape, value_dim) and is not normalised.
     """
 
     def __init__(self, shape: tuple[int, ...], value_dim: int) -> None:
@@ -120,7 +119,7 @@ class OnlineSoftmax:
         self.output: Floats = np.zeros((*shape, value_dim), np.float32)
 
     def weigh(self, scores: Floats, index: tuple[Any, ...]) -> tuple[Floats, Floats]:
-        """Turn a tile's scores into weights, in place; returns them and what earlier tiles must be multiplied by."""
+        """Turn a tile's scores into weights, in place; return them and the factor for the output of earlier tiles."""
         highest = np.maximum(self.highest[index], scores.max(axis=-1, keepdims=True))
         finite = np.where(np.isinf(highest), np.float32(0), highest)
         scores -= finite
@@ -131,11 +130,11 @@ class OnlineSoftmax:
         return weights, fade
 
     def add(self, index: tuple[Any, ...], fade: Floats, output: Floats) -> None:
-        """Add a tile's weighted values."""
+        """Multiply the output by ``fade`` and add a tile's weighted values to it."""
         self.output[index] = self.output[index] * fade + output
 
     def finish(self) -> tuple[Floats, Floats]:
-        """The normalised output and the log-sum-exp, without the last axis of 1."""
+        """Return the normalised output (*shape, value_dim) and the logsumexp (*shape)."""
         with np.errstate(divide="ignore"):
             logsumexp: Floats = (self.highest + np.log(self.total)).squeeze(-1)
         output: Floats = self.output / np.maximum(self.total, np.float32(1e-37))
@@ -143,10 +142,10 @@ class OnlineSoftmax:
 
 
 def decode_levels(words: NDArray[np.uint32], codec: Codec) -> Floats:
-    """The levels behind packed codes (..., words): (..., head_dim) float32, scales not applied.
+    """Decode packed codes (..., words) to levels (..., head_dim) float32, without applying scales.
 
-    A few coordinates at a time are looked up in one table: those that share a byte of the plane of low bits, with
-    the bits of theirs from the other plane beside them.
+    The coordinates that share a byte of the plane of low bits are looked up together in one table. The index is this
+    byte and, above it, their bits from the other plane.
     """
     planes, dim = PLANES[codec.bits], codec.head_dim
     table = _table(codec.bits)
@@ -164,7 +163,7 @@ def decode_levels(words: NDArray[np.uint32], codec: Codec) -> Floats:
 
 @functools.cache
 def _table(bits: int) -> Floats:
-    """Levels of the coordinates that one byte of the low plane holds, by that byte and the high bits above it."""
+    """Return the levels of the coordinates that share a byte of the low plane, by this byte and the high bits above."""
     planes = PLANES[bits]
     count = 8 // planes[0]
     high_width = planes[1] if len(planes) > 1 else 0
@@ -178,11 +177,11 @@ def _table(bits: int) -> Floats:
 
 
 def _multiply(x: Floats, y: Floats) -> Floats:
-    """x (B, H, repeats, L, M) times y (B, H, M, N), as one product for all repeats."""
+    """Multiply x (B, H, repeats, L, M) by y (B, H, M, N), in one product for all repeats."""
     product: Floats = x.reshape(*x.shape[:2], -1, x.shape[-1]) @ y
     return product.reshape(*x.shape[:-1], y.shape[-1])
 
 
 def _view(x: mx.array) -> Floats:
-    """A float32 NumPy view, without a copy where x is float32 already."""
+    """Return x as a float32 NumPy array; it is a view without a copy if x is float32."""
     return np.asarray(x if x.dtype == mx.float32 else x.astype(mx.float32))

@@ -1,10 +1,11 @@
-"""Attention over full-precision and encoded K/V, in parts that are merged by their log-sum-exp.
+"""Attention over full-precision and encoded K/V, in parts that are merged by their logsumexp.
 
-This is the reference, in MLX operations that every backend has; ``kernels/`` holds faster equals. It knows tensors
-only. A part is attention over some of the tokens; parts over disjoint tokens merge exactly, so a compressed prefix
-and a full-precision suffix need never be put side by side. Encoded tokens are attended in the rotated basis: the
-query is rotated once, scores are taken against levels, scales come in after the dot product (keys) and with the
-probabilities (values), and the output is rotated back once.
+This is the reference, written in MLX operations that every backend has; cpu.py and gpu.py compute the same faster.
+
+A part is attention over some of the tokens. Parts over disjoint tokens merge exactly, so a compressed prefix and a
+full-precision suffix need not be joined in memory. Attention to encoded tokens happens in the rotated basis: the query
+is rotated once, scores are its products with levels, scales are applied after the product for keys and to the weights
+for values, and the output is rotated back once.
 
 Sources: Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018); Juravsky et al., "Hydragen"
 (2024) for the shared prefix.
@@ -21,16 +22,16 @@ from turboquant.quant.codec import Encoded
 from turboquant.quant.layer import EncodedLayer, EncodedPart
 from turboquant.runtime.device import fused
 
-SCORES = 1 << 23  # held at a time, about: bounds the memory of scores and decoded keys
-TILE = 2048  # tokens worked on at a time at least, however many the queries
+SCORES = 1 << 23  # about so many are in memory at a time, and as many numbers of decoded keys
+TILE = 2048  # tokens in a tile, at least, however many queries there are
 
 
 @dataclass(frozen=True)
 class Partial:
-    """Softmax attention over some tokens.
+    """The result of softmax attention over some tokens.
 
-    output: (..., head_dim) float32, normalised over those tokens.
-    logsumexp: (...) float32, of their scores; -inf where all were masked.
+    output: (..., head_dim) float32, normalised over these tokens.
+    logsumexp: (...) float32, of their scores; -inf if all of them were masked.
     """
 
     output: mx.array
@@ -38,7 +39,7 @@ class Partial:
 
 
 def merge(parts: Sequence[Partial]) -> Partial:
-    """Attention over all tokens of the parts, each token being in one part only."""
+    """Merge parts over disjoint tokens into attention over all of their tokens."""
     merged = parts[0]
     for part in parts[1:]:
         total = mx.logaddexp(merged.logsumexp, part.logsumexp)
@@ -48,13 +49,13 @@ def merge(parts: Sequence[Partial]) -> Partial:
 
 
 @fused
-def _weighted_sum(one: mx.array, other: mx.array, of_one: mx.array, of_other: mx.array, total: mx.array) -> mx.array:
+def _weighted_sum(a: mx.array, b: mx.array, a_logsumexp: mx.array, b_logsumexp: mx.array, total: mx.array) -> mx.array:
     finite = mx.where(mx.isinf(total), 0.0, total)
-    return one * mx.exp(of_one - finite) + other * mx.exp(of_other - finite)
+    return a * mx.exp(a_logsumexp - finite) + b * mx.exp(b_logsumexp - finite)
 
 
 def add_sink_logits(part: Partial, sinks: mx.array) -> Partial:
-    """Let learned sink logits take their share of the softmax without adding to the output.
+    """Add learned sink logits to the softmax; they take a share of the weights and add nothing to the output.
 
     sinks: broadcastable to ``part.logsumexp``.
     """
@@ -63,7 +64,7 @@ def add_sink_logits(part: Partial, sinks: mx.array) -> Partial:
 
 
 def finish(part: Partial, sinks: mx.array | None, dtype: mx.Dtype) -> mx.array:
-    """A part as a model wants it: learned sink logits (n_heads,) taken into its softmax, in the model's dtype."""
+    """Return the output of a part in ``dtype``, after learned sink logits (n_heads,) are added to the softmax."""
     if sinks is not None:
         part = add_sink_logits(part, sinks[None, :, None])
     return part.output.astype(dtype)
@@ -75,8 +76,8 @@ def attend_dense(
     """Attention over full-precision K/V.
 
     queries: (B, n_heads, L, head_dim); keys, values: (B, n_kv_heads, T, head_dim).
-    mask: None, "causal" (the last query sees all T tokens), or boolean (B or 1, 1, L, T), true where visible.
-    Returns a Partial of (B, n_heads, L, head_dim).
+    mask: None, "causal" (the last query sees all T tokens), or boolean (B or 1, 1, L, T), true for visible tokens.
+    Returns a Partial of (B, n_heads, L, value_dim).
     """
     batch, n_heads, length, dim = queries.shape
     n_kv_heads, tokens = keys.shape[1], keys.shape[2]
@@ -85,7 +86,7 @@ def attend_dense(
     for start in range(0, tokens, tile):
         some = slice(start, min(start + tile, tokens))
         k, v = keys[:, :, some], values[:, :, some]
-        if parts:  # MLX is lazy, and would else hold the scores of all tiles
+        if parts:  # without this, lazy evaluation would hold the scores of all tiles at once
             block, k, v = mx.depends([block, k, v], [parts[-1].output])
         parts = [merge([*parts, _attend_tile(block, k, v, _visible(mask, length, tokens, some))])]
     part = parts[0]
@@ -93,12 +94,12 @@ def attend_dense(
 
 
 def _tile(rows: int) -> int:
-    """Tokens whose scores of so many queries are held at a time."""
+    """Return how many tokens a tile has, for so many queries."""
     return max(TILE, SCORES // rows)
 
 
 def _visible(mask: mx.array | str | None, length: int, tokens: int, some: slice) -> mx.array | None:
-    """The mask over some of the tokens, (B or 1, 1, L, some), None where all are visible."""
+    """Return the mask of some of the tokens, (B or 1, 1, L, some), or None if all of them are visible."""
     if not isinstance(mask, str):
         return None if mask is None else mask[..., some]
     first = tokens - length
@@ -108,14 +109,14 @@ def _visible(mask: mx.array | str | None, length: int, tokens: int, some: slice)
 
 
 def _attend_tile(block: mx.array, keys: mx.array, values: mx.array, visible: mx.array | None) -> Partial:
-    """Attention of scaled queries (B, n_kv_heads, repeats * L, head_dim) over tokens whose scores fit in memory."""
+    """Attention of scaled queries (B, n_kv_heads, repeats * L, head_dim) over the tokens of one tile."""
     scores = block @ keys.astype(mx.float32).swapaxes(-1, -2)
     if visible is not None:
         grouped = scores.reshape(*scores.shape[:2], -1, *visible.shape[2:])
         scores = mx.where(visible[:, :, None], grouped, -mx.inf).reshape(scores.shape)
     logsumexp = mx.logsumexp(scores, axis=-1, keepdims=True)
     weights = _weights(scores, logsumexp)
-    if values.dtype == mx.float16:  # as products in half precision are summed in single, and weights sum up to 1
+    if values.dtype == mx.float16:  # precise enough: weights sum up to 1, and products are summed in float32
         output = (weights.astype(mx.float16) @ values).astype(mx.float32)
     else:
         output = weights @ values.astype(mx.float32)
@@ -128,10 +129,11 @@ def _weights(scores: mx.array, logsumexp: mx.array) -> mx.array:
 
 
 def attend_layer(queries: mx.array, layer: EncodedLayer, scale: float) -> Partial:
-    """Attention of any number of queries over all tokens of an encoded layer, which every query may see.
+    """Attention of any number of queries over an encoded layer; every query sees all of its tokens.
 
-    queries: (B, n_heads, L, head_dim). All B * L * (n_heads / n_kv_heads) queries of a KV head are one block, so
-    that each tile is decoded once for all of them. Returns a Partial of (B, n_heads, L, value_dim).
+    queries: (B, n_heads, L, head_dim). All B * L * (n_heads / n_kv_heads) queries of a KV head are one block, so that
+    each tile is decoded once for all of them.
+    Returns a Partial of (B, n_heads, L, value_dim).
     """
     block = fold_queries(queries.astype(mx.float32), layer.key_mean.shape[0])
     parts = [_attend_encoded(block * scale, part, layer) for part in layer.parts]
@@ -142,14 +144,14 @@ def attend_layer(queries: mx.array, layer: EncodedLayer, scale: float) -> Partia
 
 
 def fold_queries(queries: mx.array, n_kv_heads: int) -> mx.array:
-    """(B, n_heads, L, D) to one block of queries a KV head, (n_kv_heads, B * repeats * L, D)."""
+    """Rearrange (B, n_heads, L, D) into one block of queries for each KV head, (n_kv_heads, B * repeats * L, D)."""
     batch, _, length, dim = queries.shape
     grouped = queries.reshape(batch, n_kv_heads, -1, length, dim)
     return grouped.transpose(1, 0, 2, 3, 4).reshape(n_kv_heads, -1, dim)
 
 
 def unfold_part(part: Partial, shape: tuple[int, ...]) -> Partial:
-    """Undo ``fold_queries`` on a Partial for queries of ``shape``."""
+    """Rearrange a Partial of folded queries as the queries were, whose shape was ``shape``."""
     batch, n_heads, length, _ = shape
     n_kv_heads = part.output.shape[0]
     output = part.output.reshape(n_kv_heads, batch, -1, length, part.output.shape[-1])
@@ -164,11 +166,12 @@ def _attend_encoded(block: mx.array, part: EncodedPart, layer: EncodedLayer) -> 
     """Attention of scaled queries (n_kv_heads, M, head_dim) over encoded tokens of a layer, tile by tile."""
     key_codec, value_codec = part.key_codec, part.value_codec
     rotated = key_codec.rotation.forward(block)
-    mean_scores = block @ layer.key_mean.swapaxes(-1, -2)  # (n_kv_heads, M, 1): what removing the mean took away
+    # (n_kv_heads, M, 1), for the keys whose mean was subtracted.
+    mean_scores = block @ layer.key_mean.swapaxes(-1, -2)
     highest = mx.full((*block.shape[:2], 1), -mx.inf)
     total = mean_share = mx.zeros_like(highest)
     output = mx.zeros((*block.shape[:2], value_codec.head_dim))
-    tile = _tile(block.shape[0] * max(block.shape[1:]))  # decoded keys are held, too
+    tile = _tile(block.shape[0] * max(block.shape[1:]))  # the decoded keys of a tile must fit, too
     for start in range(0, part.keys.tokens, tile):
         earlier = [total, mean_share, output]
         keys = _after(part.keys.slice_tokens(start, start + tile), earlier)
@@ -186,5 +189,5 @@ def _attend_encoded(block: mx.array, part: EncodedPart, layer: EncodedLayer) -> 
 
 
 def _after(encoded: Encoded, earlier: list[mx.array]) -> Encoded:
-    """Not to be touched before ``earlier`` is computed: MLX is lazy, and would else hold the scores of all tiles."""
+    """Make MLX compute ``earlier`` before it uses ``encoded``; else it would hold the scores of all tiles at once."""
     return Encoded(*mx.depends([encoded.codes, encoded.scales], earlier))

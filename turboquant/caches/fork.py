@@ -15,7 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from turboquant.attention.dispatch import attend_past, attend_past_and_own, backend
+from turboquant.attention.dispatch import attend_past, attend_past_and_suffix, backend
 from turboquant.attention.reference import Partial, finish, merge
 from turboquant.mlx_lm.internals import BatchKVCache, KVCache
 from turboquant.quant.layer import DenseLayer, EncodedLayer
@@ -81,7 +81,7 @@ class Fork(_BypassGuard):
         """Return attention of queries (1, n_heads, L, head_dim) over the encoded past and the given suffix."""
         self.note_attention()
         if self.layer is not None:
-            return attend_past_and_own(queries, self.layer, keys, values, scale, mask, sinks)
+            return attend_past_and_suffix(queries, self.layer, keys, values, scale, mask, sinks)
         return finish(backend().attend_dense(queries, keys, values, scale, mask), sinks, queries.dtype)
 
     def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> Mask:
@@ -178,7 +178,7 @@ class BatchForks(_BypassGuard):
         """
         self.note_attention()
         if len(self._rows_by_layer) == 1 and self.layers[0] is not None:
-            return attend_past_and_own(queries, self.layers[0], keys, values, scale, mask, sinks)
+            return attend_past_and_suffix(queries, self.layers[0], keys, values, scale, mask, sinks)
         suffix = backend().attend_dense(queries, keys, values, scale, mask)
         parts, order = [], []
         for rows in self._rows_by_layer:

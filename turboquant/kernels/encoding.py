@@ -1,6 +1,6 @@
-"""Compressing the K/V of a finished context, one layer: which tokens are kept as they are, finer or as usual, and how.
+"""Compress the keys and values of a finished context, layer by layer.
 
-Knows vectors and what a context's own queries looked at; what becomes of the tensors is layer.py's.
+This module decides which tokens are kept uncompressed, which finer, and in which metric keys are rounded.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from turboquant.quant.query_stats import QueryStatistics
 from turboquant.quant.rounding import RoundingMetric
 from turboquant.runtime.device import array_module, on_cpu
 
-# Tokens encoded at a time, so that the encoder's float32 scratch stays small; a GPU needs more to be busy.
+# Tokens that are encoded at a time, so that temporary float32 arrays stay small; a GPU needs more to be busy.
 ENCODE_TILE, GPU_ENCODE_TILE = 4096, 1 << 14
 
 
@@ -33,80 +33,81 @@ def encode_layer(
     """Compress the keys and values of one layer of a finished context.
 
     keys: (n_kv_heads, T, head_dim), any float dtype. values: (n_kv_heads, T, value_dim).
-    queries: statistics of the context's own queries; they decide which tokens are kept finer and how keys are rounded.
+    queries: statistics of the context's own queries, which decide which tokens are kept finer and how keys are rounded.
     parent: the layer of the tokens before these. Its means are used again, so that the two layers can be joined.
 
-    On a GPU the result may still be computed when this returns, so that the next layer can start meanwhile.
+    On a GPU the result may still be computed when this function returns, so that the next layer can start.
     Raises ValueError if keys or values are not finite.
     """
     codec = codec if parent is None else replace(codec, sinks=max(0, codec.sinks - parent.tokens))
     means = None if parent is None else (parent.key_mean, parent.value_mean)
     finite = mx.isfinite(keys).all() & mx.isfinite(values).all()
     mx.async_eval(finite)  # type: ignore[no-untyped-call]
-    if on_cpu():  # NumPy may not bear what is not
-        _check_finite(finite)
+    if on_cpu():  # where NumPy computes, and may fail on other numbers
+        _require_finite(finite)
     first = min(codec.sinks, keys.shape[1])
-    metric, order, fine = _plan(keys, codec, queries)
-    in_metric = None if metric is None else _ready(metric, codec.keys(keys.shape[-1]))
+    metric, order, fine = _order_tokens(keys, codec, queries)
+    rounding_metric = None
+    if metric is not None:
+        factorise = encoding_gpu.feedback if encoding_gpu.factors(keys.shape[-1]) else None
+        rounding_metric = codec.keys(keys.shape[-1]).rounding_metric(metric, factorise)
     split = order.shape[1] - fine
     key_mean, value_mean = means or (_mean(keys[:, first:]), _mean(values[:, first:]))
     tensors = {
-        "sink_keys": _half(keys[:, :first]),
-        "sink_values": _half(values[:, :first]),
+        "sink_keys": _to_16_bits(keys[:, :first]),
+        "sink_values": _to_16_bits(values[:, :first]),
         "key_mean": key_mean,
         "value_mean": value_mean,
     }
-    for prefix, which, codecs in (("", order[:, :split], codec), ("fine_", order[:, split:], codec.fine)):
-        for name, x, own, mean, of in (
-            ("key", keys, codecs.keys(keys.shape[-1]), key_mean, in_metric),
+    for prefix, some, codecs in (("", order[:, :split], codec), ("fine_", order[:, split:], codec.fine)):
+        for name, x, vector_codec, mean, in_metric in (
+            ("key", keys, codecs.keys(keys.shape[-1]), key_mean, rounding_metric),
             ("value", values, codecs.values(values.shape[-1]), value_mean, None),
         ):
-            encoded = _encode(x[:, first:], which, own, mean, of)
+            encoded = _encode(x[:, first:], some, vector_codec, mean, in_metric)
             tensors |= {f"{prefix}{name}_codes": encoded.codes, f"{prefix}{name}_scales": encoded.scales}
     mx.async_eval(list(tensors.values()))  # type: ignore[no-untyped-call]
-    _check_finite(finite)
+    _require_finite(finite)
     return EncodedLayer.from_tensors(tensors, codec)
 
 
-def _check_finite(finite: mx.array) -> None:
+def _require_finite(finite: mx.array) -> None:
     if not finite:
         raise ValueError("K/V hold numbers that are not finite: the model overflows on this context")
 
 
-def _plan(keys: mx.array, codec: CacheCodec, queries: QueryStatistics | None) -> tuple[Any, mx.array, int]:
-    """The metric to round keys in, or None; the order (n_kv_heads, T - S) in which tokens behind the sinks are
-    encoded, the finer ones last, int32; and how many those are.
+def _order_tokens(keys: mx.array, codec: CacheCodec, queries: QueryStatistics | None) -> tuple[Any, mx.array, int]:
+    """Order the tokens after the sinks, so that the finer ones come last.
+
+    Returns the metric in which keys are rounded, or None; the tokens in their order, (n_kv_heads, T - S) int32, counted
+    from the end of the sinks; and the number of finer ones.
     """
     heads, tokens, _ = keys.shape
-    window, looked_at = codec.fine_tokens(tokens, queries is not None)
+    window, attended = codec.fine_tokens(tokens, queries is not None)
     count = max(0, tokens - codec.sinks)
     order = mx.broadcast_to(mx.arange(count, dtype=mx.int32), (heads, count))
     if queries is None:
         return None, order, window
-    metric, looks = queries.metric_and_attention(keys)
-    split = count - window - looked_at
+    metric, attention = queries.metric_and_attention(keys)
+    split = count - window - attended
     if 0 < split < count:
         xp = array_module()
-        looks = xp.where(xp.arange(count) < count - window, looks[:, codec.sinks :], np.inf)
-        by_looks = xp.argpartition(looks, split, axis=1)
-        parts = [xp.sort(part, axis=1) for part in (by_looks[:, :split], by_looks[:, split:])]
+        attention = xp.where(xp.arange(count) < count - window, attention[:, codec.sinks :], np.inf)
+        by_attention = xp.argpartition(attention, split, axis=1)
+        parts = [xp.sort(part, axis=1) for part in (by_attention[:, :split], by_attention[:, split:])]
         order = mx.array(xp.concatenate(parts, axis=1)).astype(mx.int32)
-    return metric if codec.query_aware else None, order, window + looked_at
-
-
-def _ready(metric: Any, codec: Codec) -> RoundingMetric:
-    return codec.rounding_metric(metric, encoding_gpu.feedback if encoding_gpu.factors(codec.head_dim) else None)
+    return metric if codec.query_aware else None, order, window + attended
 
 
 def _mean(x: mx.array) -> mx.array:
-    """(n_kv_heads, 1, head_dim) float32, zero for no tokens."""
+    """Return the mean of all tokens, (n_kv_heads, 1, head_dim) float32; it is zero if there are none."""
     if x.shape[1] == 0:
         return mx.zeros((x.shape[0], 1, x.shape[2]), mx.float32)
     return x.astype(mx.float32).mean(axis=1, keepdims=True)
 
 
 def _encode(x: mx.array, order: mx.array, codec: Codec, mean: mx.array, metric: RoundingMetric | None) -> Encoded:
-    """Encode vectors of x (n_kv_heads, T, head_dim), those that ``order`` (n_kv_heads, E) names."""
+    """Encode those vectors of x (n_kv_heads, T, head_dim) whose numbers are in ``order`` (n_kv_heads, E)."""
     if order.shape[1] and encoding_gpu.usable(codec, x.dtype, metric is not None):
         return encoding_gpu.encode(x, order, mean[:, 0], codec, metric)
     parts, tile = [], ENCODE_TILE if on_cpu() else GPU_ENCODE_TILE
@@ -118,8 +119,8 @@ def _encode(x: mx.array, order: mx.array, codec: Codec, mean: mx.array, metric: 
     return parts[0] if len(parts) == 1 else Encoded.concatenate(parts)
 
 
-def _half(x: mx.array) -> mx.array:
-    """As 16-bit floats: bfloat16 stays, float32 (a model run on a CPU) becomes float16, saturating."""
+def _to_16_bits(x: mx.array) -> mx.array:
+    """Convert to 16-bit floats: bfloat16 stays, others become float16, and numbers too large for it its largest."""
     if x.dtype == mx.bfloat16:
         return mx.contiguous(x)
     return mx.contiguous(mx.clip(x, -65504.0, 65504.0).astype(mx.float16))
