@@ -1,59 +1,74 @@
-"""A run's numbers as a file for Prometheus, as its node exporter's textfile collector reads them.
-
-The format is that of https://prometheus.io/docs/instrumenting/exposition_formats/. Knows names and numbers; nothing of
-how they come about.
-"""
+"""A run's numbers as a text file for Prometheus, to be read by the textfile collector of its node exporter."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeline.files.atomic import atomic_file
 from pipeline.pace import Pace
 from pipeline.report import Report
 
-_Samples = Sequence[tuple[Mapping[str, str], float]]
+if TYPE_CHECKING:
+    from prometheus_client.metrics_core import Metric
 
 
 def write_metrics(path: Path, job: str, pace: Pace, report: Report, running: bool) -> None:
-    """Replace the file whole. ``report`` is of the documents done. Raises OutputError where the disk refuses."""
-    lines = []
-    for name, kind, meaning, samples in _families(pace, report, running):
-        lines += [f"# HELP pipeline_{name} {meaning}", f"# TYPE pipeline_{name} {kind}"]
-        for labels, value in samples:
-            named = ",".join(f'{label}="{_escaped(text)}"' for label, text in {"job": job, **labels}.items())
-            lines.append(f"pipeline_{name}{{{named}}} {value:.17g}")
-    with atomic_file(path, ending=".part") as temporary:  # the collector reads hidden files too if they end in .prom
-        temporary.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    """Replace the file by the current numbers. Raises OutputError if it cannot be written.
+
+    job: the job's name, which is a label of every sample. report: numbers of the documents that are done.
+    """
+    from prometheus_client import CollectorRegistry, generate_latest  # slow to import, and seldom used
+    from prometheus_client.registry import Collector
+
+    class RunCollector(Collector):
+        def collect(self) -> Iterator[Metric]:
+            return _metrics(job, pace, report, running)
+
+    registry = CollectorRegistry()
+    registry.register(RunCollector())
+    with atomic_file(path, ending=".part") as temporary:  # the collector also reads hidden files that end in .prom
+        temporary.write_bytes(generate_latest(registry))
 
 
-def _families(pace: Pace, report: Report, running: bool) -> Iterator[tuple[str, str, str, _Samples]]:
-    def one(value: float) -> _Samples:
-        return [({}, value)]
+def _metrics(job: str, pace: Pace, report: Report, running: bool) -> Iterator[Metric]:
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-    def each(label: str, **values: float) -> _Samples:
-        return [({label: name}, value) for name, value in values.items()]
+    def gauge(name: str, meaning: str, value: float) -> Metric:
+        metric = GaugeMetricFamily(f"pipeline_{name}", meaning, labels=["job"])
+        metric.add_metric([job], value)
+        return metric
 
-    yield "running", "gauge", "1 while the run goes on.", one(running)
-    yield "updated_timestamp_seconds", "gauge", "When this file was written.", one(time.time())
-    yield "documents", "gauge", "Documents of the job.", one(pace.documents)
-    yield "documents_done", "gauge", "Documents whose rows are all committed.", one(pace.documents_done)
-    yield "rows", "gauge", "Rows of the job.", one(pace.rows)
-    yield "rows_done", "gauge", "Rows done, those in hand included.", one(pace.rows_done)
-    outcomes = each("outcome", answered=report.rows_answered, kept=report.rows_kept, failed=report.rows_failed)
-    yield "rows_committed", "gauge", "Rows committed, by what became of them.", outcomes
-    yield "failures", "gauge", "Failed rows by type.", each("type", **report.failures)
-    prefixes = each("source", built=report.prefixes_built, restored=report.prefixes_restored)
-    yield "prefixes", "gauge", "Prefixes used, by where they came from.", prefixes
-    yield "prefilled_tokens_total", "counter", "Tokens of contexts prefilled.", one(pace.prefilled_tokens)
-    yield "answer_tokens_total", "counter", "Tokens of answers committed.", one(report.answer_tokens)
-    yield "seconds_total", "counter", "Seconds since the run began.", one(pace.seconds)
-    spent = each("part", prefill=report.prefill_seconds, restore=report.restore_seconds, answer=report.answer_seconds)
-    yield "part_seconds_total", "counter", "Seconds that parts of the work took.", spent
-    yield "restarts_total", "counter", "Restarts of the model's process.", one(report.restarts)
+    def gauges(name: str, meaning: str, label: str, values: Mapping[str, float]) -> Metric:
+        metric = GaugeMetricFamily(f"pipeline_{name}", meaning, labels=["job", label])
+        for text, value in values.items():
+            metric.add_metric([job, text], value)
+        return metric
 
+    def counter(name: str, meaning: str, value: float) -> Metric:
+        metric = CounterMetricFamily(f"pipeline_{name}", meaning, labels=["job"])
+        metric.add_metric([job], value)
+        return metric
 
-def _escaped(text: str) -> str:
-    return text.replace("\\", r"\\").replace("\n", r"\n").replace('"', r"\"")
+    yield gauge("running", "1 while the run goes on.", running)
+    yield gauge("updated_timestamp_seconds", "When this file was written.", time.time())
+    yield gauge("documents", "Documents of the job.", pace.documents)
+    yield gauge("documents_done", "Documents whose rows are all committed.", pace.documents_done)
+    yield gauge("rows", "Rows of the job.", pace.rows)
+    yield gauge("rows_done", "Rows done, those in hand included.", pace.rows_done)
+    outcomes = {"answered": report.rows_answered, "kept": report.rows_kept, "failed": report.rows_failed}
+    yield gauges("rows_committed", "Rows committed, by outcome.", "outcome", outcomes)
+    yield gauges("failures", "Failed rows by type.", "type", report.failures)
+    sources = {"built": report.prefixes_built, "restored": report.prefixes_restored}
+    yield gauges("prefixes", "Prefixes used, by source.", "source", sources)
+    yield counter("prefilled_tokens", "Tokens of contexts prefilled.", pace.prefilled_tokens)
+    yield counter("answer_tokens", "Tokens of answers committed.", report.answer_tokens)
+    yield counter("seconds", "Seconds since the run began.", pace.seconds)
+    parts = CounterMetricFamily("pipeline_part_seconds", "Seconds of each part of the work.", labels=["job", "part"])
+    parts.add_metric([job, "prefill"], report.prefill_seconds)
+    parts.add_metric([job, "restore"], report.restore_seconds)
+    parts.add_metric([job, "answer"], report.answer_seconds)
+    yield parts
+    yield counter("restarts", "Restarts of the model's process.", report.restarts)

@@ -1,33 +1,36 @@
-"""What this machine has for a run, how fast it is, and what to fix.
+"""``pipeline doctor``: examine this machine and this installation, measure the speed, and say how to fix problems.
 
-It looks and measures; it changes nothing. It knows versions, devices, the BLAS, memory and disk, not jobs,
-models or the store.
+It changes nothing, and it needs no job, no model and no store.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import os
 import platform
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
+from pipeline.commands.console import table
 from turboquant.runtime.blas import Blas, blas_in_use, measure_gflops, usable_cpus
 
 DISTRIBUTION = "turboquant-pipeline"
+PACKAGES = ("pipeline", "turboquant")  # other distributions on PyPI have packages of these names
 DEPENDENCIES = ("mlx", "mlx-lm", "numpy", "pyarrow")
-# Between Netlib's 2 to 5 and the 35 (AVX2) to 100 (AVX-512) of a tuned BLAS.
+# Netlib's BLAS has 2 to 5 GFLOP/s a core, a tuned BLAS 35 (AVX2) to 100 (AVX-512).
 LEAST_GFLOPS_A_CORE = 20
 LEAST_FREE_DISK = 10e9
 
 
 @dataclass(frozen=True)
 class Check:
-    """One finding: `ok` is None where there is nothing to judge, `fix` says what to do where it is False."""
+    """One fact. ok: None if it is neither good nor bad. fix: the remedy if ``ok`` is False."""
 
     name: str
     value: str
@@ -36,43 +39,44 @@ class Check:
 
 
 def examine(cache_dir: Path = Path(".cache")) -> list[Check]:
-    """Look at everything, in the order a reader wants it. Takes about two seconds, mostly to measure.
+    """Return all checks. This takes about two seconds, most of them for measurements.
 
-    `cache_dir` need not exist yet.
+    cache_dir: a folder on the disk of the store; it need not exist yet.
     """
     blas = blas_in_use()
     checks = [Check("Python", f"{platform.python_version()} ({sys.executable})")]
-    checks += [Check("platform", platform.platform()), _check_memory()]
+    checks.append(Check("platform", platform.platform()))
+    checks.append(Check("CPUs, memory", f"{usable_cpus()} usable CPUs, {usable_memory() / 1e9:.0f} GB"))
+    checks.append(check_installed_files(metadata.distributions()))
     checks += [_check_version(name) for name in DEPENDENCIES]
     checks += [*_check_device(blas), _check_disk(cache_dir)]
     return checks
 
 
 def render(checks: Sequence[Check]) -> str:
-    """A plain table: a mark, the name, the value, and under it the fix.
+    """Return a table of marks, names and values, with each fix below its value.
 
     >>> print(render([Check("disk", "1 GB free", False, "free some"), Check("Python", "3.12")]))
     !!  disk    1 GB free
                 -> free some
         Python  3.12
     """
-    width = max((len(check.name) for check in checks), default=0)
-    lines = []
+    marks = {True: "ok", False: "!!", None: "  "}
+    rows: list[tuple[str, str, str]] = []
     for check in checks:
-        mark = {True: "ok", False: "!!", None: "  "}[check.ok]
-        lines.append(f"{mark}  {check.name:<{width}}  {check.value}")
+        rows.append((marks[check.ok], check.name, check.value))
         if check.fix:
-            lines.append(f"    {'':<{width}}  -> {check.fix}")
-    return "\n".join(lines)
+            rows.append(("", "", f"-> {check.fix}"))
+    return table(rows)
 
 
 def as_json(checks: Sequence[Check]) -> str:
-    """The same as a JSON list of objects, for scripts and bug reports."""
+    """Return the checks as a JSON list of objects, for scripts and bug reports."""
     return json.dumps([asdict(check) for check in checks], indent=2)
 
 
 def usable_memory() -> int:
-    """Bytes of memory of the machine, or of the container (cgroup version 2) where that has less."""
+    """Return the bytes of memory of the machine, or of the container (cgroup version 2) if that has less."""
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     try:
         limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
@@ -81,14 +85,46 @@ def usable_memory() -> int:
     return min(total, int(limit)) if limit.isdigit() else total
 
 
-def _check_memory() -> Check:
-    return Check("CPUs, memory", f"{usable_cpus()} usable CPUs, {usable_memory() / 1e9:.0f} GB")
+def check_installed_files(distributions: Iterable[metadata.Distribution]) -> Check:
+    """Check that the files of `PACKAGES` are those that were installed with this project.
+
+    Each file is compared with the hash in the project's RECORD. Other distributions with files in these packages are
+    named, since the one that is installed last overwrites the files of the other.
+    """
+    recorded, changed, others = 0, [], set()
+    for distribution in distributions:
+        name = distribution.metadata["Name"] or "a distribution without a name"
+        for file in distribution.files or ():
+            if file.parts[0] not in PACKAGES or file.hash is None:
+                continue
+            if name != DISTRIBUTION:
+                others.add(name)
+                continue
+            recorded += 1
+            try:
+                digest = hashlib.new(file.hash.mode, Path(file.locate()).read_bytes()).digest()
+            except OSError:
+                digest = b""
+            if base64.urlsafe_b64encode(digest).decode().rstrip("=") != file.hash.value:
+                changed.append(str(file))
+    folders = " and ".join(f"{name}/" for name in PACKAGES)
+    if not changed and not others:
+        value = f"the {recorded:,} files of {folders} are as installed" if recorded else "run from a source folder"
+        return Check("installation", value, True if recorded else None)
+    problems = [f"{', '.join(sorted(others))} also has files in {folders}"] if others else []
+    if changed:
+        problems.append(f"{len(changed):,} of {recorded:,} files of {folders} were changed, such as {min(changed)}")
+    reinstall = f"pip install --force-reinstall --no-deps {DISTRIBUTION}"
+    uninstall = f"pip uninstall -y {' '.join(sorted(others))} && " if others else ""
+    return Check("installation", "; ".join(problems), False, uninstall + reinstall)
 
 
 def _check_version(name: str) -> Check:
-    """Against the range that this project's own metadata states, which is the only place it is written."""
+    """Compare the installed version with the range in this project's metadata."""
     supported = _supported_range(name)
-    install = _install_command(name, supported or "")
+    install = f"pip install '{name}{supported or ''}'"
+    if name == "mlx" and sys.platform != "darwin":
+        install = f"pip install '{DISTRIBUTION}[cpu]', or [cuda] with an NVIDIA GPU"
     try:
         version = metadata.version(name)
     except metadata.PackageNotFoundError:
@@ -101,14 +137,8 @@ def _check_version(name: str) -> Check:
     return Check(name, f"{version} (supported: {supported})", ok, None if ok else install)
 
 
-def _install_command(name: str, supported: str) -> str:
-    if name == "mlx" and sys.platform != "darwin":
-        return f"pip install '{DISTRIBUTION}[cpu]', or [cuda] with an NVIDIA GPU"
-    return f"pip install '{name}{supported}'"
-
-
 def _supported_range(name: str) -> str | None:
-    """The range for `name`, or None where this project runs from a checkout that was never installed."""
+    """Return the supported versions of a dependency, or None if this project is not installed."""
     from packaging.requirements import Requirement
 
     try:
@@ -130,21 +160,18 @@ def _check_device(blas: Blas) -> Iterator[Check]:
         kind = "Metal" if mx.metal.is_available() else "CUDA"
         yield Check("device", f"{kind}, {name}", True)
         yield Check("matmul", f"{measure_gflops(4096):,.0f} GFLOP/s in float32")
-        yield _check_kernels()
+        from turboquant import CacheCodec
+        from turboquant.attention import gpu as attention_gpu
+
+        runs = attention_gpu.usable(CacheCodec(), 128)
+        slower = "compressed prefixes are decoded by MLX's operations, which is slower: please report it"
+        value = "run, and find what MLX's operations find" if runs else "don't run"
+        yield Check("attention kernels", value, runs, None if runs else slower)
         return
     yield Check("device", f"CPU, {name}")
     where = f" ({blas.path})" if blas.path else ""
     yield Check("BLAS", f"{blas.name}, threads: {blas.threads}{where}", blas.tuned, blas.hint)
     yield _check_speed(blas)
-
-
-def _check_kernels() -> Check:
-    from turboquant import CacheCodec
-    from turboquant.attention import gpu as attention_gpu
-
-    ok = attention_gpu.usable(CacheCodec(), 128)
-    fix = None if ok else "compressed prefixes are decoded by MLX's operations, which is slower: please report it"
-    return Check("attention kernels", "run, and find what MLX's operations find" if ok else "don't run", ok, fix)
 
 
 def _check_speed(blas: Blas) -> Check:

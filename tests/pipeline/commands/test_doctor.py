@@ -1,11 +1,14 @@
-"""What `pipeline doctor` finds and how it says so."""
+"""`pipeline doctor`: the checks, and how they are shown."""
 
+import base64
+import hashlib
 import json
+from importlib import metadata
 
 import pytest
 
 from pipeline.commands import doctor
-from pipeline.commands.doctor import Check, as_json, examine, render
+from pipeline.commands.doctor import Check, as_json, check_installed_files, examine, render
 from tests.pipeline.command_line import invoke
 from turboquant.runtime.blas import Blas
 
@@ -18,7 +21,18 @@ def checks(tmp_path, monkeypatch):
 
 
 def test_everything_is_looked_at(checks):
-    assert {"Python", "CPUs, memory", "mlx", "mlx-lm", "numpy", "pyarrow", "device", "matmul", "disk"} <= set(checks)
+    assert {
+        "Python",
+        "CPUs, memory",
+        "installation",
+        "mlx",
+        "mlx-lm",
+        "numpy",
+        "pyarrow",
+        "device",
+        "matmul",
+        "disk",
+    } <= set(checks)
     assert "GB free" in checks["disk"].value
     assert "50 GFLOP/s" in checks["matmul"].value
 
@@ -54,6 +68,72 @@ def test_supported_range_comes_from_the_metadata(monkeypatch):
     stated = ["mlx>=0.3; sys_platform == 'darwin'", "mlx-lm<2,>=1", "mlx[cpu]>=0.3; extra == 'cpu'"]
     monkeypatch.setattr(doctor.metadata, "requires", lambda name: stated)
     assert [doctor._supported_range(name) for name in ("mlx", "mlx-lm", "numpy")] == [">=0.3", "<2,>=1", None]
+
+
+# ---- the installed files
+
+
+def install(site, name, files):
+    """Write files and a RECORD of them, as pip does."""
+    lines = []
+    for file, content in files.items():
+        (site / file).parent.mkdir(parents=True, exist_ok=True)
+        (site / file).write_text(content)
+        digest = base64.urlsafe_b64encode(hashlib.sha256(content.encode()).digest()).decode().rstrip("=")
+        lines.append(f"{file},sha256={digest},{len(content)}")
+    info = site / f"{name.replace('-', '_')}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    (info / "RECORD").write_text("\n".join([*lines, "pipeline/__pycache__/cli.pyc,,"]) + "\n")
+
+
+def installation(site):
+    return check_installed_files(metadata.distributions(path=[str(site)]))
+
+
+OURS = {"pipeline/__init__.py": "", "pipeline/cli.py": "ours", "turboquant/codec.py": "ours"}
+
+
+def test_files_as_they_were_installed_are_good(tmp_path):
+    install(tmp_path, "turboquant-pipeline", OURS)
+    install(tmp_path, "numpy", {"numpy/__init__.py": ""})
+    check = installation(tmp_path)
+    assert (check.ok, check.fix) == (True, None)
+    assert check.value == "the 3 files of pipeline/ and turboquant/ are as installed"
+
+
+def test_another_distribution_that_has_overwritten_files_is_named(tmp_path):
+    install(tmp_path, "turboquant-pipeline", OURS)
+    install(tmp_path, "turboquant", {"turboquant/codec.py": "theirs", "turboquant/more.py": ""})
+    check = installation(tmp_path)
+    assert check.ok is False
+    assert "turboquant also has files in pipeline/ and turboquant/" in check.value
+    assert "1 of 3 files of pipeline/ and turboquant/ were changed, such as turboquant/codec.py" in check.value
+    assert check.fix == ("pip uninstall -y turboquant && pip install --force-reinstall --no-deps turboquant-pipeline")
+
+
+def test_a_distribution_that_our_files_have_overwritten_is_named_too(tmp_path):
+    install(tmp_path, "pipeline", {"pipeline/cli.py": "theirs"})
+    install(tmp_path, "turboquant-pipeline", OURS)
+    check = installation(tmp_path)
+    assert (check.ok, check.value) == (False, "pipeline also has files in pipeline/ and turboquant/")
+
+
+def test_a_changed_or_lost_file_is_noticed(tmp_path):
+    install(tmp_path, "turboquant-pipeline", OURS)
+    (tmp_path / "pipeline" / "cli.py").unlink()
+    check = installation(tmp_path)
+    assert check.ok is False
+    assert "1 of 3 files" in check.value
+    assert check.fix == "pip install --force-reinstall --no-deps turboquant-pipeline"
+
+
+def test_a_source_folder_has_no_record_to_compare_with(tmp_path):
+    install(tmp_path, "turboquant-pipeline", {"_editable_turboquant_pipeline.pth": "/src"})
+    assert installation(tmp_path) == Check("installation", "run from a source folder")
+
+
+# ---- disk, and how checks are shown
 
 
 def test_little_disk(monkeypatch, tmp_path):

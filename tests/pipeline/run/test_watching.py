@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from pipeline import logs
 from pipeline.metrics import write_metrics
@@ -59,10 +60,9 @@ def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 @pytest.fixture
 def numbers() -> Callable[[Path], dict[tuple[str, ...], float]]:
     """Reads the samples of a file of metrics, by name and labels, as Prometheus does."""
-    parser = pytest.importorskip("prometheus_client.parser", reason="prometheus-client is not installed")
 
     def read(file: Path) -> dict[tuple[str, ...], float]:
-        families = list(parser.text_string_to_metric_families(file.read_text()))
+        families = list(text_string_to_metric_families(file.read_text()))
         assert all(family.documentation and family.type in ("gauge", "counter") for family in families)
         samples = [sample for family in families for sample in family.samples]
         return {(sample.name.removeprefix("pipeline_"), *sample.labels.values()): sample.value for sample in samples}
