@@ -14,9 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from turboquant import CacheCodec, EncodedLayer
-from turboquant.attention import cpu
+from turboquant.attention import cpu, reference
 from turboquant.attention import gpu as attention_gpu
-from turboquant.attention import reference as attention
 from turboquant.attention.dispatch import attend_past, backend, has_kernel
 from turboquant.attention.reference import Partial, add_sink_logits, fold_queries, merge, unfold_part
 from turboquant.kernels.encoding import encode_layer
@@ -26,7 +25,7 @@ from turboquant.quant.packing import pack
 from turboquant.quant.query_stats import QueryCollector
 
 SCALE = 0.125
-both = pytest.mark.parametrize("module", [attention, cpu], ids=["mlx", "numpy"])
+both = pytest.mark.parametrize("module", [reference, cpu], ids=["mlx", "numpy"])
 
 
 def assert_close(part: Partial, expected: tuple[Any, Any], tolerance: float = 1e-4) -> None:
@@ -36,7 +35,7 @@ def assert_close(part: Partial, expected: tuple[Any, Any], tolerance: float = 1e
 
 @both
 @pytest.mark.parametrize("bits", [*itertools.product((2, 3, 4), repeat=2), (5, 6), (6, 8), (8, 5)])
-def test_a_layer_is_attended_as_if_decoded(
+def test_attention_to_a_layer_equals_attention_to_the_decoded_layer(
     module: ModuleType, bits: tuple[int, int], random_layer: Callable[..., EncodedLayer], exact_attention: Any
 ) -> None:
     layer = random_layer(300, CacheCodec(*bits))
@@ -51,7 +50,7 @@ def test_a_layer_is_attended_as_if_decoded(
     ("key_dim", "value_dim"), [(64, 64), (72, 72), (80, 80), (96, 96), (128, 128), (192, 128), (64, 96), (33, 17)]
 )
 @pytest.mark.parametrize(("heads", "n_kv_heads"), [(2, 2), (4, 2), (6, 1)])
-def test_head_dims_and_grouped_queries(
+def test_all_head_dims_and_grouped_queries_are_supported(
     module: ModuleType,
     key_dim: int,
     value_dim: int,
@@ -69,7 +68,7 @@ def test_head_dims_and_grouped_queries(
 @both
 @pytest.mark.parametrize("tokens", [1, 4, 5, 64, 65, 128, 129, 1000])
 @pytest.mark.parametrize("codec", [CacheCodec(), CacheCodec(sinks=0, window=0)])
-def test_any_number_of_tokens_and_tiles(
+def test_the_number_of_tokens_and_tiles_does_not_matter(
     module: ModuleType,
     tokens: int,
     codec: CacheCodec,
@@ -77,8 +76,8 @@ def test_any_number_of_tokens_and_tiles(
     random_layer: Callable[..., EncodedLayer],
     exact_attention: Any,
 ) -> None:
-    monkeypatch.setattr(attention, "TILE", 64)
-    monkeypatch.setattr(attention, "SCORES", 64)
+    monkeypatch.setattr(reference, "TILE", 64)
+    monkeypatch.setattr(reference, "SCORES", 64)
     monkeypatch.setattr(cpu, "BLOCK", 64)
     layer = random_layer(tokens, codec)
     queries = mx.random.normal((3, 4, 2, 64))
@@ -90,7 +89,7 @@ def test_any_number_of_tokens_and_tiles(
 
 
 @both
-def test_sharp_attention_neither_overflows_nor_loses_the_winner(
+def test_large_scores_neither_overflow_nor_lose_the_largest(
     module: ModuleType, random_layer: Callable[..., EncodedLayer], exact_attention: Any
 ) -> None:
     layer = random_layer(500, CacheCodec())
@@ -102,7 +101,7 @@ def test_sharp_attention_neither_overflows_nor_loses_the_winner(
 
 @both
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16])
-def test_queries_in_half_precision(
+def test_queries_can_have_half_precision(
     module: ModuleType, dtype: mx.Dtype, random_layer: Callable[..., EncodedLayer], exact_attention: Any
 ) -> None:
     layer = random_layer(200, CacheCodec())
@@ -123,7 +122,7 @@ def test_queries_in_half_precision(
     block=st.sampled_from([64, 1000, 1 << 18]),
     seed=st.integers(0, 1000),
 )
-def test_dense_attention_under_every_kind_of_mask(
+def test_dense_attention_is_right_under_every_kind_of_mask(
     module: ModuleType,
     batch: int,
     repeats: int,
@@ -144,7 +143,7 @@ def test_dense_attention_under_every_kind_of_mask(
     given_mask: Any = mask
     if mask == "causal":
         visible = np.arange(tokens) <= np.arange(past, tokens)[:, None]
-    elif mask == "random":  # rows that see nothing among them
+    elif mask == "random":  # in some rows nothing is visible
         visible = np.random.default_rng(seed).random((batch if seed % 2 else 1, 1, length, tokens)) < seed % 3 / 2
         given_mask = mx.array(visible)
     with pytest.MonkeyPatch.context() as patch:
@@ -154,18 +153,20 @@ def test_dense_attention_under_every_kind_of_mask(
     assert_close(part, expected)
 
 
-def test_a_causal_mask_over_tiles(monkeypatch: pytest.MonkeyPatch, exact_attention: Any) -> None:
-    """Tiles that every query sees, one that some do, and one of which the first queries see nothing."""
-    monkeypatch.setattr(attention, "TILE", 16)
-    monkeypatch.setattr(attention, "SCORES", 16)
+def test_a_causal_mask_can_span_tiles(monkeypatch: pytest.MonkeyPatch, exact_attention: Any) -> None:
+    """Some tiles are visible to all queries, one to some of them, and of the last one the first queries see nothing."""
+    monkeypatch.setattr(reference, "TILE", 16)
+    monkeypatch.setattr(reference, "SCORES", 16)
     queries, k, v = (mx.random.normal((2, heads, length, 16)) for heads, length in ((4, 40), (2, 90), (2, 90)))
     visible = np.arange(90) <= np.arange(50, 90)[:, None]
-    assert_close(attention.attend_dense(queries, k, v, 0.25, "causal"), exact_attention(queries, k, v, 0.25, visible))
+    assert_close(reference.attend_dense(queries, k, v, 0.25, "causal"), exact_attention(queries, k, v, 0.25, visible))
 
 
 @both
 @pytest.mark.parametrize("block", [64, 1 << 18])
-def test_rows_that_see_nothing_weigh_nothing(module: ModuleType, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_that_see_nothing_have_no_weight_in_a_merge(
+    module: ModuleType, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(cpu, "BLOCK", block)
     queries, kv = mx.random.normal((2, 2, 3, 16)), mx.random.normal((2, 2, 200, 16))
     mask = mx.zeros((2, 1, 3, 200), mx.bool_)
@@ -183,8 +184,8 @@ def test_rows_that_see_nothing_weigh_nothing(module: ModuleType, block: int, mon
 
 
 @both
-def test_padding_may_hold_anything(module: ModuleType) -> None:
-    """Rows masked out hold what an earlier batch left; mlx-lm's own caches hold zeros there, but need not."""
+def test_padding_may_contain_any_numbers(module: ModuleType) -> None:
+    """Masked tokens may contain what an earlier batch left; in mlx-lm's own caches they are zeros."""
     queries, kv = mx.random.normal((1, 2, 1, 16)), mx.random.normal((1, 2, 8, 16))
     mask = mx.arange(8)[None, None, None] >= 3
     dirty = mx.concatenate([mx.full((1, 2, 3, 16), 1e30), kv[:, :, 3:]], axis=2)
@@ -195,7 +196,7 @@ def test_padding_may_hold_anything(module: ModuleType) -> None:
 @both
 @settings(deadline=None, max_examples=20)
 @given(cuts=st.sets(st.integers(1, 49), max_size=4), loud=st.floats(1, 100))
-def test_parts_merge_to_the_whole(module: ModuleType, cuts: set[int], loud: float) -> None:
+def test_merged_parts_equal_the_whole(module: ModuleType, cuts: set[int], loud: float) -> None:
     queries, keys, values = (mx.random.normal((1, 2, n, 16), key=mx.random.key(n)) for n in (3, 50, 50))
     edges = [0, *sorted(cuts), 50]
     parts = [
@@ -210,7 +211,7 @@ def test_parts_merge_to_the_whole(module: ModuleType, cuts: set[int], loud: floa
 
 @both
 @pytest.mark.parametrize("size", [1.0, 30.0])
-def test_learned_sinks_are_those_of_mlx(module: ModuleType, size: float) -> None:
+def test_learned_sinks_have_the_same_effect_as_in_mlx(module: ModuleType, size: float) -> None:
     queries, keys, values = (mx.random.normal((2, h, n, 64)) for h, n in ((4, 3), (2, 40), (2, 40)))
     sinks = mx.random.normal((4,)) * size
     expected = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=SCALE, mask="causal", sinks=sinks)
@@ -218,7 +219,7 @@ def test_learned_sinks_are_those_of_mlx(module: ModuleType, size: float) -> None
     np.testing.assert_allclose(np.array(part.output), np.array(expected), atol=1e-5)
 
 
-def test_learned_sinks_take_all_where_nothing_is_seen() -> None:
+def test_learned_sinks_take_all_weight_if_nothing_is_visible() -> None:
     part = add_sink_logits(Partial(mx.zeros((1, 2, 1, 8)), mx.full((1, 2, 1), -mx.inf)), mx.ones((1, 2, 1)))
     assert bool((part.output == 0).all())
     assert bool((part.logsumexp == 1).all())
@@ -226,7 +227,7 @@ def test_learned_sinks_take_all_where_nothing_is_seen() -> None:
 
 @settings(deadline=None, max_examples=20)
 @given(batch=st.integers(1, 4), n_kv_heads=st.integers(1, 3), repeats=st.integers(1, 3), length=st.integers(1, 4))
-def test_folding_and_back(batch: int, n_kv_heads: int, repeats: int, length: int) -> None:
+def test_unfolding_undoes_folding(batch: int, n_kv_heads: int, repeats: int, length: int) -> None:
     queries = mx.random.normal((batch, n_kv_heads * repeats, length, 8))
     block = fold_queries(queries, n_kv_heads)
     assert block.shape == (n_kv_heads, batch * repeats * length, 8)
@@ -237,15 +238,15 @@ def test_folding_and_back(batch: int, n_kv_heads: int, repeats: int, length: int
 
 @pytest.mark.parametrize("bits", SUPPORTED_BITS)
 @pytest.mark.parametrize("dim", [17, 32, 64, 72, 80, 96, 128])
-def test_the_table_of_levels_agrees_with_unpacking(bits: int, dim: int) -> None:
+def test_decoding_by_the_table_agrees_with_unpacking(bits: int, dim: int) -> None:
     codec = CacheCodec(bits, bits).keys(dim)
     codes = mx.random.randint(0, 2**bits, (2, 5, dim))
     levels = cpu.decode_levels(np.asarray(pack(codes, bits)), codec)
     np.testing.assert_array_equal(levels, np.array(codec.levels[codes]))
 
 
-def test_inputs_are_read_only_in_effect(random_layer: Callable[..., EncodedLayer]) -> None:
-    """NumPy's views alias MLX's memory: attention must not write through them."""
+def test_attention_does_not_change_its_inputs(random_layer: Callable[..., EncodedLayer]) -> None:
+    """NumPy's views share MLX's memory, so attention must not write to them."""
     layer = random_layer(200, CacheCodec())
     queries, kv = mx.random.normal((1, 4, 3, 64)), mx.random.normal((1, 2, 50, 64))
     before = [np.array(x, copy=True) for x in (queries, kv, *layer.tensors().values())]
@@ -255,12 +256,12 @@ def test_inputs_are_read_only_in_effect(random_layer: Callable[..., EncodedLayer
         np.testing.assert_array_equal(old, np.array(new))
 
 
-def test_the_backend_is_that_of_the_default_device() -> None:
+def test_the_default_device_decides_the_backend() -> None:
     assert backend() is cpu
 
 
 @pytest.mark.parametrize("usable", [True, False])
-def test_a_gpu_has_kernels_where_they_run(
+def test_a_gpu_uses_kernels_only_if_they_are_usable(
     usable: bool, monkeypatch: pytest.MonkeyPatch, random_layer: Callable[..., EncodedLayer]
 ) -> None:
     monkeypatch.setattr("turboquant.attention.dispatch.on_cpu", lambda: False)
@@ -283,10 +284,10 @@ def zeros_layer(tokens: int, heads: int, dim: int) -> EncodedLayer:
 
 @pytest.mark.parametrize("resident", ["packed", "dense"])
 def test_memory_at_a_long_context_is_bounded(resident: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """MLX's operations on tiles: mlx-lm's quantised cache holds all scores at once and peaks above half precision."""
+    """Only the scores of a tile are in memory at a time."""
     heads, dim = 2, 64
-    monkeypatch.setattr("turboquant.attention.dispatch.backend", lambda: attention)
-    monkeypatch.setattr(attention, "SCORES", 1 << 18)
+    monkeypatch.setattr("turboquant.attention.dispatch.backend", lambda: reference)
+    monkeypatch.setattr(reference, "SCORES", 1 << 18)
     peaks = []
     for tokens in (1 << 14, 1 << 16):
         layer: Any = zeros_layer(tokens, heads, dim)
@@ -306,7 +307,7 @@ def test_memory_at_a_long_context_is_bounded(resident: str, monkeypatch: pytest.
 
 @pytest.mark.parametrize("threads", [2, 5])
 def test_threads_change_no_bit(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
-    # Tests have one thread a process; a user's run has as many as there are cores.
+    # A process of the tests has one thread. A user's run has as many as there are cores.
     keys, values = (mx.random.normal((4, 900, 64), key=mx.random.key(key)) for key in (0, 1))
     queries = mx.random.normal((2, 8, 300, 64), key=mx.random.key(2))
     collector = QueryCollector(900)

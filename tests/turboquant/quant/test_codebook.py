@@ -1,4 +1,4 @@
-"""The scalar quantiser of N(0, 1): as good as Lloyd and Max say one can be."""
+"""The scalar quantiser of N(0, 1) has the error and the properties that Lloyd and Max prove."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def cells(codebook: Codebook) -> NDArray[np.int64]:
 
 
 @pytest.mark.parametrize(("bits", "expected"), [(2, 0.1175), (3, 0.03455), (4, 0.0095), (5, 0.0025)])
-def test_the_error_is_that_of_max_s_tables(bits: int, expected: float) -> None:
+def test_the_error_is_the_one_in_the_tables_of_max(bits: int, expected: float) -> None:
     codebook = lloyd_max(bits)
     error = np.sum(WEIGHTS * (GRID - codebook.levels[cells(codebook)]) ** 2)
     assert error == pytest.approx(expected, rel=0.005)
@@ -30,7 +30,7 @@ def test_the_error_is_that_of_max_s_tables(bits: int, expected: float) -> None:
 def test_the_error_falls_by_close_to_six_decibels_a_bit(bits: int) -> None:
     codebook = lloyd_max(bits)
     error = np.sum(WEIGHTS * (GRID - codebook.levels[cells(codebook)]) ** 2)
-    panter_dite = math.sqrt(3) * math.pi / 2 * 4.0**-bits  # the limit for many levels, which fewer stay below
+    panter_dite = math.sqrt(3) * math.pi / 2 * 4.0**-bits  # the limit for many levels; fewer levels have less
     assert 0.6 * panter_dite < error < panter_dite
 
 

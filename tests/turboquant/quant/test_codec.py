@@ -1,4 +1,4 @@
-"""The codec: as accurate and as small as promised, the same bits on every path, and finite whatever comes in."""
+"""The codec is as accurate and as small as promised, gives the same bits on every path, and stays finite."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def error(codec: Codec, x: mx.array, mean: mx.array | None = None) -> float:
 
 @pytest.mark.parametrize("bits", LLOYD_MAX)
 @pytest.mark.parametrize("dim", [64, 80, 96, 128])
-def test_gaussian_vectors_cost_no_more_than_lloyd_max(bits: int, dim: int) -> None:
+def test_gaussian_vectors_have_the_error_of_lloyd_max(bits: int, dim: int) -> None:
     assert 0.9 * LLOYD_MAX[bits] < error(Codec(dim, bits), mx.random.normal((4000, dim))) < 1.02 * LLOYD_MAX[bits]
 
 
 @pytest.mark.parametrize("bits", LLOYD_MAX)
-def test_so_do_vectors_with_a_few_loud_coordinates(bits: int) -> None:
+def test_vectors_with_a_few_large_coordinates_have_little_more(bits: int) -> None:
     x = mx.random.normal((2000, 128)) * mx.where(mx.arange(128) % 32 == 5, 30.0, 1.0)
     assert error(Codec(128, bits), x) < 1.15 * LLOYD_MAX[bits]
 
@@ -73,7 +73,7 @@ def test_a_vector_costs_its_bits_and_two_bytes(bits: int, dim: int) -> None:
     with_mean=st.booleans(),
     dtype=st.sampled_from([mx.float32, mx.float16, mx.bfloat16]),
 )
-def test_the_same_bits_one_by_one_in_chunks_at_once_and_batched(
+def test_vectors_get_the_same_bits_one_by_one_in_chunks_at_once_and_in_a_batch(
     bits: int, dim: int, heads: int, cuts: set[int], with_mean: bool, dtype: mx.Dtype
 ) -> None:
     x = (mx.random.normal((heads, 40, dim)) + 0.2).astype(dtype)
@@ -85,7 +85,7 @@ def test_the_same_bits_one_by_one_in_chunks_at_once_and_batched(
         assert same(at_once, Encoded.concatenate(parts))
     batched = codec.encode(mx.stack([mx.random.normal(x.shape).astype(dtype), x]), mean)
     assert same(at_once, Encoded(batched.codes[1], batched.scales[1]))
-    transposed = mx.contiguous(x.swapaxes(0, 1)).swapaxes(0, 1)  # as a model's keys lie in memory
+    transposed = mx.contiguous(x.swapaxes(0, 1)).swapaxes(0, 1)  # the layout of a model's keys
     assert same(at_once, codec.encode(transposed, mean))
 
 
@@ -106,7 +106,7 @@ def test_zero_vectors_stay_close_to_zero(bits: int) -> None:
         assert float(mx.abs(decoded).max()) < 1e-6
 
 
-def test_a_vector_equal_to_the_mean_comes_back() -> None:
+def test_a_vector_equal_to_the_mean_is_restored() -> None:
     codec, mean = Codec(128, 2), mx.random.normal((128,))
     encoded = codec.encode(mean[None], mean)
     assert float(encoded.scales[0]) > 0
@@ -115,7 +115,7 @@ def test_a_vector_equal_to_the_mean_comes_back() -> None:
 
 @pytest.mark.parametrize("magnitude", [1e-30, 1e-7, 1e5, 1e7, 1e15, 1e20, 1e38])
 @pytest.mark.parametrize("with_mean", [False, True])
-def test_any_magnitude_comes_back_finite_and_no_longer_than_it_was(magnitude: float, with_mean: bool) -> None:
+def test_vectors_of_any_magnitude_are_restored_finite_and_not_longer(magnitude: float, with_mean: bool) -> None:
     codec, mean = Codec(64, 4), mx.ones((64,)) if with_mean else None
     encoded = codec.encode(mx.random.normal((20, 64)) * magnitude, mean)
     decoded = codec.decode(encoded, mean)
@@ -133,7 +133,7 @@ def test_half_precision_input_is_encoded_as_the_float32_of_it(dtype: mx.Dtype) -
     assert codec.decode(codec.encode(x), dtype=dtype).dtype == dtype
 
 
-def test_the_scale_s_sign_says_whether_the_mean_was_removed() -> None:
+def test_the_sign_of_the_scale_says_whether_the_mean_was_subtracted() -> None:
     codec, mean = Codec(64, 4), mx.full((64,), 3.0)
     near, far = mx.random.normal((5, 64)) + 3, mx.random.normal((5, 64)) * 0.1
     assert bool((codec.encode(near, mean).scales > 0).all())
@@ -141,7 +141,7 @@ def test_the_scale_s_sign_says_whether_the_mean_was_removed() -> None:
     assert bool((codec.encode(near).scales < 0).all())
 
 
-def test_removing_the_mean_helps_vectors_with_an_offset_and_never_hurts_short_ones() -> None:
+def test_subtracting_the_mean_helps_vectors_with_an_offset_and_never_hurts_short_ones() -> None:
     codec = Codec(128, 4)
     mean = mx.random.normal((128,)) * 5
     offset, short = mx.random.normal((500, 128)) + mean, mx.random.normal((500, 128)) * 0.05
@@ -149,7 +149,7 @@ def test_removing_the_mean_helps_vectors_with_an_offset_and_never_hurts_short_on
     assert error(codec, short, mean) == error(codec, short)
 
 
-def test_no_vectors_are_encoded_as_none() -> None:
+def test_an_empty_array_of_vectors_can_be_encoded() -> None:
     codec = Codec(80, 5)
     encoded = codec.encode(mx.zeros((2, 0, 80)))
     assert encoded.codes.shape == (2, 0, codec.words)
@@ -191,30 +191,30 @@ def test_every_field_of_a_cache_codec_is_in_its_identity() -> None:
 @pytest.mark.parametrize("known", [False, True])
 @pytest.mark.parametrize("tokens", [0, 1, 17, 100, 1000, 100_000])
 @pytest.mark.parametrize("bits", SUPPORTED_BITS)
-def test_finer_tokens_cost_no_more_than_allowed(tokens: int, bits: int, known: bool) -> None:
+def test_finer_tokens_cost_no_more_than_extra_bits(tokens: int, bits: int, known: bool) -> None:
     codec = CacheCodec(bits, bits, extra_bits=0.2)
-    window, looked_at = codec.fine_tokens(tokens, known)
+    window, attended = codec.fine_tokens(tokens, known)
     assert 0 <= window <= 128
-    assert window + looked_at <= max(0, tokens - codec.sinks)
-    assert (window + looked_at) * (codec.fine.key_bits - bits) <= 0.2 * tokens
-    assert known or looked_at == 0
+    assert window + attended <= max(0, tokens - codec.sinks)
+    assert (window + attended) * (codec.fine.key_bits - bits) <= 0.2 * tokens
+    assert known or attended == 0
     if known and bits < 8 and tokens >= 1000:
-        assert looked_at >= window > 0
+        assert attended >= window > 0
 
 
-def test_extra_bits_of_nothing_leave_no_finer_tokens() -> None:
+def test_without_extra_bits_there_are_no_finer_tokens() -> None:
     assert CacheCodec(extra_bits=0).fine_tokens(5000, True) == (0, 0)
 
 
 @pytest.mark.parametrize("extra_bits", [-0.1, 17.0, float("nan")])
-def test_extra_bits_must_make_sense(extra_bits: float) -> None:
+def test_extra_bits_out_of_range_are_refused(extra_bits: float) -> None:
     with pytest.raises(ValueError, match="extra_bits"):
         CacheCodec(extra_bits=extra_bits)
 
 
-def test_layers_have_bits_of_their_own() -> None:
+def test_a_layer_can_have_other_bits() -> None:
     codec = CacheCodec(4, 3, layer_bits=((0, 8, 6), (-1, 5, 5)))
-    pairs = [(own.key_bits, own.value_bits) for own in (codec.for_layer(index, 4) for index in range(4))]
+    pairs = [(layer.key_bits, layer.value_bits) for layer in (codec.for_layer(index, 4) for index in range(4))]
     assert pairs == [(8, 6), (4, 3), (4, 3), (5, 5)]
     assert codec.identity != CacheCodec(4, 3).identity
 

@@ -1,4 +1,4 @@
-"""One layer's compressed K/V: what is kept as it is, what is encoded, and what a reader may be handed."""
+"""A layer of compressed K/V holds every token once, counts its bytes, and refuses tensors that do not fit."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_every_token_is_held_once_in_order(tokens: int, codec: CacheCodec) -> No
     assert relative_error(decoded_values, values) < 0.012
 
 
-def test_sinks_are_kept_as_they_are_and_the_window_finer() -> None:
+def test_sinks_are_not_compressed_and_the_window_is_finer() -> None:
     keys, values = (x.astype(mx.float16) for x in kv(2000))
     codec = CacheCodec(2, 3, sinks=4, window=20)
     decoded = encode_layer(keys, values, codec).decode()
@@ -48,30 +48,30 @@ def test_sinks_are_kept_as_they_are_and_the_window_finer() -> None:
 @pytest.mark.parametrize(
     ("dtype", "kept"), [(mx.float32, mx.float16), (mx.float16, mx.float16), (mx.bfloat16, mx.bfloat16)]
 )
-def test_what_is_kept_is_kept_in_two_bytes(dtype: mx.Dtype, kept: mx.Dtype) -> None:
+def test_sinks_take_two_bytes_per_number(dtype: mx.Dtype, kept: mx.Dtype) -> None:
     keys, values = (x.astype(dtype) for x in kv(500))
     layer = encode_layer(keys, values, CacheCodec())
     assert {layer.sink_keys.dtype, layer.sink_values.dtype} == {kept}
 
 
-def test_kept_tokens_saturate_and_stay_finite() -> None:
+def test_sinks_too_large_for_16_bits_stay_finite() -> None:
     layer = encode_layer(mx.full((1, 10, 64), 1e9), mx.full((1, 10, 64), -1e9), CacheCodec())
     assert all(bool(mx.isfinite(x).all()) for x in layer.decode())
 
 
 @pytest.mark.parametrize("bits", [(2, 2), (4, 4), (8, 2), (3, 5)])
 @pytest.mark.parametrize("tokens", [300, 3000])
-def test_effective_bits_count_everything(bits: tuple[int, int], tokens: int) -> None:
+def test_effective_bits_count_all_tensors(bits: tuple[int, int], tokens: int) -> None:
     layer = encode_layer(*kv(tokens, key_dim=128, value_dim=128), CacheCodec(*bits))
     assert layer.nbytes == sum(x.nbytes for x in layer.tensors().values())
     assert layer.effective_bits == pytest.approx(8 * layer.nbytes / (2 * 2 * tokens * 128))
     assert CacheCodec(*bits).nbytes(tokens, 128) == pytest.approx(layer.nbytes / 2, rel=0.05)
     least = sum(bits) / 2 + 16 / 128
-    fixed = (16 * 16 + 32) / tokens  # sinks and means, which a long context makes up for
+    fixed = (16 * 16 + 32) / tokens  # sinks and means, which matter little in a long context
     assert least < layer.effective_bits < least + 0.2 + fixed
 
 
-def test_a_static_offset_of_the_keys_costs_nothing() -> None:
+def test_a_constant_offset_of_the_keys_does_not_increase_the_error() -> None:
     keys, values = mx.random.normal((2, 900, 64)), mx.random.normal((2, 900, 64))
     offset = 100 * mx.random.normal((2, 1, 64))
     plain = encode_layer(keys, values, CacheCodec(window=0)).decode()[0] - keys
@@ -79,7 +79,7 @@ def test_a_static_offset_of_the_keys_costs_nothing() -> None:
     assert float(mx.square(moved[:, 4:]).mean()) < 1.1 * float(mx.square(plain[:, 4:]).mean())
 
 
-def test_tiles_of_the_encoder_leave_no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_of_the_encoder_s_tiles_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
     keys, values = kv(1000)
     whole = encode_layer(keys, values, CacheCodec()).tensors()
     monkeypatch.setattr("turboquant.kernels.encoding.ENCODE_TILE", 77)
@@ -88,7 +88,7 @@ def test_tiles_of_the_encoder_leave_no_trace(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 10, 400])
-def test_tensors_and_back(tokens: int, random_layer: Callable[..., EncodedLayer]) -> None:
+def test_a_layer_can_be_rebuilt_from_its_tensors(tokens: int, random_layer: Callable[..., EncodedLayer]) -> None:
     layer = random_layer(tokens, CacheCodec(3, 5), key_dim=80, value_dim=64)
     again = EncodedLayer.from_tensors(layer.tensors(), layer.codec)
     assert all(mx.array_equal(a, b) for a, b in zip(layer.decode(), again.decode(), strict=True))

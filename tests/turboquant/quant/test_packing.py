@@ -1,4 +1,4 @@
-"""Packing: nothing lost, not a bit wasted, and a layout that files on disk can rely on."""
+"""Packing loses nothing, wastes no bit, and keeps the layout that files have."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GOLDEN = {
 
 
 @pytest.mark.parametrize("bits", SUPPORTED_BITS)
-def test_the_layout_is_the_one_on_disk(bits: int) -> None:
+def test_the_layout_is_the_one_of_files(bits: int) -> None:
     codes = mx.array([(7 * i + 3) % 2**bits for i in range(20)])
     assert pack(codes, bits).tolist() == GOLDEN[bits]
     assert unpack(mx.array(GOLDEN[bits], dtype=mx.uint32), bits, 20).tolist() == codes.tolist()
@@ -37,7 +37,7 @@ def test_the_layout_is_the_one_on_disk(bits: int) -> None:
     seed=st.integers(0, 2**32 - 1),
     dtype=st.sampled_from([mx.uint8, mx.uint16, mx.uint32]),
 )
-def test_round_trip(bits: int, dim: int, leading: list[int], seed: int, dtype: mx.Dtype) -> None:
+def test_unpacking_undoes_packing(bits: int, dim: int, leading: list[int], seed: int, dtype: mx.Dtype) -> None:
     codes = np.random.default_rng(seed).integers(0, 2**bits, (*leading, dim))
     words = pack(mx.array(codes).astype(dtype), bits)
     assert words.dtype == mx.uint32
@@ -47,12 +47,12 @@ def test_round_trip(bits: int, dim: int, leading: list[int], seed: int, dtype: m
 
 @pytest.mark.parametrize("bits", SUPPORTED_BITS)
 @pytest.mark.parametrize("dim", [32, 64, 96, 128, 160, 256])
-def test_b_bits_cost_b_bits(bits: int, dim: int) -> None:
+def test_a_code_takes_its_bits_and_no_more(bits: int, dim: int) -> None:
     assert pack(mx.zeros((7, dim), mx.uint32), bits).nbytes == 7 * dim * bits // 8
 
 
 @pytest.mark.parametrize("bits", SUPPORTED_BITS)
 @pytest.mark.parametrize("code", ["lowest", "highest"])
-def test_the_extreme_codes_survive(bits: int, code: str) -> None:
+def test_the_lowest_and_the_highest_codes_are_restored(bits: int, code: str) -> None:
     codes = mx.full((2, 80), 0 if code == "lowest" else 2**bits - 1, dtype=mx.uint32)
     assert mx.array_equal(unpack(pack(codes, bits), bits, 80), codes)
