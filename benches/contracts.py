@@ -25,7 +25,7 @@ from turboquant.fidelity import chat_sample, load_model, table
 from turboquant.runtime.blas import load_tuned_blas
 
 if TYPE_CHECKING:
-    from turboquant.eval.results import Contender, Fidelity, Sample
+    from turboquant.eval.results import Baseline, Fidelity, Sample
 
 SYSTEM = "You answer from the document only."
 ANSWER_TOKENS = 32
@@ -49,7 +49,7 @@ def contract_samples(
     return [chat_sample(tokenizer, text, tokens, asked, SYSTEM) for text in itertools.islice(long_enough, contracts)]
 
 
-def measure_contracts(model: Any, tokenizer: Any, samples: list[Sample], rows: list[Contender]) -> list[Fidelity]:
+def measure_contracts(model: Any, tokenizer: Any, samples: list[Sample], rows: list[Baseline]) -> list[Fidelity]:
     """Each row's figures; progress goes to stderr."""
     from turboquant.eval.divergence import measure
 
@@ -72,7 +72,7 @@ def _texts(data: Path) -> Iterator[str]:
             yield json.loads(line)["text"]
 
 
-def _rows(affine_bits: list[int]) -> list[Contender]:
+def _rows(affine_bits: list[int]) -> list[Baseline]:
     from turboquant.eval.baselines import affine, exact, in_segments, streaming
     from turboquant.quant.cache_codec import CacheCodec
 

@@ -25,7 +25,7 @@ from turboquant.fidelity import load_model, table
 from turboquant.runtime.blas import load_tuned_blas
 
 if TYPE_CHECKING:
-    from turboquant.eval.results import Contender, Fidelity
+    from turboquant.eval.results import Baseline, Fidelity
     from turboquant.eval.teacher_forcing import Context
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,7 +33,7 @@ PEERS = {"turboquant-mlx-full": "0.30.0", "mlx-turboquant": "0.0.2"}
 OURS = "turboquant"
 
 
-def _ours() -> list[Contender]:
+def _ours() -> list[Baseline]:
     from turboquant.eval.baselines import affine, exact, streaming
     from turboquant.quant.cache_codec import CacheCodec
 
@@ -42,7 +42,7 @@ def _ours() -> list[Contender]:
     return [*baseline, *map(exact, codecs), *map(streaming, codecs)]
 
 
-def _turboquant_mlx_full() -> list[Contender]:
+def _turboquant_mlx_full() -> list[Baseline]:
     from turboquant_mlx.layers.polar_kv_cache import TurboQuantKVCache
 
     def make(keys: int, values: int) -> Callable[[Context], list[Any]]:
@@ -53,10 +53,10 @@ def _turboquant_mlx_full() -> list[Contender]:
         return sum(int(part.nbytes) for part in codes_and_scales)
 
     pairs = ((8, 3), (4, 4), (4, 3), (3, 3), (2, 2))
-    return [_contender("turboquant-mlx-full", *pair, make(*pair), count) for pair in pairs]
+    return [_baseline("turboquant-mlx-full", *pair, make(*pair), count) for pair in pairs]
 
 
-def _mlx_turboquant() -> list[Contender]:
+def _mlx_turboquant() -> list[Baseline]:
     from mlx_turboquant import make_prompt_cache, register
 
     register()
@@ -68,21 +68,21 @@ def _mlx_turboquant() -> list[Contender]:
         halves = cache.keys_and_values()  # scales and biases have 16 bits unless a CPU widens the model
         return sum(int(codes.nbytes) + 2 * (scales.size + biases.size) for codes, scales, biases in halves)
 
-    return [_contender("mlx-turboquant", bits, bits, make(bits), count) for bits in (8, 4, 3, 2)]
+    return [_baseline("mlx-turboquant", bits, bits, make(bits), count) for bits in (8, 4, 3, 2)]
 
 
-def _contender(
+def _baseline(
     name: str, keys: int, values: int, make: Callable[[Context], list[Any]], count: Callable[[Any], int]
-) -> Contender:
+) -> Baseline:
     from turboquant.caches.prefix import feed
-    from turboquant.eval.results import Contender, Filled
+    from turboquant.eval.results import Baseline, Filled
 
     def fill(context: Context) -> Filled:
         caches = make(context)
         feed(context.model, caches, context.tokens, context.chunk)
         return Filled(caches, sum(map(count, caches)))
 
-    return Contender(name, keys, values, "streaming", fill)
+    return Baseline(name, keys, values, "streaming", fill)
 
 
 _WORKERS = {OURS: _ours, "turboquant-mlx-full": _turboquant_mlx_full, "mlx-turboquant": _mlx_turboquant}

@@ -1,9 +1,9 @@
-"""``python -m turboquant.bench``: attention over compressed K/V on this machine, beside full precision.
+"""``python -m turboquant.bench`` measures attention over compressed K/V on this machine, beside full precision.
 
     python -m turboquant.bench
     python -m turboquant.bench --tokens 4096 32768 131072 --rows 1 16 --bits 4 3 4/3 --json --plot speed.png
 
-Knows the command line; what is measured, and how, is eval/speed.py's.
+The measurements are in eval/speed.py.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code: 0, 2 for a wrong command line, 130 where it was interrupted."""
+    """Run the command and return its exit code: 0, 2 for a wrong command line, or 130 after Ctrl-C."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.heads % options.kv_heads:
-        parser.error(f"--heads {options.heads} is no multiple of --kv-heads {options.kv_heads}")
+        parser.error(f"--heads {options.heads} is not a multiple of --kv-heads {options.kv_heads}")
     if options.plot is not None and (reason := plot.why_not(options.plot)):
         parser.error(reason)
     load_tuned_blas()
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def table(speeds: Sequence[Speed]) -> str:
-    """The figures as aligned text."""
+    """Return the figures as a table of text."""
     lines = [("tokens", "rows", "", "us a step", "of full precision", "MB", "GB/s", "ms to encode")]
     for s in speeds:
         encode = "" if s.milliseconds_to_encode is None else f"{s.milliseconds_to_encode:.1f}"
@@ -67,22 +67,36 @@ def table(speeds: Sequence[Speed]) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m turboquant.bench",
-        description="Attention over compressed K/V on this machine, beside full precision.",
+        description="Measure attention over compressed K/V on this machine, beside full precision.",
     )
-    parser.add_argument("--tokens", type=_positive, nargs="+", help="lengths of the context (default: by device)")
-    parser.add_argument("--rows", type=_positive, nargs="+", default=[1, 16], help="that share it (default: 1 16)")
-    parser.add_argument("--bits", type=_bits, nargs="+", default=[(4, 4), (3, 3)], help="4, or 4/3 (default: 4 3)")
-    parser.add_argument("--heads", type=_positive, default=32, help="of queries (default: %(default)s)")
-    parser.add_argument("--kv-heads", type=_positive, default=8, help="(default: %(default)s)")
-    parser.add_argument("--head-dim", type=_positive, default=128, help="(default: %(default)s)")
+    parser.add_argument(
+        "--tokens", type=_positive, nargs="+", help="lengths of the context in tokens (default: depends on the device)"
+    )
+    parser.add_argument(
+        "--rows",
+        type=_positive,
+        nargs="+",
+        default=[1, 16],
+        help="numbers of rows that share the context (default: 1 16)",
+    )
+    parser.add_argument(
+        "--bits",
+        type=_bits,
+        nargs="+",
+        default=[(4, 4), (3, 3)],
+        help="bits of keys and values: 4, or 4/3 (default: 4 3)",
+    )
+    parser.add_argument("--heads", type=_positive, default=32, help="number of query heads (default: %(default)s)")
+    parser.add_argument("--kv-heads", type=_positive, default=8, help="number of K/V heads (default: %(default)s)")
+    parser.add_argument("--head-dim", type=_positive, default=128, help="coordinates of a head (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them, too; needs the extra `plot`")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the figures (needs the extra `plot`)")
     return parser
 
 
 def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no positive number")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
     return int(text)
 
 

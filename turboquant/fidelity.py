@@ -1,10 +1,10 @@
-"""``python -m turboquant.fidelity``: what a compressed cache does to a model of yours on a text of yours.
+"""``python -m turboquant.fidelity`` measures how a compressed cache changes a model's predictions on a text.
 
     python -m turboquant.fidelity --model MODEL --text FILE --bits 4 3 4/3
     python -m turboquant.fidelity --model MODEL --text CONTRACT --question "When does it end?" --json
 
-The model reads the text with its full-precision cache and with compressed ones, and its predictions are compared,
-token by token. Knows the command line, texts and tables; the measuring is divergence.py's, for use from Python too.
+The model reads the text with its full-precision cache and with compressed caches, and its predictions are compared
+token by token. The measurement itself is in eval/divergence.py, which can be used from Python too.
 """
 
 from __future__ import annotations
@@ -25,21 +25,23 @@ from turboquant.quant import SUPPORTED_BITS
 from turboquant.runtime.blas import load_tuned_blas
 
 if TYPE_CHECKING:
-    from turboquant.eval.results import Contender, Fidelity, Sample
+    from turboquant.eval.results import Baseline, Fidelity, Sample
 
-LONGEST = 8192  # tokens of context, unless --context says otherwise
+LONGEST = 8192  # the most tokens of context, unless --context is given
 SHORTEST = 64
-MARGIN = 256  # tokens left free behind a context for a question and the template around it
-PROBES = ("What", "1", "(x)", "\n-")  # questions that show where the context ends for any question
+MARGIN = 256  # tokens that stay free behind a context, for a question and the template around it
+PROBES = ("What", "1", "(x)", "\n-")  # the context ends where the prompts of these questions differ
 
 
 class UsageError(Exception):
-    """The command line asks for what cannot be done; the message says what to change."""
+    """The command line asks for something impossible; the message says what to change."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code: 0, 2 for a wrong command line, 1 for anything else."""
-    options = _parser().parse_args(_shielded(sys.argv[1:] if arguments is None else arguments))
+    """Run the command and return its exit code: 0, 2 for a wrong command line, 130 after Ctrl-C, 1 for other errors."""
+    given = sys.argv[1:] if arguments is None else arguments
+    # argparse takes an argument like `-1:8` for an option, unless it has a space in it.
+    options = _parser().parse_args([f" {argument}" if re.match(r"-\d+:", argument) else argument for argument in given])
     load_tuned_blas()
     try:
         _run(options)
@@ -72,7 +74,7 @@ def load_model(name: str) -> tuple[Any, Any]:
 
 
 def text_sample(tokenizer: Any, text: str, context: int, continuation: int) -> Sample:
-    """The text's first ``context`` tokens, continued by its next ones."""
+    """Return the text's first ``context`` tokens, continued by its next ``continuation`` tokens."""
     from turboquant.eval.results import Sample
 
     tokens = tokenizer.encode(text)
@@ -80,30 +82,45 @@ def text_sample(tokenizer: Any, text: str, context: int, continuation: int) -> S
 
 
 def chat_sample(tokenizer: Any, text: str, context: int, questions: Sequence[str], system: str | None = None) -> Sample:
-    """The chat template's rendering of the text's first ``context`` tokens, continued by each of the questions.
+    """Return the text's first ``context`` tokens, rendered by the chat template and continued by each question.
 
-    The context is what the prompts of all questions start with. Raises UsageError where there is no chat template.
+    The context of the sample is the common beginning of all prompts. Raises UsageError if there is no chat template.
     """
     from turboquant.eval.results import Sample
 
     if not getattr(tokenizer, "has_chat_template", True):
         raise UsageError("--question: this model has no chat template")
     document = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)[:context])
-    prompts = [_prompt(tokenizer, system, document, question) for question in (*questions, *PROBES)]
+    prompts: list[list[int]] = []
+    for question in (*questions, *PROBES):
+        messages = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": f"{document}\n\n{question}"})
+        rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        prompts.append(tokenizer.encode(rendered, add_special_tokens=False))
     columns = zip(*prompts, strict=False)
     shared = next((i for i, column in enumerate(columns) if len(set(column)) > 1), min(map(len, prompts)) - 1)
     return Sample(tuple(prompts[0][:shared]), tuple(tuple(p[shared:]) for p in prompts[: len(questions)]))
 
 
 def table(rows: Sequence[Fidelity]) -> str:
-    """The figures as aligned text."""
+    """Return the figures as a table of text."""
     columns = [[title, *map(render, rows)] for title, render in _COLUMNS]
     lines = list(zip(*(column for column in columns if any(column[1:])), strict=True))
-    return f"{aligned(lines, left={0, 1})}\n\n{_legend(rows)}"
+    legend = [
+        f"{rows[0].positions} positions; perplexity in full precision {rows[0].perplexity_full:.4g}.",
+        "KL divergence from the predictions in full precision, in nats: mean, standard error, 99th percentile, worst.",
+        "Effective bits count everything that is held of the context. The ratio compares with 16 bits.",
+    ]
+    differences = [row.batch_difference for row in rows if row.batch_difference is not None]
+    if differences:
+        legend.append(
+            f"Exact caches give the same logits once loaded; in a batch they differ by {max(differences):.2g} at most."
+        )
+    return "\n".join([aligned(lines, left={0, 1}), "", *legend])
 
 
 def as_json(rows: Sequence[Fidelity]) -> str:
-    """The figures as a JSON list of objects."""
+    """Return the figures as a JSON list of objects."""
     return json.dumps([{**asdict(row), "perplexity_change": row.perplexity_change} for row in rows], indent=1)
 
 
@@ -118,33 +135,30 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", required=True, help="a folder, or a Hugging Face repo id")
     add("--text", required=True, action="append", type=Path, metavar="FILE", help="a text file; may be repeated")
-    add("--context", type=_count, metavar="N", help=f"tokens of context (default: what fits, at most {LONGEST})")
-    add("--continuation", type=_count, default=256, metavar="N", help="tokens after it that are fed (default: 256)")
-    add("--question", action="append", metavar="TEXT", help="feed this and the model's answer instead; may be repeated")
-    add("--system", metavar="TEXT", help="system text before the document, with --question")
-    add("--answer-tokens", type=_count, default=32, metavar="N", help="longest answer to a question (default: 32)")
-    add("--answers-only", action="store_true", help="with --question: score the answers, not the questions")
+    add("--context", type=_count, metavar="N", help=f"tokens of context (default: as many as fit, at most {LONGEST})")
+    add("--continuation", type=_count, default=256, metavar="N", help="tokens fed after the context (default: 256)")
+    add("--question", action="append", metavar="TEXT", help="feed a question and the model's answer; may be repeated")
+    add("--system", metavar="TEXT", help="system text before the document (with --question)")
+    add("--answer-tokens", type=_count, default=32, metavar="N", help="most tokens of an answer (default: 32)")
+    add("--answers-only", action="store_true", help="compare only predictions of the answers (with --question)")
     add("--bits", nargs="+", type=_pair, default=[(8, 8), (4, 4), (3, 3), (2, 2)], metavar="BITS",
         help="bits of keys and values: 4, or 4/3 (default: 8 4 3 2)")  # fmt: skip
-    add("--all-pairs", action="store_true", help="every pair of bits for keys and values")
-    add("--layer-bits", nargs="+", type=_layer, default=[], metavar="LAYER:BITS", help="such as 0:8 -1:8/4")
+    add("--all-pairs", action="store_true", help="measure every pair of bits for keys and values")
+    add(
+        "--layer-bits", nargs="+", type=_layer, default=[], metavar="LAYER:BITS", help="bits of layers, like 0:8 -1:8/4"
+    )
     add("--sinks", type=int, metavar="N", help="first tokens kept in full precision")
-    add("--window", type=int, metavar="N", help="last tokens kept finer, in full precision by a streaming cache")
-    add("--extra-bits", type=float, metavar="BITS", help="most that finer tokens may cost, in bits a value")
+    add("--window", type=int, metavar="N", help="last tokens kept finer (streaming: in full precision)")
+    add("--extra-bits", type=float, metavar="BITS", help="the most that finer tokens may cost, in bits for one value")
     add("--prefill", choices=("exact", "streaming", "both"), default="exact",
         help="compress the finished context, or while it is read (default: exact)")  # fmt: skip
-    add("--segment", type=_count, metavar="N", help="also N tokens at a time, as a job's prefill: streaming")
+    add("--segment", type=_count, metavar="N", help="also prefill N tokens at a time, as a streaming job")
     add("--mlx-kv-bits", nargs="*", type=int, choices=(2, 3, 4, 5, 6, 8), default=[8, 4], metavar="BITS",
-        help="mlx-lm's own quantised cache beside them (default: 8 4; nothing for none)")  # fmt: skip
+        help="bits of mlx-lm's own quantised cache, for comparison (default: 8 4; no value for none)")  # fmt: skip
     add("--plot", type=Path, metavar="FILE", help="draw divergence against effective bits (needs matplotlib)")
     add("--json", action="store_true", help="print JSON instead of a table")
     add("--debug", action="store_true", help="show tracebacks")
     return parser
-
-
-def _shielded(arguments: Sequence[str]) -> list[str]:
-    """argparse takes ``-1:8`` for an option, but nothing that has a space in it."""
-    return [f" {argument}" if re.match(r"-\d+:", argument) else argument for argument in arguments]
 
 
 def _count(text: str) -> int:
@@ -164,7 +178,7 @@ def _pair(text: str) -> tuple[int, int]:
 def _layer(text: str) -> tuple[int, int, int]:
     layer, _, bits = text.strip().partition(":")
     if not re.fullmatch(r"-?\d+", layer):
-        raise argparse.ArgumentTypeError(f"{text.strip()}: give LAYER:BITS, such as 0:8 or -1:8/4")
+        raise argparse.ArgumentTypeError(f"{text.strip()}: give LAYER:BITS, for example 0:8 or -1:8/4")
     return (int(layer), *_pair(bits))
 
 
@@ -184,7 +198,7 @@ def _run(options: argparse.Namespace) -> None:
     rows = measure(
         model,
         [_sample(options, model, tokenizer, path, text) for path, text in zip(options.text, texts, strict=True)],
-        _contenders(options),
+        _baselines(options),
         answer_tokens=options.answer_tokens if options.question else 0,
         stop=tokenizer.eos_token_ids,
         answers_only=options.answers_only and bool(options.question),
@@ -208,15 +222,18 @@ def _read(path: Path) -> str:
 
 def _sample(options: argparse.Namespace, model: Any, tokenizer: Any, path: Path, text: str) -> Sample:
     behind = options.answer_tokens + MARGIN if options.question else options.continuation
-    within = 0 if options.question else options.continuation  # tokens of the text itself behind the context
+    # How many tokens of the text itself are needed behind the context.
+    within = 0 if options.question else options.continuation
     limit = getattr(getattr(model, "args", None), "max_position_embeddings", None) or sys.maxsize
     found = len(tokenizer.encode(text))
     context = options.context or min(LONGEST, found - within, limit - behind)
     if context + behind > limit:
-        raise UsageError(f"--context {context}: with {behind} tokens behind it more than the model's {limit}")
+        raise UsageError(
+            f"--context {context}: with {behind} more tokens behind it, it exceeds the model's limit of {limit}"
+        )
     needed = (options.context or SHORTEST) + within
     if found < needed:
-        raise UsageError(f"--text {path}: too short, {found} tokens found and {needed} needed")
+        raise UsageError(f"--text {path}: too short: it has {found} tokens, and {needed} are needed")
     if context < found and options.question:
         _say(f"{path}: the first {context} of its {found} tokens are the context")
     if options.question:
@@ -224,7 +241,7 @@ def _sample(options: argparse.Namespace, model: Any, tokenizer: Any, path: Path,
     return text_sample(tokenizer, text, context, options.continuation)
 
 
-def _contenders(options: argparse.Namespace) -> list[Contender]:
+def _baselines(options: argparse.Namespace) -> list[Baseline]:
     from turboquant.eval.baselines import affine, exact, in_segments, streaming
     from turboquant.quant.cache_codec import CacheCodec
 
@@ -241,14 +258,6 @@ def _contenders(options: argparse.Namespace) -> list[Contender]:
         rows += [affine(bits, mode) for bits in options.mlx_kv_bits]
         rows += [exact(codec) if mode == "exact" else streaming(codec) for codec in codecs]
     return rows + [in_segments(codec, options.segment) for codec in codecs if options.segment]
-
-
-def _prompt(tokenizer: Any, system: str | None, document: str, question: str) -> list[int]:
-    messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": f"{document}\n\n{question}"})
-    rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    tokens: list[int] = tokenizer.encode(rendered, add_special_tokens=False)
-    return tokens
 
 
 # ---- the table
@@ -269,18 +278,6 @@ _COLUMNS: list[tuple[str, Callable[[Fidelity], str]]] = [
     ("change", lambda row: f"{row.perplexity_change:+.2%}"),
     ("cosine", lambda row: f"{row.cosine:.5f}"),
 ]
-
-
-def _legend(rows: Sequence[Fidelity]) -> str:
-    lines = [
-        f"{rows[0].positions} positions; perplexity in full precision {rows[0].perplexity_full:.4g}.",
-        "KL in nats from full precision's predictions: mean, standard error, 99th percentile, worst.",
-        "Effective bits count everything that is held of the context; ratio is to 16 bits.",
-    ]
-    differences = [row.batch_difference for row in rows if row.batch_difference is not None]
-    if differences:
-        lines.append(f"Exact ones: saved and loaded, every logit the same; in a batch, within {max(differences):.2g}.")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

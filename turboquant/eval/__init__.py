@@ -1,1 +1,1 @@
-"""Measurements: what compression does to a model's predictions, and how fast attention and encoding are."""
+"""Measure how compression changes a model's predictions, and how fast attention and encoding are."""

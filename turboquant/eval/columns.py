@@ -1,4 +1,4 @@
-"""Lines of cells as aligned text."""
+"""Print rows of cells as aligned text."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from collections.abc import Collection, Sequence
 
 
 def aligned(lines: Sequence[Sequence[str]], left: Collection[int]) -> str:
-    """Columns as wide as their widest cell; those numbered in ``left`` begin together, the others end together.
+    """Return lines whose columns are as wide as their widest cell.
+
+    left: the numbers of the columns that are aligned at the left; the others are aligned at the right.
 
     >>> print(aligned([("a", "1"), ("bcd", "234")], left={0}))
     a      1

@@ -1,7 +1,7 @@
-"""How far a compressed cache moves a model: its predictions, token by token, against those of the full-precision cache.
+"""Measure how much a compressed cache changes a model's predictions, compared with its full-precision cache.
 
-Every continuation is fed as it is, whatever the model would have said (teacher forcing). Knows models, caches and
-logits; which contenders there are is baselines.py's, words and tables are fidelity.py's.
+Every continuation is fed as it is, whatever the model predicts (teacher forcing), and predictions are compared token by
+token. The command line for this is fidelity.py.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import numpy as np
 
 from turboquant.caches.prefix import Prefix, Segment, join
 from turboquant.eval.results import (
+    Baseline,
     BatchDiffers,
     CannotRun,
-    Contender,
     Fidelity,
     FidelityError,
     Filled,
@@ -31,21 +31,23 @@ from turboquant.eval.results import (
     WarmDiffers,
 )
 from turboquant.eval.scores import Scores, clustered_error, perplexity, score
-from turboquant.eval.teacher_forcing import Context, answered, batch_logits, logits_of, prefilled
+from turboquant.eval.teacher_forcing import Context, batch_logits, extend_by_answer, logits_of, prefill_context
 from turboquant.io.identity import Identity
 from turboquant.io.segment_file import read_segment, write_segment
 from turboquant.mlx_lm.families import explain
 from turboquant.mlx_lm.patch import enabled
 from turboquant.quant.cache_codec import CacheCodec
 
-NO_DRIFT = 1e-9  # nats: well above what another order of float32 additions comes to (1e-11), well below 8 bits (1e-5)
-BATCH_TOKENS = 64  # tokens of each row that batch and single are compared over
+# The smallest divergence that a cache in use causes is larger than this, in nats: another order of float32 additions
+# causes 1e-11, and 8 bits cause 1e-5.
+NO_DRIFT = 1e-9
+BATCH_TOKENS = 64  # how many tokens of each row are compared between alone and in a batch
 
 
 def measure(
     model: Any,
     samples: Sequence[Sample],
-    contenders: Sequence[Contender],
+    baselines: Sequence[Baseline],
     *,
     answer_tokens: int = 0,
     stop: Collection[int] = (),
@@ -55,57 +57,52 @@ def measure(
     answers_only: bool = False,
     on_step: Callable[[str], None] = lambda _: None,
 ) -> list[Fidelity]:
-    """Each contender's figures, in their order; one that cannot run this model is left out, and ``on_step`` told why.
+    """Return the figures of each baseline, in their order, without those that cannot run this model.
 
-    answer_tokens: each continuation is lengthened by so many tokens of the model's own greedy answer in full
-        precision, up to the first of ``stop``.
-    chunk: tokens of a context fed at a time.
-    verify: prefixes are measured as just built and as saved and loaded, where every logit must be the same, and in
-        a batch, where the first ``BATCH_TOKENS`` of each row must be within rounding: half of the digits of the
-        logits' dtype. The figures are those of the loaded prefix.
-    answers_only: only the predictions of the answer's tokens count, for a model that was never taught questions.
-    batched: continuations are fed as one batch where a contender's caches have ``merge``.
-    on_step: told in a few words what has been done.
+    answer_tokens: each continuation is extended by at most this many tokens of the model's own greedy answer in full
+        precision, up to the first token of ``stop``.
+    chunk: how many tokens of a context are fed at a time.
+    verify: also compare a prefix that was just built with the same one saved and loaded, where every logit must be the
+        same, and rows alone with rows in a batch, where the first ``BATCH_TOKENS`` tokens of each row may differ by
+        rounding: half of the digits of the logits' dtype. The figures are those of the loaded prefix.
+    batched: feed continuations as one batch where a baseline's caches have ``merge``.
+    answers_only: count only the predictions of the answer's tokens, for a model that was never taught questions.
+    on_step: called with a few words about each step, and with the reason where a baseline cannot run this model.
 
-    The full-precision logits of one sample are held meanwhile: positions x vocabulary x 4 bytes. Raises NoDrift,
-    NotFinite, WarmDiffers or BatchDiffers, FidelityError where no layer of the model is compressible, and ValueError
-    where a sample is too short to be measured.
+    The full-precision logits of one sample are held in memory: positions x vocabulary x 4 bytes. Raises NoDrift,
+    NotFinite, WarmDiffers or BatchDiffers; CannotRun where no baseline can run this model; FidelityError where no layer
+    of the model is compressible; ValueError where a sample is too short.
     """
-    compressible = _compressible(model)
-    if not all(sample.context and all(len(run) > 1 for run in sample.continuations) for sample in samples):
-        raise ValueError("a context needs a token, a continuation two")
-    outcomes: list[list[_Outcome]] = [[] for _ in contenders]
-    left_out: list[str] = []
-    with enabled(model):
-        for number, sample in enumerate(samples, 1):
-            context = prefilled(model, sample.context, compressible, chunk)
-            followed = [answered(context, run, answer_tokens, stop) for run in sample.continuations]
-            full = [logits_of(model, copy.deepcopy(context.caches), run) for run in followed]
-            on_step(f"sample {number} of {len(samples)}: {len(sample.context)} tokens in full precision")
-            skipped = [len(run) - 1 if answers_only else 0 for run in sample.continuations]
-            for contender, found in zip(contenders, outcomes, strict=True):
-                if len(found) < number - 1:
-                    continue
-                try:
-                    found.append(_judge(context, contender, followed, full, skipped, verify, batched))
-                    on_step(f"sample {number} of {len(samples)}: {contender}")
-                except CannotRun as error:
-                    left_out.append(str(error))
-                    on_step(f"{contender} is left out: {error}")
-    if len(left_out) == len(contenders):
-        raise CannotRun("; ".join(left_out))
-    ran = [(one, found) for one, found in zip(contenders, outcomes, strict=True) if len(found) == len(samples)]
-    return [_summarise(contender, found) for contender, found in ran]
-
-
-def _compressible(model: Any) -> list[bool]:
     support = explain(model)
     if support.status == "none":
         raise FidelityError(support.message)
-    return list(support.layers)
+    if not all(sample.context and all(len(run) > 1 for run in sample.continuations) for sample in samples):
+        raise ValueError("a context needs a token, a continuation two")
+    outcomes: list[list[_Outcome]] = [[] for _ in baselines]
+    left_out: list[str] = []
+    with enabled(model):
+        for number, sample in enumerate(samples, 1):
+            context = prefill_context(model, sample.context, list(support.layers), chunk)
+            followed = [extend_by_answer(context, run, answer_tokens, stop) for run in sample.continuations]
+            full = [logits_of(model, copy.deepcopy(context.caches), run) for run in followed]
+            on_step(f"sample {number} of {len(samples)}: {len(sample.context)} tokens in full precision")
+            skipped = [len(run) - 1 if answers_only else 0 for run in sample.continuations]
+            for baseline, found in zip(baselines, outcomes, strict=True):
+                if len(found) < number - 1:
+                    continue
+                try:
+                    found.append(_measure_one(context, baseline, followed, full, skipped, verify, batched))
+                    on_step(f"sample {number} of {len(samples)}: {baseline}")
+                except CannotRun as error:
+                    left_out.append(str(error))
+                    on_step(f"{baseline} is left out: {error}")
+    if len(left_out) == len(baselines):
+        raise CannotRun("; ".join(left_out))
+    ran = [(one, found) for one, found in zip(baselines, outcomes, strict=True) if len(found) == len(samples)]
+    return [_summarise(baseline, found) for baseline, found in ran]
 
 
-# ---- one contender on one sample
+# ---- one baseline on one sample
 
 
 @dataclass(frozen=True)
@@ -117,29 +114,30 @@ class _Outcome:
     batch_difference: float | None
 
 
-def _judge(
+def _measure_one(
     context: Context,
-    contender: Contender,
+    baseline: Baseline,
     runs: Sequence[Sequence[int]],
     full: Sequence[mx.array],
     skipped: Sequence[int],
     verify: bool,
     batched: bool,
 ) -> _Outcome:
-    built = filled = contender.fill(context)
-    if isinstance(built.cache, Prefix) and contender.codec is not None:
-        filled = Filled(_saved_and_loaded(built.cache, contender.codec), built.nbytes)
+    built = filled = baseline.fill(context)
+    if isinstance(built.cache, Prefix) and baseline.codec is not None:
+        filled = Filled(_saved_and_loaded(built.cache, baseline.codec), built.nbytes)
     found, difference = _run(context, filled, runs, batched), None
     if verify and isinstance(filled.cache, Prefix):
         for one, other in zip(_run(context, built, runs, batched), found, strict=True):
             if not bool(mx.array_equal(one, other)):
-                raise WarmDiffers(f"{contender}: saved and loaded, the cache gives other logits than just built")
-        difference = _difference_in_batch(context, contender, filled, runs)
+                raise WarmDiffers(f"{baseline}: saved and loaded, the cache gives other logits than just built")
+        difference = _difference_in_batch(context, baseline, filled, runs)
     scores = [
         score(one[first:], other[first:], run[first:])
         for one, other, run, first in zip(full, found, runs, skipped, strict=True)
     ]
-    _require_finite(contender, scores)
+    if not all(np.isfinite(values).all() for one in scores for values in vars(one).values()):
+        raise NotFinite(f"{baseline}: the divergence from full precision is not finite")
     return _Outcome(scores, filled.nbytes, context.coordinates, len(context.tokens), difference)
 
 
@@ -152,53 +150,49 @@ def _saved_and_loaded(prefix: Prefix, codec: CacheCodec) -> Prefix:
 
 
 def _run(context: Context, filled: Filled, runs: Sequence[Sequence[int]], batched: bool) -> list[mx.array]:
-    """The logits of each run behind the cache, together where asked and possible."""
+    """Return the logits of each run behind the cache, fed as one batch where ``batched`` and the cache allows it."""
     rows = [filled.fork() for _ in runs]
     if batched and all(hasattr(cache, "merge") for cache in rows[0]):
         return batch_logits(context.model, rows, runs)
     return [logits_of(context.model, row, run) for row, run in zip(rows, runs, strict=True)]
 
 
-def _difference_in_batch(
-    context: Context, contender: Contender, filled: Filled, runs: Sequence[Sequence[int]]
-) -> float:
-    """The largest difference of a logit between a row alone and in a batch. Raises BatchDiffers where it is large."""
+def _difference_in_batch(context: Context, baseline: Baseline, filled: Filled, runs: Sequence[Sequence[int]]) -> float:
+    """Return the largest difference of a logit between a row alone and in a batch.
+
+    Raises BatchDiffers where rounding does not explain it.
+    """
     runs = [run[:BATCH_TOKENS] for run in runs]
-    if len(runs) == 1:  # a second row, of another length
+    if len(runs) == 1:  # add a second row of another length
         runs = [runs[0], runs[0][: len(runs[0]) // 2]]
     pairs = list(zip(*(_run(context, filled, runs, batched) for batched in (False, True)), strict=True))
     difference = max(float(mx.abs(alone - together).max()) for alone, together in pairs)
     allowed = math.sqrt(mx.finfo(pairs[0][0].dtype).eps) * max(float(mx.abs(alone).max()) for alone, _ in pairs)
     if not difference <= allowed:
-        raise BatchDiffers(f"{contender}: a logit differs by {difference:.3g} in a batch, by rounding {allowed:.3g}")
+        raise BatchDiffers(f"{baseline}: a logit differs by {difference:.3g} in a batch, by rounding {allowed:.3g}")
     return difference
-
-
-def _require_finite(contender: Contender, scores: Sequence[Scores]) -> None:
-    if not all(np.isfinite(values).all() for one in scores for values in vars(one).values()):
-        raise NotFinite(f"{contender}: the divergence from full precision is not finite")
 
 
 # ---- figures
 
 
-def _summarise(contender: Contender, outcomes: Sequence[_Outcome]) -> Fidelity:
+def _summarise(baseline: Baseline, outcomes: Sequence[_Outcome]) -> Fidelity:
     clusters = [[one] for one in outcomes[0].scores] if len(outcomes) == 1 else [x.scores for x in outcomes]
     every = [one for outcome in outcomes for one in outcome.scores]
     kl = np.concatenate([one.kl for one in every])
     nbytes, tokens = sum(x.nbytes for x in outcomes), sum(x.tokens for x in outcomes)
     effective = 8 * nbytes / sum(x.coordinates for x in outcomes)
-    if min(contender.key_bits, contender.value_bits) < 16:
+    if min(baseline.key_bits, baseline.value_bits) < 16:
         if effective >= 16:
-            raise NoDrift(f"{contender}: the cache keeps so short a context in full precision")
+            raise NoDrift(f"{baseline}: the cache keeps so short a context in full precision")
         if kl.max() < NO_DRIFT:
-            raise NoDrift(f"{contender}: the cache moved not one prediction, so it was bypassed")
+            raise NoDrift(f"{baseline}: the cache moved not one prediction, so it was bypassed")
     differences = [x.batch_difference for x in outcomes if x.batch_difference is not None]
     return Fidelity(
-        cache=contender.name,
-        prefill=contender.prefill,
-        key_bits=contender.key_bits,
-        value_bits=contender.value_bits,
+        cache=baseline.name,
+        prefill=baseline.prefill,
+        key_bits=baseline.key_bits,
+        value_bits=baseline.value_bits,
         effective_bits=effective,
         compression=16 / effective,
         bytes_per_token=nbytes / tokens,

@@ -1,4 +1,4 @@
-"""Pictures: divergence against bits, time against length. Knows figures and matplotlib (the extra ``plot``)."""
+"""Draw figures with matplotlib (the extra ``plot``): divergence against bits, and time against length."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def why_not(path: Path) -> str | None:
-    """Why no picture can be written to ``path``, or None where one can."""
+    """Return why no picture can be written to ``path``, or None if it can."""
     if importlib.util.find_spec("matplotlib") is None:
         return "--plot needs matplotlib: pip install 'turboquant-pipeline[plot]'"
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -25,7 +25,7 @@ def why_not(path: Path) -> str | None:
 
 
 def write_picture(path: Path, rows: Sequence[Fidelity]) -> None:
-    """Draw each cache and prefill as a series: a line through equal bits, and dots for other pairs."""
+    """Draw one series for each cache and prefill: a line through pairs of equal bits, and dots for other pairs."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -60,7 +60,7 @@ def write_picture(path: Path, rows: Sequence[Fidelity]) -> None:
 
 
 def draw_speeds(path: Path, speeds: Sequence[Speed]) -> None:
-    """Draw what each way takes against the context's length, a panel for each number of rows."""
+    """Draw the time of each way against the length of the context, with a panel for each number of rows."""
     from matplotlib.figure import Figure
 
     rows = sorted({speed.rows for speed in speeds})

@@ -1,11 +1,9 @@
-"""What a measurement of fidelity is made of, and what it gives.
+"""The inputs and the results of a measurement of fidelity, which divergence.py makes.
 
-    Sample      a context and the token runs that continue it
-    Contender   a way to fill a cache with a context: this package's, mlx-lm's, anybody's
-    Fidelity    a contender's figures over all samples
-    FidelityError and below: figures that must not be believed
-
-Knows no models; how figures come about is divergence.py's.
+Sample         a context and the token runs that continue it
+Baseline       a way to fill a cache with a context: turboquant's, mlx-lm's or another package's
+Fidelity       the figures of one baseline over all samples
+FidelityError  and its subclasses: figures that must not be believed
 """
 
 from __future__ import annotations
@@ -21,32 +19,32 @@ from turboquant.quant.cache_codec import CacheCodec
 
 
 class FidelityError(Exception):
-    """A figure that must not be believed, or cannot be had; the message says which and why."""
+    """A figure cannot be measured, or must not be believed; the message says which figure and why."""
 
 
 class CannotRun(FidelityError):
-    """A contender's cache cannot run this model here."""
+    """A baseline's cache cannot run this model here."""
 
 
 class NoDrift(FidelityError):
-    """A compressed cache changed nothing at all: it was bypassed, or holds nothing compressed."""
+    """A compressed cache changed nothing at all: it was bypassed, or nothing in it is compressed."""
 
 
 class NotFinite(FidelityError):
-    """The logits, or their divergence, are infinite or no numbers."""
+    """The logits or their divergence are infinite or NaN."""
 
 
 class WarmDiffers(FidelityError):
-    """A prefix that was saved and loaded gives other logits than the same one just built."""
+    """A prefix that was saved and loaded gives other logits than the same prefix before it was saved."""
 
 
 class BatchDiffers(FidelityError):
-    """A row in a batch gives other logits than alone, by more than rounding explains."""
+    """A row gives other logits in a batch than alone, and rounding does not explain the difference."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A context and what follows it: each continuation is fed on its own, behind the context."""
+    """A context and its continuations, as tokens. Each continuation is fed directly behind the context."""
 
     context: tuple[int, ...]
     continuations: tuple[tuple[int, ...], ...]
@@ -54,28 +52,29 @@ class Sample:
 
 @dataclass(frozen=True)
 class Filled:
-    """A contender's cache, holding a context.
+    """A baseline's cache that holds a context.
 
-    cache: a ``Prefix``, forked for each continuation, or an mlx-lm prompt cache, copied for each.
-    nbytes: bytes of the compressible layers, everything counted. What is held in full precision counts two bytes a
-        number, also where a CPU runs the model in float32.
+    cache: a ``Prefix``, which is forked for each continuation, or an mlx-lm prompt cache, which is copied for each.
+    nbytes: the bytes of the compressible layers, with everything counted. A number in full precision counts as two
+        bytes, also where a CPU runs the model in float32.
     """
 
     cache: Prefix | list[Any]
     nbytes: int
 
     def fork(self) -> list[Any]:
-        """A prompt cache for one continuation."""
+        """Return a prompt cache for one continuation."""
         return self.cache.fork() if isinstance(self.cache, Prefix) else copy.deepcopy(self.cache)
 
 
 @dataclass(frozen=True)
-class Contender:
+class Baseline:
     """A way to fill a cache with a context.
 
-    key_bits, value_bits: as it states them; 16 or more means that it need not move the model.
-    prefill: ``exact`` where it starts from the full-precision context, ``streaming`` where it compresses as it reads.
-    codec: what a prefix it makes is saved and loaded with; None for caches of other kinds.
+    key_bits, value_bits: the bits that it claims; with 16 or more it need not change any prediction.
+    prefill: ``exact`` where it starts from the full-precision context, ``streaming`` where it compresses while it
+        reads.
+    codec: the codec to save and load its prefix with; None for other kinds of cache.
     """
 
     name: str
@@ -91,16 +90,18 @@ class Contender:
 
 @dataclass(frozen=True)
 class Fidelity:
-    """What a contender's cache does to the model's predictions, over all positions of all continuations.
+    """How much a baseline's cache changes the model's predictions, over all positions of all continuations.
 
-    effective_bits: bits a coordinate of the compressed layers, everything counted; compression: 16 over that.
-    bytes_per_token: of the compressed layers.
-    kl: mean Kullback-Leibler divergence of the prediction from full precision's, in nats; kl_stderr: its standard
-        error, clustered by sample, or by continuation where there is one sample, None where there is one of each.
-    top1: share of positions whose likeliest token is full precision's.
-    cosine: between the two vectors of logits, mean over positions.
-    perplexity: of the continuations' tokens; perplexity_full: the same in full precision.
-    batch_difference: the largest difference of a logit between a row alone and in a batch; None if not tried.
+    effective_bits: bits for one coordinate of the compressed layers, with everything counted.
+    compression: 16 divided by ``effective_bits``.
+    bytes_per_token: bytes of the compressed layers.
+    kl: mean Kullback-Leibler divergence from the prediction in full precision, in nats.
+    kl_stderr: standard error of ``kl``, clustered by sample, or by continuation if there is one sample; None if there
+        is one continuation.
+    top1: share of positions where the most likely token is the same as in full precision.
+    cosine: cosine between the two vectors of logits, mean over positions.
+    perplexity, perplexity_full: perplexity of the continuations' tokens, here and in full precision.
+    batch_difference: the largest difference of a logit between a row alone and in a batch; None if not measured.
     """
 
     cache: str
@@ -123,5 +124,5 @@ class Fidelity:
 
     @property
     def perplexity_change(self) -> float:
-        """By how much perplexity has grown, as a share of full precision's."""
+        """The growth of perplexity, as a share of the perplexity in full precision."""
         return self.perplexity / self.perplexity_full - 1

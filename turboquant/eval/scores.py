@@ -1,7 +1,4 @@
-"""Two rows of logits compared, and what many such comparisons come to.
-
-Knows logits and statistics; knows neither models nor caches.
-"""
+"""Compare logits with those of full precision, and summarise the comparisons of many positions."""
 
 from __future__ import annotations
 
@@ -15,14 +12,17 @@ from numpy.typing import NDArray
 
 from turboquant.runtime.device import array_module, as_float32
 
-SCORED_AT_ONCE = 1 << 22  # logits compared at a time, in float64: bounds the memory beside the logits themselves
+SCORED_AT_ONCE = 1 << 22  # how many logits are compared at a time, in float64, so that little memory is needed
 
 Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Per position: divergence in nats, same likeliest token (0 or 1), cosine; losses of all tokens but the first."""
+    """For each position: divergence in nats, whether the most likely token is the same (0 or 1), and cosine.
+
+    loss, loss_full: the losses of all tokens but the first, here and in full precision, in nats.
+    """
 
     kl: Floats
     top1: Floats
@@ -34,7 +34,7 @@ class Scores:
 def score(full: mx.array, compressed: mx.array, tokens: Sequence[int]) -> Scores:
     """Compare the logits (L, vocabulary) behind L tokens, position by position."""
     rows = max(1, SCORED_AT_ONCE // full.shape[-1])
-    following = [*tokens[1:], 0]  # nothing is known to follow the last token: its loss is dropped
+    following = [*tokens[1:], 0]  # no token is known to follow the last one, whose loss is dropped below
     parts = [
         _score_some(full[i : i + rows], compressed[i : i + rows], following[i : i + rows])
         for i in range(0, len(tokens), rows)
@@ -44,12 +44,14 @@ def score(full: mx.array, compressed: mx.array, tokens: Sequence[int]) -> Scores
 
 
 def perplexity(losses: Sequence[Floats]) -> float:
-    """exp of the mean loss."""
+    """Return exp of the mean loss."""
     return math.exp(float(np.concatenate(losses).mean()))
 
 
 def clustered_error(clusters: Sequence[Floats]) -> float | None:
-    """The standard error of the mean over all positions, those of one cluster not being independent of each other.
+    """Return the standard error of the mean over all positions, where positions of one cluster depend on each other.
+
+    Returns None for fewer than two clusters.
 
     Source: Cochran, "Sampling Techniques" (1977), 2.11, the ratio estimator.
     """
@@ -62,11 +64,11 @@ def clustered_error(clusters: Sequence[Floats]) -> float | None:
 
 
 def _score_some(full: mx.array, compressed: mx.array, following: list[int]) -> tuple[Floats, ...]:
-    """Divergence, agreement, cosine and the two losses of each row.
+    """Return divergence, agreement, cosine and the two losses of each row.
 
-    With d the difference of the logits less its mean under full precision p, the divergence is log(sum(p exp(d))):
-    equal logits give exactly 0, and small differences keep their digits in float32 as well. On a CPU it is NumPy's
-    work, in float64, since MLX's exponentials are slow there.
+    Let p be the prediction in full precision, and d the difference of the logits minus its mean under p. Then the
+    divergence is log(sum(p exp(d))): equal logits give exactly 0, and small differences keep their digits in float32.
+    On a CPU, NumPy computes it in float64, since MLX's exponentials are slow there.
     """
     xp = array_module()
     f, c = as_float32(xp, full), as_float32(xp, compressed)

@@ -1,8 +1,7 @@
-"""How fast a layer's compressed K/V are attended and made on this machine, beside full precision and mlx-lm's.
+"""Measure how fast compressed K/V are attended and encoded here, beside full precision and mlx-lm's quantised cache.
 
-One decoding step of one layer: each row asks one query a head of a context that all rows share. Random numbers, whose
-attention is spread as evenly as can be: no tokens are skipped by anything measured here. Knows kernels and clocks; what
-compression does to a model is divergence.py's.
+What is timed is one decoding step of one layer: each row has one query for each head, and all rows share one context.
+The numbers are random, so that attention is spread evenly and no implementation can skip tokens.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ from turboquant.quant.query_stats import QueryCollector
 from turboquant.runtime.device import on_cpu
 
 CPU_TOKENS, GPU_TOKENS = (1024, 4096, 16384), (4096, 32768, 131072)
-MLX_BITS = 4  # of mlx-lm's quantised cache
-SECONDS = 0.2  # that a figure is measured for, at least
+MLX_BITS = 4  # the bits of mlx-lm's quantised cache
+SECONDS = 0.2  # the shortest time that a figure is measured for
 ROUNDS = 5
 
 Attend = Callable[[mx.array], mx.array]
@@ -34,11 +33,12 @@ Way = tuple[str, list[Attend], int, float | None]
 
 @dataclass(frozen=True)
 class Speed:
-    """What one way to attend a context takes.
+    """The time that one way to attend a context needs.
 
-    microseconds: a step of all rows, the median of ``ROUNDS`` rounds of many steps queued one behind the other.
-    nbytes: of the context's K/V. relative: full precision's microseconds by these. milliseconds_to_encode: from K/V in
-    full precision, with what a prefill gathers of the context's queries.
+    microseconds: for one step of all rows, the median of ``ROUNDS`` rounds of many steps, queued one after the other.
+    nbytes: the bytes of the context's K/V.
+    relative: the time of full precision divided by this time.
+    milliseconds_to_encode: the time to encode K/V in full precision, with the query statistics of a prefill.
     """
 
     way: str
@@ -51,13 +51,13 @@ class Speed:
 
     @property
     def gigabytes_per_second(self) -> float:
-        """Of the context's K/V, read once a step."""
+        """The speed at which the context's K/V are read, once in each step."""
         return self.nbytes / self.microseconds / 1e3
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of a layer: query heads, K/V heads and coordinates a head."""
+    """The sizes of a layer: the numbers of query heads, of K/V heads, and of coordinates of a head."""
 
     heads: int
     kv_heads: int
@@ -67,9 +67,10 @@ class Sizes:
 def measure(
     tokens: Sequence[int] | None, rows: Sequence[int], bits: Sequence[tuple[int, int]], sizes: Sizes
 ) -> Iterator[Speed]:
-    """Each way's speed at each length of context and number of rows, in that order.
+    """Yield the speed of each way, at each length of context and each number of rows.
 
-    tokens: by default what suits the device.
+    tokens: the lengths of the context; None for lengths that suit the device.
+    rows: the numbers of rows. bits: pairs of key bits and value bits.
     """
     for count in tokens or (CPU_TOKENS if on_cpu() else GPU_TOKENS):
         dtype = mx.float32 if on_cpu() else mx.float16
@@ -88,7 +89,7 @@ def measure(
 
 
 def machine() -> str:
-    """The device that MLX computes on, and what attends compressed K/V there."""
+    """Return the device that MLX computes on, and the implementation that attends compressed K/V there."""
     if on_cpu():
         return "CPU: NumPy and BLAS on compressed K/V"
     name = mx.device_info().get("device_name", "GPU")
@@ -96,7 +97,7 @@ def machine() -> str:
 
 
 def _full_precision(keys: mx.array, values: mx.array, sizes: Sizes) -> Way:
-    """MLX's attention, with all rows' queries of a K/V head side by side: as heads, or as tokens, which is faster."""
+    """Measure MLX's attention, with all rows' queries of a K/V head as heads or as tokens, whichever is faster."""
     attend = mx.fast.scaled_dot_product_attention
     repeats, scale = sizes.heads // sizes.kv_heads, sizes.head_dim**-0.5
 
@@ -112,7 +113,7 @@ def _full_precision(keys: mx.array, values: mx.array, sizes: Sizes) -> Way:
 
 
 def _quantized(keys: mx.array, values: mx.array) -> Way:
-    """mlx-lm's attention over its own quantised cache."""
+    """Measure mlx-lm's attention over its own quantised cache."""
     packed = [mx.quantize(x[None], group_size=64, bits=MLX_BITS) for x in (keys, values)]
     mx.eval(packed)
     scale, nbytes = keys.shape[-1] ** -0.5, sum(part.nbytes for x in packed for part in x)
@@ -127,7 +128,7 @@ def _quantized(keys: mx.array, values: mx.array) -> Way:
 
 
 def _packed(keys: mx.array, values: mx.array, codec: CacheCodec, sizes: Sizes) -> Way:
-    """This package's attention."""
+    """Measure turboquant's attention over compressed K/V."""
     scale, collector = sizes.head_dim**-0.5, QueryCollector(keys.shape[1])
     step = 2048
     for start in range(0, keys.shape[1], step):
@@ -138,7 +139,7 @@ def _packed(keys: mx.array, values: mx.array, codec: CacheCodec, sizes: Sizes) -
     def encode() -> EncodedLayer:
         return encode_layer(keys, values, codec, queries)
 
-    layer = encode()  # what a GPU compiles it compiles once
+    layer = encode()  # a GPU compiles its kernels the first time
     took = []
     for _ in range(ROUNDS):
         begin = time.perf_counter()
@@ -153,7 +154,7 @@ def _packed(keys: mx.array, values: mx.array, codec: CacheCodec, sizes: Sizes) -
 
 
 def _microseconds(attend: Attend, queries: mx.array) -> float:
-    """The median time of a step; steps are queued, so that a GPU is not waited for after each."""
+    """Return the median time of a step. Steps are queued, so that nobody waits for a GPU after each of them."""
     mx.eval(attend(queries))
     begin = time.perf_counter()
     mx.eval(attend(queries))
@@ -164,7 +165,7 @@ def _microseconds(attend: Attend, queries: mx.array) -> float:
     for _ in range(rounds):
         begin = time.perf_counter()
         steps = [attend(queries) for _ in range(count)]
-        if not on_cpu():  # what Python takes is a model's business; there it runs while the GPU computes
+        if not on_cpu():  # in a model, Python prepares steps while the GPU computes, so its time is not counted
             begin = time.perf_counter()
         mx.eval(steps)
         took.append(1e6 * (time.perf_counter() - begin) / count)

@@ -1,4 +1,4 @@
-"""Fidelity: what is measured, what is refused, and the command."""
+"""Fidelity: the figures, the figures that are refused, and the command."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from turboquant.eval import scores
 from turboquant.eval.baselines import affine, exact, streaming
 from turboquant.eval.divergence import measure
 from turboquant.eval.results import (
+    Baseline,
     BatchDiffers,
-    Contender,
     FidelityError,
     Filled,
     NoDrift,
@@ -56,8 +56,8 @@ def bypassed(context: Context, factor: float) -> Filled:
 
 
 def test_fewer_bits_move_the_model_further(build_model: Callable[[str], Any], samples: list[Sample]) -> None:
-    contenders = [exact(CacheCodec(bits, bits)) for bits in (8, 4, 2)]
-    eight, four, two = measure(build_model("llama"), samples, contenders)
+    baselines = [exact(CacheCodec(bits, bits)) for bits in (8, 4, 2)]
+    eight, four, two = measure(build_model("llama"), samples, baselines)
     assert 0 < eight.kl < four.kl < two.kl
     assert eight.cosine > four.cosine > two.cosine
     assert eight.top1 > two.top1
@@ -127,9 +127,9 @@ def test_families_alone_and_in_a_batch(
 
 
 def test_a_batch_is_scored_like_single_rows(build_model: Callable[[str], Any], samples: list[Sample]) -> None:
-    contenders = [exact(CacheCodec(3, 3)), streaming(CacheCodec(3, 3, window=0)), affine(3)]
-    alone = measure(build_model("llama"), samples, contenders)
-    together = measure(build_model("llama"), samples, contenders, batched=True, verify=False)
+    baselines = [exact(CacheCodec(3, 3)), streaming(CacheCodec(3, 3, window=0)), affine(3)]
+    alone = measure(build_model("llama"), samples, baselines)
+    together = measure(build_model("llama"), samples, baselines, batched=True, verify=False)
     assert [row.kl for row in together] == pytest.approx([row.kl for row in alone], rel=1e-3)
 
 
@@ -142,11 +142,11 @@ def test_a_model_with_nothing_to_compress_is_refused(build_model: Callable[[str]
 def test_no_drift_is_an_error(build_model: Callable[[str], Any], samples: list[Sample], factor: float) -> None:
     fill = functools.partial(bypassed, factor=factor)
     with pytest.raises(NoDrift, match="bypassed"):
-        measure(build_model("llama"), samples, [Contender("bypass", 4, 4, "exact", fill)])
+        measure(build_model("llama"), samples, [Baseline("bypass", 4, 4, "exact", fill)])
 
 
 def test_full_precision_does_not_drift(build_model: Callable[[str], Any], samples: list[Sample]) -> None:
-    (row,) = measure(build_model("llama"), samples, [Contender("full", 16, 16, "exact", uncompressed)])
+    (row,) = measure(build_model("llama"), samples, [Baseline("full", 16, 16, "exact", uncompressed)])
     assert (row.kl_worst, row.top1, row.effective_bits) == (0, 1, 16)
     assert row.perplexity == row.perplexity_full
 
@@ -154,7 +154,7 @@ def test_full_precision_does_not_drift(build_model: Callable[[str], Any], sample
 def test_what_is_not_finite_is_an_error(build_model: Callable[[str], Any], samples: list[Sample]) -> None:
     fill = functools.partial(bypassed, factor=math.nan)
     with pytest.raises(NotFinite, match="broken 4/4"):
-        measure(build_model("llama"), samples, [Contender("broken", 4, 4, "exact", fill)])
+        measure(build_model("llama"), samples, [Baseline("broken", 4, 4, "exact", fill)])
 
 
 def test_a_prefix_changed_by_saving_is_an_error(
@@ -174,7 +174,7 @@ def test_a_prefix_changed_by_saving_is_an_error(
 
     monkeypatch.setattr(drift, "read_segment", read_other)
     with pytest.raises(WarmDiffers, match="just built"):
-        measure(build_model("llama"), samples, [Contender("mine", 4, 4, "exact", fill, CacheCodec(4, 4))])
+        measure(build_model("llama"), samples, [Baseline("mine", 4, 4, "exact", fill, CacheCodec(4, 4))])
 
 
 def test_a_batch_that_mixes_its_rows_up_is_an_error(
@@ -193,7 +193,7 @@ def test_a_batch_that_mixes_its_rows_up_is_an_error(
 def test_answers_are_full_precisions_up_to_a_stop_token(
     build_model: Callable[[str], Any], samples: list[Sample], fill: Callable[..., list[Any]]
 ) -> None:
-    model, contenders = build_model("llama"), [exact(CacheCodec(4, 4))]
+    model, baselines = build_model("llama"), [exact(CacheCodec(4, 4))]
     context, run = list(samples[1].context), list(samples[1].continuations[0])
     answer: list[int] = []
     for _ in range(3):
@@ -201,8 +201,8 @@ def test_answers_are_full_precisions_up_to_a_stop_token(
         answer.append(int(mx.argmax(logits[0, -1])))
     stop = {answer[2]} - {answer[0], answer[1]}
     assert stop
-    (whole,) = measure(model, samples[1:], contenders, answer_tokens=5)
-    (stopped,) = measure(model, samples[1:], contenders, answer_tokens=5, stop=stop)
+    (whole,) = measure(model, samples[1:], baselines, answer_tokens=5)
+    (stopped,) = measure(model, samples[1:], baselines, answer_tokens=5, stop=stop)
     assert (whole.positions, stopped.positions) == (30 + 5, 30 + 2)
 
 
@@ -284,15 +284,15 @@ def test_the_command_prints_a_table_and_a_picture(capsys: pytest.CaptureFixture[
 
 
 def test_all_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[Contender] = []
+    asked: list[Baseline] = []
 
-    def measure_one(model: Any, samples: Any, contenders: list[Contender], **_: Any) -> Any:
-        asked.extend(contenders)
-        return measure(model, samples, contenders[:1])
+    def measure_one(model: Any, samples: Any, baselines: list[Baseline], **_: Any) -> Any:
+        asked.extend(baselines)
+        return measure(model, samples, baselines[:1])
 
     monkeypatch.setattr(drift, "measure", measure_one)
     assert main([*COMMAND, "--all-pairs", "--mlx-kv-bits"]) == 0
-    pairs = {(contender.key_bits, contender.value_bits) for contender in asked}
+    pairs = {(baseline.key_bits, baseline.value_bits) for baseline in asked}
     assert len(pairs) == len(asked) == 36
 
 
@@ -308,12 +308,12 @@ def test_a_text_that_is_too_short(capsys: pytest.CaptureFixture[str], tmp_path: 
     text = tmp_path / "short.txt"
     text.write_text("One two three.")
     assert main(["--model", MODEL, "--text", str(text), "--context", "100", "--continuation", "20"]) == 2
-    assert "tokens found and 120 needed" in capsys.readouterr().err
+    assert "tokens, and 120 are needed" in capsys.readouterr().err
 
 
 def test_more_than_the_model_was_made_for(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*COMMAND[:4], "--context", "20000"]) == 2
-    assert "more than the model's 16384" in capsys.readouterr().err
+    assert "exceeds the model's limit of 16384" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

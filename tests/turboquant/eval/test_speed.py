@@ -48,8 +48,8 @@ def test_a_table_says_which_machine_it_is_of(capsys: pytest.CaptureFixture[str])
     [
         (["--bits", "7"], "'7': give bits of"),
         (["--bits", "4/3/2"], "'4/3/2': give bits of"),
-        (["--tokens", "0"], "'0' is no positive number"),
-        (["--heads", "6", "--kv-heads", "4"], "--heads 6 is no multiple of --kv-heads 4"),
+        (["--tokens", "0"], "'0' is not a positive number"),
+        (["--heads", "6", "--kv-heads", "4"], "--heads 6 is not a multiple of --kv-heads 4"),
         (["--plot", "speed.pgn"], "the name must end in one of"),
     ],
 )
