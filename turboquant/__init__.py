@@ -1,22 +1,23 @@
-"""TurboQuant: K/V-cache compression for MLX, by rotation and Lloyd-Max codes, with attention on the codes.
+"""TurboQuant compresses K/V caches for MLX by a rotation and Lloyd-Max codes, and attends to the codes.
 
-A codec compresses vectors; ``CacheCodec`` says how keys and values are:
+A ``Codec`` compresses vectors. A ``CacheCodec`` describes how keys and values are compressed:
 
     >>> encoded = Codec(head_dim=128, bits=4).encode(mx.random.normal((2, 100, 128)))
     >>> codec = CacheCodec(key_bits=4, value_bits=3)
 
-A cache that compresses itself as it grows, for a model loaded by ``mlx_lm.load``. Inside of ``enabled`` the model
-attends to what is compressed; afterwards it is as it was:
+``make_prompt_cache`` returns a cache that compresses itself as it grows, for a model loaded by ``mlx_lm.load``. Inside
+of ``enabled`` the model attends to the compressed cache; afterwards the model is unchanged:
 
     >>> cache = make_prompt_cache(model, codec)
     >>> with enabled(model):
     ...     answer = [token for token, _ in generate_step(prompt, model, prompt_cache=cache, max_tokens=8)]
 
-A cache of mlx-lm's that is filled already:
+``compress`` compresses a cache of mlx-lm's that is already filled:
 
     >>> cache = compress(filled, codec, model)
 
-A context that many queries share, in one batch: each costs its own tokens only:
+``prefill`` compresses a context that many queries share, also in one batch. Each query then needs memory only for its
+own tokens:
 
     >>> prefix = prefill(model, context, codec)
     >>> with enabled(model):
@@ -24,14 +25,15 @@ A context that many queries share, in one batch: each costs its own tokens only:
     ...     numbers = batch.insert([[5], [6, 7]], caches=[prefix.fork(), prefix.fork()])
     ...     responses = batch.next_generated()
 
-Files, written durably and verified when loaded (PromptCacheError); ``save_prompt_cache`` takes forks too:
+Files are written atomically and verified when they are loaded, which may raise PromptCacheError. ``save_prompt_cache``
+takes forks too:
 
     >>> save_prompt_cache("cache.safetensors", cache, {"model": "a name"})
     >>> cache, metadata = load_prompt_cache("cache.safetensors", return_metadata=True)
 
 The commands of mlx-lm with compressed caches are ``python -m turboquant.generate``, ``.chat`` and ``.server``, and
-``python -m turboquant.fidelity`` tells what compression does to a model. The names below are imported when first used:
-those that need mlx-lm take two seconds to come, and a program that only wants a codec should not wait for them.
+``python -m turboquant.fidelity`` measures how compression changes a model's predictions. The names below are imported
+when they are first used, since importing mlx-lm takes two seconds, which a program that needs only a codec saves.
 """
 
 from __future__ import annotations

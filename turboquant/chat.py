@@ -12,7 +12,7 @@ from turboquant.runtime.blas import load_tuned_blas
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command until the user leaves; returns its exit code."""
+    """Run the command until the user leaves, and return its exit code."""
     load_tuned_blas()
     from turboquant import mlx_lm_commands as commands
 

@@ -2,9 +2,10 @@
 
     python -m turboquant.generate --model MODEL --prompt "..." --turbo-kv-bits 3
 
-Takes every flag of mlx_lm.generate but those for caches of other kinds, and prints what it prints, and a line on the
-cache. ``--prompt-cache-file`` is a file of ``turboquant.save_prompt_cache``, with the metadata that mlx-lm reads from
-its own: the model's name, and the tokenizer's configuration as JSON ("{}" for none).
+It takes every flag of mlx_lm.generate except those for other kinds of caches. It prints the same text, and one line
+about the cache. ``--prompt-cache-file`` is a file of ``turboquant.save_prompt_cache``, with the metadata that mlx-lm
+reads from its own files: the model's name (``model``), and the tokenizer's configuration as JSON
+(``tokenizer_config``, "{}" for none).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ METADATA = ("model", "tokenizer_config")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit code, 2 for a prompt cache or flags that cannot be used."""
+    """Run the command and return its exit code: 2 for a prompt cache or flags that cannot be used."""
     load_tuned_blas()
     from turboquant import mlx_lm_commands as commands
     from turboquant.io.prompt_cache import PromptCacheError, load_prompt_cache, make_prompt_cache
@@ -48,12 +49,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if generate_is_verbose(rest):
-        print(f"Cache: {describe(used[0])}")  # a draft model's comes second
+        print(f"Cache: {describe(used[0])}")  # the second one is a draft model's
     return 0
 
 
 def describe(caches: Sequence[Any]) -> str:
-    """What the compressed layers of a cache take, and what they would in full precision.
+    """Return the bytes of a cache's compressed layers, and their bytes in full precision, as text.
 
     >>> describe([])
     'no layer is compressed'

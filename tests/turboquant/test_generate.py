@@ -169,7 +169,7 @@ def test_a_prompt_cache_file_of_ours_is_gone_on_with(
     assert "save the cache with tokenizer_config in its metadata" in capsys.readouterr().err
     mlx_lm_cache.save_prompt_cache(f"{path}.safetensors", mlx_lm_cache.make_prompt_cache(loaded), metadata)
     assert generate.main(["--prompt-cache-file", f"{path}.safetensors"]) == 2
-    assert "a prompt cache of mlx-lm's" in capsys.readouterr().err
+    assert "it is a prompt cache of mlx-lm: load it" in capsys.readouterr().err
     assert generate.main(["--prompt-cache-file", str(tmp_path / "absent")]) == 2
     assert "absent" in capsys.readouterr().err
 

@@ -1,1 +1,1 @@
-"""Caches with mlx-lm's interface: forks of a shared prefix, its segments, a cache that compresses itself."""
+"""Caches with mlx-lm's interface: forks of a shared prefix, its segments, and a cache that compresses itself."""

@@ -1,1 +1,1 @@
-"""Files: segments and prompt caches on disk, written atomically and verified when they are read."""
+"""Write segments and prompt caches to files atomically, and verify them when they are read."""

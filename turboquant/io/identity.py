@@ -1,6 +1,6 @@
-"""What a segment is addressed by: a digest over everything that decides its content.
+"""Compute the address of a segment: a digest over everything that decides its content.
 
-The model's name is not among it: the same name with other weights must miss. Knows digests only, no tensors.
+The name of the model is not part of it, because the same name may stand for other weights.
 """
 
 from __future__ import annotations
@@ -16,7 +16,10 @@ FORMAT_VERSION = 3
 
 @dataclass(frozen=True)
 class Identity:
-    """Everything besides the tokens that decides a segment's content, each part a fingerprint or a description."""
+    """Everything that decides a segment's content, except its tokens.
+
+    weights, tokenizer: fingerprints. codec: ``CacheCodec.identity``. prefill: a description of how it is prefilled.
+    """
 
     weights: str
     tokenizer: str
@@ -24,10 +27,10 @@ class Identity:
     prefill: str
 
     def key(self, tokens: Sequence[int], parent: str = "") -> str:
-        """The segment's content address, 64 hex digits; ``parent`` is the key of the segment before it."""
+        """Return the segment's address, 64 hex digits. parent: the key of the segment before it."""
         digest = hashlib.sha256(b"turboquant segment\0")
         for field in (str(FORMAT_VERSION), self.weights, self.tokenizer, self.codec, self.prefill, parent):
-            encoded = field.encode()  # preceded by its length, so that no two lists of fields look the same
+            encoded = field.encode()  # the length comes first, so that different fields never give the same bytes
             digest.update(len(encoded).to_bytes(8, "little") + encoded)
         digest.update(np.asarray(tokens, dtype="<u4").tobytes())
         return digest.hexdigest()

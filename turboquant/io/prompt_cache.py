@@ -1,8 +1,8 @@
-"""Prompt caches that compress themselves: made for a model, from a filled cache, and kept in files.
+"""Make prompt caches that compress themselves, for a model or from a filled cache, and keep them in files.
 
-The functions have the calls of mlx-lm's of the same names. Reading and writing is in
-safetensors.py and serialization.py. A file is one ``.safetensors``, whose metadata holds a
-sealed manifest: the format's version, each layer's kind and codec, and a checksum over all tensors.
+The functions are called like mlx-lm's functions of the same names. A file is one ``.safetensors``. Its metadata holds a
+manifest, with a checksum of its own: the version of the format, each layer's kind and codec, and a checksum over all
+tensors.
 """
 
 from __future__ import annotations
@@ -38,25 +38,25 @@ from turboquant.quant.layer import EncodedLayer
 
 FORMAT_VERSION = 1
 MANIFEST = "0.turboquant"
-# mlx-lm's load_prompt_cache takes metadata "2.1.*" for the kind of a scalar, and names a kind it does not know in its
-# error: so this is what a user reads who gives it one of these files.
+# A user who loads one of these files with mlx-lm's load_prompt_cache reads this text: mlx-lm takes metadata "2.1.*" for
+# the kind of a scalar, and its error quotes a kind that it does not know.
 MARKER = "version"
 FOR_MLX_LM = {
     "1.0": "TurboQuantKVCache",
     "2.0": "",
     "2.1.0": MARKER,
-    "2.1.1": "(this is a prompt cache of turboquant's: load it with turboquant.load_prompt_cache)",
+    "2.1.1": "(this is a prompt cache of turboquant: load it with turboquant.load_prompt_cache)",
 }
 
 
 class PromptCacheError(FileError):
-    """A file holds no prompt cache that can be used; the message names the file and says why."""
+    """A file cannot be used as a prompt cache; the message names the file and the reason."""
 
 
 def make_prompt_cache(model: Any, codec: CacheCodec | None = None) -> list[Any]:
-    """A new cache for ``model``: its own, but ``TurboQuantKVCache`` for each layer that can be compressed.
+    """Return an empty cache for ``model``, with a ``TurboQuantKVCache`` for each layer that can be compressed.
 
-    To be used inside of ``enabled(model)``; ``families.explain(model)`` says why a layer is not compressed.
+    Use it inside of ``enabled(model)``. ``families.explain(model)`` tells why a layer is not compressed.
     """
     codec, caches = codec or CacheCodec(), make_stock_cache(model)
     return [
@@ -66,13 +66,16 @@ def make_prompt_cache(model: Any, codec: CacheCodec | None = None) -> list[Any]:
 
 
 def compress(prompt_cache: Sequence[Any], codec: CacheCodec | None = None, model: Any = None) -> list[Any]:
-    """Caches to go on with in place of a filled cache of mlx-lm's (one row), which is emptied layer by layer.
+    """Return compressed caches in place of a filled cache of mlx-lm's (one row), which is emptied layer by layer.
 
-    A plain ``KVCache`` becomes a ``TurboQuantKVCache`` with all but its window encoded about the means of what it
-    holds, and goes on compressing about those as it grows. (``Prefix.encode`` makes a past that many queries share,
-    whose forks add to it in full precision.) Other caches are handed back as they are, and so are with ``model`` the
-    layers that cannot be compressed in it: give it, unless you know that every plain layer can. Raises ValueError
-    where a layer to be compressed holds several rows.
+    A plain ``KVCache`` becomes a ``TurboQuantKVCache`` in which everything except its window is encoded, and which
+    continues to compress itself about the same means as it grows. (For a past that many queries share, use
+    ``Prefix.encode``.) Other caches are returned unchanged.
+
+    model: the model of the cache. Its layers that cannot be compressed are returned unchanged too. Leave it out only if
+        you know that every plain layer can be compressed.
+
+    Raises ValueError where a layer to be compressed holds several rows.
     """
     codec = codec or CacheCodec()
     n_layers = len(prompt_cache)
@@ -90,11 +93,12 @@ def compress(prompt_cache: Sequence[Any], codec: CacheCodec | None = None, model
 def save_prompt_cache(
     path: str | os.PathLike[str], cache: Sequence[Any], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a prompt cache to exactly ``path``, durably and all or nothing.
+    """Write a prompt cache atomically to exactly ``path``.
 
-    cache: any mix of ``TurboQuantKVCache``, ``Fork`` (its past is written with it) and mlx-lm's ``KVCache``,
-    ``RotatingKVCache``, ``ArraysCache`` and ``ChunkedKVCache``. Raises TypeError for others, and for metadata that is
-    not text; OSError as the disk does.
+    cache: any mix of ``TurboQuantKVCache``, ``Fork`` (which is written with its past) and mlx-lm's ``KVCache``,
+        ``RotatingKVCache``, ``ArraysCache`` and ``ChunkedKVCache``.
+
+    Raises TypeError for other caches and for metadata that is not text, and OSError.
     """
     metadata = metadata or {}
     if not all(isinstance(text, str) for item in metadata.items() for text in item):
@@ -115,10 +119,10 @@ def save_prompt_cache(
 
 
 def load_prompt_cache(path: str | os.PathLike[str], return_metadata: bool = False) -> Any:
-    """The caches that ``save_prompt_cache`` wrote, every byte verified; with ``return_metadata``, (caches, metadata).
+    """Load the caches that ``save_prompt_cache`` wrote, and verify every byte.
 
-    They go on exactly as the saved ones would have. Raises PromptCacheError where the file is damaged, forged, of
-    another version or of another program; OSError as the disk does.
+    Returns the caches, or (caches, metadata) with ``return_metadata``. They continue exactly as the saved caches would.
+    Raises PromptCacheError where the file is damaged, forged, of another version or of another program, and OSError.
     """
     try:
         with Path(path).open("rb") as file:
@@ -131,7 +135,7 @@ def load_prompt_cache(path: str | os.PathLike[str], return_metadata: bool = Fals
 
 
 def _compressed(cache: KVCache, codec: CacheCodec) -> TurboQuantKVCache:
-    """The cache compressed, but for its window; empties it. Too short a cache is compressed once it has grown."""
+    """Return a cache in which the tokens before the window are encoded, if there are enough; empty the given one."""
     compressed = TurboQuantKVCache(codec)
     if cache.empty():
         return compressed
@@ -149,7 +153,7 @@ def _compressed(cache: KVCache, codec: CacheCodec) -> TurboQuantKVCache:
 
 
 def _disassemble(index: int, cache: Any, tensors: dict[str, mx.array]) -> dict[str, Any]:
-    """What is needed to put a layer's cache together again; its arrays go to ``tensors``."""
+    """Return a description of a layer's cache for ``_restored``, and add its arrays to ``tensors``."""
     kind = type(cache).__name__
     if STOCK_CACHES.get(kind) is type(cache):
         state = _used(cache) if kind == "KVCache" else cache.state
@@ -157,7 +161,7 @@ def _disassemble(index: int, cache: Any, tensors: dict[str, mx.array]) -> dict[s
     past = getattr(cache, "layer", None)
     expected = {Fork: EncodedLayer, TurboQuantKVCache: EncodedLayer | None}.get(type(cache))
     if expected is None or not isinstance(past, expected):
-        raise TypeError(f"layer {index} is a {kind} that cannot be stored: of a batch, extract the rows")
+        raise TypeError(f"layer {index} is a {kind} that cannot be stored; of a batch, extract the rows and store each")
     if past is not None:
         tensors |= {f"{index}.past.{name}": x for name, x in past.tensors().items()}
     return {
@@ -169,20 +173,20 @@ def _disassemble(index: int, cache: Any, tensors: dict[str, mx.array]) -> dict[s
 
 
 def _used(cache: KVCache) -> Any:
-    """The state of a cache without the unused end of its buffers."""
+    """Return the state of a cache without the unused end of its buffers."""
     return (None, None, 0) if cache.empty() else (*cache.keys_and_values(), cache.offset)
 
 
 def _read(file: BinaryIO) -> tuple[dict[str, Any], dict[str, mx.array]]:
-    """The manifest and the tensors of a file, none of whose bytes are what they were not when it was written."""
+    """Return the manifest and the tensors of a file, after verifying that no byte of it has changed."""
     header, texts = read_header(file)
     if MANIFEST not in texts:
         if texts.keys() & FOR_MLX_LM.keys():
-            raise ValueError("a prompt cache of mlx-lm's: load it with mlx_lm.models.cache.load_prompt_cache")
-        raise ValueError("no prompt cache: the file has no manifest of turboquant's")
+            raise ValueError("it is a prompt cache of mlx-lm: load it with mlx_lm.models.cache.load_prompt_cache")
+        raise ValueError("it is not a prompt cache: the file has no manifest of turboquant")
     manifest = parse_json(texts.pop(MANIFEST).encode())
     if not isinstance(manifest, dict):
-        raise ValueError("the manifest is no mapping")
+        raise ValueError("the manifest is not a mapping")
     version = manifest.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
         raise ValueError(f"format version {version}, expected {FORMAT_VERSION}: prefill the prompt again")
@@ -190,7 +194,7 @@ def _read(file: BinaryIO) -> tuple[dict[str, Any], dict[str, mx.array]]:
         raise ValueError("the manifest's checksum is wrong: the file is damaged, prefill the prompt again")
     metadata = manifest.get("metadata")
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
-        raise ValueError("the metadata is no mapping of text")
+        raise ValueError("the metadata is not a mapping of text")
     if digest_stored(file, header) != manifest.get("checksum"):
         raise ValueError("the tensors' checksum is wrong: the file is damaged, prefill the prompt again")
     return manifest, load_tensors(file)[0]
@@ -198,9 +202,9 @@ def _read(file: BinaryIO) -> tuple[dict[str, Any], dict[str, mx.array]]:
 
 def _assemble(layers: Any, tensors: dict[str, mx.array]) -> list[Any]:
     if not isinstance(layers, list):
-        raise ValueError("the layers are no list")
+        raise ValueError("the layers are not a list")
     if tensors.pop(MARKER).tolist() != [FORMAT_VERSION]:
-        raise ValueError("the tensors are of another version than the manifest")
+        raise ValueError("the tensors and the manifest have different versions")
     caches = []
     for index, layer in enumerate(layers):
         own = take(f"{index}.", tensors)
@@ -216,7 +220,7 @@ def _assemble(layers: Any, tensors: dict[str, mx.array]) -> list[Any]:
 
 
 def _restored(layer: Mapping[str, Any], index: int, tensors: dict[str, mx.array]) -> Any:
-    """A layer's cache from what ``_disassemble`` noted; takes out of ``tensors`` what it uses."""
+    """Return a layer's cache from its description, and remove its arrays from ``tensors``."""
     if layer["kind"] not in ("turboquant", "fork"):
         return restore_stock(layer["kind"], layer["state"], tensors)
     codec, streaming = parse_codec(layer["codec"]), layer["kind"] == "turboquant"
@@ -239,7 +243,7 @@ def _check_fit(past: EncodedLayer | None, suffix: KVCache, streaming: bool) -> N
     if past is None:
         return
     if past.sink_keys.shape[1] > past.codec.sinks or (streaming and past.fine_keys.tokens):
-        raise ValueError("more sinks than the codec has, or finer tokens where they would not stay the latest")
+        raise ValueError("the past has more sinks than its codec, or finer tokens, which a growing cache cannot have")
     ours = [(mean.shape[0], mean.shape[2]) for mean in (past.key_mean, past.value_mean)]
     if keys is not None and [(x.shape[1], x.shape[3]) for x in (keys, values)] != ours:
-        raise ValueError("the suffix is of other heads than the past")
+        raise ValueError("the suffix has other heads than the past")

@@ -1,8 +1,7 @@
-"""Segments on disk: written so that a crash leaves nothing half, read as if by a stranger's hand.
+"""Write segments to disk atomically, and read them without trusting them.
 
-A segment is a folder with ``segment.safetensors`` (all tensors) and ``segment.json`` (its manifest, written last: a
-folder without one holds nothing). Knows a ``Segment`` and its bytes; knows neither where segments live nor when they
-are wanted.
+A segment is a folder with ``segment.safetensors`` (all tensors) and ``segment.json``, its manifest. The manifest is
+written last, so a folder without it holds no segment.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ LARGEST_MANIFEST = 16 << 20
 
 
 class SegmentError(FileError):
-    """A segment on disk cannot be used; the message is the reason, in a few words."""
+    """A segment on disk cannot be used; the message is the reason in a few words."""
 
 
 def write_segment(
@@ -50,10 +49,12 @@ def write_segment(
     parent: str | None = None,
     about: Mapping[str, str | bool] | None = None,
 ) -> int:
-    """Write a segment into ``folder``, durably and all or nothing; returns the bytes written.
+    """Write a segment into ``folder`` atomically, and return the number of bytes written.
 
-    parent: the key of the segment before it. about: what it was made from; kept for people, and to explain misses.
-    Raises OSError as the disk does.
+    key: its address, see ``Identity.key``. parent: the key of the segment before it.
+    about: facts about its origin, which are shown to people and explain why a segment is not found.
+
+    Raises TypeError for a layer that cannot be stored, and OSError.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tensors, layers = _disassemble(segment)
@@ -80,13 +81,13 @@ def write_segment(
 
 
 def segment_bytes(segment: Segment) -> int:
-    """The most that ``write_segment`` takes on disk for it, without what ``about`` adds."""
+    """Return the most bytes that ``write_segment`` needs for a segment, without those of ``about``."""
     tensors, layers = _disassemble(segment)
     return segment.nbytes + 256 * len(tensors) + 2 * len(json.dumps(layers, indent=1)) + 4096
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a segment, as far as it can be trusted without reading the tensors. Raises SegmentError."""
+    """Return the manifest of a segment, after the checks that need no tensors. Raises SegmentError."""
     path = folder / MANIFEST
     try:
         with open_regular(path) as file:
@@ -109,10 +110,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def read_segment(folder: Path, key: str, codec: CacheCodec, start: int = 0) -> Segment:
-    """Load the segment that stands behind ``start`` tokens, every byte verified.
-
-    Raises SegmentError with the reason where anything is wrong.
-    """
+    """Load a segment that stands behind ``start`` tokens, and verify every byte. Raises SegmentError."""
     manifest = read_manifest(folder)
     if manifest.get("key") != key:
         raise SegmentError("the manifest holds another segment's key")
@@ -137,7 +135,7 @@ def read_segment(folder: Path, key: str, codec: CacheCodec, start: int = 0) -> S
 
 
 def verify_segment(folder: Path, key: str) -> None:
-    """Check every byte of a segment, loading none. Raises SegmentError with the reason where anything is wrong."""
+    """Verify every byte of a segment without loading its tensors. Raises SegmentError."""
     manifest = read_manifest(folder)
     if manifest.get("key") != key:
         raise SegmentError("the manifest holds another segment's key")
@@ -153,7 +151,7 @@ def verify_segment(folder: Path, key: str) -> None:
 
 
 def _disassemble(segment: Segment) -> tuple[dict[str, mx.array], list[dict[str, Any]]]:
-    """All tensors by name, and for each layer what is needed to put them together again."""
+    """Return all tensors by name, and a description of each layer with which ``_assemble`` restores it."""
     tensors: dict[str, mx.array] = {}
     layers: list[dict[str, Any]] = []
     for index, layer in enumerate(segment.layers):
@@ -172,7 +170,7 @@ def _assemble(
     tensors: dict[str, mx.array], layers: Sequence[Mapping[str, Any]], start: int, tokens: int, codec: CacheCodec
 ) -> Segment:
     if type(start) is not int or type(tokens) is not int or not isinstance(layers, list):
-        raise TypeError("start or tokens is no number, or layers no list")
+        raise TypeError("start or tokens is not a number, or layers is not a list")
     assembled: list[Any] = []
     for index, layer in enumerate(layers):
         own = take(f"{index}.", tensors)

@@ -40,7 +40,7 @@ def test_eight_bit_forks_are_close_to_the_stock_cache(
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_compressed_past_matters(family: str, build_model: Build, build_prefix: Any, random_tokens: Tokens) -> None:
-    """Guards the test above: another context gives other logits."""
+    """Another context gives other logits, so the test above would notice a past that is ignored."""
     model, query = build_model(family), random_tokens(9, 1)
     a, b = (continue_on(model, build_prefix(model, random_tokens(150, s), EIGHT).fork(), query) for s in (0, 5))
     assert cosine(a, b) < 0.99
@@ -51,7 +51,7 @@ def test_the_compressed_past_matters(family: str, build_model: Build, build_pref
 def test_forks_in_a_batch_answer_as_they_do_alone(
     family: str, rows: int, build_model: Build, build_prefix: Any, random_tokens: Tokens
 ) -> None:
-    """Rows of different lengths, joining as others leave."""
+    """Rows have different lengths, and join the batch as others leave it."""
     model = build_model(family)
     prefix = build_prefix(model, random_tokens(120, 0), CacheCodec(4, 3))
     suffixes = [random_tokens(count, count) for count in (1, 7, 3, 12, 5)]
@@ -132,7 +132,7 @@ def test_a_fork_leaves_its_prefix_and_its_siblings_alone(
         assert mx.array_equal(continue_on(model, prefix.fork(), query), first)
 
 
-def test_a_deep_copy_of_a_fork_goes_its_own_way_on_the_same_past(
+def test_a_deep_copy_of_a_fork_is_independent_and_shares_the_past(
     build_model: Build, build_prefix: Any, random_tokens: Tokens
 ) -> None:
     model = build_model("llama")
@@ -174,7 +174,7 @@ def test_forks_merge_and_come_back(random_layer: Any) -> None:
 
 @pytest.mark.parametrize("learned", [False, True])
 def test_each_row_attends_its_own_past_and_suffix(learned: bool, random_layer: Any) -> None:
-    """Three prefixes in an order that is not its own inverse, with gpt-oss's learned sinks and without."""
+    """Rows stand in an order that is not its own inverse, with the learned sinks of gpt-oss and without."""
     layers = [random_layer(count, CacheCodec()) for count in (40, 90, 70)]
     forks = [Fork(layers[i]) for i in (2, 0, 1, 2, 0, 1, 1)]
     for fork in forks:
@@ -240,7 +240,7 @@ def test_prefilling_in_chunks_with_the_prefill_cache_is_prefilling(
                 np.testing.assert_allclose(np.array(a), np.array(b), atol=2e-4)
 
 
-def test_a_prefix_holds_its_layers_encoded_and_says_how_well(
+def test_a_prefix_holds_encoded_layers_and_reports_their_size(
     build_model: Build, build_prefix: Any, random_tokens: Tokens
 ) -> None:
     prefix = build_prefix(build_model("gemma3_text"), random_tokens(400, 0), CacheCodec(4, 4))

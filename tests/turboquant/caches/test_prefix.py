@@ -1,4 +1,4 @@
-"""Segments: what is prefilled behind a compressed parent, joined, is one prefix."""
+"""Segments that are prefilled behind a compressed parent are joined to one prefix."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ NEXT = [5, 17, 2]
 
 @pytest.fixture(scope="module")
 def models(build_model: Callable[[str], Any]) -> dict[str, Any]:
-    """Layers that are compressed, all of them or beside sliding-window and recurrent ones."""
+    """Return models whose layers are all compressed, or stand beside sliding-window and recurrent layers."""
     return {family: build_model(family) for family in ("llama", "qwen2", "gemma3_text", "gpt_oss", "qwen3_next")}
 
 
@@ -47,7 +47,7 @@ def contents(segment: Segment) -> list[Any]:
     return found
 
 
-def test_one_segment_is_the_prefix(models: dict[str, Any]) -> None:
+def test_a_prefix_of_one_segment_equals_a_prefix_built_at_once(models: dict[str, Any]) -> None:
     for name in ("llama", "gemma3_text", "qwen3_next"):
         model = models[name]
         whole = prefill(model, TOKENS, CODEC, 32)
@@ -56,7 +56,7 @@ def test_one_segment_is_the_prefix(models: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("stops", [[100, 230], [64, 128, 192, 230], [17, 18, 230]])
-def test_a_chain_answers_as_the_whole_does(models: dict[str, Any], stops: list[int]) -> None:
+def test_a_chain_of_segments_answers_like_one_prefix(models: dict[str, Any], stops: list[int]) -> None:
     for name, model in models.items():
         prefix = join(chain(model, stops))
         assert prefix.tokens == 230
@@ -87,7 +87,7 @@ def test_a_grown_context_keeps_its_segments(models: dict[str, Any]) -> None:
 
 
 def test_a_plain_layer_is_stored_in_pieces(models: dict[str, Any]) -> None:
-    """A layer that is not compressed, but only grows, must not be written whole with every segment."""
+    """A layer that is not compressed and only grows must not be written as a whole with every segment."""
     caches = [KVCache(), KVCache()]
     for cache, length in zip(caches, (40, 30), strict=True):
         cache.update_and_fetch(mx.random.normal((1, 2, length, 8)), mx.random.normal((1, 2, length, 8)))
@@ -120,7 +120,7 @@ def test_means_are_frozen_by_the_first_segment(models: dict[str, Any]) -> None:
     assert mx.array_equal(first.layers[0].value_mean, second.layers[0].value_mean)
 
 
-def test_segments_that_do_not_follow_each_other(models: dict[str, Any]) -> None:
+def test_segments_that_do_not_follow_each_other_are_refused(models: dict[str, Any]) -> None:
     first, second = chain(models["llama"], [100, 230])
     with pytest.raises(ValueError, match="behind 100 tokens cannot follow one that ends at 0"):
         join([second])
@@ -132,7 +132,7 @@ def test_segments_that_do_not_follow_each_other(models: dict[str, Any]) -> None:
 
 
 def test_queries_share_their_attention_with_the_parent() -> None:
-    """What a segment's tokens are looked at is less where the parent is looked at most."""
+    """A segment's tokens get less attention where the parent gets most of it."""
     keys = mx.random.normal((1, 200, 32))
     queries = mx.random.normal((1, 2, 200, 32))
     looks = []
@@ -153,7 +153,7 @@ def test_the_parent_is_not_changed(models: dict[str, Any]) -> None:
         assert contents(Segment(parent.layers, 0, 100)) == before
 
 
-def test_progress_and_its_exceptions(models: dict[str, Any]) -> None:
+def test_progress_is_reported_and_its_exceptions_end_the_prefill(models: dict[str, Any]) -> None:
     parent, done = join(chain(models["llama"], [100])), []
     prefill_segment(models["llama"], TOKENS[100:], CODEC, parent, 32, done.append)
     assert done == [32, 32, 32, 32, 2]

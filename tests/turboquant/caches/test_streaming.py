@@ -1,4 +1,4 @@
-"""The cache that compresses its own past: fed directly, in models, in batches."""
+"""The cache that compresses its own past, fed directly, in models and in batches."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_a_new_cache_is_empty() -> None:
 
 
 @pytest.mark.parametrize("tokens", [0, 100, 500])
-def test_a_state_goes_round(tokens: int) -> None:
+def test_a_cache_is_restored_from_its_state(tokens: int) -> None:
     keys, values = random_kv(700)
     tq = TurboQuantKVCache(CacheCodec(3, 5, layer_bits=((0, 2, 2),)))
     if tokens:
@@ -102,7 +102,7 @@ def test_a_state_goes_round(tokens: int) -> None:
 
 @pytest.mark.parametrize("tokens", [0, 100, 500])
 def test_its_state_passes_through_mlx_lm_s_files(tokens: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """mlx-lm finds classes in a module of its own, where this one could be put."""
+    """mlx-lm looks up classes in a module of its own, to which the test adds this one."""
     tq, path = TurboQuantKVCache(CacheCodec(3, 5)), str(tmp_path / "cache.safetensors")
     if tokens:
         feed(tq, *random_kv(tokens), [0, tokens - 1, tokens])
@@ -124,7 +124,7 @@ def test_evaluating_the_state_evaluates_the_encoded_past() -> None:
 
 
 def test_masks_fit_what_is_left_in_full_precision() -> None:
-    """Models make the mask before they add the tokens, and so before what has grown old is compressed."""
+    """Models make the mask before they add tokens, so compression must be done by then."""
     keys, values = random_kv(500)
     tq = TurboQuantKVCache()
     feed(tq, keys, values, [0, 490])
@@ -157,7 +157,7 @@ def test_trimming_reaches_any_token(drop: int, sinks: int, exact_attention: Any)
 
 
 def tq_mask(tq: TurboQuantKVCache, length: int) -> mx.array:
-    """The causal mask for tokens just added."""
+    """Return the causal mask for tokens that were just added."""
     tokens = tq.suffix.offset
     return (mx.arange(tokens)[None] <= mx.arange(tokens - length, tokens)[:, None])[None, None]
 
@@ -175,7 +175,7 @@ def test_a_batch_of_rows_is_refused_with_the_way_out() -> None:
         TurboQuantKVCache().update_and_fetch(two_rows, two_rows)
 
 
-def test_a_copy_goes_its_own_way() -> None:
+def test_a_copy_is_independent() -> None:
     keys, values = random_kv(900)
     tq = TurboQuantKVCache()
     feed(tq, keys, values, [0, 500])
@@ -191,7 +191,7 @@ def test_a_copy_goes_its_own_way() -> None:
 
 @pytest.mark.parametrize("step", [512, 2048])
 def test_memory_stays_below_full_precision_s_at_32k_tokens(step: int) -> None:
-    """Prefill in steps, attention included; K/V of 16 bits."""
+    """The prefill goes in steps, with attention, and K/V have 16 bits."""
     tokens = 32_768
     full = 2 * 2 * tokens * 64 * 2
     tq = TurboQuantKVCache()
@@ -248,7 +248,7 @@ def test_generation_through_mlx_lm_is_close_to_the_stock_cache(
 
 
 def test_a_model_that_is_not_made_to_attend_is_noticed(build_model: Build, random_tokens: Tokens) -> None:
-    """Rather than answering from the latest tokens alone."""
+    """Otherwise the model would answer from its latest tokens only."""
     model, batch = build_model("llama"), TurboQuantKVCache.merge
     for rows in (1, 2):
         caches: list[Any] = [TurboQuantKVCache() for _ in model.layers]
@@ -264,7 +264,7 @@ def test_a_model_that_is_not_made_to_attend_is_noticed(build_model: Build, rando
 
 
 class Row:
-    """A cache alone, and what is fed to it and to the same row of a batch."""
+    """A cache of one row alone, and the tokens that are fed to it and to the same row of a batch."""
 
     def __init__(self, codec: CacheCodec, tokens: int) -> None:
         self.keys, self.values = random_kv(1600)
@@ -284,7 +284,7 @@ class Row:
 
 
 def feed_batch(batch: BatchTurboQuantKVCache, rows: Sequence[Row], tokens: int) -> None:
-    """Tokens one by one, in the batch and alone; the last ones are attended."""
+    """Feed tokens one by one, in the batch and alone, and compare attention of the last ones."""
     for left in range(tokens, 0, -1):
         mask = batch.make_mask(1) if left == 1 else None
         new = [mx.concatenate(x) for x in zip(*(row.next(1) for row in rows), strict=True)]
@@ -308,7 +308,7 @@ def assert_rows(batch: BatchTurboQuantKVCache, rows: Sequence[Row]) -> None:
 
 
 def test_rows_of_a_batch_get_the_codes_they_get_alone() -> None:
-    """A ragged prompt in chunks, then token by token, with rows that leave and one that joins."""
+    """Rows of different lengths are fed in chunks, then token by token; some rows leave and one joins."""
     codec = CacheCodec(4, 3, sinks=2, window=60)
     rows = [Row(codec, 400), Row(CacheCodec(5, 2), 10), Row(codec, 700), Row(codec, 0)]
     batch = TurboQuantKVCache.merge([row.alone for row in rows])
@@ -370,7 +370,7 @@ def test_batches_may_begin_empty(empty: bool) -> None:
     assert_rows(batch, rows)
 
 
-def test_caches_of_other_kinds_don_t_join() -> None:
+def test_caches_of_other_kinds_cannot_join_a_batch() -> None:
     tq, fork = TurboQuantKVCache(), Fork(None)
     with pytest.raises(TypeError, match="only TurboQuantKVCaches"):
         TurboQuantKVCache.merge([tq, fork])
@@ -381,15 +381,15 @@ def test_caches_of_other_kinds_don_t_join() -> None:
 
 
 def filled(model: Any, codec: CacheCodec, tokens: list[int]) -> list[Any]:
-    """A cache whose last token was added alone, so that what came before is compressed."""
+    """Return a cache whose last token was added alone, so that older tokens are compressed."""
     caches: list[Any] = [TurboQuantKVCache(codec) for _ in model.layers]
     continue_on(model, caches, tokens[:-1])
     continue_on(model, caches, tokens[-1:])
     return caches
 
 
-def test_caches_go_on_being_compressed_in_a_batch_generator(build_model: Build, random_tokens: Tokens) -> None:
-    """Some rows long enough to have been compressed, some not; one is compressed further while in the batch."""
+def test_caches_continue_to_be_compressed_in_a_batch_generator(build_model: Build, random_tokens: Tokens) -> None:
+    """Some rows are long enough to be compressed, and one is compressed further in the batch."""
     model, codec = build_model("llama"), CacheCodec(6, 6)
     counts, suffixes, lengths = [400, 20, 700], [random_tokens(n, n) for n in (3, 8, 1)], [140, 3, 7]
     prompts = [random_tokens(count, count) for count in counts]
@@ -406,7 +406,7 @@ def test_caches_go_on_being_compressed_in_a_batch_generator(build_model: Build, 
     assert final[1][0].layer is None
 
 
-def test_batch_generate_hands_back_caches_to_go_on_with(build_model: Build, random_tokens: Tokens) -> None:
+def test_batch_generate_returns_caches_that_can_continue(build_model: Build, random_tokens: Tokens) -> None:
     class Tokenizer:
         eos_token_ids = (VOCABULARY,)
 

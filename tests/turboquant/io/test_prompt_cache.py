@@ -1,4 +1,4 @@
-"""Prompt caches made, compressed, saved and loaded: what is loaded goes on as what was saved would have."""
+"""Prompt caches are made, compressed, saved and loaded; a loaded cache continues like the saved one."""
 
 from __future__ import annotations
 
@@ -52,8 +52,10 @@ def test_a_cache_is_made_of_what_can_be_compressed(build_model: Build) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_it_answers_as_the_model_s_own(family: str, build_model: Build, fill: Any, random_tokens: Tokens) -> None:
-    """Alone, chunk by chunk, and in a batch; some of it compressed by then."""
+def test_a_compressed_cache_answers_like_the_model_s_own(
+    family: str, build_model: Build, fill: Any, random_tokens: Tokens
+) -> None:
+    """The cache is fed alone, in chunks and in a batch, and is partly compressed by then."""
     model, prompt = build_model(family), random_tokens(420, 0)
     ours, stock = make_prompt_cache(model, EIGHT), fill(model, prompt)
     for start in range(0, 420, 140):
@@ -72,7 +74,7 @@ def test_it_answers_as_the_model_s_own(family: str, build_model: Build, fill: An
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_filled_cache_is_compressed_and_gone_on_with(
+def test_a_filled_cache_is_compressed_and_continues(
     family: str, build_model: Build, fill: Any, random_tokens: Tokens
 ) -> None:
     model, prompt, query = build_model(family), random_tokens(400, 0), random_tokens(200, 1)
@@ -119,7 +121,7 @@ def test_several_rows_are_refused_and_left_alone(build_model: Build) -> None:
 
 
 def caches_of_all_kinds(model: Any, prefix: Any, fill: Any, tokens: list[int]) -> dict[str, list[Any]]:
-    """A cache of each kind for a model, after about the same tokens."""
+    """Return a cache of each kind for a model, after about the same tokens."""
     streaming = make_prompt_cache(model, CacheCodec(3, 4, sinks=4))
     for start in range(0, len(tokens), 149):
         continue_on(model, streaming, tokens[start : start + 149])
@@ -141,7 +143,7 @@ def caches_of_all_kinds(model: Any, prefix: Any, fill: Any, tokens: list[int]) -
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_oss", "qwen3_next"])
-def test_what_is_loaded_goes_on_exactly_as_what_was_saved(
+def test_a_loaded_cache_continues_exactly_like_the_saved_one(
     family: str, build_model: Build, build_prefix: Any, fill: Any, random_tokens: Tokens, tmp_path: Path
 ) -> None:
     model, tokens = build_model(family), random_tokens(413, 0)
@@ -196,14 +198,14 @@ def test_what_cannot_be_restored_is_not_saved(tmp_path: Path, random_layer: Any)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_mlx_lm_says_whose_file_it_is(tmp_path: Path) -> None:
+def test_mlx_lm_s_error_names_the_package_of_the_file(tmp_path: Path) -> None:
     path = str(tmp_path / "cache.safetensors")
     save_prompt_cache(path, [TurboQuantKVCache(), KVCache()], {"model": "m"})
     with pytest.raises(ValueError, match=r"turboquant\.load_prompt_cache"):
         mlx_lm_cache.load_prompt_cache(path)
 
 
-def test_a_file_of_mlx_lm_s_is_said_to_be_one(build_model: Build, fill: Any, tmp_path: Path) -> None:
+def test_a_file_of_mlx_lm_s_is_named_in_the_error(build_model: Build, fill: Any, tmp_path: Path) -> None:
     path = str(tmp_path / "cache.safetensors")
     mlx_lm_cache.save_prompt_cache(path, fill(build_model("llama"), [1, 2, 3]), {"model": "m"})
     with pytest.raises(PromptCacheError, match=r"cache.safetensors: .*mlx_lm\.models\.cache\.load_prompt_cache"):
@@ -549,7 +551,7 @@ def test_a_hostile_header_takes_no_memory(good: bytes, tmp_path: Path) -> None:
 
 
 def test_spoilt_files_are_refused_or_make_no_difference(tmp_path: Path) -> None:
-    """A few of the many that benches/fuzz_files.py reads."""
+    """This reads a few of the many files of benches/fuzz_files.py."""
     counts = fuzz(300, seed=1, folder=tmp_path)
     assert counts["loaded wrong"] == counts["crashed"] == 0
     assert counts["refused"] > 150

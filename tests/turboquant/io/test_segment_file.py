@@ -1,4 +1,4 @@
-"""Segments on disk: what is read is what was written, or a SegmentError, whatever happened to the files."""
+"""A segment on disk is read exactly as it was written, or refused with a SegmentError."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TOKENS = 70
 
 
 def make_segment(dtype: mx.Dtype = mx.float32, seed: int = 0) -> Segment:
-    """A hybrid of all kinds of layer, of a length that is a multiple of nothing."""
+    """Return a segment with all kinds of layers, whose length is not a multiple of any block."""
     mx.random.seed(seed)
 
     def kv(count: int) -> tuple[mx.array, mx.array]:
@@ -53,7 +53,7 @@ def make_segment(dtype: mx.Dtype = mx.float32, seed: int = 0) -> Segment:
 
 
 def contents(prefix: Segment) -> list[tuple[str, Any]]:
-    """Everything a prefix holds, comparable bit by bit."""
+    """Return everything that a prefix holds in a form that is compared bit by bit."""
     flat: list[tuple[str, Any]] = [("tokens", prefix.tokens)]
     for index, layer in enumerate(prefix.layers):
         state = layer.tensors() if isinstance(layer, EncodedLayer) else layer.state
@@ -79,12 +79,12 @@ def written(prefix: Segment, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(written: Path, tmp_path: Path) -> Path:
-    """A good segment to be spoiled."""
+    """Return a good segment that a test damages."""
     return Path(shutil.copytree(written, tmp_path / "segment"))
 
 
 def reseal(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    """Change a manifest and its checksum with it, as a forger would."""
+    """Change a manifest and its checksum, as an attacker would."""
     manifest = json.loads((folder / MANIFEST).read_text())
     del manifest["manifest_checksum"]
     change(manifest)
@@ -111,7 +111,7 @@ def test_what_is_read_is_what_was_written(dtype: mx.Dtype, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 4, 5, 300])
-def test_short_contexts_too(tokens: int, tmp_path: Path) -> None:
+def test_short_contexts_are_read_as_they_were_written(tokens: int, tmp_path: Path) -> None:
     keys, values = (mx.random.normal((2, tokens, 80)) for _ in range(2))
     layer = encode_layer(keys, values, CacheCodec())
     prefix = Segment((layer,), 0, tokens)
@@ -126,7 +126,7 @@ def test_what_is_read_does_not_depend_on_the_file_any_more(folder: Path, prefix:
     assert contents(again) == contents(prefix)
 
 
-def test_a_restored_hybrid_goes_on_as_the_original(folder: Path, prefix: Segment) -> None:
+def test_a_restored_segment_of_all_kinds_continues_like_the_original(folder: Path, prefix: Segment) -> None:
     new = [mx.random.normal((1, 2, 1, 32)) for _ in range(2)]
     restored = read_segment(folder, KEY, CODEC)
     for a, b in zip(join([prefix]).fork()[1:3], join([restored]).fork()[1:3], strict=True):
@@ -215,19 +215,19 @@ def test_a_missing_file_is_named(name: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", [MANIFEST, TENSORS])
-def test_a_folder_in_a_file_s_place(name: str, folder: Path) -> None:
+def test_a_folder_in_place_of_a_file_is_refused(name: str, folder: Path) -> None:
     (folder / name).unlink()
     (folder / name).mkdir()
     assert_refused(folder)
 
 
-def test_a_file_in_the_folder_s_place(tmp_path: Path) -> None:
+def test_a_file_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     assert_refused(tmp_path / "file")
 
 
 @pytest.mark.parametrize("version", [FORMAT_VERSION + 1, 0, -1, "1", None, [1]])
-def test_another_format_version_is_said_to_be_one(version: Any, folder: Path) -> None:
+def test_another_format_version_is_named_in_the_error(version: Any, folder: Path) -> None:
     manifest = json.loads((folder / MANIFEST).read_text())
     (folder / MANIFEST).write_text(json.dumps({**manifest, "format_version": version}))
     assert_refused(folder, "^format version")
@@ -258,12 +258,12 @@ def test_another_format_version_is_said_to_be_one(version: Any, folder: Path) ->
     ],
     ids=lambda text: f"{text[:24]}...{len(text)}",
 )
-def test_a_manifest_that_is_none(text: str, folder: Path) -> None:
+def test_a_text_that_is_not_a_manifest_is_refused(text: str, folder: Path) -> None:
     (folder / MANIFEST).write_text(text)
     assert_refused(folder)
 
 
-def test_a_manifest_in_no_encoding(folder: Path) -> None:
+def test_a_manifest_that_is_not_utf_8_is_refused(folder: Path) -> None:
     (folder / MANIFEST).write_bytes(b'{"identity": "\xff\xfe"}')
     assert_refused(folder)
 
@@ -505,7 +505,7 @@ def assert_absent_or_whole(folder: Path, valid: list[Any]) -> bool:
 def test_a_kill_at_any_instant_leaves_nothing_half(
     existing: bool, prefix: Segment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The folder as it is before and after each system call that matters, read by the next run."""
+    """The next run reads the folder as it is before and after each important system call."""
     folder = tmp_path / "segment"
     snapshots: list[Path] = []
     old = make_segment(seed=5)
@@ -555,7 +555,7 @@ def test_data_reaches_the_disk_before_its_name_does(
 
 
 def test_two_writers_of_one_segment_end_with_a_good_one(prefix: Segment, tmp_path: Path) -> None:
-    """The store locks; should a lock fail, the writers must not mix their temporary files."""
+    """The store has a lock; if the lock fails, writers must still not mix their temporary files."""
     for _ in range(3):
         threads = [threading.Thread(target=write_segment, args=(tmp_path, KEY, prefix, IDENTITY)) for _ in range(2)]
         for thread in threads:
@@ -616,14 +616,14 @@ def test_lists_tuples_and_arrays_of_tokens_have_the_same_key() -> None:
 
 
 def paired_prefix() -> Segment:
-    """As falcon_h1's: each layer a list of a recurrent state and keys and values."""
+    """Return caches like falcon_h1's: each layer is a list of a recurrent state, and keys and values."""
     plain, arrays = KVCache(), ArraysCache(2)
     plain.update_and_fetch(mx.random.normal((1, 2, TOKENS, 32)), mx.random.normal((1, 2, TOKENS, 32)))
     arrays[0] = mx.random.normal((1, 4, 8))
     return Segment((CacheList(arrays, plain),), 0, TOKENS)
 
 
-def test_lists_of_caches_come_back(tmp_path: Path) -> None:
+def test_lists_of_caches_are_restored(tmp_path: Path) -> None:
     prefix = paired_prefix()
     write_segment(tmp_path, KEY, prefix, IDENTITY)
     restored = read_segment(tmp_path, KEY, CODEC)
@@ -640,7 +640,7 @@ def test_lists_of_caches_come_back(tmp_path: Path) -> None:
         (lambda state: state["items"][1]["items"][0]["items"].__setitem__(2, {"value": 3}), r"holds \{3\} tokens"),
     ],
 )
-def test_lists_of_other_things_do_not(change: Callable[[Any], Any], reason: str, tmp_path: Path) -> None:
+def test_lists_of_other_things_are_refused(change: Callable[[Any], Any], reason: str, tmp_path: Path) -> None:
     write_segment(tmp_path, KEY, paired_prefix(), IDENTITY)
     manifest = json.loads((tmp_path / MANIFEST).read_text())
     change(manifest["layers"][0]["state"])

@@ -1,4 +1,4 @@
-"""Families of models, each with a trait of its own: close to full precision where compressed, told where not."""
+"""Model families: compressed layers stay close to full precision, and other layers are reported."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ CONTEXT = 400
 
 
 def logits(model: Any, caches: list[Any], tokens: list[int] | mx.array) -> mx.array:
-    """(L, vocabulary), or (B, L, vocabulary) for rows of tokens."""
+    """Return logits (L, vocabulary), or (B, L, vocabulary) for rows of tokens."""
     with enabled(model):
         rows = tokens if isinstance(tokens, mx.array) else mx.array(tokens)[None]
         out: mx.array = model(rows, cache=caches)
@@ -46,7 +46,7 @@ def logits(model: Any, caches: list[Any], tokens: list[int] | mx.array) -> mx.ar
 
 
 def divergence(expected: mx.array, got: mx.array) -> float:
-    """Mean KL, in nats, between the next-token distributions of two arrays of logits."""
+    """Return the mean KL divergence, in nats, between the next-token distributions of two arrays of logits."""
     p, q = (x - mx.logsumexp(x, axis=-1, keepdims=True) for x in (expected, got))
     return float((mx.exp(p) * (p - q)).sum(axis=-1).mean())
 
@@ -56,7 +56,7 @@ def prefixed(model: Any, tokens: list[int], codec: CacheCodec) -> list[Any]:
 
 
 def streamed(model: Any, tokens: list[int], codec: CacheCodec) -> list[Any]:
-    """Caches filled chunk by chunk, the compressible ones by compressing their own past."""
+    """Return caches that are filled in chunks; the compressible ones compress their own past."""
     layers = zip(explain(model).layers, make_prompt_cache(model), strict=True)
     caches = [TurboQuantKVCache(codec) if yes else cache for yes, cache in layers]
     for start in range(0, len(tokens), 100):
@@ -70,7 +70,7 @@ def streamed(model: Any, tokens: list[int], codec: CacheCodec) -> list[Any]:
 def test_eight_bits_are_close_to_full_precision_and_two_are_not(
     family: str, compress: Callable[..., list[Any]], build_model: Build, fill: Any, random_tokens: Tokens
 ) -> None:
-    """A wrong mask or position, or a sink left out, costs hundreds of times what eight bits do."""
+    """A wrong mask, a wrong position or a missing sink costs hundreds of times as much as eight bits."""
     model, context, query = build_model(family), random_tokens(CONTEXT, 0), random_tokens(40, 1)
     expected = logits(model, fill(model, context), query)
     eight, two = (
@@ -84,7 +84,7 @@ def test_eight_bits_are_close_to_full_precision_and_two_are_not(
 def test_a_restored_prefix_gives_the_same_logits_and_a_batch_nearly(
     family: str, build_model: Build, random_tokens: Tokens, tmp_path: Path
 ) -> None:
-    """Bit by bit when restored; in a batch, but for the rounding of products of other shapes."""
+    """A restored prefix gives the same bits; in a batch, products of other shapes round differently."""
     model, codec, query = build_model(family), CacheCodec(4, 3), random_tokens(7, 1)
     prefix = prefill(model, random_tokens(CONTEXT, 0), codec)
     expected = logits(model, prefix.fork(), query)
@@ -170,7 +170,7 @@ def scaled_down(model: Any) -> Any:
 
 
 def without_means(prefix: Prefix, stock: list[Any]) -> Prefix:
-    """The same prefix, its keys encoded with nothing removed; ``stock`` holds the keys."""
+    """Return the same prefix with keys that are encoded without removing the mean; ``stock`` holds the keys."""
     layers = []
     for layer, cache in zip(prefix.layers, stock, strict=True):
         start = layer.sink_keys.shape[1]
@@ -206,7 +206,9 @@ def without_means(prefix: Prefix, stock: list[Any]) -> Prefix:
         ),
     ],
 )
-def test_it_says_which_layers_are_kept_and_why(family: str, status: str, message: str, build_model: Build) -> None:
+def test_the_message_names_the_layers_that_are_kept_and_the_reason(
+    family: str, status: str, message: str, build_model: Build
+) -> None:
     support = explain(build_model(family))
     assert support.status == status
     assert support.message == message
@@ -220,7 +222,7 @@ def test_each_kind_of_layer_has_its_reason() -> None:
     )
 
 
-def test_a_wrapper_is_told_what_its_language_model_is(build_model: Build) -> None:
+def test_a_wrapper_is_supported_like_its_language_model(build_model: Build) -> None:
     text = {**dataclasses.asdict(build_model("gemma3_text").args), "model_type": "gemma3_text"}
     wrapper = gemma3.Model(gemma3.ModelArgs("gemma3", text_config=text, vocab_size=text["vocab_size"]))
     assert explain(wrapper) == explain(build_model("gemma3_text"))
@@ -231,7 +233,7 @@ class HomemadeAttention(nn.Module):
 
 
 def test_code_of_others_is_not_trusted(build_model: Build) -> None:
-    """Nor where it is part of a model that is known."""
+    """Code of others is not trusted inside of a known model either."""
     model = llama.Model(build_model("llama").args)
     model.layers[1].self_attn = HomemadeAttention()
     support = explain(model)

@@ -1,4 +1,4 @@
-"""Stock models stay stock: the rebinding of attention changes nothing for others and is always undone."""
+"""Replacing attention changes nothing for stock caches and other models, and it is always undone."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ def test_the_exit_restores_mlx_lm_s_function(family: str, build_model: Build) ->
     assert base.scaled_dot_product_attention is STOCK
 
 
-def test_so_does_an_exception(build_model: Build) -> None:
+def test_an_exception_restores_mlx_lm_s_function(build_model: Build) -> None:
     model = build_model("llama")
     with pytest.raises(KeyboardInterrupt), enabled(model):
         raise KeyboardInterrupt
     assert attention_of("llama") is STOCK
 
 
-def test_nested_uses_last_until_the_outermost_exit(build_model: Build) -> None:
+def test_nested_blocks_last_until_the_outermost_exit(build_model: Build) -> None:
     model = build_model("llama")
     with enabled(model):
         ours = attention_of("llama")

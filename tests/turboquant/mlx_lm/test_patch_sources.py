@@ -1,4 +1,4 @@
-"""The lists of model files, and the documentation's table of them, held against the installed sources."""
+"""Compare the lists of model files, and the table in the documentation, with the installed sources of mlx-lm."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ DOCUMENT = ROOT / "docs" / "models.md"
 
 
 def uses_outside_attention(source: ast.AST) -> list[str] | None:
-    """Names bound to fetched K/V that are used otherwise than as arguments of attention; None where nothing fetches."""
+    """Return the names of fetched K/V that are used outside of attention, or None if nothing is fetched."""
     offending = [name for name, _ in called(source) if name == "keys_and_values"]
     fetches = False
     for function in ast.walk(source):
@@ -53,7 +53,7 @@ def attention_arguments(function: ast.FunctionDef) -> set[int]:
 
 
 def about_types(function: ast.FunctionDef) -> set[int]:
-    """``keys.dtype``, and ``keys = keys.astype(...)``, after which they are still the keys."""
+    """Find uses like ``keys.dtype`` and ``keys = keys.astype(...)``, after which they are still the keys."""
     harmless = set()
     for node in ast.walk(function):
         if isinstance(node, ast.Attribute) and node.attr == "dtype":
@@ -70,7 +70,7 @@ def same_name(a: ast.AST, b: ast.AST) -> bool:
 
 
 def other_branches(function: ast.FunctionDef) -> set[int]:
-    """What runs only where nothing is fetched: the else of an if whose body fetches."""
+    """Find code that runs only where nothing is fetched: the else of an if whose body fetches."""
     return {
         id(node)
         for branch in ast.walk(function)
