@@ -167,23 +167,23 @@ def plan(
         from pipeline.commands.plan import plan_job
 
         job, shard = load(job_file, set_, one_shard)
-        found = plan_job(job, quiet=as_json, shard=shard)
+        planned = plan_job(job, quiet=as_json, shard=shard)
         if as_json:
-            print(json.dumps(asdict(found), indent=1))
+            print(json.dumps(asdict(planned), indent=1))
             return
-        status, about = found.status, "about " if found.estimated else ""
-        reasons = (found.too_long, "too long for the model"), (found.unreadable, "blank or not fit for the prompt")
+        status, about = planned.status, "about " if planned.estimated else ""
+        reasons = (planned.too_long, "too long for the model"), (planned.unreadable, "blank or not fit for the prompt")
         failing = ", ".join(f"{count:,} {reason}" for count, reason in reasons if count)
-        to_store, free = size(found.bytes_to_store), size(found.free_bytes)
-        budget = f", budget {size(found.budget_bytes)}" if found.budget_bytes else ""
+        to_store, free = size(planned.bytes_to_store), size(planned.free_bytes)
+        budget = f", budget {size(planned.budget_bytes)}" if planned.budget_bytes else ""
         rows = [
-            ("documents", f"{status.documents:,} ({about}{found.tokens:,} tokens, the longest {found.longest:,})"),
+            ("documents", f"{status.documents:,} ({about}{planned.tokens:,} tokens, the longest {planned.longest:,})"),
             ("queries", f"{status.rows / max(status.documents, 1):,.4g} a document"),
             ("rows", f"{status.rows:,}: {status.done:,} done, {status.left:,} to do"),
             ("will fail", f"documents: {failing}" if failing else "nothing known beforehand"),
-            *_cut_documents(found.truncated, found.split),
-            ("prefixes", f"{found.hits:,} in the store, {found.misses:,} to build"),
-            ("prefill", f"{about}{found.tokens_to_prefill:,} tokens"),
+            *_cut_documents(planned.truncated, planned.split),
+            ("prefixes", f"{planned.hits:,} in the store, {planned.misses:,} to build"),
+            ("prefill", f"{about}{planned.tokens_to_prefill:,} tokens"),
             ("disk", f"{about}{to_store} to store, {free} free at {job.cache.dir}{budget}"),
         ]
         print(table(rows))
@@ -197,20 +197,20 @@ def status(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Count a job's rows: done, failed, left. Of its shards too, as their runs last wrote."""
+    """Count a job's rows: done, failed, left; and those of each shard, as its run last wrote them."""
     with errors_explained(debug):
         from pipeline.commands.plan import job_status
         from pipeline.job.shards import shard_statuses
 
         job, shard = load(job_file, set_, one_shard)
-        found = job_status(job, quiet=as_json, shard=shard)
+        counted = job_status(job, quiet=as_json, shard=shard)
         shards = list(shard_statuses(job.result_file))
         if as_json:
             of_shards = {"shards": [asdict(each) for each in shards]} if shards else {}
-            print(json.dumps({**asdict(found), "left": found.left, **of_shards}, indent=1))
+            print(json.dumps({**asdict(counted), "left": counted.left, **of_shards}, indent=1))
             return
-        counts = f"{found.rows:,}: {found.done:,} done, {found.failed:,} failed, {found.left:,} left"
-        print(table([("documents", f"{found.documents:,}"), ("rows", counts)]))
+        counts = f"{counted.rows:,}: {counted.done:,} done, {counted.failed:,} failed, {counted.left:,} left"
+        print(table([("documents", f"{counted.documents:,}"), ("rows", counts)]))
         if shards:
             heading = ("shard", "state", "rows", "done", "failed", "left", "updated")
             rows = [tuple(str(value) for value in vars(each).values()) for each in shards]
@@ -281,17 +281,17 @@ def init(
     Beside it pipeline.schema.json is written, by which editors complete and check the file.
     """
     with errors_explained(debug, computes=False):
-        from pipeline.commands.init import MODEL, QUESTION, Start, guess_columns, write_job
+        from pipeline.commands.init import MODEL, QUESTION, FirstJob, guess_columns, write_job
 
         id_guess, text_guess = (id_, text) if id_ and text else guess_columns(documents)
-        start = Start(
+        first_job = FirstJob(
             documents=documents,
             id=id_ or _ask("Column of ids", id_guess),
             text=text or _ask("Column of texts", text_guess),
             model=model or _ask("Model, a folder or a Hugging Face repo id", MODEL),
             queries=query or [_ask("First question", QUESTION)],
         )
-        write_job(job_file, start, force)
+        write_job(job_file, first_job, force)
         print(f"{job_file}\nnext: pipeline plan {job_file}")
 
 
@@ -354,7 +354,7 @@ def _ask(question: str, default: str) -> str:
 
 
 def _print_report(job: Job, named: str, report: Report, quiet: bool, as_json: bool) -> None:
-    """Print the report of a run. named: the job and the shard as the user would give them to a command."""
+    """Print the report of a run. named: the job and its shard, as they are written on a command line."""
     if as_json:
         print(json.dumps(asdict(report), indent=1))
     if as_json or quiet:

@@ -1,7 +1,4 @@
-"""What is said on stderr: lines for people, or an object of JSON a line for programs.
-
-Knows how a record reads; nothing of who says what.
-"""
+"""The log on stderr: lines of text for people, or one JSON object a line for programs."""
 
 from __future__ import annotations
 
@@ -18,14 +15,14 @@ _log = logging.getLogger(__name__)
 
 
 class LogFormat(str, Enum):
-    """How the log is written."""
+    """The format of the log."""
 
     text = "text"
     json = "json"
 
 
 def set_up(level: int, log_format: LogFormat) -> None:
-    """Have the package's log written to stderr."""
+    """Write the log of this package to stderr from now on."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonLines() if log_format is LogFormat.json else _Lines())
     logging.basicConfig(handlers=[handler])
@@ -33,12 +30,12 @@ def set_up(level: int, log_format: LogFormat) -> None:
 
 
 def are_json() -> bool:
-    """Whether stderr is for programs."""
+    """Return whether the log is written as JSON."""
     return any(isinstance(handler.formatter, _JsonLines) for handler in logging.getLogger().handlers)
 
 
 def tell(text: str, level: int = logging.WARNING, **fields: Any) -> None:
-    """Say something whatever the log's level, with fields for programs."""
+    """Write a line to stderr at any level of the log. fields: more keys of the line if the log is JSON."""
     if not are_json():
         print(printable(text), file=sys.stderr, flush=True)
         return

@@ -1,1 +1,1 @@
-"""What each command does, and how it is said at the command line."""
+"""The work of each command of ``pipeline``. The arguments and most of the printed text are in cli.py."""

@@ -168,8 +168,8 @@ def _with_queries(
 
     if not isinstance(part.queries, QueryTable) or part.queries.document_id is None:
         return part.model_copy(update={"queries": tuple(change(documents[0].queries))})
-    asked = [(document.id, query) for document in documents for query in change(document.queries)]
-    rows = [{"document_id": document_id, **query.model_dump()} for document_id, query in asked]
+    pairs = [(document.id, query) for document in documents for query in change(document.queries)]
+    rows = [{"document_id": document_id, **query.model_dump()} for document_id, query in pairs]
     pq.write_table(pa.Table.from_pylist(rows), path)
     return part.model_copy(update={"queries": QueryTable(path=str(path), document_id="document_id")})
 
@@ -202,8 +202,8 @@ def _contender_job(part: Job, contender: str, resident: Resident | None, extent:
     from pipeline.inputs.inputs import Inputs
 
     if contender == NAIVE:
-        asked = folder / "naive-queries.parquet"
-        return _with_queries(part, list(Inputs(part).stream()), asked, lambda queries: queries[: extent.naive_queries])
+        path = folder / "naive-queries.parquet"
+        return _with_queries(part, list(Inputs(part).stream()), path, lambda queries: queries[: extent.naive_queries])
     if resident is None:
         return part
     own = folder / f"pipeline-{resident}"  # for cold and warm

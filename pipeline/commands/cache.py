@@ -48,18 +48,18 @@ def list_(where: Where, as_json: AsJson = False, debug: Debug = False) -> None:
 
 @app.command()
 def verify(where: Where, as_json: AsJson = False, debug: Debug = False) -> None:
-    """Read every byte and compare checksums; what is bad is set aside and rebuilt when wanted; exit code 1."""
+    """Read every byte and compare checksums; bad segments are set aside, and the exit code is 1."""
     with errors_explained(debug):
         from pipeline.cache.maintenance import verify_store
 
         folder, _ = _store(where)
-        found = verify_store(folder)
+        report = verify_store(folder)
         if as_json:
-            print(json.dumps(asdict(found), indent=1))
+            print(json.dumps(asdict(report), indent=1))
         else:
-            rows = [("good", f"{found.good:,}"), ("bad", f"{len(found.bad):,}"), ("read", size(found.bytes))]
-            print(table([*rows, *((f"  {key[:12]}", reason) for key, reason in found.bad.items())]))
-        if found.bad:
+            rows = [("good", f"{report.good:,}"), ("bad", f"{len(report.bad):,}"), ("read", size(report.bytes))]
+            print(table([*rows, *((f"  {key[:12]}", reason) for key, reason in report.bad.items())]))
+        if report.bad:
             raise typer.Exit(BAD_FOUND)
 
 
@@ -70,25 +70,25 @@ def gc(
         str | None, typer.Option(metavar="SIZE", help="Shrink to this: 20GB, 10% of the disk (default: the job's).")
     ] = None,
     unused_for: Annotated[
-        float | None, typer.Option(metavar="DAYS", min=0, help="Remove what was not used for so many days.")
+        float | None, typer.Option(metavar="DAYS", min=0, help="Remove segments that were not used for so many days.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be removed, and remove nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be removed, and remove nothing.")] = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Remove what is of no use, then what was used least recently; never what an unfinished job needs."""
+    """Remove segments that cannot be used, then the least recently used; never those that an unfinished job needs."""
     with errors_explained(debug):
         from pipeline.cache.maintenance import DAY, clean_store
 
         folder, own_budget = _store(where, budget)
         seconds = None if unused_for is None else unused_for * DAY
-        found = clean_store(folder, own_budget, seconds, dry_run)
+        report = clean_store(folder, own_budget, seconds, dry_run)
         if as_json:
-            print(json.dumps(asdict(found), indent=1))
+            print(json.dumps(asdict(report), indent=1))
             return
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in found.reasons.items())
-        removed = f"{found.removed:,} segments, {size(found.removed_bytes)}{f' ({reasons})' if reasons else ''}"
-        left = f"{found.left:,} segments, {size(found.left_bytes)}"
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in report.reasons.items())
+        removed = f"{report.removed:,} segments, {size(report.removed_bytes)}{f' ({reasons})' if reasons else ''}"
+        left = f"{report.left:,} segments, {size(report.left_bytes)}"
         print(table([("would remove" if dry_run else "removed", removed), ("left", left)]))
 
 

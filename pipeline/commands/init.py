@@ -1,7 +1,6 @@
-"""A first job file for somebody's documents, in which every key is explained.
+"""``pipeline init``: write a first job file for the user's documents, in which every key is explained.
 
-Knows how columns are guessed and how the file reads. What keys there are is the job's to say, what they mean the
-schema's.
+The keys come from the model of the job, and their explanations from its schema.
 """
 
 from __future__ import annotations
@@ -31,14 +30,14 @@ QUESTION = "Summarize the document."
 SCHEMA_FILE = "pipeline.schema.json"
 _ID_NAMES = ("id", "document_id", "doc_id", "uuid", "key", "name", "file", "filename", "file_name", "path", "url")
 _TEXT_NAMES = ("text", "content", "contents", "body", "document", "transcript", "markdown")
-_ROWS = 20  # to guess from
-_LONGEST_ID = 200  # characters, of a column that is not called as ids are
-_COMMENTS_AT = 44
+_ROWS = 20  # rows that are read to guess columns
+_LONGEST_ID = 200  # characters of an id, unless the column has a name of _ID_NAMES
+_COMMENT_COLUMN = 44
 
 
 @dataclass(frozen=True)
-class Start:
-    """What a first job file is made of."""
+class FirstJob:
+    """The values of a first job file. documents: path or URL. id, text: names of columns. queries: texts."""
 
     documents: str
     id: str
@@ -48,7 +47,7 @@ class Start:
 
 
 def guess_columns(documents: str) -> tuple[str, str]:
-    """The columns that hold ids and texts, to judge by their names and first rows. Raises InputError."""
+    """Return the columns of ids and of texts, guessed from names and first rows. Raises InputError."""
     rows = first_rows(documents, "DOCUMENTS", _ROWS)
     names = list(rows[0]) if rows else []
     texts = [name for name in names if name.isidentifier() and any(isinstance(row[name], str) for row in rows)]
@@ -66,14 +65,14 @@ def guess_columns(documents: str) -> tuple[str, str]:
     return document_id, text
 
 
-def write_job(path: Path, start: Start, force: bool = False) -> None:
-    """Write a job file that has been checked, and the schema beside it. Raises JobError and OutputError."""
+def write_job(path: Path, first_job: FirstJob, force: bool = False) -> None:
+    """Check and write a job file, and write the schema beside it. Raises JobError and OutputError."""
     if path.exists() and not force:
         raise JobError(f"{path}: exists already; --force replaces it")
-    if not start.text.isidentifier():
-        raise JobError(f"--text {start.text}: a prompt can't name this column; rename it to letters, digits and _")
+    if not first_job.text.isidentifier():
+        raise JobError(f"--text {first_job.text}: a prompt can't name this column; rename it to letters, digits and _")
     with atomic_file(path) as temporary:
-        temporary.write_text("".join(f"{line}\n" for line in _lines(path, start)), encoding="utf-8")
+        temporary.write_text("".join(f"{line}\n" for line in _lines(path, first_job)), encoding="utf-8")
         try:
             job = load_job(temporary)
             check_documents(job.documents, template_columns(job.prompt))
@@ -88,11 +87,11 @@ def _may_be_id(values: Sequence[object]) -> bool:
     return is_whole and len(set(values)) == len(values)
 
 
-def _lines(path: Path, start: Start) -> Iterator[str]:
+def _lines(path: Path, first_job: FirstJob) -> Iterator[str]:
     yield f"# yaml-language-server: $schema={SCHEMA_FILE}"
     yield f"# pipeline plan {path.name} says what a run would cost, pipeline run {path.name} does it."
     yield "# Lines that begin with # show defaults."
-    given = _given(path, start)
+    given = _given(path, first_job)
     for name, field in Job.model_fields.items():
         kind = field.annotation
         if name == "queries":
@@ -122,16 +121,16 @@ def _query_lines(queries: Sequence[dict[str, str]]) -> Iterator[str]:
         yield f"    text: {_yaml(query['text'])}"
 
 
-def _given(path: Path, start: Start) -> dict[str, Any]:
+def _given(path: Path, first_job: FirstJob) -> dict[str, Any]:
     ids: list[str] = []
-    for text in start.queries:
+    for text in first_job.queries:
         name = re.sub(r"\W+", "-", text.lower())[:40].strip("-") or "query"
         ids.append(f"{name}-{len(ids) + 1}" if name in ids else name)
     return {
-        "model": _relative(start.model, path.parent) if os.path.isdir(start.model) else start.model,
-        "documents": {"path": _relative(start.documents, path.parent), "id": start.id, "text": start.text},
-        "prompt": {"context": f"{{{{ {start.text} }}}}"},
-        "queries": [{"id": name, "text": text} for name, text in zip(ids, start.queries, strict=True)],
+        "model": _relative(first_job.model, path.parent) if os.path.isdir(first_job.model) else first_job.model,
+        "documents": {"path": _relative(first_job.documents, path.parent), "id": first_job.id, "text": first_job.text},
+        "prompt": {"context": f"{{{{ {first_job.text} }}}}"},
+        "queries": [{"id": name, "text": text} for name, text in zip(ids, first_job.queries, strict=True)],
         "cache": {"dir": ".cache"},
         "output": {"path": f"out/{path.stem}.parquet"},
     }
@@ -142,11 +141,11 @@ def _relative(path: str, folder: Path) -> str:
 
 
 def _commented(line: str, key: str) -> str:
-    return f"{line:<{_COMMENTS_AT}} # {KEYS[key]}"
+    return f"{line:<{_COMMENT_COLUMN}} # {KEYS[key]}"
 
 
 def _yaml(value: object) -> str:
-    """A value on one line."""
+    """Return a value as YAML on one line."""
     plain = list(value) if isinstance(value, tuple) else value
     text = yaml.safe_dump(plain, default_flow_style=True, width=float("inf"), allow_unicode=True)
     return text.removesuffix("...\n").strip()

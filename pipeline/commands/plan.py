@@ -1,4 +1,4 @@
-"""``pipeline plan`` and ``pipeline status``: count the rows that are done, and tell the cost of the others.
+"""``pipeline plan`` and ``pipeline status``: count the rows that are done, and estimate the cost of the others.
 
 Both read the files that a run would read. They load no weights and change no file.
 """

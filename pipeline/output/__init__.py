@@ -1,1 +1,1 @@
-"""Rows and the files they end in. It does not know how an answer comes about."""
+"""The output of a run: rows, the result file, and the run file."""

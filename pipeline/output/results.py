@@ -1,20 +1,19 @@
-"""The result: one crash-safe part per document while a job runs, one Parquet file when it is done.
+"""The result of a job: one crash-safe part for each document while the job runs, one Parquet file at the end.
 
-    answers.parquet              the finished file, replaced whole
-    answers.parquet.parts/ab/…   one file per document with all of its rows, readable as a dataset
+    answers.parquet              the finished file, which is always replaced whole
+    answers.parquet.parts/ab/…   one file for each document with all of its rows, readable as a dataset
     answers.parquet.parts/.group the rows of several documents, until each of them has its part
     answers.parquet.lock         held while a run writes
 
-A result that belongs at a URL is written here too, uploaded when it is finished, and then only there.
+A result that belongs at a URL is written here first. It is uploaded when it is finished, and then removed here.
 
-A part holds every row of its document and is replaced whole, so a pair is there exactly once whatever crashes.
-Documents that are committed together survive together or not at all: what a crash left of a group is distributed to
-its parts when the result is next opened to write. A part wins over the finished file, whose rows are what an earlier
-run answered. A part that cannot be read, or holds something else, is set aside and its rows count as not done. Same
-rows, same bytes.
+A part holds every row of its document and is replaced whole, so each pair is there exactly once after any crash.
+Documents that are committed together survive together or not at all: after a crash, the next writer distributes the
+group file to the parts. A part has precedence over the finished file, whose rows were answered by an earlier run. A
+part that cannot be read, or that holds another document, is set aside, and its rows count as not done. The same rows
+give the same bytes.
 
-It knows which files there are and their order on disk; how rows are written and read is rows.py's. It does not know
-what a fingerprint is made of, which rows are still good, or how answers come about.
+How rows are written and read is in rows.py. Which rows are still valid is decided by the caller.
 """
 
 from __future__ import annotations
@@ -53,17 +52,20 @@ _SET_ASIDE = ".bad-"
 _GROUP = ".group"
 _DOCUMENTS_PER_GROUP = 1000
 _BYTES_PER_GROUP = 8 << 20
-# How long to wait for the lock: what held it may be the process of a run that was killed, which ends an instant later.
+# Time to wait for the lock: the process of a run that was just killed may hold it for another moment.
 SECONDS_FOR_LOCK = 3.0
 _log = logging.getLogger(__name__)
 
 
 class Results:
-    """The rows of one result, to be used as a context manager.
+    """The rows of one result; used as a context manager.
 
-    Opened to write, it holds the lock, clears what a crash left half-written, and sets broken parts aside.
-    `read_only` takes no lock and changes nothing, so that a running job can be looked at. `url` is where the finished
-    file belongs, if not at `output`.
+    While it is open for writing, it holds the lock. It completes or removes the files of a run that was killed, and
+    sets broken parts aside.
+
+    output: path of the finished file. metadata: facts about the job that are written to the finished file. url: where
+    the finished file belongs, if not at `output`. read_only: take no lock and change nothing, so that the result of a
+    running job can be read.
 
         with Results(output, {"job": fingerprint}) as results:
             if "summary" not in results.rows("doc-1"):
@@ -83,16 +85,19 @@ class Results:
         self.parts = Path(f"{output}.parts")
         self._schema = SCHEMA.with_metadata(dict(metadata or {}))
         self._read_only = read_only
-        self._lock = FileLock(f"{output}.lock", thread_local=False)  # rows are committed from any thread
+        self._lock = FileLock(f"{output}.lock", thread_local=False)  # any thread may commit rows
         self._finished: FinishedFile | None = None
-        self._listed: frozenset[int] | None = None  # parts there are, where nothing is going to be written
+        self._listed: frozenset[int] | None = None  # hashes of the names of all parts, if read-only
 
     def __enter__(self) -> Results:
         if self.output.is_dir():
             raise JobError(f"{self.output}: is a folder; output.path must name a file")
         try:
             if self._read_only:
-                self._listed = _list_parts(self.parts)  # first: a run that ends now moves them to the finished file
+                # First, as a run that ends now moves the parts to the finished file. In memory, as asking the disk for
+                # each document's part takes far longer.
+                names = (name for _, _, files in os.walk(self.parts) for name in files if name.endswith(".parquet"))
+                self._listed = frozenset(map(hash, names))
             else:
                 self._acquire()
             self._finished = self._open_finished()
@@ -108,17 +113,21 @@ class Results:
         self._lock.release()
 
     def rows(self, document_id: str) -> dict[str, Row]:
-        """What is known of a document, by query id: from its part, else from the finished file."""
+        """Return a document's rows by query id: those of its part, or else those of the finished file."""
         rows = self._part_rows(document_id)
-        if rows is None:
-            rows = self._finished_rows(document_id)
-        return {row.query_id: row for row in rows}
+        if rows is None and self._finished is not None:
+            try:
+                rows = self._finished.rows(document_id)
+            except BROKEN as error:
+                _log.warning("%s: damaged, so its rows count as not done: %s", self.output, one_line(error))
+                self._close_finished()
+        return {row.query_id: row for row in rows or ()}
 
     def commit(self, documents: Mapping[str, Sequence[Row]]) -> None:
-        """Replace all that is known of these documents: by id, all of their rows, kept and new.
+        """Replace the rows of documents. documents: for each id all of its rows, kept and new.
 
-        Once this returns, they survive a crash; until then, none or all of them do. Raises OutputError where the disk
-        refuses.
+        When this returns, the rows survive a crash. If it is interrupted, all or none of the documents are replaced.
+        Raises OutputError if the disk refuses.
         """
         for document_id, rows in documents.items():
             if {row.document_id for row in rows} - {document_id} or len({row.query_id for row in rows}) < len(rows):
@@ -129,14 +138,14 @@ class Results:
         self._write_parts(documents)
 
     def finish(self, documents: Iterable[tuple[str, Sequence[str]]]) -> None:
-        """Write the finished file: each document's rows by the given query ids, in the given order.
+        """Write the finished file with the rows of the given pairs, in the given order. Other rows are dropped.
 
-        Rows that are not asked for are dropped. Where one is missing, OutputError is raised, nothing changed.
+        documents: each document's id and query ids. Raises OutputError, and changes nothing, if a row is missing.
         """
         self.replace(self._expected_rows(documents))
 
     def replace(self, documents: Iterable[list[Row]]) -> None:
-        """Write the finished file of each document's rows, in the given order, in place of all that is known."""
+        """Replace the whole result by these rows, given document by document."""
         self._require_writable()
         with (
             atomic_file(self.output) as temporary,
@@ -147,14 +156,14 @@ class Results:
         self._close_finished()
         self._publish()
         self._finished = self._open_finished()
-        # Until the parts are gone they say the same as the finished file, so a crash here does no harm.
+        # Until the parts are removed they hold the same rows as the finished file, so a crash here does no harm.
         with disk_errors(self.parts, "cannot be removed"):
             if self.parts.exists():
                 shutil.rmtree(self.parts)
 
     @property
     def exist(self) -> bool:
-        """Whether anything was answered yet."""
+        """Whether any row was ever written."""
         return self._finished is not None or self.parts.exists()
 
     def _publish(self) -> None:
@@ -168,7 +177,7 @@ class Results:
             self.output.unlink()
 
     def _open_finished(self) -> FinishedFile | None:
-        here = open_finished(self.output)  # newer than what is at the URL
+        here = open_finished(self.output)  # newer than the file at the URL
         return here if here is not None or self._url is None else open_finished(self._url)
 
     def _acquire(self) -> None:
@@ -180,7 +189,7 @@ class Results:
                 raise OutputError(
                     f"{self.output}: another run is writing this result; wait for it, or set another output.path"
                 ) from None
-            self._clear_leftovers()
+            self._recover()
 
     def _close_finished(self) -> None:
         if self._finished is not None:
@@ -189,23 +198,14 @@ class Results:
 
     def _require_writable(self) -> None:
         if not self._lock.is_locked:
-            raise RuntimeError("results that are not open for writing cannot be changed")
+            raise RuntimeError("results must be open for writing to be changed")
 
-    def _clear_leftovers(self) -> None:
+    def _recover(self) -> None:
+        """Remove the temporary files of a run that was killed, and distribute the group that it had just written."""
         remove_leftovers(self.output)
         for pattern in (f"{TEMPORARY}*", f"*/{TEMPORARY}*"):
             for leftover in self.parts.glob(pattern):
                 leftover.unlink(missing_ok=True)
-        self._distribute_group()
-
-    def _write_parts(self, documents: Mapping[str, Sequence[Row]]) -> None:
-        for document_id, rows in documents.items():
-            write_rows(self._part(document_id), rows)
-        with disk_errors(self._group, "cannot be removed"):
-            self._group.unlink(missing_ok=True)
-
-    def _distribute_group(self) -> None:
-        """Write the parts that a run that was cut off had only written the group of."""
         try:
             rows = read_rows(self._group)
         except FileNotFoundError:
@@ -214,6 +214,12 @@ class Results:
             self._set_aside(self._group, error)
             return
         self._write_parts({key: list(own) for key, own in groupby(rows, key=lambda row: row.document_id)})
+
+    def _write_parts(self, documents: Mapping[str, Sequence[Row]]) -> None:
+        for document_id, rows in documents.items():
+            write_rows(self._part(document_id), rows)
+        with disk_errors(self._group, "cannot be removed"):
+            self._group.unlink(missing_ok=True)
 
     @property
     def _group(self) -> Path:
@@ -244,16 +250,6 @@ class Results:
             with disk_errors(part, "cannot be set aside"):
                 os.replace(part, part.with_name(_SET_ASIDE + part.name))
 
-    def _finished_rows(self, document_id: str) -> list[Row]:
-        if self._finished is None:
-            return []
-        try:
-            return self._finished.rows(document_id)
-        except BROKEN as error:
-            _log.warning("%s: damaged, so its rows count as not done: %s", self.output, one_line(error))
-            self._close_finished()
-            return []
-
     def _expected_rows(self, documents: Iterable[tuple[str, Sequence[str]]]) -> Iterator[list[Row]]:
         seen: set[bytes] = set()
         for document_id, query_ids in documents:
@@ -274,14 +270,8 @@ def _part_name(document_id: str) -> str:
     return f"{sha256(document_id.encode()).hexdigest()[:32]}.parquet"
 
 
-def _list_parts(parts: Path) -> frozenset[int]:
-    """The parts that are there, as hashes of their names: to look for a file a document takes far longer."""
-    names = (name for _, _, files in os.walk(parts) for name in files if name.endswith(".parquet"))
-    return frozenset(map(hash, names))
-
-
 def _row_groups(documents: Iterable[list[Row]]) -> Iterator[list[Row]]:
-    """Whole documents, in groups that are small enough to be held in memory."""
+    """Yield the rows of whole documents, in groups that are small enough for memory."""
     group: list[Row] = []
     count = size = 0
     for rows in documents:

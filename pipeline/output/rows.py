@@ -1,6 +1,6 @@
-"""Rows, and the Parquet files of them: how they are written, and read with no more in memory than a row group.
+"""Rows, and how Parquet files of rows are written and read, with at most one row group in memory.
 
-Knows columns and checksums; nothing of which files there are, or when they are written.
+Which files there are, and when they are written, is in results.py.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SCHEMA = pa.schema(
         pa.field("document_id", pa.string(), nullable=False),
         pa.field("query_id", pa.string(), nullable=False),
         pa.field("answer", pa.string()),
-        pa.field("answer_json", pa.string()),  # the same, where it is JSON of the query's schema
+        pa.field("answer_json", pa.string()),  # the same text if it is JSON of the query's schema
         pa.field("thinking", pa.string()),
         pa.field("status", pa.string(), nullable=False),
         pa.field("error_type", pa.string()),
@@ -40,20 +40,20 @@ SCHEMA = pa.schema(
     ]
 )
 FORMAT = {"compression": "zstd", "write_page_checksum": True}
-# Of a part: of so few rows zstd, dictionaries and statistics take as long again as all the rest.
+# For a part: with so few rows, zstd, dictionaries and statistics would double the time to write it.
 _PART_FORMAT = {
     "compression": "snappy",
     "write_page_checksum": True,
     "use_dictionary": False,
     "write_statistics": False,
 }
-BROKEN = (OSError, ValueError, pa.ArrowException)  # what reading a damaged or foreign file raises
+BROKEN = (OSError, ValueError, pa.ArrowException)  # raised when a damaged or foreign file is read
 _IDS_PER_BATCH = 8192
 
 
 @dataclass(frozen=True)
 class Row:
-    """One answer, or one typed error. `fingerprint` digests, in hex, everything that determined the row."""
+    """One answer or one typed error. fingerprint: hexadecimal digest of everything that decided the row."""
 
     document_id: str
     query_id: str
@@ -71,18 +71,18 @@ class Row:
 
     @property
     def failure(self) -> str:
-        """Which row it is, and why it failed."""
+        """The row's document and query, and the reason why it failed."""
         return f"document '{self.document_id}', query '{self.query_id}': {self.error}"
 
 
 def read_rows(path: Path) -> list[Row]:
-    """All rows of a file. Raises what is in BROKEN."""
+    """Return all rows of a file. Raises an error of BROKEN."""
     with _open(path) as file:
         return _to_rows(file.read(use_threads=False))
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    """Write a part, whole or not at all. Raises OutputError where the disk refuses."""
+    """Write a part, whole or not at all. Raises OutputError if the disk refuses."""
     content = pa.BufferOutputStream()
     pq.write_table(to_table(rows, SCHEMA), content, **_PART_FORMAT)
     with atomic_file(path, clear=False) as temporary:  # `Results` clears all parts when it is opened
@@ -90,12 +90,12 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
 
 
 def to_table(rows: Sequence[Row], schema: Any) -> Any:
-    """A table of rows, to be written with FORMAT."""
+    """Return a table of rows, to be written with FORMAT."""
     return pa.Table.from_pylist([vars(row) for row in rows], schema=schema)
 
 
 class FinishedFile:
-    """A finished file's rows by document, with one row group in memory at a time."""
+    """Reads the rows of a finished file by document, with one row group in memory at a time."""
 
     def __init__(self, source: Path | RawIOBase) -> None:
         self._file = _open(source)
@@ -110,26 +110,25 @@ class FinishedFile:
         self._file.close(force=True)
 
     def rows(self, document_id: str) -> list[Row]:
-        """A document's rows; none where the file has none. Raises what is in BROKEN."""
+        """Return a document's rows; an empty list if it has none. Raises an error of BROKEN."""
         if self._first_rows is None:
-            self._first_rows = self._find_first_rows()
+            first_rows: dict[bytes, int] = {}
+            number = 0
+            for batch in self._file.iter_batches(_IDS_PER_BATCH, columns=["document_id"], use_threads=False):
+                for each in batch.column(0).to_pylist():
+                    first_rows.setdefault(document_digest(each), number)
+                    number += 1
+            self._first_rows = first_rows
         start = self._first_rows.get(document_digest(document_id))
         return [] if start is None else list(self._rows_from(start, document_id))
 
-    def _find_first_rows(self) -> dict[bytes, int]:
-        first_rows: dict[bytes, int] = {}
-        number = 0
-        for batch in self._file.iter_batches(_IDS_PER_BATCH, columns=["document_id"], use_threads=False):
-            for document_id in batch.column(0).to_pylist():
-                first_rows.setdefault(document_digest(document_id), number)
-                number += 1
-        return first_rows
-
     def _rows_from(self, start: int, document_id: str) -> Iterator[Row]:
-        """The document's rows, which stand together."""
+        """Yield the document's rows, which follow each other from row ``start`` on."""
         first_group = bisect_right(self._group_starts, start) - 1
         for group in range(first_group, len(self._group_starts) - 1):
-            table = self._read_group(group)
+            if self._group[0] != group:
+                self._group = (group, self._file.read_row_group(group, use_threads=False))
+            table = self._group[1]
             ids = table.column("document_id")
             begin = end = max(start - self._group_starts[group], 0)
             while end < len(ids) and ids[end].as_py() == document_id:
@@ -138,20 +137,15 @@ class FinishedFile:
             if end < len(ids):
                 return
 
-    def _read_group(self, group: int) -> Any:
-        if self._group[0] != group:
-            self._group = (group, self._file.read_row_group(group, use_threads=False))
-        return self._group[1]
-
 
 def open_finished(path: Path | str) -> FinishedFile | None:
-    """The finished file at a path, or at a URL, if there is one. Raises JobError where it is something else."""
+    """Open the finished file at a path or a URL. Return None if there is no file. Raises JobError for other files."""
     try:
         return FinishedFile(path if isinstance(path, Path) else open_remote(path))
     except FileNotFoundError:
         return None
     except BROKEN as error:
-        # It may be anything that output.path names by mistake, so it is neither replaced nor moved.
+        # output.path may name any file by mistake, so the file is neither replaced nor moved.
         raise JobError(
             f"{path}: exists and is not a result that can be continued ({one_line(error)}); "
             "move it away, or set another output.path"
@@ -159,13 +153,13 @@ def open_finished(path: Path | str) -> FinishedFile | None:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What a finished file says of its rows. Raises JobError where it is none."""
+    """Return the metadata of a finished file. Raises JobError if it is not a result."""
     with _finished_file(path) as file:
         return {key.decode(): value.decode() for key, value in (file.schema_arrow.metadata or {}).items()}
 
 
 def read_documents(path: Path) -> Iterator[list[Row]]:
-    """A finished file's rows document by document, with one row group in memory. Raises JobError where it is none."""
+    """Yield the rows of each document of a finished file, with one row group in memory. Raises JobError."""
     with _finished_file(path) as file:
         for group in range(file.num_row_groups):
             rows = _to_rows(file.read_row_group(group, use_threads=False))
@@ -184,12 +178,12 @@ def _finished_file(path: Path) -> Iterator[Any]:
 
 
 def document_digest(document_id: str) -> bytes:
-    """Stands for an id in 16 bytes."""
+    """Return 16 bytes that stand for a document's id."""
     return blake2b(document_id.encode(), digest_size=16).digest()
 
 
 def _open(source: Path | RawIOBase) -> Any:
-    """Open a file of rows; page checksums are verified as it is read."""
+    """Open a file of rows. The checksums of pages are verified when they are read."""
     file = pq.ParquetFile(source, page_checksum_verification=True)
     if not file.schema_arrow.equals(SCHEMA, check_metadata=False):
         file.close(force=True)

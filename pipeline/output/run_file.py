@@ -1,9 +1,7 @@
-"""What a run did so far, for whoever looks: ``<output>.run.json``, replaced whole now and then and at the end.
+"""The run file, ``<output>.run.json``: the numbers of a run, replaced whole every few seconds and at the end.
 
-Where the result belongs at a URL, so does a copy of this file: at the beginning, which shows that files can be put
-there, and at the end.
-
-Knows the file; nothing of how the numbers in it come about.
+If the result belongs at a URL, a copy of the run file is uploaded when the run starts, which shows early that files
+can be written there, and again when the run ends.
 """
 
 from __future__ import annotations
@@ -34,10 +32,10 @@ State = Literal["running", "finished", "interrupted", "failed"]
 
 
 class RunFile:
-    """The file of one run, which began at ``started`` on the monotonic clock; a context, at whose end it is complete.
+    """The run file of one run; a context manager, at whose end the file is complete.
 
-    ``report`` is the run's own, and its seconds are set at the end. Raises OutputError where the disk refuses, and what
-    `upload` does.
+    report: the run's report, whose seconds are set at the end. started: start of the run on the monotonic clock.
+    Raises OutputError if the disk refuses, and the errors of `upload`.
     """
 
     def __init__(self, job: Job, identity: Identity, report: Report, started: float) -> None:
@@ -59,12 +57,12 @@ class RunFile:
             self._write(report, "interrupted" if report.interrupted else "finished")
             _publish(self._job)
             return
-        with suppress(PipelineError):  # which may be what is being raised
+        with suppress(PipelineError):  # the disk may be the reason why the run ends
             self._write(report, *_end(error))
             _publish(self._job, retries=0)
 
     def update(self, report: Report) -> None:
-        """Write what is done so far, unless something has just been written."""
+        """Write the numbers so far, unless the file was written a moment ago."""
         now = time.monotonic()
         if now - self._last_write >= SECONDS_BETWEEN_WRITES:
             self._write(replace(report, seconds=now - self._started), "running")
@@ -84,12 +82,12 @@ class RunFile:
 
 
 def versions() -> dict[str, str]:
-    """The packages that decide what a model of given weights computes."""
+    """Return the versions of the packages that decide the answers of a model."""
     return {name: metadata.version(name) for name in ("mlx", "mlx-lm")} | {"turboquant-pipeline": __version__}
 
 
 def mark_ended(job: Job, error: BaseException) -> None:
-    """Say that a run has ended whose process was killed, and could not say so itself."""
+    """Write to the run file that the run has ended, for a process that was killed before it could do so."""
     path = _path(job)
     with suppress(OSError, ValueError, PipelineError):
         content = json.loads(path.read_bytes())

@@ -351,7 +351,7 @@ def _change_a_text(place: Workplace) -> None:
         (_run_of_another_count, "there are shards of 3 (1-of-3.parquet) and of 4 (2-of-4.parquet); remove those that"),
         (_bring_the_whole, "whole.parquet: is not the result of a shard; move it away"),
         (_spoil, "1-of-3.parquet: is not a result that can be read ("),
-        (_run_with_another_codec, "1-of-3.parquet: is of another job: its codec and this one's are not the same; "),
+        (_run_with_another_codec, "1-of-3.parquet: is of another job: it has another codec than this one; "),
         (_run_with_another_query, "1-of-3.parquet: has no row of document "),
         (_change_a_text, "-of-3.parquet: has no row of document 'e5' and query 'what' as the job is now; "),
         (_share_no_batches, "1-of-3.parquet: has no row of document 'e2' and query 'what' as the job is now; "),
