@@ -252,7 +252,12 @@ class Store:
             over = self.used_bytes() + needed + reserved - self._budget
         short = needed - self._free()
         if over > 0 or short > 0:
-            for entry in self._evictable_entries():
+            entries: list[Entry] = []
+            if self._budget is not None:  # without a budget, only the user removes segments
+                entries = eviction_order(
+                    self.entries(), lambda entry: entry.key in self._protected or self._is_needed(entry.label)
+                )
+            for entry in entries:
                 if over <= 0 and short <= 0:
                     break
                 _log.info("prefix %.12s evicted: %s", entry.key, entry.problem or "the least recently used")
@@ -265,13 +270,6 @@ class Store:
                 f"cache.budget: {self._folder} may hold {self._budget:,} bytes, and what unfinished jobs need leaves "
                 f"no room for a prefix of about {needed:,}; raise it"
             )
-
-    def _evictable_entries(self) -> list[Entry]:
-        if self._budget is None:
-            return []  # without a budget, only the user removes segments
-        return eviction_order(
-            self.entries(), lambda entry: entry.key in self._protected or self._is_needed(entry.label)
-        )
 
     def _free(self) -> int:
         return shutil.disk_usage(existing(self._folder)).free

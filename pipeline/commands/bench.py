@@ -71,8 +71,8 @@ def bench(job: Job, extent: Extent, chosen: Collection[str] = CONTENDERS) -> lis
         tempfile.TemporaryDirectory(prefix=".bench-", dir=beside) as temporary,
     ):
         folder = Path(temporary)
-        part = _job_part(job, extent, folder / "documents.parquet")
-        small = _warm_up_job(part, folder)
+        part = job_part(job, extent, folder / "documents.parquet")
+        small = warm_up_job(part, folder)
         rows: list[BenchRow] = []
         truth: dict[Pair, str] | None = None
         for contender in CONTENDERS:
@@ -82,7 +82,7 @@ def bench(job: Job, extent: Extent, chosen: Collection[str] = CONTENDERS) -> lis
             if contender in (COLD, WARM):
                 residents = ("packed", "dense") if job.cache.resident == "auto" else (job.cache.resident,)
             for resident in residents:
-                own = _contender_job(part, contender, resident, extent, folder)
+                own = contender_job(part, contender, resident, extent, folder)
                 result = _run_contender(contender, resident, own, small, folder)
                 if contender == NAIVE and isinstance(result, BenchResult):
                     truth = result.answers
@@ -122,7 +122,7 @@ def _number(value: float | None) -> str:
     return f"{value:,.2f}" if value < 10 else f"{value:,.1f}"
 
 
-def _job_part(job: Job, extent: Extent, path: Path) -> Job:
+def job_part(job: Job, extent: Extent, path: Path) -> Job:
     """Return the job with its first documents that can be rendered, written to ``path``, and its first queries."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -174,7 +174,7 @@ def _with_queries(
     return part.model_copy(update={"queries": QueryTable(path=str(path), document_id="document_id")})
 
 
-def _warm_up_job(part: Job, folder: Path) -> Job:
+def warm_up_job(part: Job, folder: Path) -> Job:
     """Return a small job that warms up a GPU: the start of the part's first document, and short answers."""
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -197,7 +197,7 @@ def _warm_up_job(part: Job, folder: Path) -> Job:
     )
 
 
-def _contender_job(part: Job, contender: str, resident: Resident | None, extent: Extent, folder: Path) -> Job:
+def contender_job(part: Job, contender: str, resident: Resident | None, extent: Extent, folder: Path) -> Job:
     """Return the part as one contender does it, with a store and an output of its own."""
     from pipeline.inputs.inputs import Inputs
 

@@ -48,8 +48,8 @@ def examine(cache_dir: Path = Path(".cache")) -> list[Check]:
     checks.append(Check("platform", platform.platform()))
     checks.append(Check("CPUs, memory", f"{usable_cpus()} usable CPUs, {usable_memory() / 1e9:.0f} GB"))
     checks.append(check_installed_files(metadata.distributions()))
-    checks += [_check_version(name) for name in DEPENDENCIES]
-    checks += [*_check_device(blas), _check_disk(cache_dir)]
+    checks += [check_version(name) for name in DEPENDENCIES]
+    checks += [*_check_device(blas), check_disk(cache_dir)]
     return checks
 
 
@@ -119,9 +119,9 @@ def check_installed_files(distributions: Iterable[metadata.Distribution]) -> Che
     return Check("installation", "; ".join(problems), False, uninstall + reinstall)
 
 
-def _check_version(name: str) -> Check:
+def check_version(name: str) -> Check:
     """Compare the installed version with the range in this project's metadata."""
-    supported = _supported_range(name)
+    supported = supported_range(name)
     install = f"pip install '{name}{supported or ''}'"
     if name == "mlx" and sys.platform != "darwin":
         install = f"pip install '{DISTRIBUTION}[cpu]', or [cuda] with an NVIDIA GPU"
@@ -137,7 +137,7 @@ def _check_version(name: str) -> Check:
     return Check(name, f"{version} (supported: {supported})", ok, None if ok else install)
 
 
-def _supported_range(name: str) -> str | None:
+def supported_range(name: str) -> str | None:
     """Return the supported versions of a dependency, or None if this project is not installed."""
     from packaging.requirements import Requirement
 
@@ -171,17 +171,19 @@ def _check_device(blas: Blas) -> Iterator[Check]:
     yield Check("device", f"CPU, {name}")
     where = f" ({blas.path})" if blas.path else ""
     yield Check("BLAS", f"{blas.name}, threads: {blas.threads}{where}", blas.tuned, blas.hint)
-    yield _check_speed(blas)
+    yield check_speed(blas)
 
 
-def _check_speed(blas: Blas) -> Check:
+def check_speed(blas: Blas) -> Check:
+    """Measure matrix products, and compare their speed with that of a tuned BLAS."""
     rate = measure_gflops()
     ok = rate >= LEAST_GFLOPS_A_CORE * blas.threads
     fix = blas.hint or "free the CPUs of other work, or set OPENBLAS_NUM_THREADS to the number of free ones"
     return Check("matmul", f"{rate:,.0f} GFLOP/s in float32", ok, None if ok else fix)
 
 
-def _check_disk(cache_dir: Path) -> Check:
+def check_disk(cache_dir: Path) -> Check:
+    """Check the free space of the disk that the store is on."""
     folder = cache_dir.absolute()
     existing = next(parent for parent in (folder, *folder.parents) if parent.is_dir())
     free = shutil.disk_usage(existing).free

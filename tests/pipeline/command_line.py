@@ -1,4 +1,4 @@
-"""The command line as tests use it: in this process, or on a terminal."""
+"""Runs commands for tests: in this process, or on a terminal."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def invoke(*arguments: str | Path) -> Result:
 
 
 def error_of(result: Result) -> str:
-    """The one line on stderr of a command that found its input wrong."""
+    """Return the one line on stderr of a command that refused its input."""
     assert result.exit_code == 2, result.output
     assert result.stdout == ""
     (line,) = result.stderr.splitlines()
@@ -31,7 +31,7 @@ def error_of(result: Result) -> str:
 
 
 def in_terminal(width: int, *arguments: str | Path, typed: str = "", code: int = 0, **environment: str) -> list[str]:
-    """The lines that a command shows on a terminal of that many columns, at which something is typed."""
+    """Return the lines that a command shows on a terminal of ``width`` columns. typed: input of the user."""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 50, width, 0, 0))
     cleared = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR", "CI")}

@@ -1,4 +1,4 @@
-"""What lies in a store, and the order in which it may go."""
+"""The entries of a store, and the order in which they are evicted."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ def order(*found: Entry, needed: str = "") -> list[str]:
     return [bytes.fromhex(one.key).rstrip(b"\0").decode() for one in removable]
 
 
-def test_the_useless_go_first_then_the_least_recently_used() -> None:
+def test_unusable_entries_go_first_then_the_least_recently_used() -> None:
     found = [entry("a", 3), entry("b", 1), entry("c", 2), entry("bad", problem="checksum")]
     assert order(*found) == ["bad", "b", "c", "a"]
 
 
-def test_needed_ones_stay() -> None:
+def test_needed_entries_stay() -> None:
     assert order(entry("a", 3), entry("b", 1), entry("c", 2), needed="b c") == ["a"]
 
 
@@ -43,14 +43,14 @@ def test_a_parent_goes_after_its_children_whatever_the_clock_says() -> None:
     assert order(*chain) == ["r", "x", "q", "p"]
 
 
-def test_a_parent_of_a_needed_one_stays() -> None:
+def test_a_parent_of_a_needed_entry_stays() -> None:
     chain = [entry("p", 1), entry("q", 2, "p", 5), entry("r", 3, "q", 10), entry("s", 3, "p", 5)]
     assert order(*chain, needed="q") == ["r", "s"]
 
 
 @settings(deadline=None, max_examples=200)
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(-1, 9), st.booleans()), min_size=1, max_size=10))
-def test_nothing_needed_and_no_parent_before_its_child(rows: list[tuple[int, int, bool]]) -> None:
+def test_no_needed_entry_and_no_parent_before_its_child_is_evicted(rows: list[tuple[int, int, bool]]) -> None:
     found, depth = [], [0] * len(rows)
     for number, (used, parent, _) in enumerate(rows):
         above = parent if 0 <= parent < number else None
@@ -65,14 +65,14 @@ def test_nothing_needed_and_no_parent_before_its_child(rows: list[tuple[int, int
         assert not [child for child, parent in parents.items() if parent == name and child in left]
         left.remove(name)
     kept = set(needed)
-    for name in needed:  # and nothing stays but the needed and what they stand behind
+    for name in needed:  # only needed entries and their parents stay
         while name in parents:
             name = parents[name]
             kept.add(name)
     assert left == kept
 
 
-def test_what_is_found(tmp_path: Path) -> None:
+def test_only_folders_with_the_names_of_segments_are_entries(tmp_path: Path) -> None:
     def segment(name: str, **changes: object) -> Path:
         folder = tmp_path / key(name)[:2] / key(name)
         folder.mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""``pipeline cache``: what is listed, verified and removed is what is there."""
+"""``pipeline cache``: segments are listed, verified and removed."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ def invoke(*arguments: object) -> tuple[int, str, str]:
     return result.exit_code, result.stdout, result.stderr
 
 
-def told(*arguments: object) -> Any:
+def report_of(*arguments: object) -> Any:
     code, out, error = invoke(*arguments, "--json")
     assert code == 0, error
     return json.loads(out)
 
 
 def listed(where: Path) -> dict[str, Any]:
-    return {entry["document"]: entry for entry in told("ls", where)}
+    return {entry["document"]: entry for entry in report_of("ls", where)}
 
 
 def age(workplace: Workplace, document: str, days: float) -> None:
-    """A document's segment as if it had not been used for so long."""
+    """Set the last use of a document's segment to so many days ago."""
     for folder in workplace.segments():
         manifest = folder / "segment.json"
         if json.loads(manifest.read_bytes())["about"]["document"] == document:
@@ -41,11 +41,11 @@ def age(workplace: Workplace, document: str, days: float) -> None:
 
 def test_an_empty_store(tmp_path: Path) -> None:
     assert invoke("ls", tmp_path) == (0, f"0 segments, 0 B in {tmp_path}\n", "")
-    assert told("verify", tmp_path) == {"good": 0, "bytes": 0, "bad": {}}
-    assert told("gc", tmp_path)["removed"] == 0
+    assert report_of("verify", tmp_path) == {"good": 0, "bytes": 0, "bad": {}}
+    assert report_of("gc", tmp_path)["removed"] == 0
 
 
-def test_what_is_listed(workplace: Workplace) -> None:
+def test_every_segment_is_listed_with_its_size_and_age(workplace: Workplace) -> None:
     workplace.run()
     age(workplace, "d1", 3)
     found = listed(workplace.job_file)
@@ -64,7 +64,7 @@ def test_what_is_listed(workplace: Workplace) -> None:
     assert "3 d" in next(line for line in out.splitlines() if line.endswith("d1"))
 
 
-def test_verification_sets_the_bad_aside(workplace: Workplace) -> None:
+def test_verification_sets_bad_segments_aside(workplace: Workplace) -> None:
     workplace.run()
     assert invoke("verify", workplace.cache)[0] == 0
     first, second, _ = workplace.segments()
@@ -77,12 +77,12 @@ def test_verification_sets_the_bad_aside(workplace: Workplace) -> None:
     assert f"{first.name[:12]}  checksum" in out
     assert f"{second.name[:12]}  the manifest is malformed" in out
     assert len(workplace.segments()) == 1
-    assert told("verify", workplace.cache)["good"] == 1  # and set aside they are bad no more
+    assert report_of("verify", workplace.cache)["good"] == 1  # and set aside they are bad no more
     workplace.output.unlink()
     assert workplace.run().prefixes_built == 2
 
 
-def test_what_is_of_no_use_is_removed(workplace: Workplace) -> None:
+def test_segments_that_cannot_be_used_are_removed(workplace: Workplace) -> None:
     workplace.run()
     first, second, third = workplace.segments()
     (first / "segment.json").unlink()
@@ -91,43 +91,43 @@ def test_what_is_of_no_use_is_removed(workplace: Workplace) -> None:
     own.parent.mkdir(exist_ok=True)
     own.write_text("mine")
     files = {path for path in workplace.cache.rglob("*") if path.is_file()}
-    would = told("gc", workplace.cache, "--dry-run")
+    would = report_of("gc", workplace.cache, "--dry-run")
     assert {path for path in workplace.cache.rglob("*") if path.is_file()} == files
-    assert would == told("gc", workplace.cache)
+    assert would == report_of("gc", workplace.cache)
     assert (would["removed"], would["reasons"]) == (2, {"of no use": 2})
     assert workplace.segments() == [third]
     assert own.read_text() == "mine"
 
 
-def test_what_was_not_used_for_long_is_removed(workplace: Workplace) -> None:
+def test_segments_that_were_not_used_for_long_are_removed(workplace: Workplace) -> None:
     workplace.run()
     age(workplace, "d1", 5)
-    assert told("gc", workplace.cache, "--unused-for", "6")["removed"] == 0
-    assert told("gc", workplace.cache, "--unused-for", "4")["reasons"] == {"not used for long": 1}
+    assert report_of("gc", workplace.cache, "--unused-for", "6")["removed"] == 0
+    assert report_of("gc", workplace.cache, "--unused-for", "4")["reasons"] == {"not used for long": 1}
     assert set(listed(workplace.cache)) == {"d0", "d2"}
 
 
-def test_shrinking_to_a_budget(workplace: Workplace) -> None:
+def test_the_store_is_shrunk_to_a_budget(workplace: Workplace) -> None:
     workplace.run()
     age(workplace, "d2", 2)
     age(workplace, "d0", 1)
     size = sum(path.stat().st_size for path in workplace.cache.rglob("*") if path.is_file())
-    found = told("gc", workplace.cache, "--budget", size - 1)
+    found = report_of("gc", workplace.cache, "--budget", size - 1)
     assert (found["removed"], found["reasons"]) == (1, {"over the budget": 1})
     assert set(listed(workplace.cache)) == {"d0", "d1"}
     workplace.tree["cache"] = {"dir": "cache", "budget": found["left_bytes"] - 1}
     workplace.save()
-    assert told("gc", workplace.job_file)["removed"] == 1  # the job's own budget
+    assert report_of("gc", workplace.job_file)["removed"] == 1  # the job's own budget
     assert set(listed(workplace.cache)) == {"d1"}
 
 
-def test_what_an_unfinished_job_needs_stays(workplace: Workplace) -> None:
+def test_segments_that_an_unfinished_job_needs_stay(workplace: Workplace) -> None:
     workplace.run()
     labels = {m["about"]["document"]: m["about"]["label"] for m in map(_manifest, workplace.segments())}
     Pins(workplace.cache, Path("/another/job")).pin([labels["d1"]])
     assert listed(workplace.cache)["d1"]["needed"]
-    assert told("gc", workplace.cache, "--budget", "1")["removed"] == 2
-    assert told("gc", workplace.cache, "--unused-for", "0")["removed"] == 0
+    assert report_of("gc", workplace.cache, "--budget", "1")["removed"] == 2
+    assert report_of("gc", workplace.cache, "--unused-for", "0")["removed"] == 0
     assert set(listed(workplace.cache)) == {"d1"}
 
 
@@ -139,7 +139,7 @@ def test_what_an_unfinished_job_needs_stays(workplace: Workplace) -> None:
         (("gc", ".", "--budget", "much"), "--budget: expected a size such as 20GB, 500MiB or 10%, got 'much'"),
     ],
 )
-def test_bad_arguments(arguments: tuple[str, ...], message: str) -> None:
+def test_bad_arguments_are_one_line(arguments: tuple[str, ...], message: str) -> None:
     code, out, error = invoke(*arguments)
     assert (code, out) == (2, "")
     assert error.startswith(f"error: {message}")
@@ -150,7 +150,7 @@ def _manifest(folder: Path) -> Any:
     return json.loads((folder / "segment.json").read_bytes())
 
 
-def test_a_folder_that_refuses(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_segment_that_cannot_be_removed_is_an_error(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     workplace.run()
 
     def refuse(_: object) -> None:
@@ -163,7 +163,7 @@ def test_a_folder_that_refuses(workplace: Workplace, monkeypatch: pytest.MonkeyP
     assert "Permission denied" in error
 
 
-def test_an_age_that_a_stranger_wrote(workplace: Workplace) -> None:
+def test_an_age_that_is_no_date_is_shown_as_unknown(workplace: Workplace) -> None:
     workplace.run()
     for folder in workplace.segments():
         manifest = json.loads((folder / "segment.json").read_text())

@@ -1,4 +1,4 @@
-"""A few of the many spoilt stores and job files that benches/mutate_store.py and benches/fuzz_jobs.py try."""
+"""A few of the many damaged stores and job files that benches/mutate_store.py and benches/fuzz_jobs.py try."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from benches.fuzz_jobs import fuzz
 from benches.mutate_store import WAYS, mutate
 
 
-def test_a_spoilt_segment_is_never_loaded(tmp_path: Path) -> None:
+def test_a_damaged_segment_is_never_loaded(tmp_path: Path) -> None:
     counts = mutate(4 * len(WAYS), 0, tmp_path)
     assert {outcome for _, outcome in counts} == {"rebuilt, reason logged"}, counts
     assert len(counts) == len(WAYS)
 
 
-def test_a_spoilt_job_file_is_refused_by_one_line(tmp_path: Path) -> None:
+def test_a_damaged_job_file_is_refused_with_one_line(tmp_path: Path) -> None:
     counts = fuzz(150, 0, tmp_path)
     assert not set(counts) - {"planned", "refused", "run"}, counts
     assert counts["refused"] > 75

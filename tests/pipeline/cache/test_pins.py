@@ -1,4 +1,4 @@
-"""What unfinished jobs still need."""
+"""Pins: the contexts that unfinished jobs still need."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def started(folder: Path, *labels: str, output: Path = OUTPUT) -> Pins:
     return pins
 
 
-def test_a_label_is_needed_as_often_as_it_is_given(tmp_path: Path) -> None:
+def test_a_label_is_pinned_as_often_as_it_is_given(tmp_path: Path) -> None:
     pins = started(tmp_path, "a", "b", "a")
     assert pins.is_pinned("a")
     pins.unpin("a")
@@ -32,7 +32,7 @@ def test_a_label_is_needed_as_often_as_it_is_given(tmp_path: Path) -> None:
     assert not pins.is_pinned("c")
 
 
-def test_other_jobs_are_told(tmp_path: Path) -> None:
+def test_other_jobs_see_the_pins(tmp_path: Path) -> None:
     first = started(tmp_path, "a", "b")
     second = Pins(tmp_path, Path("/results/b.parquet"))
     assert second.is_pinned("b")
@@ -43,56 +43,56 @@ def test_other_jobs_are_told(tmp_path: Path) -> None:
     assert list((tmp_path / JOBS).iterdir()) == []
 
 
-def test_what_an_interrupted_job_needs_stays_needed_for_a_week(tmp_path: Path) -> None:
+def test_pins_of_an_interrupted_job_last_a_week(tmp_path: Path) -> None:
     first = started(tmp_path, "a", "b")
     first.unpin("a")
     first.close()
-    looker = Pins(tmp_path)
-    assert (looker.is_pinned("a"), looker.is_pinned("b")) == (False, True)
+    observer = Pins(tmp_path)
+    assert (observer.is_pinned("a"), observer.is_pinned("b")) == (False, True)
     (file,) = (tmp_path / JOBS).iterdir()
     week = 7 * 24 * 3600
     for age, wanted in ((week - 60, True), (week + 60, False), (-week, True)):  # the last: the clock was set back
         os.utime(file, (time.time() - age,) * 2)
-        assert looker.is_pinned("b") is wanted, age
+        assert observer.is_pinned("b") is wanted, age
 
 
-def test_the_same_job_does_not_need_what_its_last_run_did(tmp_path: Path) -> None:
+def test_pins_of_the_last_run_do_not_count_for_the_same_job(tmp_path: Path) -> None:
     started(tmp_path, "a", "b")
     assert not Pins(tmp_path, OUTPUT).is_pinned("a")
     assert Pins(tmp_path, Path("/results/b.parquet")).is_pinned("a")
 
 
-def test_the_file_is_written_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first, looker = started(tmp_path, "a", "b"), Pins(tmp_path)
+def test_the_file_is_updated_at_intervals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, observer = started(tmp_path, "a", "b"), Pins(tmp_path)
     first.unpin("a")
-    assert looker.is_pinned("a")
+    assert observer.is_pinned("a")
     monkeypatch.setattr(module, "SECONDS_BETWEEN_WRITES", 0.0)
     first.unpin("b")
-    assert not looker.is_pinned("a")
+    assert not observer.is_pinned("a")
 
 
 @pytest.mark.parametrize(
     "content", [b"", b"{", b"[]", b'{"labels": 3}', b'{"labels": ["xyz"]}', b'{"labels": [1]}', b"\xff"]
 )
-def test_a_spoilt_file_counts_nothing(tmp_path: Path, content: bytes) -> None:
+def test_a_damaged_file_is_ignored(tmp_path: Path, content: bytes) -> None:
     started(tmp_path, "a")
     (file,) = (tmp_path / JOBS).iterdir()
     file.write_bytes(content)
     assert not Pins(tmp_path).is_pinned("a")
 
 
-def test_a_folder_that_refuses_stops_nothing(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     pins = started(tmp_path / "file", "a")
     assert pins.is_pinned("a")
     pins.unpin("a")
     pins.close()
-    looker = Pins(tmp_path)
-    looker.pin(["a"])
+    observer = Pins(tmp_path)
+    observer.pin(["a"])
     assert list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
-def test_where_there_is_no_room_to_tell_others_nothing_is_told(tmp_path: Path) -> None:
+def test_without_room_for_the_file_other_jobs_see_no_pins(tmp_path: Path) -> None:
     def no_room(_: int) -> None:
         raise BudgetTooSmall("cache.budget: too small")
 

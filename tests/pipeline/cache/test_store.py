@@ -1,4 +1,4 @@
-"""The store by itself: what it finds, says and survives. Whole runs over a damaged store are in test_runner.py."""
+"""The store alone: loading, saving, logging and recovery. Runs with a damaged store are in test_runner.py."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_a_prefix_comes_back_bit_by_bit(store: Store, tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "cache" / KEY[:2]).iterdir()] == [KEY]
 
 
-def test_the_contexts_of_one_identity(store: Store, tmp_path: Path) -> None:
+def test_only_contexts_of_the_same_identity_are_listed(store: Store, tmp_path: Path) -> None:
     assert list(store.contexts(IDENTITY)) == []
     other = replace(IDENTITY, weights="w2")
     for identity, label in (IDENTITY, "a"), (other, "b"), (IDENTITY, ""), (replace(IDENTITY, tokenizer="t2"), "c"):
@@ -65,7 +65,7 @@ def test_the_contexts_of_one_identity(store: Store, tmp_path: Path) -> None:
     assert list(store.contexts(other)) == []
 
 
-def test_looking_makes_no_folder(store: Store, tmp_path: Path) -> None:
+def test_reading_makes_no_folder(store: Store, tmp_path: Path) -> None:
     assert store.load(KEY, 0, CODEC, IDENTITY, "label") is None
     assert store.used_bytes() == 0
     assert list(tmp_path.iterdir()) == []
@@ -94,13 +94,13 @@ def test_a_miss_names_what_changed(
     assert second.endswith("absent")
 
 
-def test_a_broken_manifest_elsewhere_explains_nothing(store: Store, tmp_path: Path) -> None:
+def test_a_broken_manifest_does_not_stop_the_log_of_a_miss(store: Store, tmp_path: Path) -> None:
     store.save(KEY, make_segment(), IDENTITY, None, {"label": "label", "whole": True})
     (tmp_path / "cache" / KEY[:2] / KEY / "segment.json").write_text("[]")
     assert store.load(IDENTITY.key(TOKENS[:-1]), 0, CODEC, IDENTITY, "label") is None
 
 
-def test_bad_segments_are_numbered(store: Store, tmp_path: Path) -> None:
+def test_rejected_segments_of_one_key_are_numbered(store: Store, tmp_path: Path) -> None:
     for _ in range(2):
         store.save(KEY, make_segment(), IDENTITY, None, {"label": "label", "whole": True})
         (tmp_path / "cache" / KEY[:2] / KEY / "segment.safetensors").write_bytes(b"x")
@@ -120,7 +120,7 @@ def test_leftovers_of_a_killed_run_are_removed(store: Store, tmp_path: Path) -> 
     assert store.load(KEY, 0, CODEC, IDENTITY, "label") is not None
 
 
-def test_what_cannot_be_stored_is_one_kind_of_error(store: Store, tmp_path: Path) -> None:
+def test_a_segment_that_cannot_be_stored_is_a_store_error(store: Store, tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="QuantizedKVCache, which cannot be stored"):
         store.save(KEY, Segment((QuantizedKVCache(),), 0, 300), IDENTITY, None, {"label": "label", "whole": True})
     assert not store.contains(KEY)
@@ -139,7 +139,7 @@ def test_what_cannot_be_stored_is_one_kind_of_error(store: Store, tmp_path: Path
         (OSError(28, "No space left on device"), DiskFull),
     ],
 )
-def test_a_write_that_fails_midway(
+def test_a_write_that_fails_leaves_no_files(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, kind: type[StoreError]
 ) -> None:
     def write_half(file: Any, *_: object) -> None:
@@ -155,7 +155,7 @@ def test_a_write_that_fails_midway(
     store.save(KEY, make_segment(), IDENTITY, None, {"label": "label", "whole": True})
 
 
-def test_a_cache_that_is_a_file(tmp_path: Path) -> None:
+def test_a_cache_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(JobError, match=r"cache.dir: .*file is a file; name a folder"):
         Store(tmp_path / "file")

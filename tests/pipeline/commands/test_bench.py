@@ -1,4 +1,4 @@
-"""``pipeline bench``: every contender does the same work, in a process that may die, and leaves nothing behind."""
+"""``pipeline bench``: every contender does the same work in its own process, which may die, and leaves no files."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ PIPELINE = {
 }
 STOCK = {("naive", None), ("reloaded", None), ("copied", None), ("quantized", None)}
 
-# The command line, with a process of reloaded that is fated where it saves its first prompt cache. Being the main
-# script, this is also imported by the processes that are spawned.
+# The command line, where the process of reloaded is killed or hangs when it saves its first prompt cache. This is the
+# main script, so the spawned processes import it too.
 MAIN = """
 import os, signal
 
@@ -61,7 +61,7 @@ if __name__ == "__main__":
 
 
 def contents(folder: Path) -> dict[Path, bytes]:
-    """Every file of a folder that is neither a job, its documents nor a script."""
+    """Return the files in subfolders, which are neither jobs, documents nor scripts."""
     return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file() and path.parent != folder}
 
 
@@ -140,13 +140,13 @@ def test_warm_prefills_nothing_and_what_keeps_caches_says_how_big_they_are(ran: 
         assert (row["disk_bytes"] == 0) == (contender in ("naive", "copied"))
 
 
-def test_what_cannot_be_answered_is_left_out_and_said(ran: Ran) -> None:
+def test_pairs_that_cannot_be_answered_are_left_out_and_counted(ran: Ran) -> None:
     assert "document 'blank' is left out: the document's text is empty" in ran.error
     assert "copied: 4 answered in " in ran.error
     assert ran.error.count("; 2 left out, too long") == len(STOCK | PIPELINE) - 1  # naive is not asked that query
 
 
-def test_nothing_is_left_behind_and_nothing_touched(ran: Ran) -> None:
+def test_no_files_are_left_or_changed(ran: Ran) -> None:
     assert ran.after == ran.before
     assert not ran.left_over
 
@@ -154,7 +154,7 @@ def test_nothing_is_left_behind_and_nothing_touched(ran: Ran) -> None:
 # ---- contenders that fail
 
 
-def test_one_that_dies_is_a_failed_row_and_the_others_go_on(workplace: Workplace) -> None:
+def test_a_contender_that_dies_is_a_failed_row_and_the_others_go_on(workplace: Workplace) -> None:
     workplace.tree["cache"] |= {"key_bits": 8, "value_bits": 8}
     workplace.tree["generation"] |= {"temperature": 0.7}
     names = [part for name in ("pipeline-warm", "copied", "reloaded", "naive") for part in ("--contender", name)]
@@ -173,7 +173,7 @@ def test_one_that_dies_is_a_failed_row_and_the_others_go_on(workplace: Workplace
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted(workplace: Workplace, number: signal.Signals) -> None:
+def test_an_interrupted_bench_leaves_no_files(workplace: Workplace, number: signal.Signals) -> None:
     process = start(workplace, "--contender", "reloaded", fate="hang")
     assert process.stdout is not None
     assert process.stdout.readline() == "hanging\n"
@@ -194,7 +194,7 @@ def invoke(*arguments: str | Path) -> Result:
     return CliRunner().invoke(app, ["bench", *map(str, arguments)])
 
 
-def test_an_unknown_contender(workplace: Workplace) -> None:
+def test_an_unknown_contender_is_an_error(workplace: Workplace) -> None:
     result = invoke(workplace.job_file, "--contender", "vllm")
     assert result.exit_code == 2
     assert result.stdout == ""
@@ -209,7 +209,7 @@ def test_an_unknown_contender(workplace: Workplace) -> None:
         ({"prompt": {"context": "{{ text.nix }}"}}, "no document that is fit for the prompt"),
     ],
 )
-def test_a_wrong_job_is_told_before_anything_is_run(workplace: Workplace, change: Any, words: str) -> None:
+def test_a_wrong_job_is_an_error_before_anything_is_run(workplace: Workplace, change: Any, words: str) -> None:
     result = invoke(workplace.save(**change))
     assert result.exit_code == 2, result.output
     assert words in result.stderr
@@ -248,7 +248,7 @@ def test_the_table(workplace: Workplace, monkeypatch: pytest.MonkeyPatch, applie
 
 
 def noting(make: Callable[..., Any], done: list[str]) -> Callable[..., Any]:
-    """``make``, which notes the documents of the jobs that it is called with."""
+    """Return ``make`` with a record of the documents of its jobs."""
 
     def noted(job: Any, *rest: Any, **options: Any) -> Any:
         done.append(Path(job.documents.path).name)
@@ -261,15 +261,15 @@ def noting(make: Callable[..., Any], done: list[str]) -> Callable[..., Any]:
 def test_a_gpu_is_warmed_up_before_it_is_measured(
     contender: str, workplace: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By little work, which leaves no trace in what is measured."""
+    """The small job does not change the measured result."""
     from pipeline.commands import baselines
     from pipeline.job.job_file import load_job
 
     job, folder = load_job(workplace.save(), []), workplace.folder / "bench"
     folder.mkdir()
-    part = bench._job_part(job, bench.Extent(1), folder / "documents.parquet")
-    small = bench._warm_up_job(part, folder)
-    own = bench._contender_job(part, contender, None if contender == "copied" else "packed", bench.Extent(1), folder)
+    part = bench.job_part(job, bench.Extent(1), folder / "documents.parquet")
+    small = bench.warm_up_job(part, folder)
+    own = bench.contender_job(part, contender, None if contender == "copied" else "packed", bench.Extent(1), folder)
     expected = baselines.run_contender(contender, own, small, folder)
     monkeypatch.setattr(baselines, "on_cpu", lambda: False)
     if contender != "copied":
@@ -288,5 +288,5 @@ def test_a_gpu_is_warmed_up_before_it_is_measured(
 
 def test_what_mlx_lm_cannot_split_is_too_long_for_all(workplace: Workplace, tmp_path: Path) -> None:
     workplace.save(documents={"path": "docs.parquet", "too_long": "split"})
-    part = bench._job_part(load_job(workplace.job_file), bench.Extent(1), tmp_path / "documents.parquet")
+    part = bench.job_part(load_job(workplace.job_file), bench.Extent(1), tmp_path / "documents.parquet")
     assert part.documents.too_long == "error"

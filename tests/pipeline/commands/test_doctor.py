@@ -20,7 +20,7 @@ def checks(tmp_path, monkeypatch):
     return {check.name: check for check in examine(tmp_path / "not" / "there")}
 
 
-def test_everything_is_looked_at(checks):
+def test_all_parts_of_the_machine_are_checked(checks):
     assert {
         "Python",
         "CPUs, memory",
@@ -43,31 +43,31 @@ def test_only_failures_come_with_a_fix(checks):
 
 def test_slow_matrix_products_get_the_hint_of_the_blas(monkeypatch):
     monkeypatch.setattr(doctor, "measure_gflops", lambda: 3.0)
-    check = doctor._check_speed(Blas("Netlib", None, 1, False, "install OpenBLAS"))
+    check = doctor.check_speed(Blas("Netlib", None, 1, False, "install OpenBLAS"))
     assert (check.ok, check.fix) == (False, "install OpenBLAS")
-    check = doctor._check_speed(Blas("OpenBLAS", None, 2, True, None))
+    check = doctor.check_speed(Blas("OpenBLAS", None, 2, True, None))
     assert check.ok is False
     assert "OPENBLAS_NUM_THREADS" in check.fix
 
 
 @pytest.mark.parametrize(("supported", "ok"), [("<99,>=0.1", True), (">=99", False), (None, None)])
 def test_versions_are_judged_by_the_supported_range(monkeypatch, supported, ok):
-    monkeypatch.setattr(doctor, "_supported_range", lambda name: supported)
-    check = doctor._check_version("numpy")
+    monkeypatch.setattr(doctor, "supported_range", lambda name: supported)
+    check = doctor.check_version("numpy")
     assert check.ok is ok
     assert (check.fix is not None) == (ok is False)
 
 
-def test_missing_package(monkeypatch):
-    monkeypatch.setattr(doctor, "_supported_range", lambda name: ">=1")
-    check = doctor._check_version("no-such-distribution")
+def test_a_missing_package_is_to_be_installed(monkeypatch):
+    monkeypatch.setattr(doctor, "supported_range", lambda name: ">=1")
+    check = doctor.check_version("no-such-distribution")
     assert (check.ok, check.fix) == (False, "pip install 'no-such-distribution>=1'")
 
 
 def test_supported_range_comes_from_the_metadata(monkeypatch):
     stated = ["mlx>=0.3; sys_platform == 'darwin'", "mlx-lm<2,>=1", "mlx[cpu]>=0.3; extra == 'cpu'"]
     monkeypatch.setattr(doctor.metadata, "requires", lambda name: stated)
-    assert [doctor._supported_range(name) for name in ("mlx", "mlx-lm", "numpy")] == [">=0.3", "<2,>=1", None]
+    assert [doctor.supported_range(name) for name in ("mlx", "mlx-lm", "numpy")] == [">=0.3", "<2,>=1", None]
 
 
 # ---- the installed files
@@ -136,9 +136,9 @@ def test_a_source_folder_has_no_record_to_compare_with(tmp_path):
 # ---- disk, and how checks are shown
 
 
-def test_little_disk(monkeypatch, tmp_path):
+def test_little_disk_space_is_a_problem(monkeypatch, tmp_path):
     monkeypatch.setattr(doctor, "LEAST_FREE_DISK", float("inf"))
-    assert "cache.dir" in doctor._check_disk(tmp_path).fix
+    assert "cache.dir" in doctor.check_disk(tmp_path).fix
 
 
 def test_render_aligns_and_indents():

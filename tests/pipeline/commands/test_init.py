@@ -1,4 +1,4 @@
-"""The first job file: what is guessed of documents, what is asked, and that what is written is right and complete."""
+"""`init`: columns are guessed, missing values are asked for, and the job file is right and complete."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_columns_that_cannot_be_guessed(tmp_path: Path, columns: dict[str, Any],
 # ---- the file
 
 
-def test_what_is_written_can_be_run(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_written_job_can_be_run(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(workplace.folder)
     (workplace.folder / "model").symlink_to(workplace.model)
     questions = ["--query", "What did the board decide?", "--query", 'Who "signed": and when? #1', "--query", "???"]
@@ -99,7 +99,7 @@ def test_every_key_is_shown_with_its_default_and_meaning(tmp_path: Path) -> None
     assert load_job(tmp_path / "whole.yaml") == load_job(file)
 
 
-def test_a_terminal_is_asked_what_is_not_given(workplace: Workplace) -> None:
+def test_missing_values_are_asked_for_on_a_terminal(workplace: Workplace) -> None:
     file = workplace.folder / "asked.yaml"
     documents = written(workplace.folder, id=[1, 2, 3], other=[4, 5, 6], page=LONG)
     typed = f"other\n\n{workplace.model}\nWho signed?\n"
@@ -119,7 +119,7 @@ def test_a_terminal_is_asked_what_is_not_given(workplace: Workplace) -> None:
     assert load_job(file).queries[0].text == "Who?"
 
 
-def test_who_gives_no_answer_gets_no_file(tmp_path: Path) -> None:
+def test_without_an_answer_no_file_is_written(tmp_path: Path) -> None:
     documents = written(tmp_path, id=[1, 2, 3], page=LONG)
     screen = in_terminal(100, "init", documents, tmp_path / "job.yaml", typed="\x04", code=1)
     assert screen[-1].endswith("Aborted!")
@@ -146,7 +146,7 @@ def test_a_job_file_that_exists_is_kept(workplace: Workplace) -> None:
         (["--query", " "], "job.yaml: queries.0.text is empty"),
     ],
 )
-def test_what_would_not_run_is_not_written(tmp_path: Path, options: list[str], words: str) -> None:
+def test_a_job_that_would_not_run_is_not_written(tmp_path: Path, options: list[str], words: str) -> None:
     documents = written(tmp_path, id=[1, 2, 3], twice=[1, 2, 1], page=LONG)
     line = error_of(invoke("init", documents, tmp_path / "job.yaml", *options))
     assert words in line
@@ -154,7 +154,7 @@ def test_what_would_not_run_is_not_written(tmp_path: Path, options: list[str], w
     assert [file.name for file in tmp_path.iterdir()] == ["papers.parquet"]
 
 
-def test_documents_that_are_not_there(tmp_path: Path) -> None:
+def test_missing_documents_are_an_error(tmp_path: Path) -> None:
     assert "nix.parquet does not exist" in error_of(invoke("init", tmp_path / "nix.parquet", tmp_path / "job.yaml"))
 
 
@@ -172,7 +172,7 @@ def keys(model: Any = Job, prefix: str = "") -> set[str]:
 
 
 def models(annotation: Any) -> list[Any]:
-    """Those that a type is made of."""
+    """The models that a type contains."""
     if isinstance(annotation, type) and hasattr(annotation, "model_fields"):
         return [annotation]
     return [model for part in get_args(annotation) for model in models(part)]

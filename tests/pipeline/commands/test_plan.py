@@ -1,4 +1,4 @@
-"""What `plan` and `status` count, and that they only look."""
+"""`plan` and `status`: their counts are right, they load no weights, and they change nothing."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_a_plan_before_and_after_a_run(workplace: Workplace, run: Callable[[], N
     assert grown.tokens_to_prefill == grown.tokens - plan.tokens > 0
 
 
-def test_what_is_answered_needs_no_prefix(workplace: Workplace, run: Callable[[], None]) -> None:
+def test_answered_documents_need_no_prefix(workplace: Workplace, run: Callable[[], None]) -> None:
     run()
     shutil.rmtree(workplace.cache)
     plan = plan_job(job(workplace))
@@ -93,7 +93,7 @@ def test_the_tokens_are_a_runs_however_a_document_ends(workplace: Workplace, run
     assert plan.misses == len(endings) == len(workplace.segments()) + 1
 
 
-def test_what_is_stored_is_not_tokenised_again(
+def test_stored_contexts_are_not_tokenised_again(
     workplace: Workplace, run: Callable[[], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workplace.documents["d2"] = workplace.documents["d0"]
@@ -193,7 +193,7 @@ def test_one_query_too_long_leaves_the_others(workplace: Workplace) -> None:
     assert (plan.too_long, plan.misses) == (3, 3)
 
 
-def test_status_counts_what_is_still_good(workplace: Workplace, run: Callable[[], None]) -> None:
+def test_status_counts_rows_that_are_still_valid(workplace: Workplace, run: Callable[[], None]) -> None:
     assert (job_status(job(workplace)).done, job_status(job(workplace)).left) == (0, 9)
     run()
     assert job_status(job(workplace)).done == 9
@@ -203,7 +203,7 @@ def test_status_counts_what_is_still_good(workplace: Workplace, run: Callable[[]
     assert job_status(job(workplace, "cache.key_bits=3")).done == 0
 
 
-def test_looking_changes_nothing(workplace: Workplace, run: Callable[[], None]) -> None:
+def test_plan_and_status_change_nothing(workplace: Workplace, run: Callable[[], None]) -> None:
     job(workplace)
     before = files(workplace.folder)
     plan_job(load_job(workplace.job_file))
@@ -218,7 +218,7 @@ def test_looking_changes_nothing(workplace: Workplace, run: Callable[[], None]) 
     assert files(workplace.folder) == before
 
 
-def test_a_model_without_weights_is_found_out(workplace: Workplace, tmp_path: Path) -> None:
+def test_a_model_without_weights_is_an_error(workplace: Workplace, tmp_path: Path) -> None:
     model = shutil.copytree(workplace.model, tmp_path / "bare")
     (model / "model.safetensors").unlink()
     workplace.tree["model"] = str(model)

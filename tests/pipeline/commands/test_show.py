@@ -1,4 +1,4 @@
-"""Looking at answers: what is shown of a job, finished or not, on a terminal, in a pipe, and in a browser."""
+"""`show`: the answers of a job, finished or not, on a terminal, in a pipe, and in a browser."""
 
 from __future__ import annotations
 
@@ -73,12 +73,12 @@ def test_a_row_is_a_line(answered: Workplace) -> None:
         (["--document", "d2"], []),
     ],
 )
-def test_what_is_shown_is_narrowed(answered: Workplace, options: list[str], pairs: list[str]) -> None:
+def test_documents_and_queries_can_be_selected(answered: Workplace, options: list[str], pairs: list[str]) -> None:
     rows = [json.loads(line) for line in invoke("show", answered.job_file, "--json", *options).stdout.splitlines()]
     assert [f"{row['document_id']} {row['query_id']}" for row in rows] == pairs
 
 
-def test_json_lines_have_all_of_a_row(answered: Workplace) -> None:
+def test_json_lines_have_all_columns(answered: Workplace) -> None:
     first, *_ = invoke("show", answered.job_file, "--json").stdout.splitlines()
     assert json.loads(first) == vars(ok("d0", "what", HOSTILE))
 
@@ -98,7 +98,7 @@ def test_a_finished_job_is_shown_in_the_order_of_its_documents(workplace: Workpl
         (["--set", "documents.text=txt"], "documents.text names the column 'txt'"),
     ],
 )
-def test_what_is_not_there_is_named(answered: Workplace, options: list[str], words: str) -> None:
+def test_unknown_ids_are_named(answered: Workplace, options: list[str], words: str) -> None:
     assert words in error_of(invoke("show", answered.job_file, *options))
 
 
@@ -108,7 +108,7 @@ def test_a_job_without_answers(workplace: Workplace) -> None:
     assert result.stderr == f"error: {workplace.output}: there are no answers yet; pipeline run makes them\n"
 
 
-def test_a_reader_that_has_seen_enough_is_no_error(answered: Workplace) -> None:
+def test_a_closed_pipe_is_no_error(answered: Workplace) -> None:
     read, write = os.pipe()
     os.close(read)
     command = [sys.executable, "-m", "pipeline.cli", "show", str(answered.job_file)]
@@ -120,7 +120,7 @@ def test_a_reader_that_has_seen_enough_is_no_error(answered: Workplace) -> None:
 # ---- on a terminal
 
 
-def test_queries_stand_side_by_side_where_there_is_room(answered: Workplace) -> None:
+def test_queries_are_side_by_side_if_there_is_room(answered: Workplace) -> None:
     lines = in_terminal(100, "show", answered.job_file, NO_COLOR="1")
     plain = [line.replace("\x1b[1m", "").replace("\x1b[2m", "").replace("\x1b[0m", "") for line in lines]
     assert all(len(line) <= 100 for line in plain)
@@ -133,7 +133,7 @@ def test_queries_stand_side_by_side_where_there_is_room(answered: Workplace) -> 
     assert [line.split() for line in plain if line.startswith("d2")] == [["d2", "open", "open", "open"]]
 
 
-def test_queries_stand_in_bands_where_there_is_little_room(answered: Workplace) -> None:
+def test_queries_are_in_bands_if_there_is_little_room(answered: Workplace) -> None:
     lines = in_terminal(40, "show", answered.job_file, "--full", NO_COLOR="1")
     assert [line.strip() for line in lines if "29 lease" in line] == ["29 lease"]
     heads = [number for number, line in enumerate(lines) if line.strip(" \x1b[01m") in ("what", "when", "who")]

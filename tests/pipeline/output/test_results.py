@@ -41,7 +41,7 @@ def expected(*document_ids: str) -> list[tuple[str, list[str]]]:
 
 
 def run(output: Path, document_ids: list[str], fingerprint: str = "f0") -> None:
-    """What the runner does: answer what is missing or stale, commit, finish."""
+    """Do the work of the runner: answer missing and outdated rows, commit them, finish."""
     with Results(output, {"job": "j"}) as results:
         for document_id in document_ids:
             known = results.rows(document_id)
@@ -285,7 +285,7 @@ def test_a_file_that_is_no_result_is_never_replaced(output: Path, content: bytes
         pass
 
 
-def test_places_that_cannot_be_written(tmp_path: Path) -> None:
+def test_an_output_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(JobError, match="is a folder"), Results(tmp_path):
         pass
     (tmp_path / "file").write_text("x")
@@ -318,7 +318,7 @@ def test_parts_are_a_dataset_while_a_run_writes(output: Path) -> None:
 
 
 class Crash(BaseException):
-    """Not an Exception, so that nothing tidies up after it, as after SIGKILL."""
+    """It is no Exception, so no handler cleans up, as after SIGKILL."""
 
 
 @contextmanager
@@ -430,7 +430,7 @@ with Results(Path(sys.argv[1])) as results:
 
 
 @pytest.mark.parametrize("commits", [1, 5, 20])
-def test_a_killed_run_keeps_what_it_committed(output: Path, commits: int) -> None:
+def test_a_killed_run_keeps_its_committed_rows(output: Path, commits: int) -> None:
     command = [sys.executable, "-c", _COMMIT_FOR_EVER, str(output)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
