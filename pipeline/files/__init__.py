@@ -1,1 +1,1 @@
-"""Files of any kind, here or at a URL: found, read and written whole. It does not know what a job is."""
+"""Files of any format, on this machine or at a URL: found, read, and written as a whole."""

@@ -1,7 +1,4 @@
-"""The files that a path, a folder, a glob or a URL names, and how each is opened.
-
-Knows names, and formats by how names end; not what is in a file.
-"""
+"""Find the files that a path, a folder, a glob or a URL names, and open them. Names tell the formats of files."""
 
 from __future__ import annotations
 
@@ -32,7 +29,10 @@ _FORMATS = {
 
 @dataclass(frozen=True)
 class InputFile:
-    """``path`` may be a URL; ``id`` is what of it is relative to the folder that was named."""
+    """An input file.
+
+    path: its path or URL. id: its path relative to the folder that was searched.
+    """
 
     path: str
     id: str
@@ -42,22 +42,23 @@ class InputFile:
 
     @property
     def format(self) -> str:
-        """What it is, to judge by its name."""
+        """The format that the name stands for: PARQUET, JSON or TEXT_FILE."""
         return _FORMATS.get(_suffix(self.path), PARQUET)
 
     def open(self) -> BinaryIO | io.BufferedReader:
-        """The file, to be read from its beginning. Raises OSError and what `remote` does."""
+        """Open the file to be read from its beginning. Raises OSError, JobError and RemoteError."""
         return io.BufferedReader(remote.open_remote(self.path)) if remote.is_url(self.path) else open(self.path, "rb")
 
     def open_for_arrow(self) -> Any:
-        """The file, to be read in any order."""
+        """Open the file to be read by pyarrow, in any order."""
         return remote.open_remote(self.path) if remote.is_url(self.path) else pa.OSFile(self.path)
 
 
 def find_files(path: str, key: str) -> list[InputFile]:
-    """The files in the order in which they are read.
+    """Return the files in the order in which they are read.
 
-    key: of the job file, that the path was given by. Raises InputError where there is none, or of several formats.
+    key: the key of the job file that gives the path, for messages. Raises InputError if there are no files, or files of
+    several formats.
     """
     base, is_folder, names = remote.find(path) if remote.is_url(path) else _find_here(path)
     if is_folder:
@@ -69,17 +70,17 @@ def find_files(path: str, key: str) -> list[InputFile]:
     if len(formats) > 1:
         counts = " and ".join(f"{count} {name} file{'s' * (count > 1)}" for name, count in sorted(formats.items()))
         example = os.path.join(path if is_folder else os.path.dirname(path), f"*{_suffix(names[0])}")
-        raise InputError(f"{key}: {path} holds {counts}; name those of one format, as by {example}")
+        raise InputError(f"{key}: {path} holds {counts}; name the files of one format, for example by {example}")
     return files
 
 
 def _find_here(path: str) -> tuple[str, bool, list[str]]:
-    """As `remote.find`, for a path of this machine."""
+    """Do what `remote.find` does, for a path on this machine."""
     if os.path.isfile(path):
         return os.path.dirname(path), False, [path]
     is_folder = os.path.isdir(path)
     pattern = os.path.join(glob.escape(path), "*") if is_folder else path
-    # Without recursion and hidden files, which are other programs' temporary files; ordered by name.
+    # Hidden files are left out, because they are other programs' temporary files.
     names = [name for name in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(name)]
     base = path
     while not is_folder and glob.has_magic(base):

@@ -1,7 +1,7 @@
-"""Files on other machines, by URL, through fsspec: found, read by ranges, and put there whole.
+"""Files on other machines, by URL, through fsspec: found, read by ranges, and uploaded as a whole.
 
-Knows what filesystems raise, and what of that is worth another try; not what is in a file. Each filesystem looks for
-its credentials and settings where it always does: in the environment and its own configuration.
+An operation that fails is tried again if that may help. Each filesystem finds its credentials and settings where it
+always does: in the environment and in its own configuration.
 """
 
 from __future__ import annotations
@@ -19,49 +19,49 @@ from pipeline.errors import JobError, PipelineError, RemoteError, one_line
 from pipeline.retry import retried
 
 RETRIES = 3
-_BLOCK_BYTES, _BLOCKS = 4 << 20, 8  # what is held of a file that is read
+_BLOCK_BYTES, _BLOCKS = 4 << 20, 8  # of a file that is read, in memory
 _PART_BYTES = 8 << 20  # of a file that is written
-_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}  # of this project
+_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}  # the extra of this project by the scheme of URLs
 _Result = TypeVar("_Result")
 
 
 def is_url(path: str) -> bool:
-    """Whether a path is one of another machine."""
+    """Return whether a path is a URL."""
     return "://" in path
 
 
 def find(url: str) -> tuple[str, bool, list[str]]:
-    """The folder that a URL's files are in, whether that is what it names, and the URLs of the files, by name.
+    """Find the files that a URL names: one file, those directly in a folder, or those that match a glob.
 
-    Those of a folder are its own, not its subfolders'; those of a glob are what matches, hidden ones left out. There
-    are none where there is nothing. Raises JobError and RemoteError.
+    Returns the folder that the files are in, whether the URL names that folder, and the URLs of the files, sorted by
+    name and without hidden files; there are none if nothing is found. Raises JobError and RemoteError.
     """
     filesystem, path = _filesystem(url)
     kind = _patiently(url, lambda: _kind(filesystem, path))
-    is_folder, base, found = kind == "directory", path, []
+    is_folder, base, entries = kind == "directory", path, []
     if is_folder:
-        found = _patiently(url, lambda: filesystem.ls(path, detail=True))
+        entries = _patiently(url, lambda: filesystem.ls(path, detail=True))
     elif kind is not None:
-        base, found = dirname(path), [{"name": path, "type": kind}]
+        base, entries = dirname(path), [{"name": path, "type": kind}]
     elif glob.has_magic(path):
-        found = list(_patiently(url, lambda: filesystem.glob(path, detail=True)).values())
+        entries = list(_patiently(url, lambda: filesystem.glob(path, detail=True)).values())
         while glob.has_magic(base):
             base = dirname(base)
-    names = sorted(entry["name"] for entry in found if entry["type"] == "file")
-    shown = [name for name in names if not _is_hidden(name.removeprefix(base))]
+    names = sorted(entry["name"] for entry in entries if entry["type"] == "file")
+    visible = [name for name in names if not _is_hidden(name.removeprefix(base))]
     full_name = filesystem.unstrip_protocol
-    return full_name(base), is_folder, [full_name(name) for name in shown]
+    return full_name(base), is_folder, [full_name(name) for name in visible]
 
 
 def open_remote(url: str) -> io.RawIOBase:
-    """A file, to be read in any order. Raises FileNotFoundError, JobError and RemoteError, also while it is read."""
+    """Open a file to be read in any order. This, and reading, raises FileNotFoundError, JobError and RemoteError."""
     filesystem, path = _filesystem(url)
     cache = {"cache_type": "blockcache", "cache_options": {"maxblocks": _BLOCKS}}
     return _RemoteFile(url, _patiently(url, lambda: filesystem.open(path, "rb", block_size=_BLOCK_BYTES, **cache)))
 
 
 def upload(file: Path, url: str, retries: int = RETRIES) -> None:
-    """Copy a file to a URL, where it appears whole or not at all. Raises JobError and RemoteError."""
+    """Copy a file to a URL, where it appears as a whole or not at all. Raises JobError and RemoteError."""
     filesystem, path = _filesystem(url)
     try:
         _patiently(url, lambda: filesystem.put_file(str(file), path, chunksize=_PART_BYTES), retries)
@@ -70,9 +70,9 @@ def upload(file: Path, url: str, retries: int = RETRIES) -> None:
 
 
 class _RemoteFile(io.RawIOBase):
-    """A file of fsspec's that is read again where reading fails.
+    """A file of fsspec whose reads are tried again if they fail.
 
-    It holds a few blocks, so that columns that are read in turn don't push each other out.
+    It keeps a few blocks, so that columns that are read by turns do not displace each other.
     """
 
     def __init__(self, url: str, file: Any) -> None:
@@ -102,18 +102,18 @@ class _RemoteFile(io.RawIOBase):
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
-    """The filesystem that a URL is of, and the path in it."""
+    """Return the filesystem of a URL, and the path in it."""
     scheme = url.partition("://")[0]
     try:
-        found: tuple[Any, str] = _patiently(url, lambda: fsspec.url_to_fs(url))
+        filesystem_and_path: tuple[Any, str] = _patiently(url, lambda: fsspec.url_to_fs(url))
     except ImportError as error:
         extra = f"this project with its extra `{_EXTRAS[scheme]}`" if scheme in _EXTRAS else one_line(error)
         raise JobError(f"{url}: {scheme}:// needs a package that is not installed: install {extra}") from None
-    return found
+    return filesystem_and_path
 
 
 def _kind(filesystem: Any, path: str) -> str | None:
-    """``file``, ``directory``, or None where there is nothing."""
+    """Return `file`, `directory`, or None if there is nothing."""
     try:
         return str(filesystem.info(path)["type"])
     except FileNotFoundError:
@@ -125,9 +125,10 @@ def _is_hidden(name: str) -> bool:
 
 
 def _patiently(url: str, call: Callable[[], _Result], retries: int = RETRIES) -> _Result:
-    """What a call gives, made again where that may help. Raises FileNotFoundError, ImportError, JobError, RemoteError.
+    """Return the result of a call, which is made again if that may help.
 
-    Nothing is known of the exceptions of filesystems that may not be installed but what they are called.
+    The filesystems may not be installed, so their exceptions are told apart by their names and attributes. Raises
+    FileNotFoundError, ImportError, JobError and RemoteError.
     """
 
     def attempt() -> _Result:
@@ -152,5 +153,5 @@ def _is_refusal(error: Exception) -> bool:
     name = type(error).__name__
     response = getattr(error, "response", None)
     codes = {getattr(error, "code", None), getattr(response, "status_code", None)}
-    said = isinstance(error, PermissionError) or str(error).startswith("Forbidden")
-    return said or "Credentials" in name or "Token" in name or not codes.isdisjoint((401, 403))
+    is_stated = isinstance(error, PermissionError) or str(error).startswith("Forbidden")
+    return is_stated or "Credentials" in name or "Token" in name or not codes.isdisjoint((401, 403))

@@ -1,11 +1,11 @@
-"""Rows of Parquet, JSON Lines and text files, checked and streamed with the columns that are wanted.
+"""Rows of Parquet, JSON Lines and text files, checked, and streamed with the columns that are needed.
 
-It knows files, formats and columns, not what the rows are for. It never holds more than one row and the page it stands
-in. A Parquet page is read whole, and pyarrow's writer puts up to 1,024 rows in one, so very long texts stream in less
-memory if they were written with `write_batch_size=16`.
+No more than one row and the page of the file that holds it are in memory. A Parquet page is read as a whole, and
+pyarrow writes up to 1,024 rows into one; very long texts need less memory if they were written with
+`write_batch_size=16`.
 
-A text file is one row: `id` is its path relative to the folder, `text` what it says. In JSON Lines a key that a line
-lacks is null; one that no line of a file has is an error.
+A text file is one row: `id` is its path relative to the folder, and `text` is its content. In JSON Lines, a key that a
+line lacks is null; a key that no line of a file has is an error.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _TEXT_COLUMNS = ("id", "text")
 
 @dataclass(frozen=True)
 class Kind:
-    """What a column may hold: in words, as an Arrow type and as a value."""
+    """A kind of values that a column may hold: in words, and as tests of an Arrow type and of a value."""
 
     words: str
     fits_type: Callable[[Any], bool]
@@ -40,7 +40,7 @@ class Kind:
 
 @dataclass(frozen=True)
 class Column:
-    """A column that is needed; ``user`` says by whom, as the beginning of a message."""
+    """A column that is needed. user: the beginning of messages about it, which says who needs it."""
 
     name: str
     user: str
@@ -49,7 +49,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Record:
-    """One row: the wanted columns, and where it stands."""
+    """One row: the values of its columns, its file, and its number in the file."""
 
     values: dict[str, Any]
     file: InputFile
@@ -57,7 +57,7 @@ class Record:
 
     @property
     def place(self) -> str:
-        """Where the row stands, for messages."""
+        """The place of the row, for messages."""
         if self.file.format == TEXT_FILE:
             return str(self.file)
         number = f"line {self.number}" if self.file.format == JSON else f"row {self.number} (from 0)"
@@ -67,7 +67,7 @@ class Record:
 def _is_text(kind: Any) -> bool:
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    # A column of nulls alone has the type null.
+    # A column that holds only nulls has the type null.
     return any(
         check(kind)
         for check in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view, pa.types.is_null)
@@ -84,10 +84,10 @@ ID = Kind(
 
 
 class Table:
-    """The rows of the files that a path, a folder or a glob names: files by name, rows as they stand.
+    """The rows of the files that a path, a folder, a glob or a URL names: files sorted by name, rows in their order.
 
-    key: of the job file, that the path was given by. columns: all that are needed. Raises InputError where there is no
-    file, or where they are of several formats.
+    key: the key of the job file that gives the path, for messages. columns: all columns that are needed. Raises
+    InputError if there are no files, or files of several formats.
     """
 
     def __init__(self, path: str, key: str, columns: Sequence[Column]) -> None:
@@ -95,7 +95,7 @@ class Table:
         self._columns = columns
 
     def check(self) -> None:
-        """Raises InputError where a file lacks a column, or has it in another type. Reads no texts of Parquet."""
+        """Raise InputError if a file lacks a column or has it in another type. Of Parquet only the footer is read."""
         for file in self.files:
             if file.format == JSON:
                 self._check_json(file)
@@ -105,9 +105,9 @@ class Table:
                 self._check_presence(file, _TEXT_COLUMNS)
 
     def records(self, names: Collection[str], rows_per_batch: int) -> Iterator[Record]:
-        """The rows, with the named columns only; one that is not needed may be lacking, and is null then.
+        """Yield the rows with the named columns. A named column that is not needed may be missing, and is then null.
 
-        Raises InputError where a file is damaged.
+        Raises InputError if a file is damaged.
         """
         for file in self.files:
             for number, values in self._rows(file, names, rows_per_batch):
@@ -135,23 +135,23 @@ class Table:
                 )
 
     def _check_json(self, file: InputFile) -> None:
-        seen: set[str] = set()
+        keys: set[str] = set()
         for _, values in self.json_rows(file):
-            seen |= values.keys()
-        if seen:
-            self._check_presence(file, sorted(seen))
+            keys |= values.keys()
+        if keys:
+            self._check_presence(file, sorted(keys))
 
     def _check_presence(self, file: InputFile, names: Sequence[str]) -> None:
         for column in self._columns:
             times = names.count(column.name)
-            told = f"{column.user} the column '{column.name}', which {file}"
+            problem = f"{column.user} the column '{column.name}', which {file}"
             if times == 0:
-                raise InputError(f"{told} lacks{suggestion(column.name, set(names))}")
+                raise InputError(f"{problem} lacks{suggestion(column.name, set(names))}")
             if times > 1:
-                raise InputError(f"{told} has {times} times; rename the others")
+                raise InputError(f"{problem} has {times} times; rename the others")
 
     def json_rows(self, file: InputFile) -> Iterator[tuple[int, dict[str, Any]]]:
-        """The numbers and objects of lines that are not blank."""
+        """Yield the number and the object of each line that is not blank. Raises InputError."""
         try:
             with file.open() as lines:
                 for number, line in enumerate(lines, start=1):
@@ -164,7 +164,7 @@ class Table:
         text = line.decode("utf-8", errors="replace").removeprefix("\ufeff")
         try:
             values = json.loads(text)
-            if "\\u" in text:  # which may be half a character
+            if "\\u" in text:  # it may stand for half a character
                 values = json.loads(json.dumps(values, ensure_ascii=False).encode("utf-8", errors="replace"))
         except (ValueError, RecursionError) as error:
             raise InputError(f"{place} is not JSON: {one_line(error)}") from None
@@ -191,7 +191,7 @@ class Table:
 
 
 def first_rows(path: str, key: str, count: int) -> list[dict[str, Any]]:
-    """The first rows of the first file that a path names, with their columns of texts and whole numbers alone."""
+    """Return the first rows of the first file that a path names, with only their columns of texts and whole numbers."""
     table = Table(path, key, ())
     file = table.files[0]
     names: Collection[str] = _TEXT_COLUMNS
@@ -246,5 +246,5 @@ def _value(scalar: Any) -> Any:
     try:
         return scalar.as_py()
     except UnicodeDecodeError:
-        # One row of broken UTF-8 is no reason to fail a job.
+        # One row with broken UTF-8 is no reason to fail a job.
         return scalar.as_buffer().to_pybytes().decode("utf-8", errors="replace")

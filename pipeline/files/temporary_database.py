@@ -1,6 +1,6 @@
-"""A database in a temporary file, for what is too much to be held in memory.
+"""A database in a temporary file, for tables that are too large for memory.
 
-The file has no name, so it is gone when the process is, however that ends. Knows SQLite; nothing of what is set down.
+The file has no name, so it disappears with the process, however the process ends.
 """
 
 from __future__ import annotations
@@ -16,7 +16,11 @@ _CACHE_KILOBYTES = 32 << 10
 
 
 def temporary_database(owner: object, tables: str) -> sqlite3.Connection:
-    """A database with these tables, amid a transaction; used by one thread at a time, and closed with its owner."""
+    """Open a new SQLite database and begin a transaction in it.
+
+    owner: the object that uses the database, which is closed when the owner is garbage-collected. tables: SQL that
+    creates the tables. Any thread may use the database, but only one at a time.
+    """
     database = sqlite3.connect("", isolation_level=None, check_same_thread=False)
     weakref.finalize(owner, database.close)
     database.execute(f"PRAGMA cache_size = -{_CACHE_KILOBYTES}")
@@ -27,12 +31,12 @@ def temporary_database(owner: object, tables: str) -> sqlite3.Connection:
 
 
 @contextmanager
-def spill_errors(what: str) -> Iterator[None]:
-    """Raise PipelineError, which says what cannot be set down, for what SQLite raises in the block."""
+def spill_errors(contents: str) -> Iterator[None]:
+    """Raise PipelineError for an error of SQLite in the block. `contents` says what is stored, such as "queries"."""
     try:
         yield
     except sqlite3.Error as error:
         raise PipelineError(
-            f"{what} cannot be set down in a temporary file: {error}; free some space, or set TMPDIR to a folder "
-            "that has some"
+            f"{contents} cannot be written to a temporary file: {error}; free some space, or set TMPDIR to a folder "
+            "on a disk that has space"
         ) from None

@@ -1,1 +1,1 @@
-"""Documents and queries: read, rendered, tokenised and put into groups. It runs no model and writes nothing."""
+"""Documents and queries: read, rendered, tokenised and put into groups that share a batch."""

@@ -1,9 +1,9 @@
-"""Which documents are answered together, and how the next ones are read meanwhile.
+"""Put documents into groups that are answered together, and prepare the next group while one is answered.
 
-A document with few queries would leave most of a batch empty, so documents that follow each other share one. Where
-the cuts are depends on the job alone: rounding depends on which rows share a batch, and a run that was interrupted
-must give what one that was not gives. For the same reason a shard has whole groups, by the ids that these begin with.
-Knows documents by their size and queries; nothing of models or rows.
+A document with few queries would leave most of a batch empty, so documents that follow each other share a batch. The
+groups depend on the job only: rounding depends on which rows share a batch, and a run that was interrupted must give
+the same bytes as one that was not. For the same reason a shard consists of whole groups; the id of a group's first
+document decides which shard has it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TypeVar
 from pipeline.inputs.documents import Document
 from pipeline.job.shards import Shard
 
-GROUP_CHARACTERS = 200_000  # of text, beyond which no document joins: a group's prefixes are in memory together
+GROUP_CHARACTERS = 200_000  # most text of a group, because its prefixes are in memory together
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
@@ -23,9 +23,10 @@ _Result = TypeVar("_Result")
 def groups(
     documents: Iterable[Document], batch_size: int, alone: Collection[str] = (), shard: Shard | None = None
 ) -> Iterator[list[Document]]:
-    """The documents in groups that fill a batch, or fewer where texts are long; one by one around those in ``alone``.
+    """Yield the documents in groups that fill a batch, or that hold less if texts are long.
 
-    With a shard, those of its groups alone.
+    alone: ids of documents that share no batch; the other documents of their groups are then alone too. shard: yield
+    the groups of this shard only.
 
     >>> texts = [Document(str(i), "a text", {}, ["Who?", "When?", "Why?"]) for i in range(7)]
     >>> [[document.id for document in group] for group in groups(texts, 8)]
@@ -33,7 +34,7 @@ def groups(
     >>> [[document.id for document in group] for group in groups(texts, 8, alone={"1"})]
     [['0'], ['1'], ['2'], ['3', '4', '5'], ['6']]
     """
-    for group in _cut(documents, batch_size):
+    for group in _full_groups(documents, batch_size):
         if shard is not None and Shard.of(group[0].id, shard.count) != shard:
             continue
         if any(document.id in alone for document in group):
@@ -42,30 +43,33 @@ def groups(
             yield group
 
 
-def _cut(documents: Iterable[Document], batch_size: int) -> Iterator[list[Document]]:
+def _full_groups(documents: Iterable[Document], batch_size: int) -> Iterator[list[Document]]:
     group: list[Document] = []
-    size = rows = 0
+    characters = rows = 0
     for document in documents:
-        if group and size + len(document.text) > GROUP_CHARACTERS:
+        if group and characters + len(document.text) > GROUP_CHARACTERS:
             yield group
-            group, size, rows = [], 0, 0
+            group, characters, rows = [], 0, 0
         group.append(document)
-        size += len(document.text)
+        characters += len(document.text)
         rows += len(document.queries)
         if rows >= batch_size:
             yield group
-            group, size, rows = [], 0, 0
+            group, characters, rows = [], 0, 0
     if group:
         yield group
 
 
-def ahead(items: Iterable[_Item], do: Callable[[_Item], _Result]) -> Generator[_Result]:
-    """``do`` of each item, taken and done in another thread while the item before is used. To be closed."""
+def ahead(items: Iterable[_Item], function: Callable[[_Item], _Result]) -> Generator[_Result]:
+    """Yield `function(item)` for every item; a thread computes the next result while the caller uses the last one.
+
+    The items are read in that thread too. The caller must close the generator if it does not exhaust it.
+    """
     iterator, end = iter(items), object()
 
     def step() -> _Result | object:
         item = next(iterator, end)
-        return item if item is end else do(item)  # type: ignore[arg-type]
+        return item if item is end else function(item)  # type: ignore[arg-type]
 
     with ThreadPoolExecutor(1, thread_name_prefix="ahead") as pool:
         upcoming: Future[_Result | object] = pool.submit(step)

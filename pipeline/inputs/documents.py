@@ -1,7 +1,7 @@
-"""Documents: checked once before anything is run, then streamed one at a time.
+"""Documents: checked before a run starts, then streamed one at a time.
 
-It knows which rows of a table are documents, and their ids. It does not know files, templates or tokens, and it
-never holds more than one document and what reading it takes (tables.py).
+A document is a row of a table that `documents.where` selects. No more than one document, and the page of the file that
+it is read from (files/tables.py), is in memory.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ _IDS_PER_BATCH = 8192
 
 @dataclass(frozen=True)
 class Document:
-    """One input row. `text` is "" where the row's is null; `columns` holds what templates may use.
+    """One input row.
 
-    queries: what is asked of it, which inputs.py adds.
+    text: "" if the row's text is null or blank. columns: the values that templates may use. queries: the queries that
+    are asked of it, which inputs.py adds.
     """
 
     id: str
@@ -33,82 +34,85 @@ class Document:
 
 
 def check_documents(source: Documents, columns: Collection[str] = ()) -> int:
-    """Check files, columns, types and ids before anything is run; `columns` are those that the prompt uses.
+    """Check files, columns, types and ids before a run starts; return the number of documents.
 
-    Of Parquet it reads only footers, ids and what `where` uses; it keeps 16 bytes of each id. Raises InputError.
+    columns: the columns that the prompt uses. Of Parquet files only footers, ids and the columns of `where` are read;
+    16 bytes of each id are kept. Raises InputError.
     """
-    rows = _Rows(source, columns)
+    rows = _DocumentRows(source, columns)
     rows.table.check()
-    seen: set[bytes] = set()
+    digests: set[bytes] = set()
     for document_id, record in rows.ids():
         digest = blake2b(document_id.encode(), digest_size=16).digest()
-        if digest in seen:
-            raise InputError(_duplicate(rows, document_id, record))
-        seen.add(digest)
-    if not seen:
+        if digest in digests:
+            first = next(other for other_id, other in rows.ids() if other_id == document_id)
+            raise InputError(
+                f"documents.id: the id '{document_id}' is given twice, in {first.place} and in {record.place}; "
+                "ids must be unique"
+            )
+        digests.add(digest)
+    if not digests:
         files = f"{len(rows.table.files)} file{'s' * (len(rows.table.files) > 1)}"
-        fitting = f" that documents.where is true of: {source.where}" if source.where else ""
-        raise InputError(f"documents.path: no documents: {files} at {source.path} with no rows{fitting}")
-    return len(seen)
+        condition = f" for which documents.where is true: {source.where}" if source.where else ""
+        raise InputError(f"documents.path: no documents: {files} at {source.path} with no rows{condition}")
+    return len(digests)
 
 
 def stream_documents(source: Documents, columns: Collection[str] = ()) -> Iterator[Document]:
-    """Yield the documents in order: files by name, rows as they stand. Reads the named columns only."""
-    wanted = {source.id, source.text, *columns}
-    for record in _Rows(source, columns).selected(wanted, rows_per_batch=1):
+    """Yield the documents: files sorted by name, rows in the order of the file. Only the named columns are read."""
+    names = {source.id, source.text, *columns}
+    for record in _DocumentRows(source, columns).selected(names, rows_per_batch=1):
+        text = record.values[source.text]
         yield Document(
             id=_id(record, source.id),
-            text=_text(record.values[source.text]),
-            columns={name: record.values[name] for name in sorted(wanted)},
+            text=text if isinstance(text, str) and text.strip() else "",
+            columns={name: record.values[name] for name in sorted(names)},
         )
 
 
 def document_ids(source: Documents) -> Iterator[str]:
-    """The ids of the documents, in order."""
-    return (document_id for document_id, _ in _Rows(source, ()).ids())
+    """Yield the ids of the documents in the same order."""
+    return (document_id for document_id, _ in _DocumentRows(source, ()).ids())
 
 
-class _Rows:
+class _DocumentRows:
     """The rows of a table that are documents."""
 
     def __init__(self, source: Documents, columns: Collection[str]) -> None:
         self._source = source
         self._where = Expression("documents.where", source.where) if source.where else None
-        used = dict.fromkeys(self._where.columns, "documents.where uses") if self._where else {}
-        used |= dict.fromkeys(columns, "the prompt uses")
+        users = dict.fromkeys(self._where.columns, "documents.where uses") if self._where else {}
+        users |= dict.fromkeys(columns, "the prompt uses")
         needed = [Column(source.id, "documents.id names", ID), Column(source.text, "documents.text names", TEXT)]
-        needed += [Column(name, user, ANYTHING) for name, user in sorted(used.items())]
+        needed += [Column(name, user, ANYTHING) for name, user in sorted(users.items())]
         self.table = Table(source.path, "documents.path", needed)
 
     def ids(self) -> Iterator[tuple[str, Record]]:
-        """Every document's id and row."""
+        """Yield each document's id and row."""
         for record in self.selected({self._source.id}, _IDS_PER_BATCH):
             yield _id(record, self._source.id), record
 
-    def selected(self, wanted: Collection[str], rows_per_batch: int) -> Iterator[Record]:
-        """The first ``limit`` rows that ``where`` is true of."""
-        names = {*wanted, *self._where.columns} if self._where else wanted
+    def selected(self, names: Collection[str], rows_per_batch: int) -> Iterator[Record]:
+        """Yield the first `limit` rows for which `where` is true, with the named columns."""
+        if self._where is not None:
+            names = {*names, *self._where.columns}
         records = self.table.records(names, rows_per_batch)
         return islice((record for record in records if self._is_selected(record)), self._source.limit)
 
     def _is_selected(self, record: Record) -> bool:
         if self._where is None:
             return True
-        told = f"documents.where: {self._source.where}: in {record.place}"
+        origin = f"documents.where: {self._source.where}: in {record.place}"
         try:
-            found = self._where(record.values)
+            value = self._where(record.values)
         except Exception as error:
-            # What can't be said of a null, as that it is less than something, is not true of it.
+            # A comparison with null, such as null < 3, is false.
             if isinstance(error, TypeError) and any(record.values[name] is None for name in self._where.columns):
                 return False
-            raise InputError(f"{told}: {one_line(error)}") from None
-        if not isinstance(found, bool | None):
-            raise InputError(f"{told} it is {found!r:.40}; expected a condition that is true or false")
-        return bool(found)
-
-
-def _text(value: object) -> str:
-    return value if isinstance(value, str) and value.strip() else ""
+            raise InputError(f"{origin}: {one_line(error)}") from None
+        if not isinstance(value, bool | None):
+            raise InputError(f"{origin} it is {value!r:.40}; expected a condition that is true or false")
+        return bool(value)
 
 
 def _id(record: Record, column: str) -> str:
@@ -116,11 +120,3 @@ def _id(record: Record, column: str) -> str:
     if value is None or value == "":
         raise InputError(f"documents.id: the id is empty in {record.place}, column '{column}'")
     return str(value)
-
-
-def _duplicate(rows: _Rows, document_id: str, record: Record) -> str:
-    first = next(other for known, other in rows.ids() if known == document_id)
-    return (
-        f"documents.id: the id '{document_id}' is given twice, in {first.place} and in {record.place}; "
-        "ids must be unique"
-    )

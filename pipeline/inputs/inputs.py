@@ -1,7 +1,4 @@
-"""What goes into a run: a job's documents, each with the queries that are asked of it, checked before anything is run.
-
-Knows that documents and queries belong together, and how many rows that makes; how each is read is the others' work.
-"""
+"""The inputs of a run: a job's documents, each with the queries that are asked of it, checked before the run starts."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from itertools import chain
 from pipeline.inputs.batching import groups
 from pipeline.inputs.documents import Document, check_documents, document_ids, stream_documents
 from pipeline.inputs.prompts import template_columns
-from pipeline.inputs.query_table import OwnQueries, read_shared
+from pipeline.inputs.query_table import DocumentQueries, read_shared_queries
 from pipeline.job.job import Job, Query, QueryTable
 from pipeline.job.shards import Shard
 
@@ -21,27 +18,28 @@ _log = logging.getLogger(__name__)
 
 
 class Inputs:
-    """A job's documents and queries, or a shard of them. Raises JobError where something is wrong with them.
+    """A job's documents and queries, or those of one shard. Raises JobError if something is wrong with them.
 
-    documents: how many there are, without those of which nothing is asked. rows: how many pairs of a document and a
-    query.
+    documents: the number of documents that have queries. rows: the number of pairs of a document and a query.
     """
 
     def __init__(self, job: Job, shard: Shard | None = None) -> None:
         self._job, self._shard = job, shard
         self._columns = template_columns(job.prompt)
         self.documents = check_documents(job.documents, self._columns)
-        self._own: OwnQueries | None = None
-        self._shared: tuple[Query, ...] = ()
+        self._document_queries: DocumentQueries | None = None
+        self._shared_queries: tuple[Query, ...] = ()
         if not isinstance(job.queries, QueryTable):
-            self._shared = job.queries
+            self._shared_queries = job.queries
         elif job.queries.document_id is None:
-            self._shared = read_shared(job.queries)
+            self._shared_queries = read_shared_queries(job.queries)
         else:
-            self._own = self._read_own(job.queries)
-            self.documents = self._own.documents
-        self.rows = self._own.rows if self._own else self.documents * len(self._shared)
-        if shard is not None:  # to be counted, as groups go by the length of texts
+            self._document_queries = self._read_document_queries(job.queries)
+            self.documents = self._document_queries.documents
+        self.rows = (
+            self._document_queries.rows if self._document_queries else self.documents * len(self._shared_queries)
+        )
+        if shard is not None:  # the documents must be read, because groups depend on the length of texts
             self.documents = self.rows = 0
             for document in self.stream():
                 self.documents += 1
@@ -49,48 +47,51 @@ class Inputs:
 
     @property
     def queries(self) -> Sequence[Query]:
-        """All queries, those of one id once: as that document has it whose own comes first."""
-        return self._own.one_of_each_id() if self._own else self._shared
+        """All queries, one for each id: of queries that belong to documents, the first one with that id."""
+        return self._document_queries.first_of_each_id() if self._document_queries else self._shared_queries
 
     @property
     def schemas(self) -> dict[str, str]:
         """The JSON schemas that answers must follow, each with the id of the first query that has it."""
-        if self._own:
-            return self._own.schemas()
-        return {query.json_schema: query.id for query in reversed(self._shared) if query.json_schema}
+        if self._document_queries:
+            return self._document_queries.schemas()
+        return {query.json_schema: query.id for query in reversed(self._shared_queries) if query.json_schema}
 
     def stream(self) -> Iterator[Document]:
-        """The documents in order, each with its queries."""
-        return self._every() if self._shard is None else chain.from_iterable(self.groups())
+        """Yield the documents in order, each with its queries."""
+        return self._all_documents() if self._shard is None else chain.from_iterable(self.groups())
 
     def groups(self, alone: Collection[str] = ()) -> Iterator[list[Document]]:
-        """The same in groups that are answered together; documents in ``alone`` share none."""
-        return groups(self._every(), self._job.generation.batch_size, alone, self._shard)
+        """Yield the same documents in groups that are answered together; documents in `alone` share no batch."""
+        return groups(self._all_documents(), self._job.generation.batch_size, alone, self._shard)
 
     def pairs(self) -> Iterator[tuple[str, list[str]]]:
-        """The ids of the documents, in order, each with its queries' ids; reads no texts, unless for a shard."""
+        """Yield each document's id with the ids of its queries, in order. Texts are read only for a shard."""
         if self._shard is not None:
             yield from ((document.id, [query.id for query in document.queries]) for document in self.stream())
             return
-        shared = [query.id for query in self._shared]
+        shared = [query.id for query in self._shared_queries]
         for document_id in document_ids(self._job.documents):
-            if query_ids := self._own.ids_of(document_id) if self._own else shared:
+            query_ids = self._document_queries.ids_of(document_id) if self._document_queries else shared
+            if query_ids:
                 yield document_id, query_ids
 
-    def _every(self) -> Iterator[Document]:
+    def _all_documents(self) -> Iterator[Document]:
+        """Yield the documents of all shards that have queries."""
         for document in stream_documents(self._job.documents, self._columns):
-            if queries := self._own.of(document.id) if self._own else self._shared:
+            queries = self._document_queries.queries_of(document.id) if self._document_queries else self._shared_queries
+            if queries:
                 yield replace(document, queries=queries)
 
-    def _read_own(self, source: QueryTable) -> OwnQueries:
-        own = OwnQueries(source, document_ids(self._job.documents))
-        count, first = own.strangers
+    def _read_document_queries(self, source: QueryTable) -> DocumentQueries:
+        queries = DocumentQueries(source, document_ids(self._job.documents))
+        count, first = queries.unknown_documents
         if count:
             _log.warning(
-                "queries.document_id: '%s'%s no document's id, so what is asked there is left out",
+                "queries.document_id: '%s'%s no document's id, so its queries are left out",
                 first,
                 f" and {count - 1:,} more are" if count > 1 else " is",
             )
-        if without := self.documents - own.documents:
+        if without := self.documents - queries.documents:
             _log.warning("queries.document_id: %d of %d documents have no queries", without, self.documents)
-        return own
+        return queries

@@ -1,18 +1,17 @@
-"""Prompts: rendered from a document's columns, tokenised whole, and cut where context ends and query begins.
+"""Prompts: rendered from a document's columns, tokenised as a whole, and cut where the context ends and a query begins.
 
-It knows jinja2 and how to ask a tokenizer for a prompt. It does not know how documents are read, how a model
-is loaded or what a cache is. `Renderer` needs no tokenizer, so a prompt is fingerprinted without a model.
+Two texts that are tokenised separately do not give the tokens of the whole text. Therefore every query's whole prompt
+is tokenised, and the context is the longest run of tokens with which all prompts begin: those of the job's queries and
+those of a few fixed probes. The probes end the context where it ends for almost any query, so a query that is added to
+a job rarely changes the context. If it does, it shortens the context, and the only harm is a miss in the cache.
+(Tokenising only the end of each prompt would be faster, but no tokenizer promises the same tokens.)
 
-Text tokenised apart and joined is not what the same text gives at once, so every query's whole prompt is
-tokenised, and the context is the longest run of tokens that all of them start with: the queries of the job
-and a few fixed probes. The probes end the context where it would end for almost any query, so that a query
-added to a job leaves it alone. One that doesn't can only shorten it, which misses the cache, never more.
-(Tokenising only the end of each prompt would be faster, but no tokenizer promises that it is the same.)
+`Renderer` needs no tokenizer, so that fingerprints of rows need no model.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +23,9 @@ from pipeline.inputs.documents import Document
 from pipeline.inputs.templates import checked, environment
 from pipeline.job.job import Prompt
 
-SHARED_CHARACTERS = 1000  # from which on a beginning that all documents have is prefilled by itself
+SHARED_CHARACTERS = 1000  # a beginning of this length that all documents share is prefilled once, by itself
 _PROBES = ("What", "1", "(x)", "\n-", " é")
-# Bounds the tokens held at once; enough to keep a tokenizer's threads busy.
+# It bounds the tokens in memory, and is enough to keep a tokenizer's threads busy.
 _PROMPTS_PER_GROUP = 8
 
 
@@ -40,14 +39,17 @@ class Rendered:
 
 @dataclass(frozen=True)
 class TokenisedDocument:
-    """`context + suffixes[i]` are the tokens of the i-th query's whole prompt; no suffix is empty."""
+    """The tokens of a document and its queries.
+
+    `context + suffixes[i]` are the tokens of the i-th query's whole prompt. No suffix is empty.
+    """
 
     context: list[int]
     suffixes: list[list[int]]
 
 
 def template_columns(prompt: Prompt) -> set[str]:
-    """The columns that the prompt's templates use.
+    """Return the columns that the prompt's templates use. Raises JobError if the context uses none.
 
     >>> sorted(template_columns(Prompt(context="{{ title }}: {{ text }}")))
     ['text', 'title']
@@ -61,9 +63,9 @@ def template_columns(prompt: Prompt) -> set[str]:
 
 
 class Renderer:
-    """Renders the prompt's templates over one document's columns.
+    """Renders the prompt's templates with the columns of documents.
 
-    shared: what every document's prompt begins with, whatever its columns, if that is long; else None.
+    shared: the beginning that the prompts of all documents share, if it is long; otherwise None.
     """
 
     def __init__(self, prompt: Prompt) -> None:
@@ -73,7 +75,7 @@ class Renderer:
         self.shared = _shared(sandbox, prompt)
 
     def render(self, document: Document) -> Rendered:
-        """Raises EmptyDocument for a blank text and PromptFailed where a template fails on this row."""
+        """Render a document. Raises EmptyDocument if its text is blank, PromptFailed if a template fails on its row."""
         if not document.text.strip():
             raise EmptyDocument("the document's text is empty")
         system = _fill(self._system, "prompt.system", document)
@@ -81,12 +83,12 @@ class Renderer:
 
 
 class PromptTokenizer:
-    """Turns a rendered document and its queries into tokens, through the model's chat template if it has one.
+    """Tokenises rendered documents with their queries, through the model's chat template if it has one.
 
-    `tokenizer` is mlx-lm's TokenizerWrapper or a Hugging Face tokenizer. `thinks` is what templates of models that
-    can think before they answer are told. Raises ModelError where the chat template cannot be used at all.
+    tokenizer: mlx-lm's TokenizerWrapper or a Hugging Face tokenizer. thinks: whether the template shall make the model
+    think before it answers, if the model can. Raises ModelError if the chat template cannot be used at all.
 
-    folds_system: whether the template has no place for a system text, which then is put before the context.
+    folds_system: whether the system text is put before the context, because the template takes none.
     """
 
     def __init__(self, tokenizer: Any, thinks: bool = False) -> None:
@@ -99,14 +101,17 @@ class PromptTokenizer:
         self._encode = _find_encoder(tokenizer, add_special_tokens=not self._has_template)
 
     def tokenise(self, rendered: Rendered, query_texts: Sequence[str]) -> TokenisedDocument:
-        """Tokenise each query's whole prompt and split it at the end of the context. Raises PromptFailed."""
+        """Tokenise each query's whole prompt, and split it at the end of the context. Raises PromptFailed."""
         first: list[int] = []
-        tails: list[tuple[int, list[int]]] = []  # how far a prompt agrees with the first, and the rest of it
-        for tokens in self._prompts(rendered, [*query_texts, *_PROBES]):
-            first = first or tokens
-            shared = _shared_length(first, tokens)
-            # The last token is never context: a suffix has at least one token to start the answer from.
-            tails.append((min(shared, len(tokens) - 1), tokens[min(shared, len(tokens) - 1) :]))
+        tails: list[tuple[int, list[int]]] = []  # the number of tokens shared with the first prompt, and the others
+        texts = [*query_texts, *_PROBES]
+        for start in range(0, len(texts), _PROMPTS_PER_GROUP):
+            group = texts[start : start + _PROMPTS_PER_GROUP]
+            for tokens in self._encode([self.prompt_text(rendered, text) for text in group]):
+                first = first or tokens
+                # The last token is never part of the context: decoding starts from at least one token of a suffix.
+                shared = min(_shared_length(first, tokens), len(tokens) - 1)
+                tails.append((shared, tokens[shared:]))
         end = min(shared for shared, _ in tails)
         if end < 1:
             raise PromptFailed("the prompts of two queries differ from the first token on: there is no context")
@@ -114,17 +119,17 @@ class PromptTokenizer:
         return TokenisedDocument(first[:end], suffixes)
 
     def count(self, prompts: Sequence[str]) -> list[int]:
-        """How many tokens each whole prompt has; best asked of many at once."""
+        """Return the number of tokens of each whole prompt. Many prompts at once are faster."""
         return [len(tokens) for tokens in self._encode(list(prompts))]
 
     def shared_tokens(self, shared: Rendered) -> list[int]:
-        """The tokens that every document's context begins with. Raises PromptFailed."""
+        """Return the tokens with which every document's context begins. Raises PromptFailed."""
         texts = (Rendered(shared.system, shared.context + probe) for probe in _PROBES)
         prompts = self._encode([self.prompt_text(text, _PROBES[0]) for text in texts])
         return prompts[0][: min(_shared_length(prompts[0], other) for other in prompts[1:])]
 
     def prompt_text(self, rendered: Rendered, query_text: str) -> str:
-        """The whole prompt of one query as the model reads it. Raises PromptFailed."""
+        """Return the whole prompt of one query, as the model reads it. Raises PromptFailed."""
         system, user = rendered.system, f"{rendered.context}\n\n{query_text}"
         if system is not None and (self.folds_system or not self._has_template):
             system, user = None, f"{system}\n\n{user}"
@@ -135,11 +140,6 @@ class PromptTokenizer:
         except Exception as error:
             raise PromptFailed(f"the model's chat template fails: {one_line(error)}") from error
 
-    def _prompts(self, rendered: Rendered, query_texts: Sequence[str]) -> Iterator[list[int]]:
-        for start in range(0, len(query_texts), _PROMPTS_PER_GROUP):
-            group = query_texts[start : start + _PROMPTS_PER_GROUP]
-            yield from self._encode([self.prompt_text(rendered, text) for text in group])
-
     def _apply(self, system: str | None, user: str) -> str:
         messages = [] if system is None else [{"role": "system", "content": system}]
         messages.append({"role": "user", "content": user})
@@ -149,7 +149,7 @@ class PromptTokenizer:
         return text
 
     def _takes_system_role(self) -> bool:
-        """Whether the system text reaches the model: some templates refuse the role, some drop it."""
+        """Return whether the system text reaches the model: some templates refuse the role, some leave the text out."""
         try:
             return "probe-of-system" in self._apply("probe-of-system", "probe-of-user")
         except Exception:
@@ -162,7 +162,7 @@ class PromptTokenizer:
 
 
 def _shared(sandbox: SandboxedEnvironment, prompt: Prompt) -> Rendered | None:
-    """System text and the beginning of the context, as far as no column is used in them."""
+    """Return the system text and the beginning of the context if neither uses a column and they are long."""
     system = prompt.system or ""
     if meta.find_undeclared_variables(sandbox.parse(system)):
         return None
@@ -172,7 +172,7 @@ def _shared(sandbox: SandboxedEnvironment, prompt: Prompt) -> Rendered | None:
         literal = first.nodes[0].data
     try:
         system = sandbox.from_string(system).render()
-    except Exception:  # then it fails for every document, which is told of each
+    except Exception:  # it fails for every document too, and each of their rows then has the error
         return None
     return Rendered(system or None, literal) if len(system) + len(literal) >= SHARED_CHARACTERS else None
 
@@ -184,12 +184,12 @@ def _fill(template: Template, key: str, document: Document) -> str:
         raise PromptFailed(f"{key}: {one_line(error)}") from error
 
 
-# Llama's own date where the clock is not to be had.
+# The date that Llama's template uses if it has no clock.
 _DATE = {"%Y": "2024", "%y": "24", "%m": "07", "%B": "July", "%b": "Jul", "%d": "26", "%H": "00", "%M": "00"}
 
 
 def _template_options(tokenizer: Any) -> dict[str, str]:
-    """What stops a chat template from writing today's date, which would give every day another context."""
+    """Return options that make a chat template write a fixed date: with today's, contexts would change every day."""
     template = getattr(tokenizer, "chat_template", None)
     if not isinstance(template, str) or "strftime_now" not in template:
         return {}
@@ -199,10 +199,10 @@ def _template_options(tokenizer: Any) -> dict[str, str]:
 
 
 def _find_encoder(tokenizer: Any, add_special_tokens: bool) -> Callable[[list[str]], list[list[int]]]:
-    """The fastest way to tokenise several texts that gives what `tokenizer.encode` gives for each."""
+    """Return the fastest function that tokenises several texts and gives the same tokens as `tokenizer.encode`."""
     from pipeline.models.mlx_lm_internals import hugging_face_tokenizer
 
-    # Without `verbose` there is a warning for each text longer than the model's training length.
+    # With `verbose`, there is a warning for each text that is longer than the model's training length.
     options: dict[str, Any] = {"add_special_tokens": add_special_tokens, "verbose": False}
 
     def one_by_one(texts: list[str]) -> list[list[int]]:
@@ -216,12 +216,12 @@ def _find_encoder(tokenizer: Any, add_special_tokens: bool) -> Callable[[list[st
         ids: list[list[int]] = call(texts, return_attention_mask=False, **options)["input_ids"]
         return ids
 
-    # Some classes override `encode` alone, mlx-lm's NewlineTokenizer for one.
+    # Some classes override `encode` only, for example mlx-lm's NewlineTokenizer.
     sample = ["one\ntwo  three\r\n\té <n> 42"]
     return together if together(sample) == one_by_one(sample) else one_by_one
 
 
 def _shared_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two sequences start with in common."""
+    """Return how many tokens two sequences share at their beginning."""
     pairs = zip(a, b, strict=False)
     return next((i for i, (x, y) in enumerate(pairs) if x != y), min(len(a), len(b)))

@@ -1,4 +1,4 @@
-"""Jinja templates and expressions over a row's columns, in a sandbox. Knows no prompts and no files."""
+"""Jinja templates and expressions over the columns of a row, in jinja2's sandbox."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pipeline.errors import JobError
 
 
 def environment() -> SandboxedEnvironment:
-    """Where every name is a column, and a null is no text."""
+    """Return a sandbox in which every name is a column, and null is written as an empty text."""
     sandbox = SandboxedEnvironment(undefined=StrictUndefined, finalize=lambda value: "" if value is None else value)
     # Every name in a template is a column, even one called `range` or `dict`.
     sandbox.globals.clear()
@@ -20,7 +20,7 @@ def environment() -> SandboxedEnvironment:
 
 
 def checked(key: str, source: str) -> str:
-    """A template that is well-formed. Raises JobError, which names ``key``, where it is not."""
+    """Return the source of a template if its syntax is right. Raises JobError, which names `key`, if it is not."""
     try:
         environment().from_string(source)
     except TemplateSyntaxError as error:
@@ -29,9 +29,10 @@ def checked(key: str, source: str) -> str:
 
 
 class Expression:
-    """What is written between `{{` and `}}`, to be evaluated row by row.
+    """An expression, as a template has it between `{{` and `}}`, that is evaluated for each row.
 
-    columns: those that it uses. Raises JobError where it is none, or uses no column.
+    key: of the job file, for error messages. columns: the names of the columns that it uses. Raises JobError if the
+    syntax is wrong, or if it uses no column.
     """
 
     def __init__(self, key: str, source: str) -> None:
@@ -45,5 +46,5 @@ class Expression:
             raise JobError(f"{key} uses no column: {source}; write a condition such as year >= 2020 and lang == 'en'")
 
     def __call__(self, values: Mapping[str, Any]) -> Any:
-        """The value for a row; raises whatever goes wrong."""
+        """Return the value for a row. Raises whatever the expression raises."""
         return self._evaluate(values)

@@ -1,8 +1,8 @@
-"""Documents that are longer than the model reads, and what is read of them: the beginning, or all in windows.
+"""Cut documents that are longer than the model reads: into windows, or to their beginning.
 
-The text is cut so that its context leaves room for the longest query and answer. A query counts as many tokens as it
-has bytes, and every prompt is measured with the same short query. So the cuts depend on what a row's fingerprint can
-cover without a tokenizer, and adding a query seldom moves them. Knows prompts and tokens, no models.
+A window's context leaves room for the longest query and its answer. A query counts as many tokens as it has bytes, and
+every prompt is measured with the same short query. Therefore a row's fingerprint can cover everything that decides the
+cuts without a tokenizer, and a query that is added to the job seldom moves them.
 """
 
 from __future__ import annotations
@@ -15,28 +15,28 @@ from pipeline.inputs.prompts import PromptTokenizer, Rendered, Renderer
 from pipeline.job.job import Generation, Job, Query
 from pipeline.models.loading import max_context, read_config, resolve_model
 
-OVERLAP = 16  # windows share one part in so many
+OVERLAP = 16  # a window shares 1/16 of its text with the next one
 _PROBE = "What"
 _TEMPLATE_BYTES = 4096  # more than any chat template adds to a prompt
-_SPARE = 64  # one part in so many of the room may stay empty
+_SPARE = 64  # 1/64 of the room may stay empty
 _ROUNDS = 40
-_CHARACTERS_A_TOKEN = 16  # seldom as many: bounds what is tokenised to find a window's end
+_CHARACTERS_PER_TOKEN = 16  # few texts have more: it bounds the text that is tokenised to find a window's end
 
 
 def reserved(queries: Sequence[Query], generation: Generation) -> int:
-    """The tokens kept free behind a context, for any of the queries and its answer."""
+    """Return how many tokens are kept free after a context, enough for any of the queries and its answer."""
     return max(len(query.text.encode()) + query.settings(generation).max_tokens for query in queries)
 
 
 def combined(rendered: Rendered, answers: Sequence[str]) -> Rendered:
-    """What a query is asked of when it was answered on each window of a document."""
-    said = (f"Part {number}: {answer}" for number, answer in enumerate(answers, start=1))
-    told = f"A document was read in {len(answers)} parts, and this was answered on each of them.\n\n"
-    return replace(rendered, context=told + "\n\n".join(said))
+    """Return the context from which a query is answered after it was answered on each window of a document."""
+    parts = (f"Part {number}: {answer}" for number, answer in enumerate(answers, start=1))
+    introduction = f"A document was read in {len(answers)} parts, and this was answered on each of them.\n\n"
+    return replace(rendered, context=introduction + "\n\n".join(parts))
 
 
 class WindowCutter:
-    """Where a job's documents are cut."""
+    """Cuts a job's documents as `documents.too_long` says."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
@@ -45,7 +45,7 @@ class WindowCutter:
         self._stated_limit = None if self._policy == "error" else max_context(read_config(resolve_model(job.model)))
 
     def mark(self, rendered: Rendered, queries: Sequence[Query]) -> str | None:
-        """What a row's fingerprint has to cover of the cuts: None where the document is certainly short enough."""
+        """Return what a row's fingerprint must cover of the cuts, or None if the document is certainly not cut."""
         if self._policy == "error":
             return None
         tokens = reserved(queries, self._job.generation)
@@ -57,27 +57,28 @@ class WindowCutter:
     def windows(
         self, document: Document, rendered: Rendered, tokenizer: PromptTokenizer, limit: int | None
     ) -> list[Rendered]:
-        """What is to be read of a document by a model that reads ``limit`` tokens at once.
+        """Return the parts of a document that a model reads, each rendered as a context.
 
-        All of it where that fits, or where nothing does. Raises PromptFailed.
+        limit: the most tokens that the model reads at once, or None. The whole document is returned if it fits, and
+        also if not even one character of it fits. Raises PromptFailed.
         """
         if limit is None or self.mark(rendered, document.queries) is None:
             return [rendered]
-        room, whole = limit - reserved(document.queries, self._job.generation), len(document.text)
-        most = _CHARACTERS_A_TOKEN * max(room, 1)
+        room, characters = limit - reserved(document.queries, self._job.generation), len(document.text)
+        most = _CHARACTERS_PER_TOKEN * max(room, 1)
         windows: list[Rendered] = []
         start = end = 0
-        while end < whole and (not windows or self._policy == "split"):
+        while end < characters and (not windows or self._policy == "split"):
 
-            def tokens(characters: int, start: int = start) -> int:
-                window = self._rendered(document, start, start + characters)
+            def tokens(count: int, start: int = start) -> int:
+                window = self._rendered(document, start, start + count)
                 return tokenizer.count([tokenizer.prompt_text(window, _PROBE)])[0]
 
-            end = start + longest(min(whole - start, most), room, tokens)
-            if self._policy == "truncate" and start + most == end < whole:  # and there may be room for more
+            end = start + longest(min(characters - start, most), room, tokens)
+            if self._policy == "truncate" and start + most == end < characters:  # there may be room for more
                 most *= 2
                 continue
-            if end == start or end - start == whole:
+            if end == start or end - start == characters:
                 return [rendered]
             windows.append(self._rendered(document, start, end))
             most = 2 * (end - start)
@@ -90,24 +91,28 @@ class WindowCutter:
 
 
 def longest(characters: int, room: int, tokens: Callable[[int], int]) -> int:
-    """How many characters' ``tokens`` are within the room, and nearly fill it.
+    """Return how many characters, of at most `characters`, have tokens that nearly fill the room and do not exceed it.
+
+    tokens: returns the tokens of the first characters of the text; it is called as seldom as possible.
 
     >>> longest(1000, 300, lambda characters: characters // 2), longest(1000, 500, lambda characters: characters // 2)
     (596, 1000)
     """
-    fits, over = 0, characters
-    fitting, most = tokens(0), tokens(characters)
-    if most <= room:
+    fits, exceeds = 0, characters  # numbers of characters
+    fits_tokens, exceeds_tokens = tokens(0), tokens(characters)
+    if exceeds_tokens <= room:
         return characters
     for number in range(_ROUNDS):
-        if over - fits <= 1 or fitting >= room - room // _SPARE:
+        if exceeds - fits <= 1 or fits_tokens >= room - room // _SPARE:
             break
-        # Where the line through both ends meets the middle of what is near enough; now and then halfway.
-        wanted = room - room // (2 * _SPARE) - fitting
-        guess = fits + wanted * (over - fits) // max(most - fitting, 1) if number % 3 < 2 else (fits + over) // 2
-        guess = min(max(guess, fits + 1), over - 1)
-        if (found := tokens(guess)) <= room:
-            fits, fitting = guess, found
+        if number % 3 < 2:  # linear interpolation, to the middle of what is close enough to the room
+            missing = room - room // (2 * _SPARE) - fits_tokens
+            guess = fits + missing * (exceeds - fits) // max(exceeds_tokens - fits_tokens, 1)
+        else:  # bisection, for texts whose tokens are spread unevenly
+            guess = (fits + exceeds) // 2
+        guess = min(max(guess, fits + 1), exceeds - 1)
+        if (guess_tokens := tokens(guess)) <= room:
+            fits, fits_tokens = guess, guess_tokens
         else:
-            over, most = guess, found
+            exceeds, exceeds_tokens = guess, guess_tokens
     return fits

@@ -1,1 +1,1 @@
-"""The job: what may be said of one, how its file is read, and what is wrong with it. It knows no tensors, no rows."""
+"""The job: its keys, defaults and checks, how its file is read, and the messages about mistakes in it."""

@@ -1,4 +1,4 @@
-"""A store's budget as a job file says it: bytes, a size with a unit, or a share of the disk.
+"""The budget of a store, as a job file states it: bytes, a size with a unit, or a share of the disk.
 
 >>> budget_bytes("20GB", Path("/"))
 20000000000
@@ -15,7 +15,7 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([kKMGT]i?)?B?|(%))\s*")
 
 
 def checked_budget(value: int | str) -> int | str:
-    """The value, if it can be read. Raises ValueError."""
+    """Return the budget unchanged. Raises ValueError if it cannot be read."""
     if isinstance(value, int):
         valid = value > 0
     else:
@@ -27,7 +27,7 @@ def checked_budget(value: int | str) -> int | str:
 
 
 def budget_bytes(value: int | str, folder: Path) -> int:
-    """How many bytes a budget is; a share is of the disk that ``folder`` is, or will be, on."""
+    """Return a budget in bytes. A share is one of the disk that holds `folder`, or will hold it."""
     match = None if isinstance(value, int) else _SIZE.fullmatch(value)
     if match is None:
         return int(value)
@@ -38,5 +38,5 @@ def budget_bytes(value: int | str, folder: Path) -> int:
 
 
 def existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that exists."""
+    """Return the path, or the nearest folder above it that exists."""
     return path if path.exists() else existing(path.parent)

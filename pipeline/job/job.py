@@ -1,17 +1,19 @@
-"""The job: what may be said of one, the defaults, and what must hold across its sections.
+"""The job: its keys with their types, bounds and defaults, and the rules across its sections.
 
-It knows keys, types, bounds and paths; how a job file is read is job_file.py's. It does not know what is in the files
-that the paths name, whether a template fits its columns, or anything about a model but its name.
+job_file.py reads a job from a file. Whether the input files, the templates and the model fit the job is checked where
+they are read.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from types import NoneType
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -28,19 +30,18 @@ from pydantic import (
 
 from pipeline.errors import one_line
 from pipeline.job.budget import checked_budget
-from pipeline.job.json_schema import schema_text
 
-_MOST = (1 << 63) - 1
-_RAYS_OWN = ("CPU", "GPU", "memory", "object_store_memory")
+_LARGEST_INT = (1 << 63) - 1
+_RAY_RESOURCES = ("CPU", "GPU", "memory", "object_store_memory")
 _Value = TypeVar("_Value")
-_FileName = TypeVar("_FileName", str, Path)
+_PathOrText = TypeVar("_PathOrText", str, Path)
 ThinkingMode = Literal[False, "drop", "keep"]
 DEFAULT_SYSTEM = "Answer from the document only. If the document does not say, say so."
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How one query is answered, with the job's defaults filled in."""
+    """How one query is answered: its own settings over the job's defaults."""
 
     max_tokens: int
     temperature: float
@@ -57,26 +58,49 @@ def _not_blank(text: _Value) -> _Value:
     return text
 
 
-def _possible(path: _FileName) -> _FileName:
+def _valid_path(path: _PathOrText) -> _PathOrText:
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         pass
     except (OSError, ValueError) as error:
-        raise ValueError(f"is no path: {one_line(error)}") from None
+        raise ValueError(f"is not a valid path: {one_line(error)}") from None
     return path
 
 
-def _countable(amount: float) -> float:
+def _whole_above_one(amount: float) -> float:
     if amount > 1 and amount % 1:
         raise ValueError(f"is {amount:g}; above 1 Ray takes whole numbers only")
     return amount
 
 
-def _custom(resources: dict[str, float]) -> dict[str, float]:
-    if known := [name for name in resources if name in _RAYS_OWN]:
-        raise ValueError(f"has {known[0]}, which is one of Ray's own; write scale.num_cpus or scale.num_gpus instead")
+def _custom_resources(resources: dict[str, float]) -> dict[str, float]:
+    if predefined := [name for name in resources if name in _RAY_RESOURCES]:
+        raise ValueError(
+            f"has {predefined[0]}, which is one of Ray's own; write scale.num_cpus or scale.num_gpus instead"
+        )
     return resources
+
+
+def _schema_text(value: Any) -> str | None:
+    """Return a JSON schema as text with its keys in order; a job gives it as a mapping, as text or as {file: path}."""
+    origin = ""
+    if isinstance(value, dict) and value.keys() == {"file"}:
+        file = Path(str(value["file"]))
+        try:
+            origin, value = f" in {file}", file.read_bytes()
+        except OSError as error:
+            raise ValueError(f"cannot be read from {file}: {error.strerror}") from None
+    try:
+        schema = json.loads(value) if isinstance(value, str | bytes) else value
+        text = json.dumps(schema, allow_nan=False)
+    except TypeError as error:
+        raise ValueError(f"has a value that JSON lacks ({one_line(error)}); put dates and the like in quotes") from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is not JSON{origin} ({one_line(error)})") from None
+    if not isinstance(schema, dict | NoneType):
+        raise ValueError(f"is no JSON schema{origin}, which is a mapping of keys")
+    return None if schema is None else text
 
 
 # Strict, because in lax mode `max_tokens: true` would be 1 and `seed: "7"` would be 7.
@@ -85,49 +109,49 @@ class _Section(BaseModel):
 
 
 _Text = Annotated[str, AfterValidator(_not_blank)]
-_Path = Annotated[Path, Field(strict=False), BeforeValidator(_not_blank), AfterValidator(_possible)]
-_MaxTokens = Annotated[int, Field(ge=1, le=_MOST)]
+_Path = Annotated[Path, Field(strict=False), BeforeValidator(_not_blank), AfterValidator(_valid_path)]
+_MaxTokens = Annotated[int, Field(ge=1, le=_LARGEST_INT)]
 _Temperature = Annotated[float, Field(ge=0)]
 _TopP = Annotated[float, Field(gt=0, le=1)]
-_Seed = Annotated[int, Field(ge=0, le=_MOST)]
+_Seed = Annotated[int, Field(ge=0, le=_LARGEST_INT)]
 _Stop = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)]
-_Schema = Annotated[str | None, BeforeValidator(schema_text), WithJsonSchema({"type": ["object", "string", "null"]})]
+_Schema = Annotated[str | None, BeforeValidator(_schema_text), WithJsonSchema({"type": ["object", "string", "null"]})]
 _Bits = Literal[2, 3, 4, 5, 6, 8]
-_Amount = Annotated[float, Field(gt=0), AfterValidator(_countable)]
+_Amount = Annotated[float, Field(gt=0), AfterValidator(_whole_above_one)]
 
 
 class Documents(_Section):
-    """Where the documents are, a file, a folder or a glob, two of their columns, and which rows are meant."""
+    """The documents: a file, a folder or a glob, the columns of ids and texts, and which rows are used."""
 
     path: _Text
     id: _Text = "id"
     text: _Text = "text"
     where: _Text | None = None
-    limit: Annotated[int, Field(ge=1, le=_MOST)] | None = None
-    too_long: Literal["error", "truncate", "split"] = "error"  # for the model
+    limit: Annotated[int, Field(ge=1, le=_LARGEST_INT)] | None = None
+    too_long: Literal["error", "truncate", "split"] = "error"
 
 
 class Prompt(_Section):
-    """Jinja templates over a row's columns; `system: null` is no system text at all."""
+    """Jinja templates over the columns of a document's row. A job has no system text if `system` is null."""
 
     system: str | None = DEFAULT_SYSTEM
     context: _Text = "{{ text }}"
 
 
 class Generation(_Section):
-    """Defaults for every query, and how many rows are decoded together."""
+    """The default settings of queries, and how many rows are decoded together."""
 
     max_tokens: _MaxTokens = 256
     temperature: _Temperature = 0.0
     top_p: _TopP = 1.0
     seed: _Seed = 0
-    stop: _Stop = ()  # texts that end an answer, and are not part of it
-    thinking: ThinkingMode = False  # whether a model that can is to think first, and what becomes of that
-    batch_size: Annotated[int, Field(ge=1, le=_MOST)] = 8
+    stop: _Stop = ()  # an answer ends before the first of these texts
+    thinking: ThinkingMode = False  # whether a model that can think does so before it answers, and if that is kept
+    batch_size: Annotated[int, Field(ge=1, le=_LARGEST_INT)] = 8
 
 
 class Query(_Section):
-    """One question asked of documents, with what it sets otherwise than `generation`."""
+    """One question about documents, with the settings in which it differs from `generation`."""
 
     id: _Text
     text: _Text
@@ -136,7 +160,7 @@ class Query(_Section):
     top_p: _TopP | None = None
     seed: _Seed | None = None
     stop: _Stop | None = None
-    json_schema: _Schema = None  # what the answer is to be JSON of
+    json_schema: _Schema = None  # the JSON schema that the answer follows
 
     @model_validator(mode="after")
     def _check_stop(self) -> Query:
@@ -145,7 +169,7 @@ class Query(_Section):
         return self
 
     def settings(self, defaults: Generation) -> Settings:
-        """This query's own settings over the job's defaults; texts that end an answer end none that has a schema."""
+        """Return this query's settings over the job's defaults. A query with a schema has no stop texts."""
         stop = defaults.stop if self.stop is None else self.stop
         return Settings(
             max_tokens=defaults.max_tokens if self.max_tokens is None else self.max_tokens,
@@ -159,9 +183,9 @@ class Query(_Section):
 
 
 class QueryTable(_Section):
-    """Where queries are, a file, a folder or a glob, and their columns.
+    """A table of queries: a file, a folder or a glob, and its columns.
 
-    Each is asked of every document, or of the one whose id is in the column ``document_id``.
+    Each query is asked of every document, or only of the document whose id is in the column `document_id`.
     """
 
     path: _Text
@@ -170,7 +194,7 @@ class QueryTable(_Section):
     document_id: _Text | None = None
 
 
-# What stands for a kind of queries in the location of pydantic's errors.
+# The names of the two kinds of queries in the locations of pydantic's errors.
 QUERIES = {"<list>": Query, "<table>": QueryTable}
 
 
@@ -179,40 +203,40 @@ def _kind_of_queries(value: Any) -> str:
 
 
 class Cache(_Section):
-    """Where prefixes are kept and how they are compressed."""
+    """Where prefixes are stored, and how they are compressed."""
 
     dir: _Path
     key_bits: _Bits = 4
     value_bits: _Bits = 4
     layer_bits: dict[int, _Bits] = {}
-    sinks: Annotated[int, Field(ge=0, le=_MOST)] = 16
-    window: Annotated[int, Field(ge=0, le=_MOST)] = 128
+    sinks: Annotated[int, Field(ge=0, le=_LARGEST_INT)] = 16
+    window: Annotated[int, Field(ge=0, le=_LARGEST_INT)] = 128
     extra_bits: Annotated[float, Field(ge=0, le=16)] = 0.2
     prefill: Literal["exact", "streaming"] = "exact"
-    segment: Annotated[int, Field(ge=512, le=_MOST)] = 4096  # tokens, of a streaming prefill
+    segment: Annotated[int, Field(ge=512, le=_LARGEST_INT)] = 4096  # tokens of a segment in a streaming prefill
     budget: Annotated[int | str, AfterValidator(checked_budget)] | None = None
     keep: Literal["always", "job"] = "always"
     resident: Literal["auto", "packed", "dense"] = "auto"
 
 
 class Output(_Section):
-    """The result file, which may be a URL."""
+    """The result file; its path may be a URL."""
 
-    path: Annotated[str, BeforeValidator(_not_blank), AfterValidator(_possible)]
+    path: Annotated[str, BeforeValidator(_not_blank), AfterValidator(_valid_path)]
 
 
 class Scale(_Section):
-    """How a job is spread: over processes, and over workers of a Ray cluster, with what each of those asks for."""
+    """How a job is spread: over ranks that hold one model, or over workers of a Ray cluster and their resources."""
 
-    ranks: Annotated[int, Field(ge=1, le=_MOST)] = 1  # that hold the model between them
-    workers: Annotated[int, Field(ge=1, le=_MOST)] | None = None  # as many as the cluster holds
+    ranks: Annotated[int, Field(ge=1, le=_LARGEST_INT)] = 1  # processes that hold the model between them
+    workers: Annotated[int, Field(ge=1, le=_LARGEST_INT)] | None = None  # None: as many as the cluster has room for
     num_cpus: _Amount | None = None
-    num_gpus: Annotated[float, Field(ge=0), AfterValidator(_countable)] | None = None
-    resources: Annotated[dict[str, _Amount], AfterValidator(_custom)] = {}
+    num_gpus: Annotated[float, Field(ge=0), AfterValidator(_whole_above_one)] | None = None
+    resources: Annotated[dict[str, _Amount], AfterValidator(_custom_resources)] = {}
 
 
 class Job(_Section):
-    """A whole job. Every path is absolute, or a URL; `model` is a folder's path or a Hugging Face repo id."""
+    """A whole job. Every path is absolute or a URL; `model` is the path of a folder or a Hugging Face repo id."""
 
     name: _Text
     model: _Text
@@ -227,7 +251,7 @@ class Job(_Section):
         Discriminator(_kind_of_queries),
     ]
     generation: Generation = Generation()
-    retries: Annotated[int, Field(ge=0)] = 1  # of what failed in a way that may pass
+    retries: Annotated[int, Field(ge=0)] = 1  # of rows that failed for a reason that may pass
     cache: Cache
     output: Output
     scale: Scale = Scale()
@@ -235,10 +259,10 @@ class Job(_Section):
     @model_validator(mode="after")
     def _check_across_sections(self) -> Job:
         if isinstance(self.queries, QueryTable):
-            self._check_feedback("queries", self.queries.path)
+            self._check_output_is_no_input("queries", self.queries.path)
         else:
             check_unique(self.queries)
-        self._check_feedback("documents", self.documents.path)
+        self._check_output_is_no_input("documents", self.documents.path)
         if self.scale.ranks > 1 and self.adapter is not None:
             raise ValueError("adapter: mlx-lm splits no model with an adapter over ranks; fuse them with `mlx_lm.fuse`")
         if self.scale.ranks > 1 and self.cache.keep == "job":
@@ -247,34 +271,36 @@ class Job(_Section):
 
     @property
     def result_url(self) -> str | None:
-        """Where the result goes if that is on another machine."""
+        """The URL of the result, or None if it is written on this machine."""
         return self.output.path if "://" in self.output.path else None
 
     @property
     def result_file(self) -> Path:
-        """Where the result is written on this machine: for good, or until it is uploaded."""
+        """The result file on this machine; if the result has a URL, it is uploaded from there."""
         if self.result_url is None:
             return Path(self.output.path)
         digest = hashlib.sha256(self.result_url.encode()).hexdigest()[:16]
         return self.cache.dir / "outputs" / digest / PurePosixPath(self.result_url).name
 
-    def _check_feedback(self, what: str, path: str) -> None:
+    def _check_output_is_no_input(self, section: str, path: str) -> None:
         for output in (Path(self.output.path), self.result_file):
-            if _feeds_itself(output, path):
-                told = f"output.path: {output} would be read as {what} by the next run"
-                raise ValueError(f"{told}; write it to another folder")
+            if _is_read_from(output, path):
+                raise ValueError(
+                    f"output.path: {output} would be read as {section} by the next run; write it to another folder"
+                )
 
 
 def check_unique(queries: Sequence[Query]) -> None:
-    """Raises ValueError where two queries have the same id."""
+    """Raise ValueError if two queries have the same id."""
     for query_id, times in Counter(query.id for query in queries).items():
         if times > 1:
             raise ValueError(f"queries: the id '{query_id}' is given {times} times; ids must be unique")
 
 
-def _feeds_itself(output: Path, documents: str) -> bool:
-    fixed, recursive, rest = documents.partition("**")
-    if recursive:  # the parts are below the output, and end as Parquet does
+def _is_read_from(output: Path, inputs: str) -> bool:
+    """Return whether inputs, a file, a folder or a glob, include the output or the parts of it."""
+    fixed, recursive, rest = inputs.partition("**")
+    if recursive:  # the parts are in a folder beside the output, and their names end with .parquet
         names = output, output.with_suffix(".parquet")
         return output.is_relative_to(fixed) and any(path.match(f"*{rest.rpartition('/')[2]}") for path in names)
-    return output.parent == Path(documents) or output.match(documents)
+    return output.parent == Path(inputs) or output.match(inputs)

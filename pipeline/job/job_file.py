@@ -1,7 +1,4 @@
-"""A job file read: YAML, its paths made absolute and overrides put in, and what is wrong with it in one line.
-
-Knows files and where in a job paths stand; what a job may say is job.py's.
-"""
+"""Read a job file: YAML with absolute paths and overrides put in. Every mistake in it becomes a message of one line."""
 
 from __future__ import annotations
 
@@ -11,27 +8,35 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import yaml
 from pydantic import ValidationError
 
-from pipeline.errors import JobError
-from pipeline.job import yaml_reader as yaml_files
+from pipeline.errors import JobError, one_line, suggestion
 from pipeline.job.job import QUERIES, Job, Output
 from pipeline.job.shards import Shard
 from pipeline.job.validation_errors import describe, explain_job
 from turboquant.mlx_lm.loading import is_repo_id
 
-_UPLOADS = ("s3", "s3a", "gs", "gcs")  # where a file appears whole or not at all
+MAX_VALUES = 1_000_000  # of a job file; the values of an alias count wherever it stands
+_UPLOADS = ("s3", "s3a", "gs", "gcs")  # there a file appears as a whole or not at all
 _PATHS = ("adapter", "documents.path", "queries.path", "cache.dir", "output.path")
 _SCHEMA_FILE = re.compile(r"queries\.\d+\.json_schema\.file")
 
 
 def load_job(path: Path, overrides: Sequence[str] = (), shard: Shard | None = None) -> Job:
-    """Read and check a job file; raises JobError.
+    """Read and check a job file. Raises JobError.
 
-    Paths in the file are relative to its folder. `overrides` are "key.path=value", the value being YAML;
-    paths in them are relative to the current directory. The job of a shard has the shard's output.
+    Paths in the file are relative to its folder. overrides: "key.path=value", where the value is YAML; paths in it are
+    relative to the current directory. shard: replace the job's output by the output of this shard.
     """
-    tree = yaml_files.parse(yaml_files.read(path), str(path))
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        beside = [file.name for file in path.parent.glob("*.yaml")]
+        raise JobError(f"{path}: no such job file{suggestion(path.name, beside)}") from None
+    except OSError as error:
+        raise JobError(f"{path}: cannot be read: {error.strerror}") from None
+    tree = _parse_yaml(content, str(path))
     if not isinstance(tree, dict):
         raise JobError(f"{path}: expected a mapping of keys, such as 'model: ...', got {describe(tree)}")
     try:
@@ -49,8 +54,63 @@ def load_job(path: Path, overrides: Sequence[str] = (), shard: Shard | None = No
         raise JobError(explain_job(error.errors(), Job, QUERIES, str(path), overrides)) from None
 
 
+# ---- YAML
+
+
+# PyYAML, and not ruamel.yaml: that reads YAML 1.2, in which `id: no` is a text and `seed: 010` is ten instead of eight,
+# so that job files would change their meaning. Its pure loader takes twice as long, and does not limit aliases either.
+class _Loader(yaml.SafeLoader):
+    """A loader of YAML for which a key that is given twice is an error, and 1e-3 is a number, which YAML 1.1 denies."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        scalars = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for number, key in enumerate(scalars):
+            if any(key.value == earlier.value for earlier in scalars[:number]):
+                problem = f"the key '{key.value}' is given twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def _parse_yaml(source: bytes | str, origin: str) -> Any:
+    """Parse YAML. Raises JobError, which begins with `origin`."""
+    try:
+        tree = yaml.load(source, _Loader)
+        if _count_values(tree, {}) > MAX_VALUES:
+            raise JobError(f"{origin}: its aliases multiply to more than {MAX_VALUES:,} values; write the values out")
+        return tree
+    except yaml.MarkedYAMLError as error:
+        mark, problem = error.problem_mark, error.problem or ""
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        # In YAML `{{ text }}` is a mapping, and `*.parquet` is an alias.
+        unquoted = ("unhashable", "expected alphabetic or numeric character")
+        is_unquoted = problem.removeprefix("found ").startswith(unquoted)
+        hint = "; put a value that starts with {{ or * in quotes" if is_unquoted else ""
+        raise JobError(f"{origin}: {place}{error.problem}{hint}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise JobError(f"{origin}: not YAML: {one_line(error)}") from None
+
+
+def _count_values(tree: Any, counts: dict[int, int]) -> int:
+    """Count the values of a tree. A mapping that contains itself has a finite count here; load_job refuses it later."""
+    if not isinstance(tree, dict | list):
+        return 1
+    if id(tree) not in counts:
+        counts[id(tree)] = 1
+        children = tree.values() if isinstance(tree, dict) else tree
+        counts[id(tree)] = 1 + sum(_count_values(child, counts) for child in children)
+    return counts[id(tree)]
+
+
+# ---- paths
+
+
 def _resolve(value: Any, key: str, base: Path, origin: str) -> Any:
-    """`value` with the paths in it made absolute; `key` is where in the job it stands."""
+    """Return `value` with its paths made absolute, relative to `base`. key: the place of the value in the job."""
     if isinstance(value, dict):
         prefix = f"{key}." if key else ""
         return {name: _resolve(child, f"{prefix}{name}", base, origin) for name, child in value.items()}
@@ -68,24 +128,24 @@ def _resolve(value: Any, key: str, base: Path, origin: str) -> Any:
     if key in ("documents.path", "queries.path"):
         return value
     if key == "output.path":
-        return _checked_output(value, origin)
+        return _checked_upload(value, origin)
     raise JobError(f"{origin}: {key}: expected a path on this machine, got the URL '{value}'")
 
 
-def _checked_output(url: str, origin: str) -> str:
+def _checked_upload(url: str, origin: str) -> str:
+    """Return the URL of a result if files can be uploaded to it. Raises JobError."""
     scheme, _, path = url.partition("://")
     if scheme not in _UPLOADS:
-        raise JobError(f"{origin}: output.path: results can be put on this machine, s3:// and gs://; not at {url}")
+        raise JobError(
+            f"{origin}: output.path: results can be written to this machine, s3:// and gs://, but not to {url}"
+        )
     if path.endswith("/") or not PurePosixPath(path).parent.name:
         raise JobError(f"{origin}: output.path: {url} must name a file, as {scheme}://bucket/answers.parquet does")
     return url
 
 
-def _absolute(value: str, base: Path) -> str:
-    return os.path.abspath(base / os.path.expanduser(value))
-
-
 def _resolve_model(value: str, base: Path, origin: str) -> str:
+    """Return the absolute path of a model's folder, or a repo id. Raises JobError."""
     folder = _absolute(value, base)
     if os.path.isdir(folder):
         return folder
@@ -96,13 +156,20 @@ def _resolve_model(value: str, base: Path, origin: str) -> str:
     )
 
 
+def _absolute(value: str, base: Path) -> str:
+    return os.path.abspath(base / os.path.expanduser(value))
+
+
+# ---- overrides
+
+
 def _apply(override: str, tree: dict[Any, Any]) -> None:
-    """Put `key.path=value` into the tree."""
+    """Put the value of an override, `key.path=value`, into the tree."""
     key, equals, text = override.partition("=")
     key, origin = key.strip(), f"--set {override}"
     if not equals or not all(key.split(".")):
         raise JobError(f"{origin}: expected key.path=value, such as generation.max_tokens=64")
-    value = _resolve(yaml_files.parse(text, origin), key, Path.cwd(), origin)
+    value = _resolve(_parse_yaml(text, origin), key, Path.cwd(), origin)
     *parents, last = key.split(".")
     node: Any = tree
     for depth, part in enumerate(parents, start=1):
@@ -113,7 +180,7 @@ def _apply(override: str, tree: dict[Any, Any]) -> None:
 
 
 def _index(node: Any, part: str, key: str, origin: str) -> str | int:
-    """What to index a node of the tree with to reach its child `part`."""
+    """Return the key or the index of the child `part` in a node of the tree."""
     if isinstance(node, dict):
         return part
     parent = key.rpartition(".")[0]

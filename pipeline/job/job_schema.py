@@ -1,7 +1,4 @@
-"""What each key of a job file means, and the JSON Schema that tells it to an editor.
-
-Knows keys and words for them; types, bounds and defaults are the job's own.
-"""
+"""Descriptions of a job file's keys, and the JSON Schema with which an editor completes and checks them."""
 
 from __future__ import annotations
 
@@ -15,64 +12,64 @@ KEYS = {
     "revision": "of a repo: a branch, a tag or a commit",
     "adapter": "a folder that mlx_lm.lora wrote",
     "trust_remote_code": "true: run Python code that comes with the model",
-    "documents": "one each: a row of Parquet, a line of JSON or a text file",
+    "documents": "each is a row of Parquet, a line of JSON or a text file",
     "documents.path": "a file, a folder or a glob; may be a URL, as s3://, gs:// or hf://",
     "documents.id": "the column that holds each document's id",
     "documents.text": "the column that holds its text",
     "documents.where": "a condition on columns, such as year > 2020; null for all rows",
-    "documents.limit": "how many are taken at most",
-    "documents.too_long": "those the model cannot read whole: error, truncate, or split into windows",
+    "documents.limit": "the most documents that are used",
+    "documents.too_long": "documents longer than the model reads: error, truncate, or split into windows",
     "prompt": "what the model reads before a query: jinja2, in which any input column is available",
-    "prompt.system": "null for none",
+    "prompt.system": "the system text; null for none",
     "prompt.context": "the document",
-    "queries": "asked of every document; each may have max_tokens, temperature, top_p, seed and stop of its own",
+    "queries": "asked of every document; each may set max_tokens, temperature, top_p, seed and stop itself",
     "queries.id": "names the query in the result",
-    "queries.text": "what is asked",
+    "queries.text": "the question",
     "queries.max_tokens": "most tokens of this answer",
     "queries.temperature": "0 takes the likeliest token each time",
-    "queries.top_p": "share of the likeliest tokens that is sampled from",
-    "queries.seed": "of the samples",
+    "queries.top_p": "samples come from the likeliest tokens of this total probability",
+    "queries.seed": "of random samples",
     "queries.stop": "texts that end this answer and are left out of it",
     "queries.json_schema": "the answer is JSON of this schema, given here or as {file: path}",
     "queries table.path": "a table of queries: a file, a folder, a glob or a URL",
     "queries table.id": "the column that names each query",
-    "queries table.text": "the column of what is asked",
-    "queries table.document_id": "the column that says of which document; null: of every one",
-    "generation": "how queries are answered that don't say otherwise",
+    "queries table.text": "the column that holds the question",
+    "queries table.document_id": "the column that names the document of each query; null: all documents",
+    "generation": "settings of queries that don't set them themselves",
     "generation.max_tokens": "most tokens of an answer",
     "generation.temperature": "0 takes the likeliest token each time",
-    "generation.top_p": "share of the likeliest tokens that is sampled from",
-    "generation.seed": "of the samples",
+    "generation.top_p": "samples come from the likeliest tokens of this total probability",
+    "generation.seed": "of random samples",
     "generation.stop": "texts that end an answer and are left out of it",
-    "generation.thinking": "drop or keep: models that can think first, and what becomes of that",
+    "generation.thinking": "drop or keep: a model that can think does so first, and its thinking is dropped or kept",
     "generation.batch_size": "queries decoded together; documents with fewer share a batch",
-    "retries": "how often what the model fails at, as for want of memory, is tried again",
+    "retries": "how often a row is tried again if the model fails, for example without memory",
     "cache": "the compressed prompt caches, one for each document",
     "cache.dir": "the store; any number of jobs may share it",
     "cache.key_bits": "2, 3, 4, 5, 6 or 8",
     "cache.value_bits": "2, 3, 4, 5, 6 or 8",
-    "cache.layer_bits": "layers with bits of their own, from the end where negative, as {0: 8, -1: 8}",
+    "cache.layer_bits": "bits of single layers, counted from the end if negative, as {0: 8, -1: 8}",
     "cache.sinks": "first tokens kept in full precision",
     "cache.window": "most of the last tokens kept in full precision",
-    "cache.extra_bits": "what finer tokens may cost, in bits a value",
+    "cache.extra_bits": "the most that finer tokens may cost, in bits per value",
     "cache.prefill": "streaming: store and compress a context in segments while it is read",
-    "cache.segment": "tokens of such a segment",
-    "cache.budget": "most that dir may hold: bytes, a size (20GB) or a share of the disk (10%)",
+    "cache.segment": "tokens of a segment",
+    "cache.budget": "the most that dir may hold: bytes, a size (20GB) or a share of the disk (10%)",
     "cache.keep": "job: drop a document's prefix with its last answer",
     "cache.resident": "packed: decode a prefix at every step; dense: once; auto: as the device and memory suggest",
     "output": "the answers, one row for each document and query",
-    "output.path": "a Parquet file, also at s3:// or gs://; what the run did is told beside it, in .run.json",
+    "output.path": "a Parquet file, also at s3:// or gs://; a report of the run is beside it, in .run.json",
     "scale": "how a job is spread over machines and processes; see docs/scaling.md",
     "scale.ranks": "how many processes hold the model between them, as mlx.launch starts them",
-    "scale.workers": "of a run with --on ray, how many; null: as many as the cluster holds",
-    "scale.num_cpus": "of each; null: all that its machine has for it",
-    "scale.num_gpus": "of each; null: 1 where there are GPUs, else 0",
-    "scale.resources": "what else each takes of a machine, by Ray's names, as {mac: 1}",
+    "scale.workers": "workers of a run with --on ray; null: as many as the cluster has room for",
+    "scale.num_cpus": "CPUs of each worker; null: all that its machine has for it",
+    "scale.num_gpus": "GPUs of each worker; null: 1 where there are GPUs, else 0",
+    "scale.resources": "other resources of each worker, by Ray's names, as {mac: 1}",
 }
 
 
 def job_schema() -> dict[str, Any]:
-    """The JSON Schema of a job file."""
+    """Return the JSON Schema of a job file."""
     schema = Job.model_json_schema()
     schema["required"].remove("name")
     _describe(schema, "", schema["$defs"])
@@ -80,7 +77,7 @@ def job_schema() -> dict[str, Any]:
 
 
 def _describe(section: dict[str, Any], prefix: str, sections: dict[str, Any]) -> None:
-    """Give the keys of a section, and of the sections in it, what they mean."""
+    """Add descriptions to the keys of a section and of the sections in it."""
     for name, key in section["properties"].items():
         key["description"] = KEYS[f"{prefix}{name}"]
         for kind in (key, *key.get("oneOf", ())):

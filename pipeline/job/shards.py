@@ -1,9 +1,7 @@
-"""Shares of a job that several machines, or several runs on one, answer: whose a document is, and where results lie.
+"""Shards: shares of a job's documents that several machines, or several runs on one machine, answer.
 
-    answers.parquet.shards/3-of-16.parquet             the result of shard 3/16, of the documents that are its alone
-    answers.parquet.shards/3-of-16.parquet.run.json    and so on: all that lies beside any result
-
-Knows ids, and files by their names; nothing of documents or rows.
+answers.parquet.shards/3-of-16.parquet             the result of shard 3/16: the rows of its documents
+answers.parquet.shards/3-of-16.parquet.run.json    its run file, as beside any result
 """
 
 from __future__ import annotations
@@ -18,14 +16,14 @@ from pathlib import Path
 
 from pipeline.errors import JobError
 
-MOST = 10_000
-_WRITTEN = re.compile(r"([1-9][0-9]*)/([1-9][0-9]*)")
+MAX_SHARDS = 10_000
+_SHARD = re.compile(r"([1-9][0-9]*)/([1-9][0-9]*)")
 _RUN_FILE = re.compile(r"([1-9][0-9]*)-of-([1-9][0-9]*)\.parquet\.run\.json")
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One share of a job's documents: the ``number``-th, from 1, of ``count``.
+    """The shard with a number, from 1 to `count`, of `count` shards of a job.
 
     >>> shard = Shard.of("minutes-01", 16)
     >>> print(shard, shard == Shard.parse("16/16"))
@@ -40,26 +38,29 @@ class Shard:
 
     @classmethod
     def parse(cls, text: str) -> Shard:
-        """The shard that is written like that. Raises JobError where none is."""
-        written = _WRITTEN.fullmatch(text)
-        if written is None or not int(written[1]) <= int(written[2]) <= MOST:
-            raise JobError(f"--shard {text}: expected K/N, with K from 1 to N and N up to {MOST:,}, such as 3/16")
-        return cls(int(written[1]), int(written[2]))
+        """Parse a shard in the form K/N. Raises JobError."""
+        match = _SHARD.fullmatch(text)
+        if match is None or not int(match[1]) <= int(match[2]) <= MAX_SHARDS:
+            raise JobError(f"--shard {text}: expected K/N, with K from 1 to N and N up to {MAX_SHARDS:,}, such as 3/16")
+        return cls(int(match[1]), int(match[2]))
 
     @classmethod
     def of(cls, document_id: str, count: int) -> Shard:
-        """The shard, of so many, of the documents that are answered together with this one and behind it."""
+        """Return which of `count` shards has the group of documents that begins with this document."""
         digest = blake2b(document_id.encode(), digest_size=8).digest()
         return cls(int.from_bytes(digest, "big") % count + 1, count)
 
     def output(self, output: Path) -> Path:
-        """Where the shard's result goes, by where the job's does."""
+        """Return the result file of the shard. output: the result file of the job."""
         return shards_folder(output) / f"{self.number}-of-{self.count}.parquet"
 
 
 @dataclass(frozen=True)
 class ShardStatus:
-    """Rows of a shard by what has become of them, as its last run wrote when ``updated``; failed ones are left too."""
+    """The numbers of rows of a shard, as its last run wrote them at the time `updated`.
+
+    done: answered. failed: answered with an error. left: not done, which includes the failed ones.
+    """
 
     shard: str
     state: str
@@ -71,18 +72,18 @@ class ShardStatus:
 
 
 def shards_folder(output: Path) -> Path:
-    """Where the results of a job's shards lie."""
+    """Return the folder of the results of a job's shards. output: the result file of the job."""
     return output.with_name(f"{output.name}.shards")
 
 
 def shard_statuses(output: Path) -> Iterator[ShardStatus]:
-    """What the shards' runs wrote of themselves, by number; those of which none has begun are left out."""
-    named = ((_RUN_FILE.fullmatch(file.name), file) for file in shards_folder(output).glob("*.run.json"))
-    found = {Shard(int(name[1]), int(name[2])): file for name, file in named if name}
-    for shard, file in sorted(found.items(), key=lambda item: (item[0].count, item[0].number)):
+    """Yield the statuses that the shards' runs have written, by number. Shards that have not started are left out."""
+    matches = ((_RUN_FILE.fullmatch(file.name), file) for file in shards_folder(output).glob("*.run.json"))
+    files = {Shard(int(match[1]), int(match[2])): file for match, file in matches if match}
+    for shard, file in sorted(files.items(), key=lambda item: (item[0].count, item[0].number)):
         with suppress(OSError, ValueError, KeyError, TypeError):
-            told = json.loads(file.read_bytes())
-            rows, done = told["rows"], told["rows_kept"] + told["rows_answered"]
+            report = json.loads(file.read_bytes())
+            rows, done = report["rows"], report["rows_kept"] + report["rows_answered"]
             yield ShardStatus(
-                str(shard), told["state"], rows, done, told["rows_failed"], rows - done, str(told["updated"])
+                str(shard), report["state"], rows, done, report["rows_failed"], rows - done, str(report["updated"])
             )

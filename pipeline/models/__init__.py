@@ -1,1 +1,1 @@
-"""Models: found, told apart, loaded, and what their tokens mean. It does not know what is asked of them."""
+"""Models: found, identified by their content, loaded; and how the tokens that they generate become answers."""

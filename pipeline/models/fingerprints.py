@@ -1,6 +1,6 @@
-"""Tell by content whether two folders hold the same model, adapter or tokenizer, as digests.
+"""Fingerprints of models, adapters and tokenizers: digests of all files that decide what a model computes.
 
-Knows which files of a folder decide what a model computes. Needs neither MLX nor mlx-lm.
+Two folders with the same content have the same fingerprint. This module imports neither MLX nor mlx-lm.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _TOKENIZER_FILES = (
     "*.model",
     "*.tiktoken",
 )
-_CONFIGS = ("config.json", "generation_config.json", "hf_quant_config.json")  # the second has stop tokens
+_CONFIGS = ("config.json", "generation_config.json", "hf_quant_config.json")  # generation_config.json has stop tokens
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _MEMO_FORMAT = 1
 
@@ -39,13 +39,14 @@ Memo = dict[str, dict[str, Any]]
 def weights_fingerprint(
     path: Path, memo: Path, remember: bool = True, adapter: Path | None = None, trust_remote_code: bool = False
 ) -> str:
-    """SHA-256 over the configs and the content of every weight file: same name, other weights, other print.
+    """Return the SHA-256 of the configs and of the content of every weight file.
 
-    An adapter's files count too, and a model's own code where that is run.
+    path: the model's folder. adapter: a folder whose files count too. trust_remote_code: whether the code that comes
+    with the model is run, and therefore counts too.
 
-    Hashing many gigabytes takes a while, so each file's digest is remembered in the JSON file `memo` under
-    its resolved path, for as long as size, times and inode stay. A broken memo is ignored.
-    Without `remember` it is read and not written.
+    Hashing many gigabytes takes a while, so the JSON file `memo` remembers each file's digest under its resolved path,
+    which is valid as long as size, times and inode of the file stay the same. A broken memo is ignored. remember:
+    whether the memo is also written.
     """
     small = [file for name in _CONFIGS if (file := path / name).exists()]
     large = weight_files(path)
@@ -72,7 +73,7 @@ def tokenizer_fingerprint(path: Path) -> str:
 
 
 def _digest(kind: str, parts: Iterable[tuple[str, bytes]]) -> str:
-    """Every name and content is preceded by its length, so that no two lists of parts look the same."""
+    """Return the SHA-256 of named parts. The length of each field precedes it, so that no two lists look the same."""
     digest = hashlib.sha256()
     for name, content in [("kind", kind.encode()), *parts]:
         for field in (name.encode(), content):
@@ -81,10 +82,10 @@ def _digest(kind: str, parts: Iterable[tuple[str, bytes]]) -> str:
 
 
 def _content_digest(file: Path, remembered: Memo) -> tuple[str, dict[str, Any]]:
-    """A memo entry for `file`: its resolved path, what `stat` says, and the SHA-256 of its content."""
+    """Return a file's resolved path, and its entry in the memo: its state and the SHA-256 of its content."""
     real = file.resolve()
-    state = real.stat()  # before hashing: a change meanwhile makes the entry stale, not wrong
-    # Unlike mtime, ctime can't be set back by whoever copies or touches the file.
+    state = real.stat()  # before hashing: if the file changes meanwhile, the entry is stale, but not wrong
+    # Programs that copy or touch a file can set its mtime back, but not its ctime.
     entry = {"size": state.st_size, "inode": state.st_ino}
     entry |= {"mtime_ns": state.st_mtime_ns, "ctime_ns": state.st_ctime_ns}
     known = remembered.get(str(real), {})

@@ -326,7 +326,10 @@ def test_of_parquet_only_the_ranges_that_are_needed_are_read(
         ("queries={path: 's3://bucket/no.jsonl'}", "queries.path: s3://bucket/no.jsonl does not exist: there is no"),
         ("output.path=s3://no/a.parquet", "there is no such bucket; make it, or set another path"),
         ("output.path=gs://bucket/a.parquet", "gs:// needs a package that is not installed: install this project with"),
-        ("output.path=hf://a/b/c.parquet", "output.path: results can be put on this machine, s3:// and gs://; not at"),
+        (
+            "output.path=hf://a/b/c.parquet",
+            "results can be written to this machine, s3:// and gs://, but not to hf://a/b/c.parquet",
+        ),
         ("output.path=s3://bucket", "output.path: s3://bucket must name a file, as s3://bucket/answers.parquet does"),
     ],
 )

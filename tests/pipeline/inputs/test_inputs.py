@@ -175,7 +175,7 @@ def test_ids_of_rows_that_are_not_meant_may_be_anything(workplace: Workplace, pa
         ("where", "lang > 3", "in line 1 of "),
         ("where", "lang.x.y == 3", "in line 1 of "),
         ("where", "id.__class__.__mro__ == 3", "in line 1 of "),
-        ("where", "year > 2030", "with no rows that documents.where is true of: year > 2030"),
+        ("where", "year > 2030", "with no rows for which documents.where is true: year > 2030"),
         ("where", " ", "documents.where is empty"),
         ("where", 3, "documents.where: expected text, got 3"),
         ("limit", 0, "documents.limit: expected at least 1, got 0"),

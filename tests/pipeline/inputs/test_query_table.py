@@ -114,12 +114,12 @@ def test_a_query_that_changes_is_answered_again(workplace: Workplace, number: in
     assert (report["rows_kept"], report["rows_answered"]) == (4, 1)
 
 
-def test_order_and_strangers_change_no_answer(workplace: Workplace, caplog: pytest.LogCaptureFixture) -> None:
+def test_order_and_unknown_documents_change_no_answer(workplace: Workplace, caplog: pytest.LogCaptureFixture) -> None:
     invoke("run", own(workplace, OWN), "--quiet")
     job = own(workplace, [*OWN[::-1], {"document": "d9", "id": "a", "text": "Who?"}])
     result = invoke("run", job, "--json")
     assert json.loads(result.stdout)["rows_kept"] == 5
-    assert "queries.document_id: 'd9' is no document's id, so what is asked there is left out" in caplog.text
+    assert "queries.document_id: 'd9' is no document's id, so its queries are left out" in caplog.text
     assert pairs(workplace) == [("d0", "a"), ("d0", "b"), ("d2", "c"), ("d2", "b"), ("d2", "a")]
 
 
@@ -248,6 +248,6 @@ def test_a_disk_with_no_room_for_queries(workplace: Workplace, monkeypatch: pyte
     result = invoke("plan", own(workplace, OWN))
     assert result.exit_code == 1
     assert result.stderr == (
-        "error: queries cannot be set down in a temporary file: database or disk is full; free some space, or set "
-        "TMPDIR to a folder that has some\n"
+        "error: queries cannot be written to a temporary file: database or disk is full; free some space, or set "
+        "TMPDIR to a folder on a disk that has space\n"
     )

@@ -198,7 +198,7 @@ def test_as_much_is_kept_as_there_is_room_for(
     long: Workplace, tokenizer: Any, characters: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many characters a token is taken to have at first."""
-    monkeypatch.setattr("pipeline.inputs.windows._CHARACTERS_A_TOKEN", characters)
+    monkeypatch.setattr("pipeline.inputs.windows._CHARACTERS_PER_TOKEN", characters)
     job = load_job(long.job_file)
     text = long.documents["a"]
     document = Document("a", text, {"text": text}, job.queries)

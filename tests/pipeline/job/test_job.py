@@ -129,8 +129,8 @@ def test_a_query_overrides_the_defaults() -> None:
         ("queries={id: x}", "the required key 'queries.path' is missing"),
         ("documents.too_long=cut", "documents.too_long: expected 'error', 'truncate' or 'split', got 'cut'"),
         ("output.path=' '", "output.path is empty"),
-        ("output.path=" + "a" * 300, "output.path is no path: [Errno 36] File name too long"),
-        ('cache.dir="a\\0"', "cache.dir is no path: embedded null byte"),
+        ("output.path=" + "a" * 300, "output.path is not a valid path: [Errno 36] File name too long"),
+        ('cache.dir="a\\0"', "cache.dir is not a valid path: embedded null byte"),
         (
             "generation.seed=0x" + "f" * 6000,
             "generation.seed: expected at most 9.22337e+18, got a number of",
