@@ -17,7 +17,7 @@ from pipeline.errors import RowError
 from pipeline.inputs.inputs import Inputs
 from pipeline.inputs.prompts import PromptTokenizer, Rendered, Renderer
 from pipeline.inputs.token_counter import Effort, Lengths, TokenCounter
-from pipeline.inputs.windows import OVERLAP, WindowCutter, reserved
+from pipeline.inputs.windows import OVERLAP, WindowCutter, reserved_tokens
 from pipeline.job.budget import budget_bytes, existing
 from pipeline.job.job import Job, Query
 from pipeline.job.shards import Shard
@@ -196,7 +196,7 @@ class _Planner:
         policy = self._job.documents.too_long
         if policy == "error" or self._limit is None:
             return lengths, False
-        room = self._limit - reserved(document.queries, self._job.generation) - min(lengths.suffixes)
+        room = self._limit - reserved_tokens(document.queries, self._job.generation) - min(lengths.suffixes)
         if not 0 < room < lengths.context:
             return lengths, False
         context = room if policy == "truncate" else round(lengths.context * OVERLAP / (OVERLAP - 1))

@@ -20,7 +20,7 @@ _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
 
-def groups(
+def group_documents(
     documents: Iterable[Document], batch_size: int, alone: Collection[str] = (), shard: Shard | None = None
 ) -> Iterator[list[Document]]:
     """Yield the documents in groups that fill a batch, or that hold less if texts are long.
@@ -29,9 +29,9 @@ def groups(
     the groups of this shard only.
 
     >>> texts = [Document(str(i), "a text", {}, ["Who?", "When?", "Why?"]) for i in range(7)]
-    >>> [[document.id for document in group] for group in groups(texts, 8)]
+    >>> [[document.id for document in group] for group in group_documents(texts, 8)]
     [['0', '1', '2'], ['3', '4', '5'], ['6']]
-    >>> [[document.id for document in group] for group in groups(texts, 8, alone={"1"})]
+    >>> [[document.id for document in group] for group in group_documents(texts, 8, alone={"1"})]
     [['0'], ['1'], ['2'], ['3', '4', '5'], ['6']]
     """
     for group in _full_groups(documents, batch_size):

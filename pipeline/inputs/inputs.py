@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 
-from pipeline.inputs.batching import groups
+from pipeline.inputs.batching import group_documents
 from pipeline.inputs.documents import Document, check_documents, document_ids, stream_documents
 from pipeline.inputs.prompts import template_columns
 from pipeline.inputs.query_table import DocumentQueries, read_shared_queries
@@ -63,7 +63,7 @@ class Inputs:
 
     def groups(self, alone: Collection[str] = ()) -> Iterator[list[Document]]:
         """Yield the same documents in groups that are answered together; documents in `alone` share no batch."""
-        return groups(self._all_documents(), self._job.generation.batch_size, alone, self._shard)
+        return group_documents(self._all_documents(), self._job.generation.batch_size, alone, self._shard)
 
     def pairs(self) -> Iterator[tuple[str, list[str]]]:
         """Yield each document's id with the ids of its queries, in order. Texts are read only for a shard."""

@@ -23,7 +23,7 @@ _ROUNDS = 40
 _CHARACTERS_PER_TOKEN = 16  # few texts have more: it bounds the text that is tokenised to find a window's end
 
 
-def reserved(queries: Sequence[Query], generation: Generation) -> int:
+def reserved_tokens(queries: Sequence[Query], generation: Generation) -> int:
     """Return how many tokens are kept free after a context, enough for any of the queries and its answer."""
     return max(len(query.text.encode()) + query.settings(generation).max_tokens for query in queries)
 
@@ -48,7 +48,7 @@ class WindowCutter:
         """Return what a row's fingerprint must cover of the cuts, or None if the document is certainly not cut."""
         if self._policy == "error":
             return None
-        tokens = reserved(queries, self._job.generation)
+        tokens = reserved_tokens(queries, self._job.generation)
         size = len(f"{rendered.system}{rendered.context}".encode(errors="replace")) + _TEMPLATE_BYTES
         if self._stated_limit is not None and size + tokens <= self._stated_limit:
             return None
@@ -64,7 +64,7 @@ class WindowCutter:
         """
         if limit is None or self.mark(rendered, document.queries) is None:
             return [rendered]
-        room, characters = limit - reserved(document.queries, self._job.generation), len(document.text)
+        room, characters = limit - reserved_tokens(document.queries, self._job.generation), len(document.text)
         most = _CHARACTERS_PER_TOKEN * max(room, 1)
         windows: list[Rendered] = []
         start = end = 0
@@ -74,7 +74,7 @@ class WindowCutter:
                 window = self._rendered(document, start, start + count)
                 return tokenizer.count([tokenizer.prompt_text(window, _PROBE)])[0]
 
-            end = start + longest(min(characters - start, most), room, tokens)
+            end = start + longest_fitting(min(characters - start, most), room, tokens)
             if self._policy == "truncate" and start + most == end < characters:  # there may be room for more
                 most *= 2
                 continue
@@ -90,12 +90,12 @@ class WindowCutter:
         return self._renderer.render(replace(document, columns=columns))
 
 
-def longest(characters: int, room: int, tokens: Callable[[int], int]) -> int:
+def longest_fitting(characters: int, room: int, tokens: Callable[[int], int]) -> int:
     """Return how many characters, of at most `characters`, have tokens that nearly fill the room and do not exceed it.
 
     tokens: returns the tokens of the first characters of the text; it is called as seldom as possible.
 
-    >>> longest(1000, 300, lambda characters: characters // 2), longest(1000, 500, lambda characters: characters // 2)
+    >>> longest_fitting(1000, 300, lambda count: count // 2), longest_fitting(1000, 500, lambda count: count // 2)
     (596, 1000)
     """
     fits, exceeds = 0, characters  # numbers of characters

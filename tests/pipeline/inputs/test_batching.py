@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 import pipeline.run.engine
 import pipeline.run.prefixes
-from pipeline.inputs.batching import GROUP_CHARACTERS, ahead, groups
+from pipeline.inputs.batching import GROUP_CHARACTERS, ahead, group_documents
 from pipeline.inputs.documents import Document
 from pipeline.job.job import Query
 from tests.pipeline.workplace import Workplace
@@ -34,7 +34,7 @@ def document(number: int, size: int, queries: int) -> Document:
 )
 def test_groups(sizes: list[tuple[int, int]], batch_size: int, data: st.DataObject) -> None:
     documents = [document(number, *size) for number, size in enumerate(sizes)]
-    cut = list(groups(documents, batch_size))
+    cut = list(group_documents(documents, batch_size))
     assert [one for group in cut for one in group] == documents
     for group, after in zip_longest(cut, cut[1:]):
         size = sum(len(one.text) for one in group)
@@ -46,7 +46,7 @@ def test_groups(sizes: list[tuple[int, int]], batch_size: int, data: st.DataObje
     # Documents that are to be alone move no cut but those around them.
     alone = {one.id for one in documents if data.draw(st.booleans())}
     apart = [[one] if {o.id for o in group} & alone else group for group in cut for one in group]
-    assert list(groups(documents, batch_size, alone)) == [
+    assert list(group_documents(documents, batch_size, alone)) == [
         group for i, group in enumerate(apart) if i == 0 or apart[i - 1] is not group
     ]
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import pipeline.run.engine
 from pipeline.inputs.documents import Document
 from pipeline.inputs.prompts import PromptTokenizer, Rendered, Renderer
-from pipeline.inputs.windows import WindowCutter, combined, longest
+from pipeline.inputs.windows import WindowCutter, combined, longest_fitting
 from pipeline.job.job_file import load_job
 from tests.pipeline.command_line import error_of, invoke
 from tests.pipeline.workplace import Workplace
@@ -228,7 +228,7 @@ def test_the_longest_beginning_that_fits(weights: list[int], room: int) -> None:
     def tokens(characters: int) -> int:
         return 3 + sum(weights[:characters])
 
-    found = longest(len(weights), room, tokens)
+    found = longest_fitting(len(weights), room, tokens)
     if tokens(len(weights)) <= room:
         assert found == len(weights)
     elif tokens(0) <= room:
