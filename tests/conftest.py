@@ -1,7 +1,7 @@
-"""Loads the tuned BLAS before any test imports MLX, which would otherwise compute ten times slower on a Linux CPU.
+"""Load the tuned BLAS before any test imports MLX, which is ten times slower without it on a Linux CPU.
 
-One thread a process: tests run in as many processes as there are cores, and cores that are asked for twice run ten
-times slower.
+Each process of the tests uses one thread. There are as many processes as cores, and with more threads than cores they
+would run ten times slower.
 """
 
 from __future__ import annotations
