@@ -1,7 +1,4 @@
-"""Files that are written whole or not at all, and survive a power cut once written.
-
-Knows paths and what a disk may refuse; nothing of what is in a file.
-"""
+"""Write files as a whole or not at all; once written, they survive a power cut. Errors of the disk are explained."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ def atomic_file(path: Path, ending: str = "", clear: bool = True) -> Iterator[Pa
     ending: how the temporary name must end, for readers that look at it.
     clear: first remove temporary files for `path` whose writers were killed. That reads the whole folder.
 
-    Raises OutputError where the disk refuses.
+    Raises OutputError for errors of the disk.
     """
     with disk_errors(path, "cannot be written"):
         make_folder(path.parent)
@@ -34,7 +31,7 @@ def atomic_file(path: Path, ending: str = "", clear: bool = True) -> Iterator[Pa
 
 @contextmanager
 def disk_errors(path: Path, problem: str) -> Iterator[None]:
-    """What the disk refuses while the block runs is raised as OutputError, which says ``problem`` of ``path``."""
+    """Raise OutputError for an OSError in the block. Its message says that `path` has the `problem`, and the reason."""
     try:
         yield
     except OSError as error:
@@ -45,7 +42,7 @@ def disk_errors(path: Path, problem: str) -> Iterator[None]:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder and those above it, each of which survives a power cut."""
+    """Make a folder and the folders above it, so that each of them survives a power cut."""
     if not folder.is_dir():
         make_folder(folder.parent)
         folder.mkdir(exist_ok=True)

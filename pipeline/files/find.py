@@ -63,7 +63,10 @@ def find_files(path: str, key: str) -> list[InputFile]:
     base, is_folder, names = remote.find(path) if remote.is_url(path) else _find_here(path)
     if is_folder:
         names = [name for name in names if _suffix(name) in _FORMATS]
-    files = [InputFile(name, _id(name, base)) for name in names]
+    relative_names = (os.fsencode(PurePath(name).relative_to(base).as_posix()) for name in names)
+    files = [
+        InputFile(name, key.decode("utf-8", errors="replace")) for name, key in zip(names, relative_names, strict=True)
+    ]
     if not files:
         raise InputError(_nothing_found(path, key, is_folder))
     formats = Counter(file.format for file in files)
@@ -86,10 +89,6 @@ def _find_here(path: str) -> tuple[str, bool, list[str]]:
     while not is_folder and glob.has_magic(base):
         base = os.path.dirname(base)
     return base, is_folder, names
-
-
-def _id(name: str, base: str) -> str:
-    return os.fsencode(PurePath(name).relative_to(base).as_posix()).decode("utf-8", errors="replace")
 
 
 def _suffix(name: str) -> str:

@@ -98,7 +98,9 @@ class Table:
         """Raise InputError if a file lacks a column or has it in another type. Of Parquet only the footer is read."""
         for file in self.files:
             if file.format == JSON:
-                self._check_json(file)
+                keys = {key for _, values in self.json_rows(file) for key in values}
+                if keys:
+                    self._check_presence(file, sorted(keys))
             elif file.format == PARQUET:
                 self._check_parquet(file)
             else:
@@ -134,13 +136,6 @@ class Table:
                     f"{column.user} the column '{column.name}', which in {file} is {kind}; expected {column.kind.words}"
                 )
 
-    def _check_json(self, file: InputFile) -> None:
-        keys: set[str] = set()
-        for _, values in self.json_rows(file):
-            keys |= values.keys()
-        if keys:
-            self._check_presence(file, sorted(keys))
-
     def _check_presence(self, file: InputFile, names: Sequence[str]) -> None:
         for column in self._columns:
             times = names.count(column.name)
@@ -173,8 +168,10 @@ class Table:
         for column in self._columns:
             value = values.get(column.name)
             if value is not None and not column.kind.fits_value(value):
+                shown = json.dumps(value, ensure_ascii=False)
+                shown = shown if len(shown) <= 40 else f"{shown[:39]}…"
                 raise InputError(
-                    f"{column.user} the column '{column.name}', which in {place} is {_shortened(value)}; "
+                    f"{column.user} the column '{column.name}', which in {place} is {shown}; "
                     f"expected {column.kind.words}"
                 )
         return values
@@ -201,19 +198,9 @@ def first_rows(path: str, key: str, count: int) -> list[dict[str, Any]]:
     if file.format != JSON:
         return [record.values for record in islice(table.records(names, rows_per_batch=1), count)]
     rows = [values for _, values in islice(table.json_rows(file), count)]
-    names = [
-        name for name in dict.fromkeys(chain.from_iterable(rows)) if all(_may_be_id(row.get(name)) for row in rows)
-    ]
+    values = {name: [row.get(name) for row in rows] for name in chain.from_iterable(rows)}
+    names = [name for name in values if all(value is None or ID.fits_value(value) for value in values[name])]
     return [{name: row.get(name) for name in names} for row in rows]
-
-
-def _may_be_id(value: object) -> bool:
-    return value is None or ID.fits_value(value)
-
-
-def _shortened(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 40 else f"{text[:39]}…"
 
 
 @contextmanager
