@@ -18,6 +18,7 @@ from pipeline.models.mlx_lm_internals import BatchGenerator, apply_top_p, greedy
 from pipeline.models.output_parser import Answer, OutputParser
 from pipeline.models.ranks import SINGLE, RankGroup
 from turboquant import Prefix, enabled
+from turboquant.runtime.device import wait_on_gpu
 
 Sampler = Callable[[mx.array], mx.array]
 
@@ -57,6 +58,7 @@ def answer(
             ranks.synchronize(generator.stream)  # where a step begun for nobody is under way
             return answers
         finally:
+            wait_on_gpu(generator.stream)
             generator.close()
 
 

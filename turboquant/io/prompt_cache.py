@@ -35,6 +35,7 @@ from turboquant.mlx_lm.internals import STOCK_CACHES, KVCache, release
 from turboquant.mlx_lm.internals import make_prompt_cache as make_stock_cache
 from turboquant.quant.cache_codec import CacheCodec, dump_codec, parse_codec
 from turboquant.quant.layer import EncodedLayer
+from turboquant.runtime.device import host_copies
 
 FORMAT_VERSION = 1
 MANIFEST = "0.turboquant"
@@ -105,7 +106,7 @@ def save_prompt_cache(
         raise TypeError("a prompt cache's metadata maps text to text")
     tensors: dict[str, mx.array] = {MARKER: mx.array([FORMAT_VERSION], mx.uint8)}
     layers = [_disassemble(index, one, tensors) for index, one in enumerate(cache)]
-    tensors = {name: mx.contiguous(x) for name, x in tensors.items()}
+    tensors = host_copies({name: mx.contiguous(x) for name, x in tensors.items()})
     manifest = {
         "format_version": FORMAT_VERSION,
         "layers": layers,

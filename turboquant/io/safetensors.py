@@ -15,6 +15,7 @@ import numpy as np
 import xxhash
 
 from turboquant.io.safetensors_header import DTYPE_BYTES, Stored, read_header
+from turboquant.runtime.device import host_copies
 
 DTYPES = {
     "BOOL": mx.bool_,
@@ -91,7 +92,7 @@ def save_tensors(path: Path, tensors: Mapping[str, mx.array]) -> tuple[str, int]
     """Write a safetensors file and return its checksum and its size in bytes. Raises OSError."""
     with path.open("wb") as file:
         writer = _DigestingWriter(file)
-        mx.save_safetensors(writer, dict(tensors))  # type: ignore[arg-type]
+        mx.save_safetensors(writer, host_copies(tensors))  # type: ignore[arg-type]
         return writer.digest.hexdigest(), file.tell()
 
 

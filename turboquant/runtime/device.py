@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -26,6 +26,30 @@ def as_float32(xp: Any, x: mx.array) -> Any:
     """
     x = x.astype(mx.float32)
     return np.asarray(x) if xp is np else x
+
+
+def host_copies(tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """Return tensors that the host may read while a GPU works: copies on CUDA, the tensors themselves elsewhere.
+
+    When the host first reads an array, MLX for CUDA moves it to memory that both can reach and frees the memory where
+    it was. A launch that another thread has recorded, but not started yet, keeps the old address and reads freed
+    memory. No launch reads a copy, so a copy may be moved.
+    """
+    if on_cpu() or not mx.cuda.is_available():
+        return dict(tensors)
+    copies = {name: mx.where(mx.array(True), x, x) for name, x in tensors.items()}  # an operation that shares nothing
+    mx.eval(copies)
+    return copies
+
+
+def wait_on_gpu(stream: Any) -> None:
+    """Wait until a GPU has finished the work of a stream; do nothing on a CPU.
+
+    MLX gives the memory of an array that nobody holds to the next array, of any stream, even if a launch has still to
+    write to it. So code that drops the outputs of such a launch must wait for the launch first.
+    """
+    if not on_cpu():
+        mx.synchronize(stream)
 
 
 def fused(f: Callable[..., mx.array]) -> Callable[..., mx.array]:
