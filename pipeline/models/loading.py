@@ -46,12 +46,14 @@ def load_model(
     adapter: Path | None = None,
     trust_remote_code: bool = False,
     ranks: RankGroup = SINGLE,
+    codec: CacheCodec | None = None,
 ) -> LoadedModel:
     """Load a model folder or a Hugging Face repo, in a form that suits the device.
 
     revision: a branch, a tag or a commit of the repo. adapter: a folder that mlx-lm's training wrote.
     trust_remote_code: run code that comes with the model, if the model needs it. ranks: the group that holds the model
     between its processes; each of them loads its part.
+    codec: of the caches that the model will be given. The kernels of a GPU for it are compiled while weights are read.
 
     On a GPU, weights keep their dtypes. On a CPU they become float32, and quantized layers are dequantized: there MLX
     computes half precision with 2 to 5 GFLOP/s, quantized layers with 2, and float32 as fast as the BLAS.
@@ -59,7 +61,7 @@ def load_model(
     Raises ModelError if the model cannot be found, read or loaded.
     """
     path = resolve_model(name, revision)
-    read_config(path)
+    _prepare_kernels(read_config(path), codec)
     _require_vocabulary(path)
     for file in weight_files(path):
         _require_whole(file)
@@ -75,6 +77,21 @@ def load_model(
     with _explained_failure(path):
         prepare_weights(model, ranks.group)
     return LoadedModel(model, tokenizer, config)
+
+
+def _prepare_kernels(config: Mapping[str, Any], codec: CacheCodec | None) -> None:
+    """Have a GPU's kernels looked up or compiled from now on, where the model's sizes and dtype are known."""
+    import mlx.core as mx
+
+    from turboquant.attention.dispatch import prepare_kernels
+    from turboquant.kernels.mlx_modules import own_folder
+
+    own_folder()  # before MLX compiles anything
+    text = config.get("text_config") or config
+    heads, width = text.get("num_attention_heads"), text.get("hidden_size")
+    dtype = getattr(mx, str(text.get("dtype") or text.get("torch_dtype") or config.get("torch_dtype")), None)
+    if codec is not None and isinstance(dtype, mx.Dtype) and heads and width:
+        prepare_kernels(codec, int(text.get("head_dim") or width // heads), dtype)
 
 
 def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:

@@ -21,7 +21,7 @@ from pipeline.models.ranks import common_values, meet
 from pipeline.progress import RunObserver
 from pipeline.report import Report
 from pipeline.run.decode import Request, answer, row_name
-from pipeline.run.fingerprint import context_label
+from pipeline.run.fingerprint import cache_codec, context_label
 from pipeline.run.prefill import warn_of_uncompressed_layers
 from pipeline.run.prefixes import Prefixes
 from pipeline.run.task import DocumentTask, Tokenised
@@ -58,7 +58,7 @@ class Engine:
         self._ranks = meet(job.scale.ranks)
         with self._ranks.step("begin", {"ground": common_values(identity), "schemas": sorted(schemas)}):
             self._model: LoadedModel = load_model(
-                job.model, job.revision, job.adapter, job.trust_remote_code, self._ranks
+                job.model, job.revision, job.adapter, job.trust_remote_code, self._ranks, cache_codec(job.cache)
             )
         self._fitting = WindowCutter(job)
         self._tokenizer = PromptTokenizer(self._model.tokenizer, bool(job.generation.thinking))

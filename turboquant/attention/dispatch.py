@@ -14,6 +14,11 @@ import mlx.core as mx
 from turboquant.attention import cpu, reference
 from turboquant.attention import gpu as attention_gpu
 from turboquant.attention.reference import Partial
+from turboquant.kernels import encoding_gpu
+from turboquant.kernels.kernel_text import Beginning
+from turboquant.kernels.launch import gpu
+from turboquant.kernels.programs import compile_ahead
+from turboquant.quant.cache_codec import CacheCodec
 from turboquant.quant.layer import DenseLayer, EncodedLayer
 from turboquant.runtime.device import on_cpu
 
@@ -58,18 +63,32 @@ def attend_past_and_suffix(
     scale: float,
     mask: mx.array | str | None,
     sinks: mx.array | None,
+    buffers: tuple[mx.array, mx.array] | None = None,
 ) -> mx.array:
     """Attention of queries (B, n_heads, L, head_dim) over a shared past and each row's suffix, in the queries' dtype.
 
     keys, values: of the suffixes, (B, n_kv_heads, T, head_dim), full precision. mask: of the suffixes, see
     ``reference.attend_dense``. sinks: learned logits (n_heads,), or None. If there is a kernel for the past, it does
-    the whole of a decoding step.
+    the whole of a decoding step. buffers: larger arrays whose first T tokens are keys and values, if there are any; the
+    kernel then reads those instead of slices, which MLX would copy.
     """
     if queries.shape[2] == 1 and sinks is None and isinstance(layer, EncodedLayer) and has_kernel([layer]):
         seen = None if isinstance(mask, str) else mask  # a causal mask hides nothing from one query
-        return attention_gpu.attend_step(queries, layer, keys, values, scale, seen)
+        count = keys.shape[2]
+        first, second = (keys, values) if buffers is None else (Beginning(x, count) for x in buffers)
+        return attention_gpu.attend_step(queries, layer, first, second, scale, seen)
     suffix = backend().attend_dense(queries, keys, values, scale, mask)
     return reference.finish(reference.merge([suffix, attend_past(queries, layer, scale)]), sinks, queries.dtype)
+
+
+def prepare_kernels(codec: CacheCodec, head_dim: int, dtype: mx.Dtype) -> None:
+    """Begin to make ready what a model of that head_dim and dtype needs on a GPU, on threads of their own.
+
+    To be called as soon as the model's sizes are known. Does nothing on a CPU or on Metal, where MLX compiles kernels
+    when they are first used.
+    """
+    if not on_cpu() and gpu() == "cuda":
+        compile_ahead([*encoding_gpu.variants(codec, head_dim, dtype), *attention_gpu.variants(codec, head_dim, dtype)])
 
 
 def attend_past(queries: mx.array, layer: EncodedLayer | DenseLayer, scale: float) -> Partial:

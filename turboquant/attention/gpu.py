@@ -18,8 +18,11 @@ from numpy.typing import NDArray
 
 from turboquant.attention import reference as attention
 from turboquant.attention.reference import Partial
+from turboquant.kernels import trials
 from turboquant.kernels.encoding import encode_layer
-from turboquant.kernels.launch import Launch, gpu, launch, runs
+from turboquant.kernels.kernel_text import Input, Launch
+from turboquant.kernels.launch import gpu, launch, runs
+from turboquant.kernels.programs import Variant, variant_of
 from turboquant.quant.cache_codec import CacheCodec
 from turboquant.quant.codebook import lloyd_max
 from turboquant.quant.layer import EncodedLayer
@@ -56,6 +59,7 @@ INPUTS = (
 )
 MERGE_INPUTS = ("outputs", "sums", "value_mean", "value_factors", "signs", "settings", "sizes")
 
+OWN = ("queries", "keys", "values", "mask")  # inputs of a step with tokens of its own
 LARGEST_ERROR = 1e-2  # relative; of halves it is below 1e-3
 FEWEST = 16  # tokens of each kind in memory, as they are read 16 at a time
 _BY_TOKEN = ("codes", "scales", "sink_keys", "sink_values")  # what names of tensors (n_kv_heads, T, ...) end with
@@ -72,25 +76,32 @@ def attend_layer(queries: mx.array, layer: EncodedLayer, scale: float) -> Partia
 
 
 def attend_step(
-    queries: mx.array, layer: EncodedLayer, keys: mx.array, values: mx.array, scale: float, mask: mx.array | None
+    queries: mx.array, layer: EncodedLayer, keys: Input, values: Input, scale: float, mask: mx.array | None
 ) -> mx.array:
     """Attention of one query (B, n_heads, 1, head_dim) a row over a layer and the row's own tokens.
 
-    keys, values: (B, n_kv_heads, T, head_dim). mask: (B or 1, 1, 1, T), true where visible, or None.
+    keys, values: (B, n_kv_heads, T, head_dim), or the larger arrays that begin with them.
+    mask: (B or 1, 1, 1, T), true where visible, or None.
     Returns (B, n_heads, 1, head_dim) in the queries' dtype. For layers that ``knows`` knows.
     """
-    own = {"queries": queries, "keys": keys, "values": values}
+    own: dict[str, Input] = {"queries": queries, "keys": keys, "values": values}
     if mask is not None:
         own["mask"] = mx.broadcast_to(mask, (queries.shape[0], *mask.shape[1:]))
     return _attend(queries, layer, scale, own).output
 
 
-def _attend(queries: mx.array, layer: EncodedLayer, scale: float, own: dict[str, mx.array] | None = None) -> Partial:
+def _attend(queries: mx.array, layer: EncodedLayer, scale: float, own: dict[str, Input] | None = None) -> Partial:
     """Attention over a layer and, if there are any, each row's own tokens; the output then has the queries' dtype."""
     counts = (layer.keys.tokens, layer.fine_keys.tokens, layer.sink_keys.shape[1])
     dtype, suffix = (mx.float32, ()) if own is None else (queries.dtype, tuple(own))
     plan = _plan(queries.shape, layer.key_mean.shape[0], counts, scale, layer.codec, dtype, suffix)
-    inputs = {**_constants(layer), "queries": queries, "settings": plan.settings, "sizes": plan.sizes, **(own or {})}
+    inputs: dict[str, Input] = {
+        **_constants(layer),
+        "queries": queries,
+        "settings": plan.settings,
+        "sizes": plan.sizes,
+        **(own or {}),
+    }
     inputs["outputs"], inputs["sums"] = launch(plan.attend, [inputs[name] for name in plan.attend.inputs])
     output, logsumexp = launch(plan.merge, [inputs[name] for name in plan.merge.inputs])
     return Partial(output, logsumexp)
@@ -105,18 +116,23 @@ def knows(layer: EncodedLayer) -> bool:
 @functools.cache
 def usable(codec: CacheCodec, dim: int) -> bool:
     """Whether the kernels run here and find what attention/reference.py does, tried once."""
-    keys, values, queries = (mx.random.normal((*shape, dim), key=mx.random.key(i)) for i, shape in enumerate(_TRIED))
-    layer = encode_layer(keys, values, codec)
-    some = keys[None, :, :20]
 
     def error() -> float:
-        past = attention.attend_layer(queries, layer, 0.125)
-        both = attention.merge([past, attention.attend_dense(queries, some, some, 0.125, None)])
+        with mx.stream(mx.cpu):  # MLX would compile kernels for what is done here only, for a minute
+            keys, values, queries = (
+                mx.random.normal((*shape, dim), key=mx.random.key(i)) for i, shape in enumerate(_TRIED)
+            )
+            layer, some = encode_layer(keys, values, codec), keys[None, :, :20]
+            past = attention.attend_layer(queries, layer, 0.125)
+            expected = [past, attention.merge([past, attention.attend_dense(queries, some, some, 0.125, None)])]
+            mx.eval(layer.tensors(), queries, some, [part.output for part in expected])
         found = [_attend(queries, layer, 0.125).output, attend_step(queries, layer, some, some, 0.125, None)]
-        expected = [past.output, both.output]
-        return max(float(mx.linalg.norm(x - y) / mx.linalg.norm(y)) for x, y in zip(found, expected, strict=True))
+        mx.eval(found)
+        with mx.stream(mx.cpu):
+            offs = [x - y.output for x, y in zip(found, expected, strict=True)]
+            return max(float(mx.linalg.norm(x) / mx.linalg.norm(y.output)) for x, y in zip(offs, expected, strict=True))
 
-    return runs("attention kernels", error, LARGEST_ERROR)
+    return runs("attention kernels", error, LARGEST_ERROR, (codec, dim))
 
 
 @dataclass(frozen=True)
@@ -144,7 +160,16 @@ def _plan(
     tiles = 1 if rows <= 8 or dim == 256 else FEW_TILES if counts[0] <= FEW_TOKENS else TILES
     blocks = -(-rows // (8 * tiles))
     splits = max(1, min(GROUPS[tiles] // (n_kv_heads * blocks), -(-counts[0] // (32 * WARPS)), MOST_SPLITS))
-    attend = Launch(
+    attend = _attend_launch(codec, dim, tiles, (splits, n_kv_heads, blocks), rows)
+    settings = mx.array([scale * math.log2(math.e), dim**-0.5, *[0.0] * 6])
+    sizes = mx.array([batch, n_heads, n_kv_heads, length, *counts, splits], mx.int32)
+    mx.eval(settings, sizes)
+    return _Plan(attend, _merge(shape, n_kv_heads, dtype, suffix), settings, sizes)
+
+
+def _attend_launch(codec: CacheCodec, dim: int, tiles: int, groups: tuple[int, int, int], rows: int) -> Launch:
+    splits, n_kv_heads, _ = groups
+    return Launch(
         "attend",
         _defined(codec, dim, tiles),
         INPUTS,
@@ -152,14 +177,34 @@ def _plan(
             ("outputs", (n_kv_heads, splits, rows, dim), mx.float32),
             ("sums", (n_kv_heads, splits, rows, 3), mx.float32),
         ),
-        (splits, n_kv_heads, blocks),
+        groups,
         32 * WARPS,
         ("codes.h",),
     )
-    settings = mx.array([scale * math.log2(math.e), dim**-0.5, *[0.0] * 6])
-    sizes = mx.array([batch, n_heads, n_kv_heads, length, *counts, splits], mx.int32)
-    mx.eval(settings, sizes)
-    return _Plan(attend, _merge(shape, n_kv_heads, dtype, suffix), settings, sizes)
+
+
+def variants(codec: CacheCodec, dim: int, dtype: mx.Dtype) -> list[Variant | None]:
+    """The kernels that layers of such a codec and head_dim need on CUDA, for a model that computes in ``dtype``.
+
+    The ones for the trial are among them, where it has not been remembered.
+    """
+    if dim not in HEAD_DIMS:
+        return []
+    kinds = dict.fromkeys((*INPUTS, *MERGE_INPUTS), (mx.float32, 1))
+    kinds |= {name: (mx.uint32, 3) for name in INPUTS if name.endswith(("codes", "levels"))}
+    kinds |= {name: (mx.float16, 3) for name in INPUTS if name.endswith("scales") or name.startswith("sink")}
+    kinds |= {"sizes": (mx.int32, 1), "mask": (mx.bool_, 4)}
+    trial = () if trials.remembered("attention kernels", (codec, dim), LARGEST_ERROR) else (mx.float32,)
+    found = []
+    for queries in dict.fromkeys((dtype, *trial)):
+        kinds |= dict.fromkeys(("queries", "keys", "values"), (queries, 4))
+        launches = [_attend_launch(codec, dim, tiles, (1, 1, 1), 1) for tiles in ((1,) if dim == 256 else (1, 2, 4))]
+        for suffix in ((), OWN[:3], OWN):
+            launches.append(_merge((1, 1, 1, dim), 1, queries if suffix else mx.float32, suffix))
+        if queries != dtype:  # the trial has few queries and no mask
+            launches = [launches[0], *launches[-3:-1]]
+        found += [variant_of(what, [kinds[name] for name in what.inputs]) for what in launches]
+    return found
 
 
 def _merge(shape: tuple[int, int, int, int], n_kv_heads: int, dtype: mx.Dtype, suffix: tuple[str, ...]) -> Launch:

@@ -30,6 +30,7 @@ class _BypassGuard:
     """
 
     _mask_was_made = _bypassed = False
+    _fetched: tuple[mx.array, mx.array] | None = None
 
     def note_mask(self, compressed: bool) -> None:
         """A mask is asked for. Raises RuntimeError where ``attend`` was not called for the tokens added before."""
@@ -46,6 +47,14 @@ class _BypassGuard:
     def note_attention(self) -> None:
         """The model calls ``attend``."""
         self._mask_was_made = self._bypassed = False
+        self._fetched = None  # while a slice is held, MLX cannot update the buffer in place
+
+    def suffix_buffers(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array] | None:
+        """Return the suffix's buffers if keys and values are the slices of them that were fetched last, else None."""
+        if self._fetched is None or keys is not self._fetched[0] or values is not self._fetched[1]:
+            return None
+        suffix: Any = self.suffix  # type: ignore[attr-defined]
+        return suffix.keys, suffix.values
 
 
 class Fork(_BypassGuard):
@@ -67,6 +76,7 @@ class Fork(_BypassGuard):
         """Append keys and values (1, n_kv_heads, L, head_dim) to the suffix, and return the suffix."""
         self.note_tokens()
         fetched: tuple[mx.array, mx.array] = self.suffix.update_and_fetch(keys, values)
+        self._fetched = fetched
         return fetched
 
     def attend(
@@ -79,9 +89,10 @@ class Fork(_BypassGuard):
         sinks: mx.array | None,
     ) -> mx.array:
         """Return attention of queries (1, n_heads, L, head_dim) over the encoded past and the given suffix."""
+        buffers = self.suffix_buffers(keys, values)
         self.note_attention()
         if self.layer is not None:
-            return attend_past_and_suffix(queries, self.layer, keys, values, scale, mask, sinks)
+            return attend_past_and_suffix(queries, self.layer, keys, values, scale, mask, sinks, buffers)
         return finish(backend().attend_dense(queries, keys, values, scale, mask), sinks, queries.dtype)
 
     def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> Mask:
@@ -161,6 +172,7 @@ class BatchForks(_BypassGuard):
         """Append keys and values (B, n_kv_heads, L, head_dim) to the suffixes, and return the suffixes."""
         self.note_tokens()
         fetched: tuple[mx.array, mx.array] = self.suffix.update_and_fetch(keys, values)
+        self._fetched = fetched
         return fetched
 
     def attend(
@@ -176,9 +188,10 @@ class BatchForks(_BypassGuard):
 
         Each past is read only once, for all rows that share it.
         """
+        buffers = self.suffix_buffers(keys, values)
         self.note_attention()
         if len(self._rows_by_layer) == 1 and self.layers[0] is not None:
-            return attend_past_and_suffix(queries, self.layers[0], keys, values, scale, mask, sinks)
+            return attend_past_and_suffix(queries, self.layers[0], keys, values, scale, mask, sinks, buffers)
         suffix = backend().attend_dense(queries, keys, values, scale, mask)
         parts, order = [], []
         for rows in self._rows_by_layer:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from turboquant.attention import gpu as attention_gpu
-from turboquant.attention.dispatch import backend
+from turboquant.attention.dispatch import backend, prepare_kernels
 from turboquant.kernels.encoding import encode_layer
 from turboquant.mlx_lm.internals import quantized_scaled_dot_product_attention
 from turboquant.quant.cache_codec import CacheCodec
@@ -76,6 +76,8 @@ def measure(
         dtype = mx.float32 if on_cpu() else mx.float16
         keys, values = (mx.random.normal((sizes.kv_heads, count, sizes.head_dim)).astype(dtype) for _ in range(2))
         mx.eval(keys, values)
+        for pair in bits:
+            prepare_kernels(CacheCodec(*pair), sizes.head_dim, dtype)
         ways = [_full_precision(keys, values, sizes), _quantized(keys, values)]
         ways += [_packed(keys, values, CacheCodec(*pair), sizes) for pair in bits]
         for number in rows:

@@ -64,7 +64,7 @@ def encode_layer(
             ("key", keys, codecs.keys(keys.shape[-1]), key_mean, rounding_metric),
             ("value", values, codecs.values(values.shape[-1]), value_mean, None),
         ):
-            encoded = _encode(x[:, first:], some, vector_codec, mean, in_metric)
+            encoded = _encode(x, first, some, vector_codec, mean, in_metric)
             tensors |= {f"{prefix}{name}_codes": encoded.codes, f"{prefix}{name}_scales": encoded.scales}
     mx.async_eval(list(tensors.values()))  # type: ignore[no-untyped-call]
     _require_finite(finite)
@@ -106,10 +106,13 @@ def _mean(x: mx.array) -> mx.array:
     return x.astype(mx.float32).mean(axis=1, keepdims=True)
 
 
-def _encode(x: mx.array, order: mx.array, codec: Codec, mean: mx.array, metric: RoundingMetric | None) -> Encoded:
-    """Encode those vectors of x (n_kv_heads, T, head_dim) whose numbers are in ``order`` (n_kv_heads, E)."""
+def _encode(
+    x: mx.array, first: int, order: mx.array, codec: Codec, mean: mx.array, metric: RoundingMetric | None
+) -> Encoded:
+    """Encode vectors of x (n_kv_heads, T, head_dim): those whose numbers, minus ``first``, are in ``order`` (.., E)."""
     if order.shape[1] and encoding_gpu.usable(codec, x.dtype, metric is not None):
-        return encoding_gpu.encode(x, order, mean[:, 0], codec, metric)
+        return encoding_gpu.encode(x, order + first, mean[:, 0], codec, metric)  # x whole: of a slice MLX makes a copy
+    x = x[:, first:]
     parts, tile = [], ENCODE_TILE if on_cpu() else GPU_ENCODE_TILE
     for start in range(0, max(1, order.shape[1]), tile):
         some = mx.take_along_axis(x, order[:, start : start + tile, None], axis=1)

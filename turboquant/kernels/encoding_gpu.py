@@ -12,8 +12,11 @@ import functools
 import mlx.core as mx
 import numpy as np
 
-from turboquant.kernels.launch import Launch, launch, runs
+from turboquant.kernels.kernel_text import Launch
+from turboquant.kernels.launch import launch, runs
+from turboquant.kernels.programs import Variant, variant_of
 from turboquant.quant import rounding
+from turboquant.quant.cache_codec import CacheCodec
 from turboquant.quant.codebook import lloyd_max
 from turboquant.quant.codec import LARGEST_SCALE, SMALLEST_SCALE, Codec, Encoded
 from turboquant.quant.packing import PLANES, unpack
@@ -43,16 +46,7 @@ def encode(x: mx.array, order: mx.array, mean: mx.array, codec: Codec, metric: R
     """
     heads, count = order.shape
     book = lloyd_max(codec.bits)
-    what = Launch(
-        "encode",
-        _defined(codec, metric is not None),
-        INPUTS + (METRIC_INPUTS if metric is not None else ()),
-        (("codes", (heads, count, codec.words), mx.uint32), ("scales", (heads, count), mx.float16)),
-        (-(-count // (THREADS // 8)), heads, 1),
-        THREADS,
-        ("vectors.h",),
-        strided=True,
-    )
+    what = _encode_launch(codec, metric is not None, heads, count)
     boundaries = np.append(book.boundaries, np.float32(np.inf))
     inputs = [
         x,
@@ -67,6 +61,34 @@ def encode(x: mx.array, order: mx.array, mean: mx.array, codec: Codec, metric: R
     return Encoded(*launch(what, inputs))
 
 
+def _encode_launch(codec: Codec, in_metric: bool, heads: int, count: int) -> Launch:
+    return Launch(
+        "encode",
+        _defined(codec, in_metric),
+        INPUTS + (METRIC_INPUTS if in_metric else ()),
+        (("codes", (heads, count, codec.words), mx.uint32), ("scales", (heads, count), mx.float16)),
+        (-(-count // (THREADS // 8)), heads, 1),
+        THREADS,
+        ("vectors.h",),
+        strided=True,
+    )
+
+
+def variants(codec: CacheCodec, dim: int, dtype: mx.Dtype) -> list[Variant | None]:
+    """The kernels that encode a model's layers on CUDA, of keys and values of ``dtype``."""
+    if dim not in HEAD_DIMS:
+        return []
+    found = [variant_of(_feedback_launch(1, dim), [(mx.float32, 3)])] if codec.query_aware else []
+    kinds = dict.fromkeys((*INPUTS, *METRIC_INPUTS), (mx.float32, 2))
+    kinds |= {"x": (dtype, 3), "order": (mx.int32, 2), "code_of_bin": (mx.uint8, 1)}
+    codecs = [(of.keys(dim), codec.query_aware) for of in (codec, codec.fine)]
+    codecs += [(of.values(dim), False) for of in (codec, codec.fine)]
+    for own, in_metric in dict.fromkeys(codecs):
+        what = _encode_launch(own, in_metric, 1, 1)
+        found.append(variant_of(what, [kinds[name] for name in what.inputs]))
+    return found
+
+
 def factors(dim: int) -> bool:
     """Whether there is a GPU, and ``feedback`` is made for such metrics and finds what NumPy does."""
     return not on_cpu() and dim in HEAD_DIMS and _factors(dim)
@@ -78,7 +100,12 @@ def feedback(metric: mx.array) -> mx.array:
     metric: (H, dim, dim) float32, symmetric and positive definite.
     """
     heads, dim, _ = metric.shape
-    what = Launch(
+    what = _feedback_launch(heads, dim)
+    return launch(what, [metric])[0]
+
+
+def _feedback_launch(heads: int, dim: int) -> Launch:
+    return Launch(
         "feedback",
         (("DIM", dim), ("THREADS", FEEDBACK_THREADS), ("SMALLEST_PIVOT", SMALLEST_PIVOT)),
         ("metric",),
@@ -86,7 +113,6 @@ def feedback(metric: mx.array) -> mx.array:
         (heads, 1, 1),
         FEEDBACK_THREADS,
     )
-    return launch(what, [metric])[0]
 
 
 @functools.cache
@@ -99,7 +125,7 @@ def _factors(dim: int) -> bool:
         found = np.array(feedback(mx.array(metric.astype(np.float32))))
         return float(np.abs(found - rounding.feedback(np, metric)).max())
 
-    return runs("factoring kernels", off, MOST_OFF)
+    return runs("factoring kernels", off, MOST_OFF, dim)
 
 
 @functools.cache
@@ -107,19 +133,24 @@ def _runs(codec: Codec, dtype: mx.Dtype, in_metric: bool) -> bool:
     """Tried once."""
     heads, count = _TRIED
     random = np.random.default_rng(0)
-    x = mx.array(random.normal(size=(*_TRIED, codec.head_dim)).astype(np.float32)).astype(dtype)
-    mean = mx.full((heads, 1, codec.head_dim), 0.1)
-    order = mx.broadcast_to(mx.arange(count, dtype=mx.int32), (heads, count))
     looks = random.normal(size=(heads, 2 * codec.head_dim, codec.head_dim))
-    metric = codec.rounding_metric(mx.array((looks.swapaxes(1, 2) @ looks).astype(np.float32))) if in_metric else None
 
     def disagreement() -> float:
-        expected, found = codec.encode(x, mean, metric), encode(x, order, mean[:, 0], codec, metric)
-        codes = (unpack(one.codes, codec.bits, codec.head_dim) for one in (expected, found))
-        scales = mx.abs(found.scales / expected.scales - 1).mean()
-        return max(float((next(codes) != next(codes)).mean()), float(scales))
+        with mx.stream(mx.cpu):  # MLX would compile kernels for what is done here only, for a minute
+            x = mx.array(random.normal(size=(*_TRIED, codec.head_dim)).astype(np.float32)).astype(dtype)
+            mean = mx.full((heads, 1, codec.head_dim), 0.1)
+            order = mx.contiguous(mx.broadcast_to(mx.arange(count, dtype=mx.int32), (heads, count)))
+            metric = codec.rounding_metric(looks.swapaxes(1, 2) @ looks) if in_metric else None
+            expected = codec.encode(x, mean, metric)
+            mx.eval(x, mean, order, expected.codes, expected.scales)
+        found = encode(x, order, mean[:, 0], codec, metric)
+        mx.eval(found.codes, found.scales)
+        with mx.stream(mx.cpu):
+            codes = (unpack(one.codes, codec.bits, codec.head_dim) for one in (expected, found))
+            scales = mx.abs(found.scales / expected.scales - 1).mean()
+            return max(float((next(codes) != next(codes)).mean()), float(scales))
 
-    return runs("encoding kernels", disagreement, MOST_DISAGREEMENT)
+    return runs("encoding kernels", disagreement, MOST_DISAGREEMENT, (codec, str(dtype), in_metric))
 
 
 def _laid_out(metric: RoundingMetric) -> tuple[mx.array, mx.array, mx.array]:

@@ -1,7 +1,7 @@
-"""Kernels written once for CUDA and Metal: how their text is put together, started, and tried before it is relied on.
+"""Kernels of ``text/`` started on MLX's GPU, and tried before they are relied on.
 
-The text lies in ``text/``: a body for each kernel, plain C++ but for what ``cuda.h`` and ``metal.h`` define, so a C++
-compiler can run it where there is no GPU. Knows nothing of what a kernel computes.
+On CUDA a kernel is compiled once a machine (programs.py). On Metal, and where that is not possible, MLX compiles it
+once a process. Knows nothing of what a kernel computes.
 """
 
 from __future__ import annotations
@@ -9,53 +9,43 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
-from importlib import resources
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
 
+from turboquant.kernels import programs, trials
+from turboquant.kernels.kernel_text import Beginning, Input, Launch, defines, text
+
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Launch:
-    """A kernel of ``text/`` and how it is started: ``groups`` thread-groups of so many threads.
-
-    constants: what is compiled in. outputs: names, shapes and dtypes. headers: texts that the body needs. strided: the
-    body reads inputs as they lie, by their strides; else those that are not contiguous are copied.
-    """
-
-    name: str
-    constants: tuple[tuple[str, int | float], ...]
-    inputs: tuple[str, ...]
-    outputs: tuple[tuple[str, tuple[int, ...], mx.Dtype], ...]
-    groups: tuple[int, int, int]
-    threads: int
-    headers: tuple[str, ...] = ()
-    strided: bool = False
-
-
-def launch(what: Launch, inputs: list[mx.array]) -> list[mx.array]:
+def launch(what: Launch, inputs: Sequence[Input]) -> list[mx.array]:
     """Run a kernel on its inputs; returns its outputs."""
+    if gpu() == "cuda":
+        found = programs.launch(what, inputs)
+        if found is not None:
+            return found
     names = tuple(name for name, _, _ in what.outputs)
     kernel = _kernel(what.name, what.constants, what.headers, what.inputs, names, what.strided)
-    found: list[mx.array] = kernel(
-        inputs=inputs,
+    outputs: list[mx.array] = kernel(
+        inputs=[x.slice() if isinstance(x, Beginning) else x for x in inputs],
         grid=(what.groups[0] * what.threads, *what.groups[1:]),
         threadgroup=(what.threads, 1, 1),
         output_shapes=[shape for _, shape, _ in what.outputs],
         output_dtypes=[dtype for _, _, dtype in what.outputs],
     )
-    return found
+    return outputs
 
 
-def runs(what: str, error: Callable[[], float], most: float) -> bool:
-    """Whether kernels run on this device and are wrong by no more than ``most``; a warning says where not.
+def runs(what: str, error: Callable[[], float], most: float, of: object = None) -> bool:
+    """Whether kernels run on this device and are wrong by at most ``most``; a warning says where not.
 
-    error: tries them, and says by how much they are wrong. A device may be too old for them.
+    error: tries them and returns by how much they are wrong. It may raise, for example on a device too old for them.
+    of: what else decides the result, such as a codec. A trial that went well is remembered on this machine.
     """
+    if trials.remembered(what, of, most):
+        return True
     try:
         found = error()
     except (RuntimeError, ValueError) as failed:
@@ -64,18 +54,9 @@ def runs(what: str, error: Callable[[], float], most: float) -> bool:
         return False
     if not found <= most:
         _log.warning("%s are wrong by %.1g on this device, so MLX's operations are used", what, found)
-    return found <= most
-
-
-def text(name: str) -> str:
-    """A file of the kernels' text."""
-    return (resources.files("turboquant.kernels") / "text" / name).read_text(encoding="utf-8")
-
-
-def defines(constants: tuple[tuple[str, int | float], ...]) -> str:
-    """The constants as the preprocessor takes them."""
-    lines = (f"#define {name} {value}{'f' if isinstance(value, float) else ''}\n" for name, value in constants)
-    return "".join(lines)
+        return False
+    trials.remember(what, of, found)
+    return True
 
 
 def gpu() -> str:

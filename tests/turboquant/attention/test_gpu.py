@@ -16,7 +16,7 @@ from turboquant import CacheCodec, EncodedLayer
 from turboquant.attention import gpu as attention_gpu
 from turboquant.attention import reference as attention
 from turboquant.kernels.encoding import encode_layer
-from turboquant.kernels.launch import Launch
+from turboquant.kernels.kernel_text import Launch
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 SCALE = 0.125
@@ -30,10 +30,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(params=["cuda", "metal"])
 def emulated(request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels run in the emulator, with lanes as one of the backends has them."""
+    """Kernels run in the emulator, with lanes as one of the backends has them, and the memory that may not be read
+    right behind arrays or right before them.
+    """
     attention_gpu._plan.cache_clear()
     monkeypatch.setattr(attention_gpu, "gpu", lambda: request.param)
-    monkeypatch.setattr(attention_gpu, "launch", functools.partial(emulated_launch, folder, request.param))
+    launched = functools.partial(emulated_launch, folder, request.param, at_end=request.param == "cuda")
+    monkeypatch.setattr(attention_gpu, "launch", launched)
 
 
 def assert_equal(queries: mx.array, layer: EncodedLayer, tolerance: float = 1e-3) -> None:

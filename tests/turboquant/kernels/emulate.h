@@ -1,5 +1,6 @@
 // What the GPU kernels' text is written in, for a C++ compiler: a thread-group's threads take turns, each until it waits
 // for others. With METAL_LANES lanes hold blocks as Metal's do, else as CUDA's.
+#include <signal.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -166,10 +167,21 @@ static void enter(int thread) {
     done[thread] = true;
 }
 
-// Returns whether all threads came to their end; they don't where some wait for others that never come.
-static bool run_groups(int x, int y, int z, int threads) {
+// Where a thread read or wrote outside of all arrays, if one did: arrays lie between pages that nobody may touch.
+static bool outside;
+extern "C" { void* outside_at; }
+static void leave(int, siginfo_t* info, void*) {
+    outside = true;
+    outside_at = info->si_addr;
+    setcontext(&scheduler);
+}
+
+enum Result { ENDED, WAITS_FOR_EVER, OUTSIDE };
+
+static Result run_all(int x, int y, int z, int threads) {
     static std::vector<char> stacks(1024 << 16);
     thread_count = threads;
+    outside = false;
     for (int group = 0; group < x * y * z; ++group) {
         group_place[0] = group % x, group_place[1] = group / x % y, group_place[2] = group / x / y;
         group_gate = Gate();
@@ -184,15 +196,26 @@ static bool run_groups(int x, int y, int z, int threads) {
         }
         int left = threads;
         for (long turn = 0; left; ++turn) {
-            if (turn > 1000000) return false;
+            if (turn > 1000000) return WAITS_FOR_EVER;
             left = 0;
             for (int thread = 0; thread < threads; ++thread) {
                 if (done[thread]) continue;
                 current = thread;
                 swapcontext(&scheduler, &contexts[thread]);
+                if (outside) return OUTSIDE;
                 left += !done[thread];
             }
         }
     }
-    return true;
+    return ENDED;
+}
+
+static Result run_groups(int x, int y, int z, int threads) {
+    struct sigaction ours = {}, before;
+    ours.sa_sigaction = leave;
+    ours.sa_flags = SA_SIGINFO;
+    sigaction(SIGSEGV, &ours, &before);
+    Result result = run_all(x, y, z, threads);
+    sigaction(SIGSEGV, &before, nullptr);
+    return result;
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import itertools
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +16,7 @@ from tests.turboquant.kernels.emulator import emulated_launch
 from turboquant import CacheCodec
 from turboquant.kernels import encoding_gpu
 from turboquant.kernels.encoding import encode_layer
-from turboquant.kernels.launch import Launch
+from turboquant.kernels.kernel_text import Launch
 from turboquant.quant import rounding
 from turboquant.quant.codec import Codec, Encoded
 from turboquant.quant.packing import unpack
@@ -34,8 +34,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def emulated(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The kernel is run as C++; lanes hold no blocks in it, so there is one layout."""
-    monkeypatch.setattr(encoding_gpu, "launch", functools.partial(emulated_launch, folder, "cuda"))
+    """The kernel is run as C++; lanes hold no blocks in it, so there is one layout. Arrays lie now before, now behind
+    pages that may not be read.
+    """
+    ends = itertools.cycle([True, False])
+    monkeypatch.setattr(
+        encoding_gpu, "launch", lambda *given: emulated_launch(folder, "cuda", *given, at_end=next(ends))
+    )
     monkeypatch.setattr(encoding_gpu, "on_cpu", lambda: False)
     _forget()
     yield

@@ -1,0 +1,113 @@
+"""Files of what was compiled on this machine, and of what trials of kernels found, in the user's cache folder.
+
+A file says what it is of and holds a checksum of its content, and is written whole or not at all, so processes may
+share the folder. What is damaged, of another version or of something else counts as absent and is written anew. Knows
+bytes and keys; what is compiled is launch.py's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import logging
+import os
+import sys
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+FORMAT = 1
+UNUSED_DAYS = 180  # after which a file is removed
+SUFFIX = ".compiled"
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CompiledFiles:
+    """A folder of them, which need not exist yet."""
+
+    folder: Path
+
+    def read(self, name: str, key: str) -> tuple[bytes, dict[str, Any]] | None:
+        """The content written under a name and a key, and what was written about it; None where there is none."""
+        path = self._path(name, key)
+        try:
+            with path.open("rb") as file:
+                header = json.loads(file.readline(1 << 16))
+                content = file.read()
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as error:
+            _log.info("a compiled kernel cannot be read and is made anew: %s: %s", path, error)
+            return None
+        expected = {"format": FORMAT, "name": name, "key": key, "checksum": xxhash.xxh3_128_hexdigest(content)}
+        if not isinstance(header, dict) or {field: header.get(field) for field in expected} != expected:
+            _log.info("a compiled kernel is damaged or another's and is made anew: %s", path)
+            return None
+        if time.time() - path.stat().st_mtime > 86400:
+            with contextlib.suppress(OSError):
+                os.utime(path)  # it is in use
+        return content, header
+
+    def write(self, name: str, key: str, content: bytes, about: Mapping[str, Any]) -> None:
+        """Write a file, in place of any other of that name and key. A folder that cannot be written is no error."""
+        header = {
+            **about,
+            "format": FORMAT,
+            "name": name,
+            "key": key,
+            "checksum": xxhash.xxh3_128_hexdigest(content),
+            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+        path = self._path(name, key)
+        temporary = path.with_name(f".{uuid.uuid4().hex}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(json.dumps(header).encode() + b"\n" + content)
+            os.replace(temporary, path)
+        except OSError as error:
+            _log.info("a compiled kernel cannot be kept: %s: %s", path, error)
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+
+    def keys(self, name: str) -> list[str]:
+        """The keys of all files of a name, whatever is in them."""
+        prefix = f"{name}-"
+        return sorted(path.name[len(prefix) : -len(SUFFIX)] for path in self.folder.glob(f"{prefix}*{SUFFIX}"))
+
+    def remove_unused(self) -> None:
+        """Remove files that nobody has read for half a year, and what was left half written a day ago or earlier."""
+        now = time.time()
+        for pattern, days in ((f"*{SUFFIX}", UNUSED_DAYS), (".*", 1)):
+            for path in self.folder.glob(pattern):
+                with contextlib.suppress(OSError):
+                    if now - path.stat().st_mtime > days * 86400:
+                        path.unlink()
+
+    def _path(self, name: str, key: str) -> Path:
+        return self.folder / f"{name}-{key}{SUFFIX}"
+
+
+def key_of(*parts: object) -> str:
+    """A key that differs wherever one of the parts does, told by its ``repr``."""
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+@functools.cache
+def compiled_files() -> CompiledFiles:
+    """The user's: ``turboquant/kernels`` in the folder that the system has for caches."""
+    if sys.platform == "win32":
+        home = os.environ.get("LOCALAPPDATA", "")
+    elif sys.platform == "darwin":
+        home = str(Path("~/Library/Caches").expanduser())
+    else:
+        home = os.environ.get("XDG_CACHE_HOME", "")
+    root = Path(home) if home and Path(home).is_absolute() else Path("~/.cache").expanduser()
+    return CompiledFiles(root / "turboquant" / "kernels")

@@ -1,0 +1,71 @@
+"""A kernel's text, written once for CUDA and Metal, and what is said to start it.
+
+The text lies in ``text/``: a body for each kernel, plain C++ except for what ``cuda.h`` and ``metal.h`` define, so a
+C++ compiler can run it where there is no GPU. Knows nothing of what a kernel computes, or of how it is compiled.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import mlx.core as mx
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel of ``text/`` and how it is started: ``groups`` thread-groups of ``threads`` threads each.
+
+    constants: what is compiled in. outputs: names, shapes and dtypes. headers: texts that the body needs.
+    strided: the body reads inputs by their strides; else inputs that are not contiguous are copied.
+    """
+
+    name: str
+    constants: tuple[tuple[str, int | float], ...]
+    inputs: tuple[str, ...]
+    outputs: tuple[tuple[str, tuple[int, ...], mx.Dtype], ...]
+    groups: tuple[int, int, int]
+    threads: int
+    headers: tuple[str, ...] = ()
+    strided: bool = False
+
+    @functools.cached_property
+    def programs(self) -> dict[tuple[tuple[mx.Dtype, int], ...], Any]:
+        """What programs.py found for it, by the kinds of the inputs."""
+        return {}
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """The first ``count`` entries of the third axis of an array, as an input of a strided kernel.
+
+    A slice would do the same, but MLX tells nobody the strides of a slice.
+    """
+
+    whole: mx.array
+    count: int
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the slice."""
+        return (*self.whole.shape[:2], self.count, *self.whole.shape[3:])
+
+    def slice(self) -> mx.array:
+        """The entries as an array."""
+        return self.whole[:, :, : self.count]
+
+
+Input = mx.array | Beginning
+
+
+def text(name: str) -> str:
+    """A file of the kernels' text."""
+    return (resources.files("turboquant.kernels") / "text" / name).read_text(encoding="utf-8")
+
+
+def defines(constants: tuple[tuple[str, int | float], ...]) -> str:
+    """The constants as the preprocessor takes them."""
+    lines = (f"#define {name} {value}{'f' if isinstance(value, float) else ''}\n" for name, value in constants)
+    return "".join(lines)

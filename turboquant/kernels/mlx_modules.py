@@ -1,0 +1,131 @@
+"""The folder where MLX for CUDA looks for compiled kernels: one of this process, filled from the user's cache folder.
+
+MLX writes what it compiles into that folder in place and without a checksum, so a process that is killed would leave
+half a file there, which the next one would load. By default the folder lies among temporary files, which a machine
+forgets. So each process gets a folder of its own, with every kernel that was kept and verified, and what MLX adds is
+kept when the process ends. A folder that the user chose, by the environment variable MLX_PTX_CACHE_DIR, is left alone.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import os
+import shutil
+import tempfile
+from importlib import metadata
+from pathlib import Path
+
+import mlx.core as mx
+
+from turboquant.kernels.compiled_files import compiled_files, key_of
+
+VARIABLE = "MLX_PTX_CACHE_DIR"
+OURS = "TURBOQUANT_PTX_DIR"  # what this program set the variable to, so that its child processes can tell
+PREFIX = "turboquant-kernels-"
+
+
+@functools.cache
+def own_folder() -> Path | None:
+    """This process's folder, made and filled when first asked for; None where MLX has no use for one, or the user's.
+
+    To be called before MLX compiles its first kernel, which is when MLX reads the variable.
+    """
+    if not mx.cuda.is_available():
+        return None
+    chosen = os.environ.get(VARIABLE)
+    if chosen and chosen != os.environ.get(OURS):
+        return None
+    try:
+        _remove_abandoned(Path(tempfile.gettempdir()))
+        folder = Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-"))
+        known = fill(folder)
+    except OSError:
+        return None
+    os.environ[VARIABLE] = os.environ[OURS] = str(folder)
+    atexit.register(_end, folder, known, os.getpid())
+    return folder
+
+
+def fill(folder: Path) -> set[str]:
+    """Put every kept kernel of MLX's into a folder; returns the names of their files."""
+    known = set()
+    for key in compiled_files().keys(_name()):
+        found = compiled_files().read(_name(), key)
+        if found is None:
+            continue
+        content, about = found
+        module, size = about.get("module"), about.get("code_bytes")
+        if not isinstance(module, str) or not isinstance(size, int) or not is_inside(folder, module):
+            continue
+        path = folder / module
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content[:size])
+        path.with_suffix(".txt").write_bytes(content[size:])
+        known.add(module)
+    return known
+
+
+def keep(folder: Path, known: set[str]) -> int:
+    """Keep what MLX compiled into a folder beyond the files ``known``; returns how many kernels that are."""
+    kept = 0
+    for path in sorted(folder.rglob("*.ptx")):
+        module = str(path.relative_to(folder))
+        source = path.with_suffix(".cu")  # MLX writes this last; kernels of launch.py have none
+        if module in known or not source.exists():
+            continue
+        code, names = path.read_bytes(), path.with_suffix(".txt").read_bytes()
+        if is_complete(code) and names.endswith(b"\n"):
+            about = {"module": module, "code_bytes": len(code)}
+            compiled_files().write(_name(), key_of(module), code + names, about)
+            kept += 1
+    return kept
+
+
+def is_complete(code: bytes) -> bool:
+    """Whether machine code ends where its own header says; a text of PTX, where its last function does."""
+    if code[:4] != b"\x7fELF":
+        return code.rstrip(b"\0\n ").endswith(b"}")
+    start, entry, count = (int.from_bytes(code[at : at + size], "little") for at, size in ((40, 8), (58, 2), (60, 2)))
+    program, program_entry, programs = (
+        int.from_bytes(code[at : at + size], "little") for at, size in ((32, 8), (54, 2), (56, 2))
+    )
+    return len(code) >= 64 and len(code) >= max(start + entry * count, program + program_entry * programs)
+
+
+def is_inside(folder: Path, name: str) -> bool:
+    """Whether a file's name stays within a folder."""
+    return not os.path.isabs(name) and (folder / name).resolve().is_relative_to(folder.resolve())
+
+
+def _name() -> str:
+    return f"mlx-{metadata.version('mlx')}-{mx.device_info().get('architecture', '')}"
+
+
+def _end(folder: Path, known: set[str], process: int) -> None:
+    if os.getpid() != process:  # a fork of it
+        return
+    with contextlib.suppress(OSError):
+        keep(folder, known)
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_abandoned(temporary: Path) -> None:
+    """Remove folders of this user's processes that ended without doing so."""
+    for folder in temporary.glob(f"{PREFIX}*"):
+        process = folder.name.removeprefix(PREFIX).partition("-")[0]
+        if process.isdigit() and not _runs(int(process)):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _runs(process: int) -> bool:
+    if os.name != "posix":
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True

@@ -1,0 +1,265 @@
+"""Kernels for CUDA, compiled once a machine: their whole text, their machine code in the user's cache, their start.
+
+The machine code goes to MLX by ``mx.fast.precompiled_cuda_kernel``, which takes the bytes at every call, and hashes
+them at every call to find the kernel that it loaded before: of 100 KB that is more work than the launch. So where MLX's
+folder of compiled kernels is this process's own (mlx_modules.py) the code is put there under the name that MLX will
+look for, and a few bytes that stand for it are handed over. This leans on how MLX names its files; a probe tells
+whether it does so, and else the code itself is handed over.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import threading
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from turboquant.kernels import nvrtc
+from turboquant.kernels.compiled_files import compiled_files, key_of
+from turboquant.kernels.kernel_text import Beginning, Input, Launch, defines, text
+from turboquant.kernels.mlx_modules import own_folder
+
+TYPES = {
+    mx.float32: "float",
+    mx.float16: "half",
+    mx.bfloat16: "bfloat16",
+    mx.uint32: "unsigned int",
+    mx.int32: "int",
+    mx.uint8: "unsigned char",
+    mx.bool_: "bool",
+}
+LARGEST_STRIDE = 2**31 - 1  # scalars are ints
+MOST_THREADS = 16
+PROBE = "const int index = threadIdx.x;\ny[index] = x[index] + 1.0f;\n"
+_log = logging.getLogger(__name__)
+
+Kind = tuple[mx.Dtype, int]  # of an input: dtype and dimensions
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel as it is compiled: what it is made of, and the kinds of its inputs."""
+
+    name: str
+    constants: tuple[tuple[str, int | float], ...]
+    headers: tuple[str, ...]
+    inputs: tuple[tuple[str, mx.Dtype, int], ...]
+    outputs: tuple[tuple[str, mx.Dtype], ...]
+
+
+@dataclass(frozen=True)
+class Program:
+    """A compiled kernel.
+
+    scalars: of which input, ``shape`` or ``strides``, and which axis, in the order of the kernel's arguments.
+    origin: ``cache`` or ``compiled``; seconds: what that took; created: when it was compiled.
+    """
+
+    name: str
+    code: bytes
+    scalars: tuple[tuple[int, str, int], ...]
+    origin: str
+    seconds: float
+    created: str
+    stands_for: bytes
+
+
+_programs: dict[Variant, Future[Program | None]] = {}
+_lock = threading.Lock()
+
+
+def launch(what: Launch, inputs: Sequence[Input]) -> list[mx.array] | None:
+    """Run a kernel; None where it cannot be compiled here, so that MLX may try."""
+    arrays = [x.whole if isinstance(x, Beginning) else x for x in inputs]
+    kinds = tuple([(x.dtype, x.ndim) for x in arrays])
+    if kinds not in what.programs:
+        variant = variant_of(what, kinds)
+        what.programs[kinds] = _program(variant).result() if variant is not None else None
+    program = what.programs[kinds]
+    if program is None:
+        return None
+    scalars = [_dimension(inputs[index], kind, axis) for index, kind, axis in program.scalars]
+    if scalars and max(scalars) > LARGEST_STRIDE:
+        return None
+    found: list[mx.array] = mx.fast.precompiled_cuda_kernel(
+        name=program.name,
+        compiled_source=program.stands_for if _is_read_from_folder() else program.code,
+        inputs=arrays,
+        output_shapes=[shape for _, shape, _ in what.outputs],
+        output_dtypes=[dtype for _, _, dtype in what.outputs],
+        scalars=scalars,
+        grid=(what.groups[0] * what.threads, *what.groups[1:]),
+        threadgroup=(what.threads, 1, 1),
+        ensure_row_contiguous=True,
+    )
+    return found
+
+
+def compile_ahead(variants: Iterable[Variant | None]) -> None:
+    """Begin to compile kernels, or to read them from the cache, on threads of their own."""
+    for variant in variants:
+        if variant is not None:
+            _program(variant)
+
+
+def in_use() -> list[Program]:
+    """The kernels that this process has ready."""
+    futures = list(_programs.values())
+    return [program for future in futures if future.done() and (program := future.result()) is not None]
+
+
+def variant_of(what: Launch, kinds: Sequence[Kind]) -> Variant | None:
+    """What is to be compiled for a launch on inputs of such kinds; None for dtypes that kernels don't know."""
+    if any(dtype not in TYPES for dtype, _ in kinds):
+        return None
+    used = _used(what.name, what.inputs)
+    inputs = tuple(
+        (name, dtype, dimensions if name in used else 0)
+        for name, (dtype, dimensions) in zip(what.inputs, kinds, strict=True)
+    )
+    outputs = tuple((name, dtype) for name, _, dtype in what.outputs)
+    return Variant(what.name, what.constants, what.headers, inputs, outputs)
+
+
+def source(variant: Variant, symbol: str) -> tuple[str, tuple[tuple[int, str, int], ...]]:
+    """The whole text of a kernel, and what its scalar arguments are; see ``Program``."""
+    body, used = text(f"{variant.name}.h"), _used(variant.name, tuple(name for name, _, _ in variant.inputs))
+    arguments = [f"const {TYPES[dtype]}* {name}" for name, dtype, _ in variant.inputs]
+    arguments += [f"{TYPES[dtype]}* {name}" for name, dtype in variant.outputs]
+    scalars, declared = [], ""
+    for index, (name, _, dimensions) in enumerate(variant.inputs):
+        for kind in used.get(name, ()):
+            numbers = [f"{name}_{kind}_{axis}" for axis in range(dimensions)]
+            arguments += [f"int {number}" for number in numbers]
+            scalars += [(index, kind, axis) for axis in range(dimensions)]
+            declared += f"const size_type {name}_{kind}[] = {{{', '.join(numbers)}}};\n"
+    headers = "".join(text(file) for file in ("cuda_types.h", "cuda.h", *variant.headers))
+    head = f'extern "C" __global__ void {symbol}({", ".join(arguments)}) {{\n{declared}'
+    return defines(variant.constants) + headers + head + body + "}\n", tuple(scalars)
+
+
+def _program(variant: Variant) -> Future[Program | None]:
+    with _lock:
+        future = _programs.get(variant)
+        if future is None:
+            own_folder()
+            future = _programs[variant] = _pool().submit(_build, variant)
+    return future
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1), thread_name_prefix="kernels")
+
+
+def _build(variant: Variant) -> Program | None:
+    try:
+        whole, scalars = source(variant, "SYMBOL")
+        return _made(variant.name, whole, scalars)
+    except nvrtc.CannotCompile as error:
+        _log.info("MLX compiles the kernel %s: %s", variant.name, error)
+        return None
+
+
+def _made(label: str, whole: str, scalars: tuple[tuple[int, str, int], ...] = ()) -> Program:
+    """The program of a text whose function is called SYMBOL, from the cache or compiled."""
+    begin = time.perf_counter()
+    architecture = _architecture()
+    key = key_of(whole, architecture, nvrtc.version())
+    symbol, files, origin = f"turboquant_{label}_{key[:16]}", compiled_files(), "cache"
+    found = files.read(label, key)
+    if found is None:
+        origin = "compiled"
+        code = nvrtc.compile_cubin(whole.replace("SYMBOL", symbol), architecture)
+        about = {"architecture": architecture, "nvrtc": nvrtc.version(), "seconds": time.perf_counter() - begin}
+        files.write(label, key, code, about)
+        created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    else:
+        code, created = found[0], str(found[1].get("created", ""))
+    stands_for = f"{symbol} {key}".encode()
+    if (folder := own_folder()) is not None:
+        put_where_mlx_looks(folder, symbol, stands_for, code)
+    return Program(symbol, code, scalars, origin, time.perf_counter() - begin, created, stands_for)
+
+
+def put_where_mlx_looks(folder: Path, symbol: str, stands_for: bytes, code: bytes) -> None:
+    """Write a kernel as MLX would have written it, had it compiled ``stands_for``."""
+    path = folder / f"{symbol}_{hash_of(stands_for):x}.ptx"
+    path.with_suffix(".txt").write_text(f"{symbol}\t{symbol}\n", encoding="utf-8")
+    path.write_bytes(code)
+
+
+def hash_of(data: bytes) -> int:
+    """``std::hash`` of a string in the GNU C++ library, by which MLX names modules: MurmurHash64A."""
+    every, factor = (1 << 64) - 1, 0xC6A4A7935BD1E995
+    found, whole = (0xC70F6907 ^ len(data) * factor) & every, len(data) // 8 * 8
+    for at in range(0, whole, 8):
+        word = int.from_bytes(data[at : at + 8], "little") * factor & every
+        found = (found ^ (word ^ word >> 47) * factor & every) * factor & every
+    if data[whole:]:
+        found = (found ^ int.from_bytes(data[whole:], "little")) * factor & every
+    found = (found ^ found >> 47) * factor & every
+    return found ^ found >> 47
+
+
+@functools.cache
+def _is_read_from_folder() -> bool:
+    """Whether MLX takes kernels from this process's folder, tried with a small one."""
+    if own_folder() is None:
+        return False
+    try:
+        program = _made("probe", f'extern "C" __global__ void SYMBOL(const float* x, float* y) {{\n{PROBE}}}\n')
+        found = mx.fast.precompiled_cuda_kernel(
+            name=program.name,
+            compiled_source=program.stands_for,
+            inputs=[mx.arange(32, dtype=mx.float32)],
+            output_shapes=[(32,)],
+            output_dtypes=[mx.float32],
+            scalars=[],
+            grid=(32, 1, 1),
+            threadgroup=(32, 1, 1),
+            ensure_row_contiguous=True,
+        )
+        return bool(mx.array_equal(found[0], mx.arange(1, 33, dtype=mx.float32)))
+    except RuntimeError as error:
+        _log.info("MLX is handed the code of kernels at every launch: %s", error)
+        return False
+
+
+@functools.cache
+def _architecture() -> str:
+    """The one to compile for, as MLX chooses it: from Hopper on with what only that very kind of GPU has."""
+    name = str(mx.device_info().get("architecture", ""))
+    digits = name.removeprefix("sm_")
+    if not digits.isdigit():
+        raise nvrtc.CannotCompile(f"an unknown architecture: {name!r}")
+    return name + ("a" if int(digits) >= 90 else "")
+
+
+@functools.cache
+def _used(name: str, inputs: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
+    """Of which inputs a kernel's body reads ``shape`` or ``strides``."""
+    body = text(f"{name}.h")
+    found = {x: tuple(kind for kind in ("shape", "strides") if f"{x}_{kind}" in body) for x in inputs}
+    return {x: kinds for x, kinds in found.items() if kinds}
+
+
+def _array(x: Input) -> mx.array:
+    return x.whole if isinstance(x, Beginning) else x
+
+
+def _dimension(x: Input, kind: str, axis: int) -> int:
+    """A length of an input as the kernel sees it, or a stride of the array that holds it, which is contiguous."""
+    if kind == "shape":
+        return x.shape[axis]
+    stride = 1
+    for length in _array(x).shape[axis + 1 :]:
+        stride *= length
+    return stride
