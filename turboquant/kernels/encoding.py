@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from turboquant.kernels import encoding_gpu
+from turboquant.kernels import encoding_gpu, query_stats_gpu
 from turboquant.quant.cache_codec import CacheCodec
 from turboquant.quant.codec import Codec, Encoded
 from turboquant.quant.layer import EncodedLayer
@@ -88,7 +88,8 @@ def _order_tokens(keys: mx.array, codec: CacheCodec, queries: QueryStatistics | 
     order = mx.broadcast_to(mx.arange(count, dtype=mx.int32), (heads, count))
     if queries is None:
         return None, order, window
-    metric, attention = queries.metric_and_attention(keys)
+    kernel = query_stats_gpu.squared_attention if query_stats_gpu.usable() else None
+    metric, attention = queries.metric_and_attention(keys, kernel)
     split = count - window - attended
     if 0 < split < count:
         xp = array_module()

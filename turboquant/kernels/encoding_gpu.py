@@ -21,7 +21,7 @@ from turboquant.quant.codebook import lloyd_max
 from turboquant.quant.codec import LARGEST_SCALE, SMALLEST_SCALE, Codec, Encoded
 from turboquant.quant.packing import PLANES, unpack
 from turboquant.quant.rounding import RoundingMetric
-from turboquant.runtime.device import on_cpu
+from turboquant.runtime.device import diagonals, identity_matrix, on_cpu
 
 HEAD_DIMS = (64, 128, 256)
 THREADS = 128
@@ -159,13 +159,13 @@ def _laid_out(metric: RoundingMetric) -> tuple[mx.array, mx.array, mx.array]:
     Rows lie so that the eight lanes which read four numbers each read side by side.
     """
     heads, dim, _ = metric.pull.shape
-    one = mx.eye(dim)
+    one = identity_matrix(mx, dim)
 
     def rows(matrix: mx.array) -> mx.array:
         turned = (mx.array(matrix) + one).swapaxes(1, 2).reshape(heads, dim, 8, dim // 32, 4)
         return mx.contiguous(turned.transpose(0, 1, 3, 2, 4))
 
-    return rows(metric.factor), rows(metric.pull), mx.contiguous(mx.diagonal(mx.array(metric.damped), axis1=1, axis2=2))
+    return rows(metric.factor), rows(metric.pull), mx.contiguous(diagonals(mx, mx.array(metric.damped)))
 
 
 def _defined(codec: Codec, in_metric: bool) -> tuple[tuple[str, int | float], ...]:

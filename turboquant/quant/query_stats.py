@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from turboquant.runtime.device import array_module, as_float32
+from turboquant.runtime.device import array_module, as_float32, traces
 from turboquant.runtime.threads import run_in_parallel
 
 SAMPLES = 256  # queries of each head whose attention is computed, at least
@@ -22,6 +22,10 @@ NEAR = 64  # this many tokens before a query are not counted, because near token
 SINKS = 4  # this many first tokens are not counted, for the same reason
 SCORES, GPU_SCORES = 1 << 17, 1 << 24  # in memory at a time; on a CPU about the size of a core's cache
 FEWEST_ROWS = 8  # of scores in memory at a time, however long a row is
+
+
+# Of scores, positions, the log-sum-exp of earlier tokens, the number of sinks; returns sums by query and by token.
+Kernel = Callable[[mx.array, Sequence[int], mx.array | None, int], tuple[mx.array, mx.array]]
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,10 @@ class QueryStatistics:
     scale: float
     past_logsumexp: mx.array | None = None
 
-    def metric_and_attention(self, keys: mx.array) -> tuple[Any, Any]:
+    def metric_and_attention(self, keys: mx.array, kernel: Kernel | None = None) -> tuple[Any, Any]:
         """Measure how the queries attend to the context's keys (n_kv_heads, T, head_dim).
+
+        kernel: computes squared attention on a GPU, see kernels/query_stats_gpu.py.
 
         Returns two arrays of ``device.array_module``. The first is the metric in which the error of keys should be
         small, (n_kv_heads, head_dim, head_dim): one half is the moment of all queries, the other that of the sampled
@@ -58,7 +64,7 @@ class QueryStatistics:
 
         def attend_heads(some: slice) -> tuple[Any, Any]:
             before = None if past is None else past[some]
-            return _attend(xp, sampled[some] * self.scale, transposed[some], before, self.positions)
+            return _attend(xp, sampled[some] * self.scale, transposed[some], before, self.positions, kernel)
 
         each = [slice(head, head + 1) for head in range(heads)] if xp is np else [slice(None)]
         weighted_moments, attention = zip(*run_in_parallel(attend_heads, each), strict=True)
@@ -108,7 +114,9 @@ class QueryCollector:
         return QueryStatistics(self._moment, sampled, tuple(self._positions), self._scale, past)
 
 
-def _attend(xp: Any, sampled: Any, transposed: Any, past: Any, positions: Sequence[int]) -> tuple[Any, Any]:
+def _attend(
+    xp: Any, sampled: Any, transposed: Any, past: Any, positions: Sequence[int], kernel: Kernel | None
+) -> tuple[Any, Any]:
     """Compute the squared attention of sampled queries to distant tokens, some queries at a time.
 
     sampled: (H, repeats, N, dim), multiplied by the scale. transposed: keys (H, dim, T). past: logsumexp over earlier
@@ -121,27 +129,40 @@ def _attend(xp: Any, sampled: Any, transposed: Any, past: Any, positions: Sequen
     moments, attention = xp.zeros((heads, dim, dim)), xp.zeros((heads, tokens), dtype=xp.float32)
     most = SCORES if xp is np else GPU_SCORES
     step = max(FEWEST_ROWS, most // (heads * repeats * tokens))
-    mask_later, exponentials, square_distant = _elementwise(xp)
-    sinks = xp.array(SINKS if past is None else 0)
+    sinks = SINKS if past is None else 0
     for start in range(0, count, step):
         rows = slice(start, start + step)
         stop = positions[rows][-1] + 1  # none of these queries sees later tokens
-        position, token = xp.array(positions[rows])[:, None], xp.arange(stop)
         queries = sampled[:, :, rows].reshape(heads, -1, dim)
-        scores = (queries @ transposed[..., :stop]).reshape(heads, repeats, -1, stop)
-        scores = mask_later(scores, token, position)
-        highest = scores.max(axis=-1, keepdims=True)
-        if past is not None:
-            highest = xp.maximum(highest, past[:, :, rows])
-        weights = exponentials(scores, highest)
-        total = weights.sum(axis=-1, keepdims=True)
-        if past is not None:
-            total = total + exponentials(past[:, :, rows], highest)
-        squares = square_distant(weights, total, token, position, sinks)
-        weighted = queries * xp.sqrt(squares.sum(axis=-1).reshape(heads, -1, 1))
+        scores = queries @ transposed[..., :stop]
+        before = None if past is None else past[:, :, rows]
+        if kernel is not None:
+            flat = None if before is None else before.reshape(heads, -1)
+            by_query, by_token = kernel(scores, positions[rows], flat, sinks)
+        else:
+            by_query, by_token = _squared_attention(
+                xp, scores.reshape(heads, repeats, -1, stop), positions[rows], before, sinks
+            )
+        weighted = queries * xp.sqrt(by_query.reshape(heads, -1, 1))
         moments = moments + weighted.swapaxes(-1, -2) @ weighted  # exactly symmetric, as both factors are one array
-        attention[:, :stop] += squares.sum(axis=(1, 2))
+        attention[:, :stop] += by_token
     return moments, attention
+
+
+def _squared_attention(xp: Any, scores: Any, positions: Sequence[int], past: Any, sinks: int) -> tuple[Any, Any]:
+    """Sum up the squared attention to distant tokens, of scores (H, repeats, N, T): over tokens, and over queries."""
+    mask_later, exponentials, square_distant = _elementwise(xp)
+    position, token = xp.array(positions)[:, None], xp.arange(scores.shape[-1])
+    scores = mask_later(scores, token, position)
+    highest = scores.max(axis=-1, keepdims=True)
+    if past is not None:
+        highest = xp.maximum(highest, past)
+    weights = exponentials(scores, highest)
+    total = weights.sum(axis=-1, keepdims=True)
+    if past is not None:
+        total = total + exponentials(past, highest)
+    squares = square_distant(weights, total, token, position, xp.array(sinks))
+    return squares.sum(axis=-1), squares.sum(axis=(1, 2))
 
 
 @functools.cache
@@ -166,5 +187,5 @@ def _elementwise(xp: Any) -> tuple[Callable[..., Any], Callable[..., Any], Calla
 
 def _normalised(xp: Any, moments: Any) -> Any:
     """Scale matrices (H, dim, dim) to a trace of 1; one with a trace of 0 stays as it is."""
-    trace = xp.trace(moments, axis1=1, axis2=2)[:, None, None]
+    trace = traces(xp, moments)[:, None, None]
     return moments / xp.where(trace > 0, trace, 1.0)

@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turboquant.quant.codebook import lloyd_max
+from turboquant.runtime.device import diagonals, identity_matrix, traces
 
 SWEEPS = 2  # of coordinate descent
 BLOCK = 16  # coordinates
@@ -56,9 +57,10 @@ class RoundingMetric:
 
         kernel: computes what ``feedback`` does, on a GPU.
         """
-        mean = xp.trace(metric, axis1=1, axis2=2)[:, None, None] / metric.shape[1]
-        metric = metric / xp.where(mean > 0, mean, 1.0) + DAMPING * xp.eye(metric.shape[1])
-        pull = metric / xp.diagonal(metric, axis1=1, axis2=2)[:, :, None] - xp.eye(metric.shape[1])
+        one = identity_matrix(xp, metric.shape[1])
+        mean = traces(xp, metric)[:, None, None] / metric.shape[1]
+        metric = metric / xp.where(mean > 0, mean, 1.0) + DAMPING * one
+        pull = metric / diagonals(xp, metric)[:, :, None] - one
         factor = kernel(metric) if kernel else feedback(xp, metric)
         return cls(*(x.astype(xp.float32) for x in (factor, pull, metric)))
 

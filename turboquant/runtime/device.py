@@ -28,6 +28,26 @@ def as_float32(xp: Any, x: mx.array) -> Any:
     return np.asarray(x) if xp is np else x
 
 
+def diagonals(xp: Any, matrices: Any) -> Any:
+    """Return the diagonals (H, n) of matrices (H, n, n) of the module `xp`.
+
+    MLX's own function gathers them, for which MLX compiles a kernel on CUDA, in seconds.
+    """
+    if xp is np:
+        return np.diagonal(matrices, axis1=1, axis2=2)
+    return matrices.reshape(matrices.shape[0], -1)[:, :: matrices.shape[1] + 1]
+
+
+def traces(xp: Any, matrices: Any) -> Any:
+    """Return the traces (H,) of matrices (H, n, n) of the module `xp`."""
+    return np.trace(matrices, axis1=1, axis2=2) if xp is np else diagonals(xp, matrices).sum(axis=-1)
+
+
+def identity_matrix(xp: Any, size: int) -> Any:
+    """Return the identity matrix of the module `xp`, of MLX as float32, for the reason of ``diagonals``."""
+    return np.eye(size) if xp is np else mx.array(np.eye(size, dtype=np.float32))
+
+
 def host_copies(tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
     """Return tensors that the host may read while a GPU works: copies on CUDA, the tensors themselves elsewhere.
 

@@ -12,7 +12,7 @@ import pytest
 
 from turboquant import CacheCodec
 from turboquant.attention import gpu as attention_gpu
-from turboquant.kernels import compiled_files, encoding_gpu, nvrtc, programs, trials
+from turboquant.kernels import compiled_files, encoding_gpu, nvrtc, programs, query_stats_gpu, trials
 from turboquant.kernels.compiled_files import CompiledFiles
 from turboquant.kernels.kernel_text import Beginning, Launch
 from turboquant.kernels.programs import Variant, hash_of
@@ -152,6 +152,7 @@ def test_the_hash_is_c_plus_plus_s(data: str, expected: int) -> None:
 
 def all_variants(codec: CacheCodec, dim: int, dtype: mx.Dtype) -> list[Variant]:
     found = [*attention_gpu.variants(codec, dim, dtype), *encoding_gpu.variants(codec, dim, dtype)]
+    found += query_stats_gpu.variants()
     return [variant for variant in found if variant is not None]
 
 
@@ -170,7 +171,7 @@ def test_what_is_compiled_ahead_is_what_is_launched(monkeypatch: pytest.MonkeyPa
     random = np.random.default_rng(0)
     keys, values = (mx.array(random.normal(size=(2, 300, 64)).astype(np.float32)) for _ in range(2))
     layer = encoding_gpu_layer(keys, values, codec)
-    for module in (attention_gpu, encoding_gpu):
+    for module in (attention_gpu, encoding_gpu, query_stats_gpu):
         monkeypatch.setattr(module, "launch", record)
     dtype = mx.bfloat16
     for rows in (1, 3, 9):
@@ -184,6 +185,7 @@ def test_what_is_compiled_ahead_is_what_is_launched(monkeypatch: pytest.MonkeyPa
         order = mx.zeros((2, 5), mx.int32)
         encoding_gpu.encode(keys.astype(dtype), order, mx.zeros((2, 64)), own_codec, metric)
     encoding_gpu.feedback(mx.zeros((2, 64, 64)))
+    query_stats_gpu.squared_attention(mx.zeros((2, 6, 300)), (100, 200, 299), None, 4)
     attention_gpu._plan.cache_clear()
     assert set(seen) <= set(all_variants(codec, 64, dtype))
 
@@ -199,7 +201,8 @@ def test_texts_are_whole_programs(dim: int, monkeypatch: pytest.MonkeyPatch) -> 
     """Compiled by NVRTC, which needs no GPU, where it is installed; else as far as names go."""
     monkeypatch.setattr(attention_gpu, "gpu", lambda: "cuda")
     variants = all_variants(CacheCodec(), dim, mx.bfloat16)
-    assert {variant.name for variant in variants} == {"attend", "merge", "encode", "feedback"}
+    names = {"attend", "merge", "encode", "feedback", "sample_sums", "sample_squares"}
+    assert {variant.name for variant in variants} == names
     for variant in variants:
         whole, scalars = programs.source(variant, "a_kernel")
         assert whole.count("a_kernel(") == 1
