@@ -23,6 +23,7 @@ from turboquant.quant.layer import EncodedLayer, EncodedPart
 from turboquant.runtime.device import fused
 
 SCORES = 1 << 23  # about so many are in memory at a time, and as many numbers of decoded keys
+LEAST = -1e30  # stands for the log-sum-exp of no tokens, from which nothing could be subtracted
 TILE = 2048  # tokens in a tile, at least, however many queries there are
 
 
@@ -50,7 +51,7 @@ def merge(parts: Sequence[Partial]) -> Partial:
 
 @fused
 def _weighted_sum(a: mx.array, b: mx.array, a_logsumexp: mx.array, b_logsumexp: mx.array, total: mx.array) -> mx.array:
-    finite = mx.where(mx.isinf(total), 0.0, total)
+    finite = mx.maximum(total, LEAST)  # a test for infinity would be two more kernels that MLX compiles on CUDA
     return a * mx.exp(a_logsumexp - finite) + b * mx.exp(b_logsumexp - finite)
 
 
@@ -125,7 +126,7 @@ def _attend_tile(block: mx.array, keys: mx.array, values: mx.array, visible: mx.
 
 @fused
 def _weights(scores: mx.array, logsumexp: mx.array) -> mx.array:
-    return mx.exp(scores - mx.where(mx.isinf(logsumexp), 0.0, logsumexp))
+    return mx.exp(scores - mx.maximum(logsumexp, LEAST))
 
 
 def attend_layer(queries: mx.array, layer: EncodedLayer, scale: float) -> Partial:
