@@ -52,6 +52,7 @@ class Report:
     prefilled_tokens: int = 0
     answer_tokens: int = 0
     attention: str | None = None  # what attends prefixes: "NumPy", "kernel" (a GPU's) or "MLX"
+    kernels: str | None = None  # where those of a CUDA GPU came from: how many from the cache, how many compiled
     resident: dict[str, int] = field(default_factory=dict)  # how prefixes were attended: "packed" or "dense", how many
     prefix_bytes: int = 0
     effective_bits: float = 0.0  # mean over the prefixes
@@ -92,3 +93,4 @@ class Report:
         for how, count in after.resident.items():
             self.resident[how] = self.resident.get(how, 0) + count - before.resident.get(how, 0)
         self.attention = after.attention or self.attention
+        self.kernels = after.kernels or self.kernels

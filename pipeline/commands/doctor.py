@@ -162,11 +162,18 @@ def _check_device(blas: Blas) -> Iterator[Check]:
         yield Check("matmul", f"{measure_gflops(4096):,.0f} GFLOP/s in float32")
         from turboquant import CacheCodec
         from turboquant.attention import gpu as attention_gpu
+        from turboquant.kernels.compiled_files import compiled_files
+        from turboquant.kernels.programs import summary
+        from turboquant.kernels.trials import found
 
         runs = attention_gpu.usable(CacheCodec(), 128)
         slower = "compressed prefixes are decoded by MLX's operations, which is slower: please report it"
         value = "run, and find what MLX's operations find" if runs else "don't run"
         yield Check("attention kernels", value, runs, None if runs else slower)
+        if origins := summary():
+            yield Check("compiled kernels", f"{origins}; kept in {compiled_files().folder}")
+        for what, difference in found().items():
+            yield Check("tried", f"{what}: wrong by {difference:.1g} at most")
         return
     yield Check("device", f"CPU, {name}")
     where = f" ({blas.path})" if blas.path else ""

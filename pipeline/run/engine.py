@@ -28,6 +28,7 @@ from pipeline.run.task import DocumentTask, Tokenised
 from turboquant import Prefix
 from turboquant.caches.prefix import make_resident
 from turboquant.io.identity import Identity
+from turboquant.kernels.programs import summary as kernel_origins
 from turboquant.runtime.blas import blas_in_use
 
 _log = logging.getLogger(__name__)
@@ -187,7 +188,7 @@ class Engine:
         except (RuntimeError, ValueError, MemoryError) as error:
             may_pass = not isinstance(error, ValueError)
             raise GenerationFailed(f"the model failed: {one_line(error)}", may_pass) from error
-        self._report.attention = prefixes[0].attended_by
+        self._report.attention, self._report.kernels = prefixes[0].attended_by, kernel_origins()
         for prefix in prefixes:
             how = "dense" if prefix.is_dense else "packed"
             self._report.resident[how] = self._report.resident.get(how, 0) + 1

@@ -11,6 +11,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
+import logging
 import os
 import shutil
 import tempfile
@@ -22,6 +23,7 @@ import mlx.core as mx
 from turboquant.kernels.compiled_files import compiled_files, key_of
 
 VARIABLE = "MLX_PTX_CACHE_DIR"
+_log = logging.getLogger(__name__)
 OURS = "TURBOQUANT_PTX_DIR"  # what this program set the variable to, so that its child processes can tell
 PREFIX = "turboquant-kernels-"
 
@@ -43,6 +45,8 @@ def own_folder() -> Path | None:
         known = fill(folder)
     except OSError:
         return None
+    if not known:
+        _log.warning("kernels are compiled, once on this machine: the first answers can take a minute longer")
     os.environ[VARIABLE] = os.environ[OURS] = str(folder)
     atexit.register(_end, folder, known, os.getpid())
     return folder
@@ -108,6 +112,7 @@ def _end(folder: Path, known: set[str], process: int) -> None:
         return
     with contextlib.suppress(OSError):
         keep(folder, known)
+        compiled_files().remove_unused()
     shutil.rmtree(folder, ignore_errors=True)
 
 

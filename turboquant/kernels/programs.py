@@ -115,6 +115,18 @@ def in_use() -> list[Program]:
     return [program for future in futures if future.done() and (program := future.result()) is not None]
 
 
+def summary() -> str | None:
+    """Tell where this process's kernels came from, such as "9 from the cache, 2 compiled, ..."; None for none."""
+    programs = in_use()
+    cached = [program for program in programs if program.origin == "cache"]
+    compiled = [program for program in programs if program.origin == "compiled"]
+    parts = [f"{len(cached)} from the cache"] if cached else []
+    if compiled:
+        longest = max(program.seconds for program in compiled)
+        parts.append(f"{len(compiled)} compiled, the slowest in {longest:.1f} s")
+    return ", ".join(parts) or None
+
+
 def variant_of(what: Launch, kinds: Sequence[Kind]) -> Variant | None:
     """What is to be compiled for a launch on inputs of such kinds; None for dtypes that kernels don't know."""
     if any(dtype not in TYPES for dtype, _ in kinds):

@@ -103,6 +103,16 @@ def test_another_compiler_compiles_anew(machine: Machine, monkeypatch: pytest.Mo
     assert len(machine.compiled) == 2
 
 
+def test_a_process_tells_where_its_kernels_came_from(machine: Machine) -> None:
+    assert programs.summary() is None
+    programs.launch(DOUBLE, [mx.array([1.0])])
+    assert (programs.summary() or "").startswith("1 compiled, the slowest in 0.0 s")
+    machine.restart()
+    programs.launch(DOUBLE, [mx.array([1.0])])
+    programs.launch(DOUBLE, [mx.array([[1.0]])])
+    assert (programs.summary() or "").startswith("1 from the cache, 1 compiled")
+
+
 def test_other_dtypes_and_dimensions_are_other_kernels(machine: Machine) -> None:
     for x in (mx.array([1.0]), mx.array([1.0]).astype(mx.float16), mx.array([[1.0]])):
         programs.launch(DOUBLE, [x])

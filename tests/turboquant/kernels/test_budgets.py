@@ -1,0 +1,60 @@
+"""What thread-groups need on Apple's GPUs, counted from the texts: 32 KiB of memory and 1,024 threads at most."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import mlx.core as mx
+import pytest
+
+from turboquant import CacheCodec
+from turboquant.attention import gpu as attention_gpu
+from turboquant.kernels import encoding_gpu, query_stats_gpu
+from turboquant.kernels.kernel_text import Launch, text
+
+LARGEST_GROUP, MOST_THREADS = 32768, 1024
+DECLARED = re.compile(r"^SHARED (?:u32|float) (.*);", flags=re.MULTILINE)
+ARRAY = re.compile(r"\w+((?:\[[^]]+\])+)")
+
+
+def group_bytes(what: Launch) -> int:
+    """Bytes of all arrays that a thread-group of a kernel shares; each number takes four."""
+    constants = dict(what.constants)
+
+    def value(expression: str) -> int:
+        chosen = re.sub(r"(\w+) \? (\w+) : (\w+)", r"(\2 if \1 else \3)", expression)
+        return int(eval(chosen, {}, constants))
+
+    body = text(f"{what.name}.h")
+    if not constants.get("SUFFIX", 1):
+        body = body.partition("#if SUFFIX")[0]
+    sizes = [
+        math.prod(value(length) for length in re.findall(r"\[([^]]+)\]", lengths))
+        for line in DECLARED.findall(body)
+        for lengths in ARRAY.findall(line)
+    ]
+    assert len(sizes) >= body.count("SHARED ")
+    return 4 * sum(sizes)
+
+
+def launches(codec: CacheCodec, dim: int) -> list[Launch]:
+    found = [
+        attention_gpu._attend_launch(codec, dim, tiles, (1, 1, 1), 1) for tiles in ((1,) if dim == 256 else (1, 2, 4))
+    ]
+    for suffix in ((), attention_gpu.OWN):
+        found.append(attention_gpu._merge((1, 1, 1, dim), 1, mx.float16, suffix))
+    for own in (codec.keys(dim), codec.values(dim), codec.fine.keys(dim)):
+        found += [encoding_gpu._encode_launch(own, in_metric, 1, 1) for in_metric in (True, False)]
+    found.append(encoding_gpu._feedback_launch(1, dim))
+    return [*found, query_stats_gpu._sums_launch(1, 1), query_stats_gpu._squares_launch(1, 1, 1)]
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("bits", [(2, 2), (3, 3), (4, 4), (3, 4), (2, 6), (5, 8), (8, 4)])
+def test_thread_groups_fit_on_apple_s_gpus(bits: tuple[int, int], dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention_gpu, "gpu", lambda: "metal")
+    for what in launches(CacheCodec(*bits), dim):
+        assert 0 <= group_bytes(what) <= LARGEST_GROUP, what.name
+        assert what.threads <= MOST_THREADS
+        assert what.threads % 32 == 0
