@@ -26,6 +26,7 @@ from turboquant.attention import reference
 from turboquant.kernels import encoding_gpu, query_stats_gpu
 from turboquant.kernels.encoding import encode_layer
 from turboquant.kernels.kernel_text import Beginning
+from turboquant.quant.layer import EncodedLayer
 from turboquant.runtime.device import on_cpu
 
 BITS = ((2, 2), (3, 3), (4, 4), (4, 3), (3, 2), (2, 6), (5, 8), (8, 4), (6, 5))
