@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.progress import RunObserver
+
 if TYPE_CHECKING:
     from pipeline.job.job import Job
 
@@ -38,7 +40,7 @@ def answers(job: Job) -> dict[Pair, str | None]:
 
     from pipeline.run.runner import Runner
 
-    Runner(job, quiet=True).run()
+    Runner(job, RunObserver()).run()
     rows = pq.read_table(job.result_file).to_pylist()
     return {(row["document_id"], row["query_id"]): row["answer"] for row in rows}
 
@@ -49,12 +51,12 @@ def partings(job: Job, size: int, first: dict[Pair, str | None], other: dict[Pai
     if not differing:
         return []
     import mlx.core as mx
+    from pipeline.run.prefill import prefill
 
     from pipeline.inputs.documents import stream_documents
     from pipeline.inputs.prompts import PromptTokenizer, Renderer, template_columns
     from pipeline.models.loading import load_model
     from pipeline.run.fingerprint import cache_codec
-    from pipeline.run.prefill import prefill
     from turboquant import enabled
     from turboquant.caches.prefix import join, make_resident
 

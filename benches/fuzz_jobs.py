@@ -31,6 +31,7 @@ from benches.tiny import Place, text_of, write_model
 from pipeline.cli import app
 from pipeline.errors import ModelError
 from pipeline.job.job_file import load_job
+from pipeline.progress import RunObserver
 from pipeline.run.runner import Runner
 
 LINES = [{"id": f"d{number}", "text": text_of(number, 3), "year": 2020 + number} for number in range(3)]
@@ -140,7 +141,7 @@ def run(job: Path) -> str:
     if not all(path.is_relative_to(job.parent) for path in (loaded.result_file, loaded.cache.dir)):
         return "planned"
     try:
-        Runner(loaded, quiet=True).run()
+        Runner(loaded, RunObserver()).run()
     except Exception as error:
         return f"run, and {type(error).__name__}: {error}"
     return "run"

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from benches.tiny import Place, text_of, write_model
+from pipeline.progress import RunObserver
 
 MANIFEST, TENSORS = "segment.json", "segment.safetensors"
 MODES: dict[str, dict[str, Any]] = {"exact": {}, "streaming": {"prefill": "streaming", "segment": 512}}
@@ -202,7 +203,7 @@ def run(place: Place) -> Any:
     from pipeline.job.job_file import load_job
     from pipeline.run.runner import Runner
 
-    return Runner(load_job(place.folder / "job.yaml"), quiet=True).run()
+    return Runner(load_job(place.folder / "job.yaml"), RunObserver()).run()
 
 
 def mutate(mutations: int, seed: int, folder: Path) -> Counter[tuple[str, str]]:

@@ -20,8 +20,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pipeline.progress import RunObserver
+
 ROOT = Path(__file__).resolve().parent.parent
-GROUP = "pipeline.run.answering:Answering.answer"
+GROUP = "pipeline.run.engine:Engine.answer"
 REST = "everything else"
 MODEL = {"prefill: the model", "prefill: encoding", "answers: the model, in BatchGenerator", "decoding prefixes once"}
 STAGES = {
@@ -31,11 +33,11 @@ STAGES = {
     "pipeline.run.engine:make_resident": "decoding prefixes once",
     "mlx_lm.generate:BatchGenerator.insert": "answers: joining the batch",
     "pipeline.models.output_parser:RowParser.answer": "answers: tokens to text",
-    "pipeline.run.engine:Engine.settle": "waiting for segments to be written",
+    "pipeline.run.prefixes:PrefixProvider.wait_until_stored": "waiting for segments to be written",
     "pipeline.cache.store:Store.load": "store: reading segments, not ahead",
     "pipeline.cache.store:Store.make_room": "store: making room",
-    "pipeline.run.engine:Engine.make_ready": "tokenising, not ahead",
-    "pipeline.run.commit:Work._wait": "waiting for rows to be written",
+    "pipeline.run.engine:Engine.prepare": "tokenising, not ahead",
+    "pipeline.run.commit:Committer._wait": "waiting for rows to be written",
     GROUP: REST,
 }
 
@@ -105,12 +107,12 @@ def main() -> None:
         paths = [f"cache.dir={folder}/cache", f"output.path={folder}/out.parquet"]
         job = load_job(arguments.job, [*arguments.set, *paths])
         if arguments.warm:
-            Runner(job, quiet=True).run()
+            Runner(job, RunObserver()).run()
             job.result_file.unlink()
         clock = Clock()
         for target, stage in STAGES.items():
             clock.watch(target, stage)
-        Runner(job, quiet=True).run()
+        Runner(job, RunObserver()).run()
     total = clock.seconds.total()
     print(f"{clock.groups - 1} groups of documents, {total:.1f} s")
     for stage, seconds in clock.seconds.most_common():

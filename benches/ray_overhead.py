@@ -27,6 +27,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from benches.tiny import SCHEMA, Place, write_model
+from pipeline.progress import RunObserver
 from turboquant.runtime.blas import load_tuned_blas
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,13 +55,15 @@ def dummy(latency: float) -> type[Any]:
     """A worker without a model, that takes so many seconds for a lease."""
     from dataclasses import replace
 
-    from pipeline.distributed.ray_worker import Outcome, RayWorker, Ready
+    from pipeline.distributed.ray_worker import RayWorker, WorkerInfo
+    from pipeline.report import WorkStats
+    from pipeline.run.task import TaskResult
 
     class Dummy(RayWorker):
-        def _start(self, *_: Any) -> Ready:
-            return Ready("here", os.getpid(), "", "store", "nothing")
+        def _start(self, *_: Any) -> WorkerInfo:
+            return WorkerInfo("here", os.getpid(), "", "store", "nothing")
 
-        def stored(self) -> bytes:
+        def stored_labels(self) -> bytes:
             return b""
 
         def _queue(self, number: int, group: Any) -> None:
@@ -68,15 +71,11 @@ def dummy(latency: float) -> type[Any]:
 
         def _answer(self, group: Any) -> Any:
             time.sleep(latency)
+            answer = "On the third of May."
             return [
-                Outcome(
-                    {query.id: replace(todo.row(query), answer="On the third of May.") for query in todo.open},
-                    truncated=False,
-                    split=False,
-                    keys=set(),
-                )
-                for todo in group
-            ]
+                TaskResult({query.id: replace(task.row(query), answer=answer) for query in task.open_queries})
+                for task in group
+            ], WorkStats()
 
     return Dummy
 
@@ -88,22 +87,22 @@ def measure(latency: float, documents: int, workers: int) -> tuple[float, float,
     import pipeline.distributed.ray_pool
     from pipeline.distributed.ray_executor import RayExecutor
     from pipeline.job.job_file import load_job
-    from pipeline.run.commit import Work
+    from pipeline.run.commit import Committer
     from pipeline.run.runner import Runner
 
     moments: list[float] = []
-    real = Work.commit
+    real = Committer.commit
 
-    def commit(self: Work, group: Any) -> None:
+    def commit(self: Committer, group: Any) -> None:
         moments.append(time.monotonic())
         real(self, group)
 
-    Work.commit, pipeline.distributed.ray_pool.RayWorker = commit, dummy(latency)  # type: ignore[method-assign, misc]
+    Committer.commit, pipeline.distributed.ray_pool.RayWorker = commit, dummy(latency)  # type: ignore[method-assign, misc]
     with tempfile.TemporaryDirectory() as folder:
         job = load_job(place(Path(folder), documents, workers).folder / "job.yaml")
         ray.init("local", num_cpus=workers, include_dashboard=False, object_store_memory=200 << 20, log_to_driver=False)
         cpu, wall = time.process_time(), time.monotonic()
-        Runner(job, quiet=True, crew=RayExecutor).run()
+        Runner(job, RunObserver(), executor=RayExecutor).run()
         spent = time.process_time() - cpu, time.monotonic() - wall
         ray.shutdown()
     first = workers - 1  # to the last of a round: workers that wait as long are done at once

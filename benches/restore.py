@@ -37,12 +37,13 @@ class Measured:
 
 def measure(job_file: Path, folder: Path, rounds: int, count: int | None = None) -> Iterator[Measured]:
     """Prefill, store and restore the context of every document, or of the first ``count``."""
+    from pipeline.run.prefill import prefill
+
     from pipeline.inputs.documents import stream_documents
     from pipeline.inputs.prompts import PromptTokenizer, Renderer, template_columns
     from pipeline.job.job_file import load_job
     from pipeline.models.loading import load_model
     from pipeline.run.fingerprint import cache_codec, job_identity
-    from pipeline.run.prefill import prefill
     from turboquant.io.segment_file import write_segment
 
     job = load_job(job_file, [f"cache.dir={folder}"])

@@ -105,21 +105,21 @@ def run(
     """Run a job, or resume it: the same command. Rows that are answered already are kept."""
     with errors_explained(debug, quiet, computes=on is not None, log_format=log_format):
         from pipeline.models.ranks import is_rank_worker
-        from pipeline.retry import OnFailure
+        from pipeline.run.context import FailureOptions
 
         job, shard = load(job_file, set_, one_shard)
         if on is None and is_rank_worker(job):
             from turboquant.runtime.blas import load_tuned_blas
 
             load_tuned_blas()
-            from pipeline.distributed.rank_worker import follow
+            from pipeline.distributed.rank_worker import follow_first_rank
 
-            follow(job)
+            follow_first_rank(job)
             return
         named = f"{job_file} --shard {shard}" if shard else str(job_file)
         again = f"pipeline run {named} --on {on}" if on else f"pipeline run {named}"
         shows_nothing = quiet or (as_json and log_format is LogFormat.text)
-        on_failure = OnFailure(keep=not retry_failed, stop=fail_fast)
+        on_failure = FailureOptions(keep=not retry_failed, stop=fail_fast)
         if on is None:
             from pipeline.run.supervisor import supervise
 

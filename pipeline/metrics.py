@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.files.atomic import atomic_file
-from pipeline.pace import Pace
+from pipeline.progress import Pace
 from pipeline.report import Report
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
-"""How far a command is: bars on a terminal, for a run a line every half minute elsewhere.
+"""Progress of a run: the events of a run, and bars or lines that show them.
 
-Knows counts and a clock; nothing of what is counted, nor which process counts.
+On a terminal there are bars. Elsewhere a run writes a line every half minute.
 """
 
 from __future__ import annotations
@@ -10,141 +10,179 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
-from types import TracebackType
-from typing import Any, Protocol, TypeVar
+from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
 
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from pipeline.logs import are_json, tell
-from pipeline.pace import Pace
 from pipeline.printable import printable
 from pipeline.report import Report
 
 SECONDS_BETWEEN_LINES = 30.0
 SECONDS_BEFORE_BAR = 1.0
 _BAR = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} [{elapsed}{postfix}]"
-
-
 _Item = TypeVar("_Item")
 
 
-def watched(items: Iterable[_Item], count: int, quiet: bool = False) -> Iterator[_Item]:
-    """The items, with a bar on a terminal once they take more than a moment."""
-    hidden = quiet or not sys.stderr.isatty()
-    yield from tqdm(
-        items,
-        total=count,
-        desc="documents",
-        unit="doc",
-        leave=False,
-        delay=SECONDS_BEFORE_BAR,
-        dynamic_ncols=True,
-        disable=hidden,
-    )
+class RunObserver:
+    """Receives the events of a run. This base class ignores them."""
 
+    def run_started(self, rows: int) -> None:
+        """The job and its inputs are valid, and this run holds the lock of the result. ``rows`` is the total."""
 
-class RunObserver(Protocol):
-    """Who is told how a run goes on."""
+    def run_ended(self) -> None:
+        """The run is over, whether it succeeded or not."""
 
-    def start_documents(self, document_ids: Sequence[str]) -> None:
-        """The model begins on documents, whose work it does together."""
+    def documents_started(self, document_ids: Sequence[str]) -> None:
+        """The model starts to work on these documents together."""
 
-    def end_documents(self, document_ids: Sequence[str], report: Report) -> None:
-        """Documents are done and committed; the report covers them. Called from any thread."""
+    def documents_done(self, document_ids: Sequence[str], report: Report) -> None:
+        """The rows of these documents are on disk, and ``report`` counts them. Called from any thread."""
 
     def rows_done(self, count: int) -> None:
-        """So many more rows are answered, failed or were done before."""
+        """``count`` more rows are answered, failed or kept. It is negative if rows must be answered again."""
 
-    def start_prefill(self, name: str, tokens: int) -> None:
-        """A document's prefill begins."""
+    def prefill_started(self, document_id: str, tokens: int) -> None:
+        """The prefill of ``tokens`` tokens of a document starts."""
 
-    def prefilled(self, tokens: int) -> None:
-        """So many more tokens are prefilled."""
+    def prefill_advanced(self, tokens: int) -> None:
+        """``tokens`` more tokens are prefilled."""
 
-    def end_prefill(self) -> None:
-        """A document's prefill is over, well or not."""
+    def prefill_ended(self) -> None:
+        """The prefill is over, whether it succeeded or not."""
 
 
-class Progress:
-    """Counts rows done and tokens prefilled of one run; use as a context manager. ``quiet`` shows nothing."""
+@dataclass(frozen=True)
+class Pace:
+    """The state of a run at one moment. A value is None while it is not known.
 
-    def __init__(self, rows: int, quiet: bool = False) -> None:
-        self._rows, self._rows_done, self._tokens = rows, 0, 0
-        self.report = Report()  # of the documents done
+    ``hit_rate`` is the share of prefixes that were in the store. ``rows_done`` includes rows that are not on disk yet.
+    """
+
+    seconds: float
+    rows: int
+    rows_done: int
+    documents: int
+    documents_done: int
+    prefilled_tokens: int
+    prefill_tokens_per_second: float | None
+    answers_per_second: float | None
+    hit_rate: float | None
+    seconds_left: float | None
+
+    def __str__(self) -> str:
+        """Return a line for the log."""
+        rows = f"{self.seconds:.0f} s: {self.rows_done:,} of {self.rows:,} rows"
+        return ", ".join([rows, *self.details()])
+
+    def details(self) -> list[str]:
+        """Return everything but the rows, the most important first."""
+        details = []
+        if self.seconds_left is not None:
+            details.append(f"{_duration(self.seconds_left)} left")
+        if self.documents:
+            details.append(f"{self.documents_done:,}/{self.documents:,} documents")
+        if self.answers_per_second:
+            details.append(f"{self.answers_per_second:.3g} answers/s")
+        if self.hit_rate is not None:
+            details.append(f"{self.hit_rate:.0%} hits")
+        if self.prefill_tokens_per_second:
+            details.append(f"prefill {self.prefill_tokens_per_second:,.0f} tokens/s")
+        return details
+
+
+class Progress(RunObserver):
+    """A RunObserver that shows bars or lines on stderr. ``quiet`` shows nothing and still counts."""
+
+    def __init__(self, quiet: bool = False) -> None:
         self._quiet = quiet
-        self._started = self._last_line = self._last_prefilled = time.monotonic()
+        self._rows = self._rows_done = self._tokens = 0
         self._prefill_seconds = 0.0
+        self.report = Report()  # counts the documents whose rows are on disk
+        self._started = self._last_line = self._last_prefilled = time.monotonic()
         self._bar: tqdm[Any] | None = None
-        self._prefill: tqdm[Any] | None = None
-        self._logs = ExitStack()
+        self._prefill_bar: tqdm[Any] | None = None
+        self._log_redirection = ExitStack()
 
-    def __enter__(self) -> Progress:
+    def run_started(self, rows: int) -> None:
+        """Show a bar of all rows."""
+        self._rows = rows
+        self._started = self._last_line = self._last_prefilled = time.monotonic()
         if not self._quiet and sys.stderr.isatty() and not are_json():
-            self._bar = tqdm(total=self._rows, desc="rows", unit="row", dynamic_ncols=True, bar_format=_BAR)
-            self._logs.enter_context(logging_redirect_tqdm())  # or log lines would run into the bars
-        return self
+            self._bar = tqdm(total=rows, desc="rows", unit="row", dynamic_ncols=True, bar_format=_BAR)
+            self._log_redirection.enter_context(logging_redirect_tqdm())  # or log lines would break the bars
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.end_prefill()
+    def run_ended(self) -> None:
+        """Remove the bars."""
+        self.prefill_ended()
         if self._bar is not None:
             self._bar.close()
-        self._logs.close()
+            self._bar = None
+        self._log_redirection.close()
 
-    def pace(self) -> Pace:
-        """How far the run is now."""
-        seconds, prefilled = time.monotonic() - self._started, (self._tokens, self._prefill_seconds)
-        return Pace.of(seconds, self._rows, self._rows_done, prefilled, self.report)
-
-    def start_documents(self, document_ids: Sequence[str]) -> None:
-        """Show nothing: a document's bar is its prefill's."""
-
-    def end_documents(self, document_ids: Sequence[str], report: Report) -> None:
-        """Take over what the report counts."""
+    def documents_done(self, document_ids: Sequence[str], report: Report) -> None:
+        """Take over the report's counts."""
         self.report = report
         self.refresh()
 
     def rows_done(self, count: int) -> None:
-        """Count rows that are answered, failed or were done before; fewer than none where they are to be done again."""
+        """Count rows."""
         self._rows_done += count
         if self._bar is not None:
             self._bar.update(count)
         self.refresh()
 
-    def start_prefill(self, name: str, tokens: int) -> None:
-        """Show a bar for one document's prefill."""
+    def prefill_started(self, document_id: str, tokens: int) -> None:
+        """Show a bar for one prefill."""
         self._last_prefilled = time.monotonic()
         if self._bar is not None:
-            self._prefill = tqdm(
+            self._prefill_bar = tqdm(
                 total=tokens,
-                desc=f"prefill {printable(name)}",
+                desc=f"prefill {printable(document_id)}",
                 unit="token",
                 leave=False,
                 position=1,
                 dynamic_ncols=True,
             )
 
-    def prefilled(self, tokens: int) -> None:
-        """Count tokens prefilled."""
+    def prefill_advanced(self, tokens: int) -> None:
+        """Count prefilled tokens."""
         now = time.monotonic()
         self._tokens += tokens
         self._prefill_seconds += now - self._last_prefilled
         self._last_prefilled = now
-        if self._prefill is not None:
-            self._prefill.update(tokens)
+        if self._prefill_bar is not None:
+            self._prefill_bar.update(tokens)
         self.refresh()
 
-    def end_prefill(self) -> None:
-        """Take the prefill's bar away."""
-        if self._prefill is not None:
-            self._prefill.close()
-        self._prefill = None
+    def prefill_ended(self) -> None:
+        """Remove the bar of the prefill."""
+        if self._prefill_bar is not None:
+            self._prefill_bar.close()
+        self._prefill_bar = None
+
+    def pace(self) -> Pace:
+        """Return the state of the run now."""
+        seconds, report = time.monotonic() - self._started, self.report
+        prefixes = report.prefixes_built + report.prefixes_restored
+        rate = max(0, self._rows_done - report.rows_kept) / seconds if seconds else 0.0
+        return Pace(
+            seconds=seconds,
+            rows=self._rows,
+            rows_done=self._rows_done,
+            documents=report.documents,
+            documents_done=report.documents_done,
+            prefilled_tokens=self._tokens,
+            prefill_tokens_per_second=self._tokens / self._prefill_seconds if self._prefill_seconds else None,
+            answers_per_second=rate or None,
+            hit_rate=report.prefixes_restored / prefixes if prefixes else None,
+            seconds_left=(self._rows - self._rows_done) / rate if rate else None,
+        )
 
     def refresh(self) -> None:
-        """Show how far the run is, if there is something new to show; to be called now and then."""
+        """Update the bar, or write a line if half a minute has passed since the last one."""
         if self._bar is not None:
             self._bar.set_postfix_str(", ".join(self.pace().details()), refresh=False)
             self._bar.update(0)
@@ -154,3 +192,23 @@ class Progress:
             self._last_line = now
             pace = self.pace()
             tell(str(pace), logging.INFO, **asdict(pace))
+
+
+def with_progress_bar(items: Iterable[_Item], count: int, quiet: bool = False) -> Iterator[_Item]:
+    """Yield the items and show a bar on a terminal if they take longer than a second."""
+    yield from tqdm(
+        items,
+        total=count,
+        desc="documents",
+        unit="doc",
+        leave=False,
+        delay=SECONDS_BEFORE_BAR,
+        dynamic_ncols=True,
+        disable=quiet or not sys.stderr.isatty(),
+    )
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

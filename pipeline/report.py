@@ -1,24 +1,19 @@
-"""What a run did, as numbers. Knows nothing of how they come about, and imports nothing."""
+"""The numbers of a run: rows, prefixes, tokens, bytes and seconds. This module imports nothing of the project."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
-_GROWING = (  # counts that add up, of prefixes, tokens and seconds
-    "prefixes_built",
-    "prefixes_restored",
-    "context_tokens",
-    "prefilled_tokens",
-    "prefix_bytes",
-    "prefill_seconds",
-    "restore_seconds",
-    "answer_seconds",
-)
+Stage = Literal["prefill", "restore", "answer"]
 
 
 @dataclass(frozen=True)
 class WorkerReport:
-    """What one worker of a run on many machines did so far. ``log``: where on its machine its log is."""
+    """Numbers of one worker of a distributed run. ``log`` is the path of its log file on its machine."""
 
     host: str
     pid: int
@@ -26,47 +21,85 @@ class WorkerReport:
     documents: int = 0
     answers: int = 0
     prefilled_tokens: int = 0
-    documents_per_second: float = 0.0  # since it was ready
+    documents_per_second: float = 0.0  # since the worker was ready
     answers_per_second: float = 0.0
-    prefill_tokens_per_second: float = 0.0  # while it prefilled
-    lost: bool = False  # it died, or its machine went
+    prefill_tokens_per_second: float = 0.0  # during prefill
+    lost: bool = False  # the worker or its machine died
+
+
+@dataclass
+class WorkStats:
+    """Counts and seconds of work that an executor did. ``prefix_bits`` is a sum over the prefixes."""
+
+    prefixes_built: int = 0
+    prefixes_restored: int = 0
+    context_tokens: int = 0
+    prefilled_tokens: int = 0
+    prefix_bytes: int = 0
+    prefix_bits: float = 0.0
+    prefill_seconds: float = 0.0
+    restore_seconds: float = 0.0
+    answer_seconds: float = 0.0
+    attention: str | None = None
+    kernels: str | None = None
+    resident: dict[str, int] = field(default_factory=dict)
+    restarts: int = 0
+    workers: dict[str, WorkerReport] = field(default_factory=dict)
+
+    @contextmanager
+    def timed(self, stage: Stage) -> Iterator[None]:
+        """Add the duration of the block to the seconds of a stage."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.add_seconds(stage, time.monotonic() - started)
+
+    def add_seconds(self, stage: Stage, seconds: float) -> None:
+        """Add seconds to a stage."""
+        if stage == "prefill":
+            self.prefill_seconds += seconds
+        elif stage == "restore":
+            self.restore_seconds += seconds
+        else:
+            self.answer_seconds += seconds
 
 
 @dataclass
 class Report:
-    """What a run did: counts, tokens, bytes and seconds; written to ``<output>.run.json``."""
+    """Numbers of a run. They are written to ``<output>.run.json``."""
 
     documents: int = 0
-    documents_done: int = 0  # the first so many of the input; a run that goes on from this report passes over them
+    documents_done: int = 0  # the first N of the input; a run that resumes from this report skips them
     rows: int = 0
     rows_kept: int = 0
     rows_answered: int = 0
     rows_failed: int = 0
-    failures: dict[str, int] = field(default_factory=dict)  # by error_type; no Counter, which asdict spoils
-    first_failures: dict[str, str] = field(default_factory=dict)  # which row was the first of each type, and why
-    documents_truncated: int = 0  # of those with something to answer, as are
+    failures: dict[str, int] = field(default_factory=dict)  # by error_type; asdict cannot copy a Counter
+    first_failures: dict[str, str] = field(default_factory=dict)  # the first failed row of each error_type, and why
+    documents_truncated: int = 0
     documents_split: int = 0
     prefixes_built: int = 0
     prefixes_restored: int = 0
     context_tokens: int = 0
     prefilled_tokens: int = 0
     answer_tokens: int = 0
-    attention: str | None = None  # what attends prefixes: "NumPy", "kernel" (a GPU's) or "MLX"
-    kernels: str | None = None  # where those of a CUDA GPU came from: how many from the cache, how many compiled
-    resident: dict[str, int] = field(default_factory=dict)  # how prefixes were attended: "packed" or "dense", how many
+    kernels: str | None = None  # of a CUDA GPU: how many came from the cache and how many were compiled
+    attention: str | None = None  # the implementation of attention over prefixes: "NumPy", "kernel" (GPU) or "MLX"
+    resident: dict[str, int] = field(default_factory=dict)  # prefixes by how they were attended: "packed" or "dense"
     prefix_bytes: int = 0
     effective_bits: float = 0.0  # mean over the prefixes
     seconds: float = 0.0
     prefill_seconds: float = 0.0
     restore_seconds: float = 0.0
     answer_seconds: float = 0.0
-    restarts: int = 0  # of the model's process, which had died
-    workers: dict[str, WorkerReport] = field(default_factory=dict)  # of a run on many machines, by name
+    restarts: int = 0  # of the model's process or of workers, after deaths
+    workers: dict[str, WorkerReport] = field(default_factory=dict)  # of a distributed run, by name
     interrupted: bool = False
-    stopped_at: str | None = None  # the failure that the run was to stop at
+    stopped_at: str | None = None  # the failed row that stopped the run, with --fail-fast
 
     def copy(self) -> Report:
-        """The numbers as they are now."""
+        """Return a copy that does not change when this report does."""
         return replace(
             self,
             failures=dict(self.failures),
@@ -75,22 +108,29 @@ class Report:
             workers=dict(self.workers),
         )
 
-    def add_failure(self, error_type: str, what: str) -> None:
-        """Count a failed row; ``what`` names it and says why."""
+    def add_failure(self, error_type: str, description: str) -> None:
+        """Count a failed row. ``description`` names the row and the reason."""
         self.rows_failed += 1
         self.failures[error_type] = self.failures.get(error_type, 0) + 1
-        self.first_failures.setdefault(error_type, what)
+        self.first_failures.setdefault(error_type, description)
 
-    def add_growth(self, before: Report, after: Report) -> None:
-        """Count what another's counts of prefixes, tokens and seconds have grown by; its rows are counted elsewhere."""
-        mine, theirs = (report.prefixes_built + report.prefixes_restored for report in (self, after))
-        grown = theirs - before.prefixes_built - before.prefixes_restored
-        if grown:
-            bits = theirs * after.effective_bits - (theirs - grown) * before.effective_bits
-            self.effective_bits = (mine * self.effective_bits + bits) / (mine + grown)
-        for name in _GROWING:
-            setattr(self, name, getattr(self, name) + getattr(after, name) - getattr(before, name))
-        for how, count in after.resident.items():
-            self.resident[how] = self.resident.get(how, 0) + count - before.resident.get(how, 0)
-        self.attention = after.attention or self.attention
-        self.kernels = after.kernels or self.kernels
+    def add_work(self, stats: WorkStats) -> None:
+        """Add the work of an executor. A worker's numbers replace its earlier ones."""
+        earlier = self.prefixes_built + self.prefixes_restored
+        added = stats.prefixes_built + stats.prefixes_restored
+        if added:
+            self.effective_bits = (earlier * self.effective_bits + stats.prefix_bits) / (earlier + added)
+        self.prefixes_built += stats.prefixes_built
+        self.prefixes_restored += stats.prefixes_restored
+        self.context_tokens += stats.context_tokens
+        self.prefilled_tokens += stats.prefilled_tokens
+        self.prefix_bytes += stats.prefix_bytes
+        self.prefill_seconds += stats.prefill_seconds
+        self.restore_seconds += stats.restore_seconds
+        self.answer_seconds += stats.answer_seconds
+        for how, count in stats.resident.items():
+            self.resident[how] = self.resident.get(how, 0) + count
+        self.attention = stats.attention or self.attention
+        self.kernels = stats.kernels or self.kernels
+        self.restarts += stats.restarts
+        self.workers |= stats.workers

@@ -1,68 +1,62 @@
-"""What a run does about what fails: it tries again, keeps what failed before, or stops.
-
-Knows time and errors; nothing of documents or models.
-"""
+"""Retries of work that may succeed when it is tried again, with growing waits between the attempts."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from types import TracebackType
 
 from pipeline.errors import GenerationFailed, RemoteError
 
-FIRST_WAIT = 1.0  # seconds, and twice as long each time
+FIRST_WAIT = 1.0  # seconds; each later wait is twice as long
 LONGEST_WAIT = 60.0
-DEATHS = 2  # of a model's process, in one place, after which it is not tried there again
-_SECONDS_PER_LOOK = 0.1
-_Result = TypeVar("_Result")
+_SECONDS_BETWEEN_CHECKS = 0.1
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class OnFailure:
-    """keep: rows that failed in an earlier run are not tried again. stop: the run ends with the first new one."""
+class Attempt:
+    """One attempt, used as a context manager. It suppresses an error that may pass, unless it is the last attempt."""
 
-    keep: bool = False
-    stop: bool = False
+    def __init__(self, is_last: bool, next_wait: float) -> None:
+        self._is_last, self._next_wait = is_last, next_wait
+        self.succeeded = False
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        self.succeeded = error is None
+        if self._is_last or not isinstance(error, GenerationFailed | RemoteError) or not error.may_pass:
+            return False
+        _log.warning("%s; trying again in %g s", error, self._next_wait)
+        return True
 
 
-def retried(attempt: Callable[[], _Result], times: int, check: Callable[[], None]) -> _Result:
-    """What an attempt gives, which is made again up to so many times while its failure may pass, later each time.
+def attempts(retries: int, check: Callable[[], None]) -> Iterator[Attempt]:
+    """Yield attempts until one succeeds, at most ``1 + retries``. The last attempt's error is raised.
 
-    ``check`` is called now and then while waiting; what it raises ends that. Raises the last failure.
+    GenerationFailed and RemoteError are retried if their ``may_pass`` is true. check: called while waiting; an
+    exception it raises ends the wait.
+
+        for attempt in attempts(2, check):
+            with attempt:
+                result = work()
     """
     wait = FIRST_WAIT
-    for _ in range(times):
-        try:
-            return attempt()
-        except (GenerationFailed, RemoteError) as error:
-            if not error.may_pass:
-                raise
-            _log.warning("%s; trying again in %g s", error, wait)
+    for left in range(retries, -1, -1):
+        attempt = Attempt(is_last=left == 0, next_wait=wait)
+        yield attempt
+        if attempt.succeeded:
+            return
         _wait(wait, check)
         wait = min(2 * wait, LONGEST_WAIT)
-    return attempt()
-
-
-def named(documents: Sequence[str]) -> str:
-    """Documents that are answered together, in a few words."""
-    more = f" and {len(documents) - 1} more" if len(documents) > 1 else ""
-    return f"document '{documents[0]}'{more}"
-
-
-def twice_died(cause: str) -> str:
-    """What the rows of a document say that a model's process twice did not survive."""
-    return (
-        f"the model's process {cause}, twice, while this document was prefilled or answered; try a shorter document, "
-        "a smaller generation.batch_size or max_tokens, or fewer cache.key_bits and cache.value_bits"
-    )
 
 
 def _wait(seconds: float, check: Callable[[], None]) -> None:
     end = time.monotonic() + seconds
     while (left := end - time.monotonic()) > 0:
         check()
-        time.sleep(min(left, _SECONDS_PER_LOOK))
+        time.sleep(min(left, _SECONDS_BETWEEN_CHECKS))

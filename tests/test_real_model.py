@@ -22,6 +22,7 @@ import pytest
 
 from pipeline.job.job_file import load_job
 from pipeline.models.loading import LoadedModel, load_model
+from pipeline.progress import RunObserver
 from pipeline.run.runner import Runner
 from tests import ROOT
 from turboquant import CacheCodec, Prefix, enabled
@@ -101,10 +102,10 @@ def test_a_restored_cache_answers_like_a_fresh_one(folder: Path, tmp_path: Path)
         "output": {"path": "out/answers.parquet"},
     }
     (tmp_path / "job.yaml").write_text(json.dumps(job), encoding="utf-8")
-    assert Runner(load_job(tmp_path / "job.yaml"), quiet=True).run().prefixes_built == 1
+    assert Runner(load_job(tmp_path / "job.yaml"), RunObserver()).run().prefixes_built == 1
     output = tmp_path / "out" / "answers.parquet"
     fresh = output.read_bytes()
     assert [row["status"] for row in pq.read_table(output).to_pylist()] == ["ok", "ok"]
     output.unlink()
-    assert Runner(load_job(tmp_path / "job.yaml"), quiet=True).run().prefixes_restored == 1
+    assert Runner(load_job(tmp_path / "job.yaml"), RunObserver()).run().prefixes_restored == 1
     assert output.read_bytes() == fresh

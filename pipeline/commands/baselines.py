@@ -35,7 +35,7 @@ from pipeline.models.mlx_lm_internals import (
     stream_generate,
 )
 from pipeline.models.output_parser import OutputParser, RowParser
-from pipeline.progress import Progress
+from pipeline.progress import RunObserver
 from pipeline.run.decode import make_sampler, row_name
 from pipeline.run.engine import too_long
 from pipeline.run.runner import Runner
@@ -55,7 +55,7 @@ def run_contender(contender: str, job: Job, small: Job, folder: Path) -> BenchRe
     if contender not in _STOCK:
         if not on_cpu():
             cache = small.cache.model_copy(update={"resident": job.cache.resident})
-            Runner(small.model_copy(update={"cache": cache}), quiet=True).run()
+            Runner(small.model_copy(update={"cache": cache}), RunObserver()).run()
             shutil.rmtree(small.result_file.parent)
         return _run_pipeline(job, warm=contender == WARM)
     loaded = load_model(job.model, job.revision, job.adapter, job.trust_remote_code)
@@ -108,20 +108,20 @@ def _resident_bytes(name: str) -> int:
 # ---- the pipeline
 
 
-class _Watch(Progress):
-    """Begins to measure when the model is loaded, just before the first document is begun."""
+class _MeterStart(RunObserver):
+    """Starts to measure when the model is loaded, just before the first document."""
 
     meter: ResourceMeter | None = None
 
-    def start_documents(self, document_ids: Sequence[str]) -> None:
+    def documents_started(self, document_ids: Sequence[str]) -> None:
         self.meter = self.meter or ResourceMeter()
 
 
 def _run_pipeline(job: Job, warm: bool) -> BenchResult:
-    watch = _Watch(0, quiet=True)
-    report = Runner(job.model_copy(update={"retries": 0}), watch=lambda rows: watch).run()
-    assert watch.meter is not None
-    measured = watch.meter.read()
+    observer = _MeterStart()
+    report = Runner(job.model_copy(update={"retries": 0}), observer).run()
+    assert observer.meter is not None
+    measured = observer.meter.read()
     if warm and report.prefixes_built:
         raise PipelineError(f"{report.prefixes_built} prefixes were not in the store, so this was no warm run")
     if broken := report.failures.get("GenerationFailed"):

@@ -33,8 +33,9 @@ from pipeline.commands.console import size, table
 from pipeline.errors import InputError, JobError, NotApplicable, RowError
 from pipeline.job.budget import existing
 from pipeline.job.job import Job, Query, QueryTable
-from pipeline.run.supervisor import SPAWN, cause_of_death, receive, reraise
-from pipeline.run.worker import Failed, end_with_the_parent
+from pipeline.run.messages import Failed, receive
+from pipeline.run.supervisor import SPAWN, cause_of_death
+from pipeline.run.worker import end_with_parent
 from pipeline.signals import stops_handled, stops_held_back
 
 if TYPE_CHECKING:
@@ -245,7 +246,7 @@ def _run_contender(
 
 def _run_in_process(connection: Connection, contender: str, job: Job, small: Job, folder: Path) -> None:
     """Run a contender in this process, and send its result or its failure."""
-    end_with_the_parent()
+    end_with_parent()
     try:
         from turboquant.runtime.blas import load_tuned_blas
 

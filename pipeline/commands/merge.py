@@ -26,7 +26,7 @@ from pipeline.job.shards import Shard, shards_folder
 from pipeline.output.results import Results
 from pipeline.output.rows import Row, read_documents, read_metadata
 from pipeline.output.run_file import RunFile
-from pipeline.progress import watched
+from pipeline.progress import with_progress_bar
 from pipeline.report import Report
 from pipeline.run.fingerprint import job_identity, kept_rows, result_metadata, row_fingerprints
 
@@ -46,7 +46,7 @@ def merge_shards(job: Job, quiet: bool = True) -> Report:
     with Results(job.result_file, result_metadata(job, identity), url=job.result_url) as results:
         merged = _Merge(job, inputs, identity, files, report)
         with RunFile(job, identity, report, started):
-            results.replace(watched(merged.documents(), inputs.documents, quiet))
+            results.replace(with_progress_bar(merged.documents(), inputs.documents, quiet))
     return report
 
 

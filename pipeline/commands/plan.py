@@ -24,7 +24,7 @@ from pipeline.job.shards import Shard
 from pipeline.models.constraints import check_schemas
 from pipeline.models.loading import load_tokenizer, max_context, prefix_bytes, read_config, resolve_model
 from pipeline.output.results import Results
-from pipeline.progress import watched
+from pipeline.progress import with_progress_bar
 from pipeline.run.fingerprint import cache_codec, context_label, job_identity, kept_rows, row_fingerprints
 from turboquant.io.identity import Identity
 
@@ -73,7 +73,9 @@ class Plan:
 def job_status(job: Job, quiet: bool = True, shard: Shard | None = None) -> Status:
     """Count a job's rows. A row that was answered with other settings, weights or text is not done."""
     inputs, status = Inputs(job, shard), Status()
-    for document in watched(_documents(job, inputs, job_identity(job, remember=False)), inputs.documents, quiet):
+    for document in with_progress_bar(
+        _documents(job, inputs, job_identity(job, remember=False)), inputs.documents, quiet
+    ):
         status = document.added_to(status)
     return status
 
@@ -91,7 +93,7 @@ def plan_job(job: Job, quiet: bool = True, effort: Effort | None = None, shard: 
     counter = TokenCounter(prompts, inputs.documents, effort or Effort())
     hit_index = HitIndex(Store(job.cache.dir).contexts(identity))
     planner = _Planner(job, config, max_context(config, tokenizer), counter, hit_index)
-    for document in watched(_documents(job, inputs, identity), inputs.documents, quiet):
+    for document in with_progress_bar(_documents(job, inputs, identity), inputs.documents, quiet):
         planner.add(document)
     return planner.plan
 

@@ -1,23 +1,23 @@
-"""Which group of documents is handed to which worker next, and what becomes of one whose worker is lost.
+"""Leases: which group of documents goes to which worker next, and what happens to groups whose worker is lost.
 
-A group is handed out as a lease, which a worker either gives back answered or loses with its life. Knows groups, stores
-by their names and a clock; nothing of machines, models or what becomes of rows.
+A worker either returns a lease answered or loses it when it dies. This module knows stores by their names; it does not
+know machines, models or rows.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pipeline.errors import ModelProcessDied
-from pipeline.retry import DEATHS, named, twice_died
+from pipeline.run.quarantine import Quarantine, Verdict, name_documents, quarantine_error
 from pipeline.run.task import DocumentTask
 
-PATIENCE = 1.0  # seconds that a worker with nothing to do waits for documents whose prefixes are not elsewhere
-_LOOKAHEAD = 16  # groups among which there is a choice
+PATIENCE = 1.0  # seconds that an idle worker waits before it takes documents whose prefixes another worker has
+_LOOKAHEAD = 16  # groups from which a worker's next one is chosen
 _log = logging.getLogger(__name__)
 
 
@@ -25,12 +25,12 @@ _log = logging.getLogger(__name__)
 class Lease:
     """A group to be answered by one worker.
 
-    store: which has its prefixes, as far as is known. number: its worker's count of leases. is_recalled: its worker is
-    asked not to begin with it. is_suspect: a worker may have died of it, so the next has nothing else in hand, or the
-    blame might be another's.
+    store: the store that has its prefixes, if known. number: the worker's count of leases. is_recalled: the worker is
+    asked not to start it. is_suspect: a worker may have died of it, so the next worker gets it alone; otherwise another
+    lease might be blamed.
     """
 
-    group: list[DocumentTask]
+    tasks: list[DocumentTask]
     store: str | None = None
     number: int = 0
     is_recalled: bool = False
@@ -39,24 +39,26 @@ class Lease:
 
     @property
     def documents(self) -> tuple[str, ...]:
-        """The ids of the documents of which something is left to answer."""
-        return tuple(todo.document_id for todo in self.group if todo.open)
+        """The ids of the documents with open queries."""
+        return tuple(task.document_id for task in self.tasks if task.open_queries)
 
 
 class Leases:
     """The groups of a run as leases, in their order as far as stores and losses allow.
 
-    ``where`` names the store that has a group's prefixes, or None. Set ``stores`` to those that workers have.
+    find_store: returns the store that has a group's prefixes, or None. Set ``stores`` to the stores of living workers.
     """
 
-    def __init__(self, groups: Iterator[list[DocumentTask]], where: Callable[[list[DocumentTask]], str | None]) -> None:
-        self._groups, self._where = groups, where
+    def __init__(
+        self, groups: Iterator[list[DocumentTask]], find_store: Callable[[list[DocumentTask]], str | None]
+    ) -> None:
+        self._groups, self._find_store = groups, find_store
         self.stores: set[str] = set()
         self._waiting: deque[Lease] = deque()
-        self._done: deque[list[DocumentTask]] = deque()  # in which there is nothing left to answer
-        self._deaths: Counter[tuple[str, ...]] = Counter()
-        self._out = 0
-        self._is_over = False
+        self._done: deque[list[DocumentTask]] = deque()  # groups without open queries
+        self._quarantine = Quarantine()
+        self._leased = 0
+        self._is_exhausted = False
 
     @property
     def is_waiting(self) -> bool:
@@ -67,17 +69,17 @@ class Leases:
     @property
     def are_done(self) -> bool:
         """Whether all groups are answered."""
-        return not (self.is_waiting or self._out or self._done)
+        return not (self.is_waiting or self._leased or self._done)
 
-    def done(self) -> Iterator[list[DocumentTask]]:
-        """The groups of which nothing is left to answer, without a worker."""
+    def take_done(self) -> Iterator[list[DocumentTask]]:
+        """Yield the groups that need no worker, since they have no open queries."""
         self._fill(1)
         while self._done:
             yield self._done.popleft()
             self._fill(1)
 
     def take(self, store: str, is_idle: bool) -> Lease | None:
-        """The next for a worker of that store; one that is idle gets, after a while, what is better off elsewhere."""
+        """Return the next lease for a worker of a store. After a while an idle worker gets other stores' documents."""
         self._fill(_LOOKAHEAD)
         if not is_idle and any(lease.is_suspect for lease in self._waiting):
             return None
@@ -89,52 +91,52 @@ class Leases:
             lease = oldest if time.monotonic() - oldest.waiting_since > PATIENCE else None
         if lease is not None:
             self._waiting.remove(lease)
-            self._out += 1
+            self._leased += 1
         return lease
 
-    def look_again(self) -> None:
-        """More is known of where prefixes are."""
+    def find_stores(self) -> None:
+        """Look for the stores of waiting leases again, since more is known about stores now."""
         for lease in self._waiting:
-            lease.store = lease.store or self._where(lease.group)
+            lease.store = lease.store or self._find_store(lease.tasks)
 
-    def give_back(self, lease: Lease) -> None:
-        """It is answered."""
-        self._out -= 1
-        self._deaths.pop(lease.documents, None)
+    def complete(self, lease: Lease) -> None:
+        """Note that a lease is answered."""
+        self._leased -= 1
+        self._quarantine.forget(lease.documents)
 
     def lose(self, lease: Lease, store: str | None, cause: str | None) -> None:
-        """It was not answered, and its prefixes may be in ``store``; it is the next that is handed out.
+        """Note that a lease was not answered. It is the next that is handed out, unless it is quarantined.
 
-        cause: what happened to its worker where its documents may be to blame. Those in whose hands two workers died
-        are tried one by one, and one by itself ends as errors.
+        store: where its prefixes may be. cause: what happened to its worker, if its documents may be to blame; see
+        quarantine.py for what follows.
         """
-        self._out -= 1
+        self._leased -= 1
         documents = lease.documents
         lease.store, lease.waiting_since = store, time.monotonic()
-        if cause is not None:
-            self._deaths[documents] += 1
-            lease.is_suspect = True
-        if self._deaths[documents] < DEATHS:
+        verdict = self._quarantine.verdict(documents) if cause is None else self._quarantine.record_death(documents)
+        lease.is_suspect |= cause is not None
+        if verdict is Verdict.RETRY:
             self._waiting.appendleft(lease)
-        elif len(documents) > 1:
-            _log.warning("a worker %s, with %s in hand again; each is tried by itself", cause, named(documents))
+        elif verdict is Verdict.SEPARATE:
+            text = "a worker %s, with %s in hand again; each is tried by itself"
+            _log.warning(text, cause, name_documents(documents))
             self._waiting.extendleft(
-                Lease([todo], store, is_suspect=True) for todo in reversed(lease.group) if todo.open
+                Lease([task], store, is_suspect=True) for task in reversed(lease.tasks) if task.open_queries
             )
-            self._done.extend([todo] for todo in lease.group if not todo.open)
+            self._done.extend([task] for task in lease.tasks if not task.open_queries)
         else:
-            _log.warning("a worker %s, with %s in hand again; its rows become errors", cause, named(documents))
-            for todo in lease.group:
-                todo.fail(ModelProcessDied(twice_died(f"{cause}")))
-            self._done.append(lease.group)
+            text = "a worker %s, with %s in hand again; its rows become errors"
+            _log.warning(text, cause, name_documents(documents))
+            error = ModelProcessDied(quarantine_error(f"{cause}"))
+            self._done.append([replace(task, failed={**task.failed, **task.failures(error)}) for task in lease.tasks])
 
     def _fill(self, count: int) -> None:
-        """Have so many groups waiting, if there are; it ends early where one is done already."""
-        while len(self._waiting) < count and not self._done and not self._is_over:
-            group = next(self._groups, None)
-            if group is None:
-                self._is_over = True
-            elif any(todo.open for todo in group):
-                self._waiting.append(Lease(group, self._where(group)))
+        """Read groups until ``count`` leases wait, if there are as many. Stop at a group without open queries."""
+        while len(self._waiting) < count and not self._done and not self._is_exhausted:
+            tasks = next(self._groups, None)
+            if tasks is None:
+                self._is_exhausted = True
+            elif any(task.open_queries for task in tasks):
+                self._waiting.append(Lease(tasks, self._find_store(tasks)))
             else:
-                self._done.append(group)
+                self._done.append(tasks)

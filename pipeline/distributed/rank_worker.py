@@ -1,6 +1,6 @@
-"""A process that holds a part of a model, and does with it what the first rank does with its own.
+"""A rank that holds a part of a model and repeats the steps of the first rank with its part.
 
-It has a store of its own part's prefixes. It reads no documents, decides nothing, and writes no rows.
+It has its own store of its part's prefixes. It reads no documents and writes no rows.
 """
 
 from __future__ import annotations
@@ -13,96 +13,88 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from pipeline.cache.pins import Pins, output_digest
+from pipeline.cache.pins import Pins
 from pipeline.cache.store import open_store
 from pipeline.errors import Interrupted, JobError
 from pipeline.inputs.prompts import Renderer
 from pipeline.job.job import Job, Settings
 from pipeline.models.loading import load_model
 from pipeline.models.output_parser import OutputParser
-from pipeline.models.ranks import RankGroup, common_values, meet
-from pipeline.progress import Progress
-from pipeline.report import Report
-from pipeline.run.decode import Request, answer
+from pipeline.models.ranks import RankGroup, common_values, join_ranks
+from pipeline.run.context import RunContext
+from pipeline.run.decode import Request, generate_answers
 from pipeline.run.fingerprint import context_label, job_identity
-from pipeline.run.prefixes import Prefixes
+from pipeline.run.prefixes import PrefixProvider
 from turboquant import Prefix
 from turboquant.caches.prefix import make_resident
 
 
-def follow(job: Job) -> None:
-    """Do what the first rank says until it says that the run is over.
+def follow_first_rank(job: Job) -> None:
+    """Repeat the first rank's steps until it says that the run is over.
 
-    Raises JobError where this rank's job or model is another, PipelineError where it fails, or another rank.
+    Raises JobError if this rank's job or model differs from the first rank's, PipelineError if any rank fails.
     """
-    _heed_the_second_sigint()
-    ranks = meet(job.scale.ranks)
-    follower: Follower | None = None
-    while (said := ranks.broadcast()) is not None:
-        what, told = said
-        with ranks.failing_together(), suppress(Interrupted):  # as the first rank is then
-            if follower is None:
-                follower = Follower(job, ranks, **told)
-            elif what == "build":
-                follower.build(**told)
+    _exit_at_second_interrupt()
+    ranks = join_ranks(job.scale.ranks)
+    worker: RankWorker | None = None
+    while (message := ranks.broadcast()) is not None:
+        step, arguments = message
+        with ranks.failing_together(), suppress(Interrupted):  # all ranks are interrupted at the same point
+            if worker is None:
+                worker = RankWorker(job, ranks, **arguments)
+            elif step == "build":
+                worker.build(**arguments)
             else:
-                follower.answer(**told)
+                worker.answer(**arguments)
 
 
-class Follower:
-    """A rank's part of a job's model, with its store.
+class RankWorker:
+    """This rank's part of a job's model, and its store.
 
-    ground: the first rank's, which must be this one's too. schemas: those that answers may follow.
+    common: values that must equal the first rank's. schemas: the JSON schemas that answers may have to follow.
     """
 
-    def __init__(self, job: Job, ranks: RankGroup, ground: Mapping[str, str], schemas: Collection[str]) -> None:
-        own = job_identity(job)
-        for name, value in common_values(own).items():
-            if ground[name] != value:
+    def __init__(self, job: Job, ranks: RankGroup, common: Mapping[str, str], schemas: Collection[str]) -> None:
+        identity = job_identity(job)
+        for name, value in common_values(identity).items():
+            if common[name] != value:
                 raise JobError(
                     f"rank {ranks.rank}: its {name} is not the first rank's; give all the same job, model and versions"
                 )
-        self._job, self._ranks = job, ranks
-        self._loaded = load_model(job.model, job.revision, trust_remote_code=job.trust_remote_code, ranks=ranks)
-        self._reader = OutputParser(self._loaded.tokenizer, schemas)
+        own_identity = replace(identity, prefill=f"{identity.prefill} rank={ranks.rank}")
+        self._context = RunContext(job, own_identity, schemas, ranks=ranks)
+        self._model = load_model(job.model, job.revision, trust_remote_code=job.trust_remote_code, ranks=ranks)
+        self._parser = OutputParser(self._model.tokenizer, schemas)
+        store = open_store(job.cache, Pins(job.cache.dir).is_pinned)
         shared = Renderer(job.prompt).shared
-        self._prefixes = Prefixes(
-            job,
-            replace(own, prefill=f"{own.prefill} rank={ranks.rank}"),
-            self._loaded,
-            open_store(job.cache, Pins(job.cache.dir).is_pinned),
-            {"model": job.model, "output": output_digest(job.result_file)},
-            Progress(0, quiet=True),
-            Report(),
-            lambda: None,
-            context_label(shared) if shared else "",
-            ranks,
-        )
-        self._held: dict[str, list[Prefix]] = {}  # for answers to come
+        self._prefixes = PrefixProvider(self._context, self._model, store, context_label(shared) if shared else "")
+        self._waiting: dict[str, list[Prefix]] = {}  # prefixes that are still to be used, by key
 
     def build(self, key: str, document: str, context: Sequence[int], shared: int, label: str) -> None:
-        """Restore or build this rank's part of a prefix, which the first rank calls by its ``key``."""
+        """Restore or build this rank's part of a prefix. ``key`` is the first rank's name for it."""
         pieces = self._prefixes.cut(document, context, shared, label)
-        self._held.setdefault(key, []).append(self._prefixes.prefix(pieces))
+        self._waiting.setdefault(key, []).append(self._prefixes.get(pieces))
 
     def answer(self, prefixes: Sequence[str], requests: Sequence[Sequence[Any]]) -> None:
-        """Generate answers as the first rank does; each request says by number which of the prefixes it has."""
-        held = make_resident([self._take(key) for key in prefixes], self._job.cache.resident)
-        asked = [
-            Request(held[number], tokens, Settings(**settings | {"stop": tuple(settings["stop"])}), name)
+        """Decode as the first rank does. A request is (index into ``prefixes``, tokens, settings, name)."""
+        job = self._context.job
+        ready = make_resident([self._take(key) for key in prefixes], job.cache.resident)
+        decoded = [
+            Request(ready[number], tokens, Settings(**settings | {"stop": tuple(settings["stop"])}), name)
             for number, tokens, settings, name in requests
         ]
-        answer(self._loaded, asked, self._reader, self._job.generation.batch_size, ranks=self._ranks)
+        batch_size = job.generation.batch_size
+        generate_answers(self._model, decoded, self._parser, batch_size, ranks=self._context.ranks)
 
     def _take(self, key: str) -> Prefix:
-        held = self._held.pop(key)
-        if held[1:]:
-            self._held[key] = held[1:]
-        return held[0]
+        first, *others = self._waiting.pop(key)
+        if others:
+            self._waiting[key] = others
+        return first
 
 
-def _heed_the_second_sigint() -> None:
-    """The first rank stops at Ctrl-C, and says so; a second one ends this process, whatever it waits for."""
+def _exit_at_second_interrupt() -> None:
+    """Ignore the first Ctrl-C, since the first rank stops at it and says so. A second one ends this process."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
     def wait() -> None:

@@ -1,7 +1,6 @@
-"""A run on a Ray cluster: connects to it, runs the job with workers there, and lets it go.
+"""A run on a Ray cluster: connect to the cluster, run the job with workers there, disconnect.
 
-This process reads the inputs, hands out documents and writes the result; models are loaded by the workers alone. Knows
-addresses and how connecting fails; nothing of how a run is done.
+This process reads the inputs, gives documents to the workers and writes the result. Only the workers load models.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import socket
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -20,19 +18,19 @@ from typing import TYPE_CHECKING
 from pipeline.errors import JobError, RemoteError, one_line
 from pipeline.job.shards import Shard
 from pipeline.report import Report
-from pipeline.retry import OnFailure
+from pipeline.run.context import FailureOptions
 from pipeline.run.display import RunDisplay
-from pipeline.run.worker import Finished, Message, MessageObserver
+from pipeline.run.messages import Finished, Message, MessageObserver
 
 if TYPE_CHECKING:
     from pipeline.job.job import Job
 
 LOCAL, CLIENT = "ray", "ray://"
 SECONDS_TO_CONNECT = 10.0
-_CRASHED = "Starting Ray client server failed"  # as a child of the head does now and then, in gRPC behind a fork
-_OBJECT_STORE = 512 << 20  # bytes: only leases and answers pass through it
-# What Ray reads when it is imported. It would print dozens of lines of its own logs for each worker or node that is
-# lost, which the run's log says in one, and a warning of what another version is going to do.
+_CRASHED = "Starting Ray client server failed"  # sometimes gRPC crashes in a child that the head has forked
+_OBJECT_STORE = 512 << 20  # bytes; only leases and answers pass through it
+# Ray reads these variables when it is imported. Without them it prints dozens of lines for each lost worker, of which
+# the run's log says all that matters in one line, and a warning about a future version.
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS_SKIP_REGEX": ".*",
@@ -45,37 +43,37 @@ def run_on_ray(
     job: Job,
     address: str,
     quiet: bool = False,
-    on_failure: OnFailure | None = None,
+    on_failure: FailureOptions | None = None,
     metrics: Path | None = None,
     shard: Shard | None = None,
 ) -> Report:
-    """Run a job, or resume it, on the cluster at an address; the rest, and what is returned, is as of `supervise`.
+    """Run a job, or resume it, on the cluster at an address. Other arguments and the result are those of `supervise`.
 
-    Raises JobError where Ray is not installed, the address is none or the job's model is to be in several processes,
-    RemoteError where nothing answers there.
+    Raises JobError if Ray is not installed, the address is not valid, or the job's model needs several processes;
+    RemoteError if nothing answers at the address.
     """
     if job.scale.ranks > 1:
         raise JobError("scale.ranks: on a Ray cluster each worker holds the whole model; set it to 1")
     _check_address(address)
     name = f"{job.name} {shard}" if shard else job.name
-    with RunDisplay(name, quiet, metrics) as view, _connected(address):
+    with RunDisplay(name, quiet, metrics) as display, _connected(address):
         from pipeline.distributed.ray_executor import RayExecutor
         from pipeline.run.runner import Runner
 
         lock = Lock()
 
         def show(message: Message) -> None:
-            with lock:  # documents are done in another thread
-                view.show(message)
+            with lock:  # another thread says that documents are done
+                display.show(message)
 
-        runner = Runner(job, watch=partial(MessageObserver, show), on_failure=on_failure, shard=shard, crew=RayExecutor)
+        runner = Runner(job, MessageObserver(show), on_failure=on_failure, shard=shard, executor=RayExecutor)
         report = runner.run()
-        view.show(Finished(report))
+        display.show(Finished(report))
         return report
 
 
 def _check_address(address: str) -> None:
-    """Import Ray. Raises JobError where it is not installed, or an address is none that a run may be on."""
+    """Import Ray. Raises JobError if it is not installed or the address is not valid."""
     host, _, port = address.removeprefix(CLIENT).rpartition(":")
     if address != LOCAL and not (address.startswith(CLIENT) and host and port.isdecimal()):
         raise JobError(f"--on {address}: expected ray, or ray://HOST:PORT with the client port of a head, mostly 10001")
@@ -92,44 +90,44 @@ def _check_address(address: str) -> None:
 
 @contextmanager
 def _connected(address: str) -> Iterator[None]:
-    """While the block runs, Ray is connected; where the cluster was started for that, it ends too."""
+    """Connect to Ray while the block runs. A cluster that was started for the run ends with it."""
     import ray
 
-    there = os.environ.get("RAY_ADDRESS", "local") if address == LOCAL else address
-    _check_reachable(address, there)
+    target = os.environ.get("RAY_ADDRESS", "local") if address == LOCAL else address
+    _check_reachable(address, target)
     try:
-        _connect(address, there)
+        _connect(address, target)
         yield
     finally:
         ray.shutdown()
 
 
-def _connect(address: str, there: str) -> None:
+def _connect(address: str, target: str) -> None:
     import ray
 
-    options = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE} if there == "local" else {}
+    options = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE} if target == "local" else {}
     for tries_left in (1, 0):
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # it warns of what then is an error
-                ray.init(there, log_to_driver=False, logging_level=logging.ERROR, **options)
+                warnings.simplefilter("ignore")  # Ray warns of what it then raises
+                ray.init(target, log_to_driver=False, logging_level=logging.ERROR, **options)
             return
         except Exception as error:
             ray.shutdown()
-            told = f"--on {address}: no connection to Ray at {there}: {one_line(error)}"
+            message = f"--on {address}: no connection to Ray at {target}: {one_line(error)}"
             if not tries_left or _CRASHED not in str(error):
-                raise RemoteError(told) from error
-            _log.warning("%s; trying once more", told)
+                raise RemoteError(message) from error
+            _log.warning("%s; trying once more", message)
 
 
-def _check_reachable(address: str, there: str) -> None:
-    host, _, port = there.removeprefix(CLIENT).rpartition(":")
-    if not host:  # it is found by Ray, or started
+def _check_reachable(address: str, target: str) -> None:
+    host, _, port = target.removeprefix(CLIENT).rpartition(":")
+    if not host:  # Ray finds the cluster, or starts one
         return
     try:
         socket.create_connection((host, int(port)), SECONDS_TO_CONNECT).close()
     except (OSError, ValueError, OverflowError) as error:
         raise RemoteError(
-            f"--on {address}: nothing answers at {there} within {SECONDS_TO_CONNECT:g} s ({one_line(error)}); start "
+            f"--on {address}: nothing answers at {target} within {SECONDS_TO_CONNECT:g} s ({one_line(error)}); start "
             "the cluster with `ray start --head`, and see that this port of the head can be reached from here"
         ) from None

@@ -1,7 +1,6 @@
-"""Workers on a Ray cluster: how many its machines hold, what each asks for, and that lost ones are replaced.
+"""The pool of workers on a Ray cluster: how many the machines hold, what each asks for, and how lost ones are replaced.
 
-Each is an actor that is bound to a machine. Knows Ray's nodes and actors, and the job's ``scale``; nothing of what
-workers do.
+Each worker is a Ray actor that is bound to one machine.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import Any
 
@@ -19,22 +18,22 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.distributed.leases import Lease
-from pipeline.distributed.ray_worker import RayWorker
+from pipeline.distributed.ray_worker import RayWorker, WorkerReply
 from pipeline.errors import JobError, PipelineError
 from pipeline.job.job import Job, Scale
-from pipeline.report import Report, WorkerReport
-from pipeline.retry import DEATHS
+from pipeline.report import WorkerReport
+from pipeline.run.quarantine import MOST_DEATHS
 
+LEASES_PER_WORKER = 2  # one is answered while the other waits, so that the worker never waits
 _SECONDS_BETWEEN_LOOKS = 2.0
 _SECONDS_BETWEEN_WARNINGS = 30.0
-LEASES = 2  # of a worker: one at work, and one that waits, so that the worker never does
-_CALLS_AT_ONCE = LEASES + 2  # and what is said to a worker meanwhile
+_CALLS_AT_ONCE = LEASES_PER_WORKER + 2  # the leases, and calls to the worker meanwhile
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Machine:
-    """A node of the cluster: Ray's name of it, its host's, and its resources."""
+    """A node of the cluster: Ray's id for it, its host name, and its resources."""
 
     node: str
     host: str
@@ -43,10 +42,11 @@ class Machine:
 
 @dataclass(eq=False)
 class WorkerHandle:
-    """One worker, from outside. ``store``: its store's name, None until it is ready. ``leases``: the first is at work.
+    """The driver's view of one worker.
 
-    handed: how many leases it was given. report: what it had done when it last said something. since: when it was
-    ready, on the monotonic clock.
+    store: the name of its store, None until it is ready. leases: what it was given; it works on the first.
+    leases_given: how many it was ever given. prefill_seconds: as far as its replies tell. ready_since: on the monotonic
+    clock.
     """
 
     name: str
@@ -54,120 +54,138 @@ class WorkerHandle:
     actor: Any
     store: str | None = None
     leases: deque[Lease] = field(default_factory=deque)
-    handed: int = 0
-    report: Report = field(default_factory=Report)
-    about: WorkerReport = field(default_factory=lambda: WorkerReport("", 0, ""))
-    since: float = 0.0
+    leases_given: int = 0
+    report: WorkerReport = field(default_factory=lambda: WorkerReport("", 0, ""))
+    prefill_seconds: float = 0.0
+    ready_since: float = 0.0
 
     @property
     def has_room(self) -> bool:
-        """Whether it may be handed another lease."""
-        return len(self.leases) < LEASES and not (self.leases and self.leases[0].is_suspect)
+        """Whether it may be given another lease."""
+        return len(self.leases) < LEASES_PER_WORKER and not (self.leases and self.leases[0].is_suspect)
+
+    def count(self, reply: WorkerReply) -> None:
+        """Add what a reply says to the worker's report."""
+        results = reply.results or ()
+        seconds = max(time.monotonic() - self.ready_since, 1e-9)
+        documents = self.report.documents + len(results)
+        answers = self.report.answers + sum(len(result.rows) for result in results)
+        tokens = self.report.prefilled_tokens + reply.stats.prefilled_tokens
+        self.prefill_seconds += reply.stats.prefill_seconds
+        self.report = replace(
+            self.report,
+            documents=documents,
+            answers=answers,
+            prefilled_tokens=tokens,
+            documents_per_second=documents / seconds,
+            answers_per_second=answers / seconds,
+            prefill_tokens_per_second=tokens / max(self.prefill_seconds, 1e-9),
+        )
 
 
 class WorkerPool:
-    """The workers of one run, which end with it. ``members``: those that live, as far as is known, by name."""
+    """The workers of one run. ``workers``: those that live, as far as is known, by name."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self.members: dict[str, WorkerHandle] = {}
+        self.workers: dict[str, WorkerHandle] = {}
         self._numbers = count(1)
-        self._failures: Counter[str] = Counter()  # of starts, by node
+        self._failed_starts: Counter[str] = Counter()  # by node
         self._last_look = float("-inf")
-        self._last_ready = time.monotonic()  # when somebody was, or a warning said that nobody is
+        self._last_ready = time.monotonic()  # when a worker was ready, or a warning said that none is
 
-    def look(self) -> list[WorkerHandle]:
-        """Start workers where there is room, and return those; now and then it really looks.
+    def start_missing(self) -> list[WorkerHandle]:
+        """Start workers where there is room, and return the new ones. The cluster is looked at every two seconds.
 
-        Raises JobError where no machine has what a worker asks for, PipelineError where none can be started.
+        Raises JobError if no machine has what a worker asks for, PipelineError if no worker can be started.
         """
         now = time.monotonic()
         if now - self._last_look < _SECONDS_BETWEEN_LOOKS:
             return []
         is_first, self._last_look = self._last_look < 0, now
-        if any(member.store is not None for member in self.members.values()):
+        if any(worker.store is not None for worker in self.workers.values()):
             self._last_ready = now
-        there = machines()
+        alive = machines()
         started = [
             self._start(machine, options)
-            for machine, options in wanted(self._job.scale, there)
-            if self._failures[machine.node] < DEATHS
+            for machine, options in workers_by_machine(self._job.scale, alive)
+            if self._failed_starts[machine.node] < MOST_DEATHS
             for _ in range(self._missing(machine, options.pop("workers")))
         ]
-        self._explain(there, is_first, now)
+        self._check_progress(alive, is_first, now)
         return started
 
-    def lose(self, member: WorkerHandle) -> bool:
-        """It is dead, or as good as that; whether its machine is still there."""
-        self.members.pop(member.name, None)
+    def remove(self, worker: WorkerHandle) -> bool:
+        """Remove a dead worker and return whether its machine is still alive."""
+        self.workers.pop(worker.name, None)
         with suppress(Exception):
-            ray.kill(member.actor)
-        is_there = any(machine.node == member.machine.node for machine in machines())
-        if member.store is None and is_there:
-            self._failures[member.machine.node] += 1
+            ray.kill(worker.actor)
+        is_machine_alive = any(machine.node == worker.machine.node for machine in machines())
+        if worker.store is None and is_machine_alive:
+            self._failed_starts[worker.machine.node] += 1
         self._last_look = 0.0
-        return is_there
+        return is_machine_alive
 
-    def is_ready(self, member: WorkerHandle) -> None:
-        """It has started."""
-        self._failures.pop(member.machine.node, None)
+    def has_started(self, worker: WorkerHandle) -> None:
+        """Note that a worker is ready."""
+        self._failed_starts.pop(worker.machine.node, None)
 
     def _missing(self, machine: Machine, workers: int) -> int:
-        there = sum(member.machine.node == machine.node for member in self.members.values())
+        running = sum(worker.machine.node == machine.node for worker in self.workers.values())
         most = self._job.scale.workers
-        return max(0, min(workers - there, workers if most is None else most - len(self.members)))
+        return max(0, min(workers - running, workers if most is None else most - len(self.workers)))
 
     def _start(self, machine: Machine, options: Mapping[str, Any]) -> WorkerHandle:
-        placed = NodeAffinitySchedulingStrategy(machine.node, soft=False)
-        actor = ray.remote(RayWorker).options(**options, max_concurrency=_CALLS_AT_ONCE, scheduling_strategy=placed)
+        placement = NodeAffinitySchedulingStrategy(machine.node, soft=False)
+        actor = ray.remote(RayWorker).options(**options, max_concurrency=_CALLS_AT_ONCE, scheduling_strategy=placement)
         name = f"{machine.host}/{next(self._numbers)}"
         level = logging.getLogger("pipeline").getEffectiveLevel()
-        self.members[name] = WorkerHandle(name, machine, actor.remote(self._job, level))
+        self.workers[name] = WorkerHandle(name, machine, actor.remote(self._job, level))
         _log.debug("worker %s is started", name)
-        return self.members[name]
+        return self.workers[name]
 
-    def _explain(self, there: list[Machine], is_first: bool, now: float) -> None:
-        """Say that nobody works for a while, or raise why where waiting is no use."""
-        failed = [machine.host for machine in there if self._failures[machine.node] >= DEATHS]
-        if failed and not self.members:
+    def _check_progress(self, alive: list[Machine], is_first: bool, now: float) -> None:
+        """Warn if no worker is ready for a while. Raise an error if waiting is of no use."""
+        failed = [machine.host for machine in alive if self._failed_starts[machine.node] >= MOST_DEATHS]
+        if failed and not self.workers:
             raise PipelineError(
                 f"the model's process died on {failed[0]}, twice, before a document was in hand, most likely while the "
                 "model was loaded; what was committed is kept, and the same command resumes"
             )
-        if is_first and not self.members:
-            raise JobError(f"scale: none of the cluster's {len(there):,} machines has what a worker asks for")
+        if is_first and not self.workers:
+            raise JobError(f"scale: none of the cluster's {len(alive):,} machines has what a worker asks for")
         if now - self._last_ready > _SECONDS_BETWEEN_WARNINGS:
             self._last_ready = now
-            waiting = f"{len(self.members):,} load the model, or wait for room" if self.members else "machines may join"
+            waiting = f"{len(self.workers):,} load the model, or wait for room" if self.workers else "machines may join"
             _log.warning("no worker is ready: %s in the cluster", waiting)
 
 
 def machines() -> list[Machine]:
-    """The cluster's machines that are alive."""
+    """Return the cluster's machines that are alive."""
     return [
         Machine(node["NodeID"], node["NodeManagerHostname"], node["Resources"]) for node in ray.nodes() if node["Alive"]
     ]
 
 
-def wanted(scale: Scale, there: list[Machine]) -> list[tuple[Machine, dict[str, Any]]]:
-    """For each machine that holds workers, how many, as ``workers``, and Ray's options of what each asks for.
+def workers_by_machine(scale: Scale, alive: list[Machine]) -> list[tuple[Machine, dict[str, Any]]]:
+    """Return the machines that hold workers: how many, as ``workers``, and Ray's options for each worker.
 
     >>> mac = Machine("1", "mac", {"CPU": 10.0, "mac": 1.0})
-    >>> wanted(Scale(), [mac])[0][1]
+    >>> workers_by_machine(Scale(), [mac])[0][1]
     {'workers': 1, 'num_cpus': 10, 'num_gpus': 0, 'resources': {}}
-    >>> wanted(Scale(num_cpus=4), [mac])[0][1]["workers"]
+    >>> workers_by_machine(Scale(num_cpus=4), [mac])[0][1]["workers"]
     2
     """
     gpus = scale.num_gpus
     if gpus is None:
-        gpus = 1 if any(machine.resources.get("GPU") for machine in there) else 0
-    asked = (
+        gpus = 1 if any(machine.resources.get("GPU") for machine in alive) else 0
+    needed = (
         dict(scale.resources) | ({"GPU": gpus} if gpus else {}) | ({"CPU": scale.num_cpus} if scale.num_cpus else {})
     )
     found: list[tuple[Machine, dict[str, Any]]] = []
-    for machine in there:
+    for machine in alive:
         has = machine.resources
-        room = [int(has.get(name, 0) / amount + 1e-9) for name, amount in asked.items()]
+        room = [int(has.get(name, 0) / amount + 1e-9) for name, amount in needed.items()]
         workers = min(room, default=1) if has.get("CPU") else 0
         if workers:
             cpus = scale.num_cpus or max(1, int(has["CPU"]) // workers)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import fsspec
 
 from pipeline.errors import JobError, PipelineError, RemoteError, one_line
-from pipeline.retry import retried
+from pipeline.retry import attempts
 
 RETRIES = 3
 _BLOCK_BYTES, _BLOCKS = 4 << 20, 8  # of a file that is read, in memory
@@ -131,22 +131,22 @@ def _patiently(url: str, call: Callable[[], _Result], retries: int = RETRIES) ->
     FileNotFoundError, ImportError, JobError and RemoteError.
     """
 
-    def attempt() -> _Result:
-        try:
-            return call()
-        except (FileNotFoundError, ImportError, PipelineError):
-            raise
-        except Exception as error:
-            if _is_refusal(error):
-                told = f"{url}: access is refused: {one_line(error)}"
-                raise JobError(f"{told}; set credentials, as for the other tools of where it is") from error
-            if isinstance(error, ValueError | TypeError | NotImplementedError):
-                raise JobError(f"{url}: cannot be used: {one_line(error)}") from error
-            raise RemoteError(
-                f"{url}: cannot be reached: {one_line(error)}; when the network is back, the same command goes on"
-            ) from error
-
-    return retried(attempt, retries, lambda: None)
+    for attempt in attempts(retries, lambda: None):
+        with attempt:
+            try:
+                return call()
+            except (FileNotFoundError, ImportError, PipelineError):
+                raise
+            except Exception as error:
+                if _is_refusal(error):
+                    message = f"{url}: access is refused: {one_line(error)}"
+                    raise JobError(f"{message}; set credentials, as for the other tools of where it is") from error
+                if isinstance(error, ValueError | TypeError | NotImplementedError):
+                    raise JobError(f"{url}: cannot be used: {one_line(error)}") from error
+                raise RemoteError(
+                    f"{url}: cannot be reached: {one_line(error)}; when the network is back, the same command goes on"
+                ) from error
+    raise AssertionError("the last attempt returns or raises")
 
 
 def _is_refusal(error: Exception) -> bool:

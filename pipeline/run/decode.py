@@ -1,7 +1,6 @@
-"""Answers: many queries, on one prefix or several, decoded together by mlx-lm's BatchGenerator.
+"""Decoding: many queries, on one prefix or several, decoded together by mlx-lm's BatchGenerator.
 
-Knows a loaded model, prefixes and tokens; not documents, files or what becomes of an answer. Every row is a fork of
-its prefix. A row's samples depend on its own seed alone, never on the rows beside it.
+Every row is a fork of its prefix. The samples of a row depend on its own seed, never on the rows beside it.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ Sampler = Callable[[mx.array], mx.array]
 
 @dataclass(frozen=True)
 class Request:
-    """One query: its prefix; the tokens behind it, at least one; settings; and a name that its seed is mixed with."""
+    """One query to decode: its prefix, the tokens behind it (at least one), its settings, and a name for its seed."""
 
     prefix: Prefix
     tokens: list[int]
@@ -33,18 +32,21 @@ class Request:
     name: str
 
 
-def answer(
+def generate_answers(
     loaded: LoadedModel,
     requests: Sequence[Request],
-    reader: OutputParser,
+    parser: OutputParser,
     batch_size: int,
     on_answer: Callable[[], None] = lambda: None,
     ranks: RankGroup = SINGLE,
 ) -> list[Answer]:
-    """Answer all requests, ``batch_size`` rows at a time, rows joining as others leave; in the requests' order.
+    """Decode all requests and return their answers in the same order.
 
-    ranks: those that hold the model between them, and do this all at once.
+    batch_size: rows decoded together; a row joins as another leaves. on_answer: called for each finished answer.
+    ranks: the processes that hold the model together; all of them call this at the same time.
     """
+    rows = [parser.start_row(request.tokens, request.settings) for request in requests]
+    samplers = [make_sampler(request.settings, request.name) for request in requests]
     with enabled(loaded.model):
         generator = BatchGenerator(
             loaded.model,
@@ -54,23 +56,42 @@ def answer(
             prefill_batch_size=batch_size,
         )
         try:
-            answers = _generate(generator, reader, requests, on_answer, ranks)
-            ranks.synchronize(generator.stream)  # where a step begun for nobody is under way
-            return answers
+            uids = generator.insert(
+                [list(request.tokens) for request in requests],
+                max_tokens=[request.settings.max_tokens for request in requests],
+                caches=[request.prefix.fork() for request in requests],
+                samplers=[sampler and ranks.first_ranks_sampler(sampler) for sampler in samplers],
+                logits_processors=[[row.constraint] if row.constraint else [] for row in rows],
+            )
+            row_by_uid = dict(zip(uids, rows, strict=True))
+            answers: dict[int, Answer] = {}
+            while len(answers) < len(uids):
+                for response in generator.next_generated():
+                    uid, reason = response.uid, response.finish_reason
+                    if reason != "stop" and row_by_uid[uid].add(response.token):
+                        if reason is None:
+                            with mx.stream(generator.stream):
+                                generator.remove([uid])
+                        reason = "stop"
+                    if reason is not None:
+                        answers[uid] = row_by_uid[uid].answer(reason)
+                        on_answer()
+            ranks.synchronize(generator.stream)  # a step that no row needs may still be running
+            return [answers[uid] for uid in uids]
         finally:
             wait_on_gpu(generator.stream)
             generator.close()
 
 
 def row_name(document_id: str, query_id: str) -> str:
-    """The name of a row, of which its seed is made."""
+    """Return the name of a row, from which the seed of its samples is made."""
     return f"{document_id}\0{query_id}"
 
 
 def make_sampler(settings: Settings, name: str) -> Sampler | None:
-    """Samples the next token of the row of that name from its log-probabilities, (1, vocabulary).
+    """Return a sampler of the next token from log-probabilities (1, vocabulary), or None for greedy decoding.
 
-    None for greedy decoding, which BatchGenerator then does for all rows at once.
+    BatchGenerator decodes all greedy rows at once. name: of the row; it is mixed with the seed.
     """
     if settings.temperature == 0:
         return None
@@ -85,35 +106,3 @@ def make_sampler(settings: Settings, name: str) -> Sampler | None:
         return mx.random.categorical(logprobs / settings.temperature, key=now)
 
     return sample
-
-
-def _generate(
-    generator: BatchGenerator,
-    reader: OutputParser,
-    requests: Sequence[Request],
-    on_answer: Callable[[], None],
-    ranks: RankGroup,
-) -> list[Answer]:
-    readings = [reader.start_row(request.tokens, request.settings) for request in requests]
-    samplers = [make_sampler(request.settings, request.name) for request in requests]
-    numbers = generator.insert(
-        [list(request.tokens) for request in requests],
-        max_tokens=[request.settings.max_tokens for request in requests],
-        caches=[request.prefix.fork() for request in requests],
-        samplers=[sampler and ranks.first_ranks_sampler(sampler) for sampler in samplers],
-        logits_processors=[[reading.constraint] if reading.constraint else [] for reading in readings],
-    )
-    rows = dict(zip(numbers, readings, strict=True))
-    answers: dict[int, Answer] = {}
-    while len(answers) < len(numbers):
-        for response in generator.next_generated():
-            number, reason = response.uid, response.finish_reason
-            if reason != "stop" and rows[number].add(response.token):
-                if reason is None:
-                    with mx.stream(generator.stream):
-                        generator.remove([number])
-                reason = "stop"
-            if reason is not None:
-                answers[number] = rows[number].answer(reason)
-                on_answer()
-    return [answers[number] for number in numbers]

@@ -1,206 +1,322 @@
-"""What is slow to load and needed only where there is something to answer: model, tokenizer and store.
+"""The engine answers groups of documents with one loaded model: tokenise, restore or prefill, decode.
 
-Knows how a document becomes tokens, a prefix and answers; not what becomes of those.
+It is the same in the process of a local run and in a worker on another machine. It does not know where tasks come from
+or what happens to results.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
-from pipeline.cache.pins import output_digest
 from pipeline.cache.store import Store
 from pipeline.errors import ContextTooLong, GenerationFailed, RowError, one_line
-from pipeline.inputs.prompts import PromptTokenizer, Rendered
+from pipeline.inputs.prompts import PromptTokenizer, Rendered, Renderer
 from pipeline.inputs.windows import WindowCutter, combined
-from pipeline.job.job import Job, Query
+from pipeline.job.job import Query
 from pipeline.models.loading import LoadedModel, load_model, max_context
-from pipeline.models.output_parser import OutputParser
-from pipeline.models.ranks import common_values, meet
-from pipeline.progress import RunObserver
-from pipeline.report import Report
-from pipeline.run.decode import Request, answer, row_name
-from pipeline.run.fingerprint import cache_codec, context_label
-from pipeline.run.prefill import warn_of_uncompressed_layers
-from pipeline.run.prefixes import Prefixes
-from pipeline.run.task import DocumentTask, Tokenised
+from pipeline.models.output_parser import Answer, OutputParser
+from pipeline.models.ranks import common_values
+from pipeline.output.rows import Row
+from pipeline.report import WorkStats
+from pipeline.retry import attempts
+from pipeline.run.context import RunContext
+from pipeline.run.decode import Request, generate_answers, row_name
+from pipeline.run.fingerprint import context_label
+from pipeline.run.prefixes import Piece, PrefixProvider, Restored
+from pipeline.run.task import DocumentTask, TaskResult, error_row
 from turboquant import Prefix
 from turboquant.caches.prefix import make_resident
-from turboquant.io.identity import Identity
 from turboquant.kernels.programs import summary as kernel_origins
+from turboquant.mlx_lm.families import explain
 from turboquant.runtime.blas import blas_in_use
 
 _log = logging.getLogger(__name__)
 
 
-class Engine:
-    """A job's model and store, loaded.
+@dataclass
+class PreparedPrompt:
+    """One context in tokens, and the queries that are asked of it: a whole document, a window of one, or the answers on
+    its windows.
 
-    shared: what all documents have in common. schemas: those that answers may follow. check: raises Interrupted where
-    the user asked to stop. Where other processes hold the model too, this is the first of them, and the others do with
-    their parts what it does.
+    suffixes: tokens behind the context, by query id. rows: results so far, by query id; only the engine adds to them.
     """
 
-    def __init__(
-        self,
-        job: Job,
-        identity: Identity,
-        store: Store,
-        shared: Rendered | None,
-        schemas: Collection[str],
-        progress: RunObserver,
-        report: Report,
-        check: Callable[[], None],
-    ) -> None:
+    task: DocumentTask
+    queries: Sequence[Query]
+    context: Sequence[int] = ()
+    suffixes: dict[str, list[int]] = field(default_factory=dict)
+    pieces: Sequence[Piece] = ()
+    restored: Restored | None = None
+    rows: dict[str, Row] = field(default_factory=dict)
+
+    @property
+    def open_queries(self) -> list[Query]:
+        """The queries without a row."""
+        return [query for query in self.queries if query.id not in self.rows]
+
+    def row(self, query: Query) -> Row:
+        """Return the row of a query without an answer."""
+        row = self.task.row(query)
+        if query.id not in self.suffixes:
+            return row
+        return replace(row, context_tokens=len(self.context), query_tokens=len(self.suffixes[query.id]))
+
+    def fail(self, error: RowError, queries: Sequence[Query] | None = None) -> None:
+        """Make error rows for queries, by default for all open ones."""
+        for query in self.open_queries if queries is None else queries:
+            self.rows[query.id] = error_row(self.row(query), error)
+
+    def accept(self, query: Query, answer: Answer) -> None:
+        """Make the row of a query from its answer."""
+        if answer.failure is not None:
+            self.fail(answer.failure, [query])
+            return
+        self.rows[query.id] = replace(
+            self.row(query),
+            answer=answer.text,
+            answer_json=answer.text if query.json_schema else None,
+            thinking=answer.thinking,
+            finish_reason=answer.finish_reason,
+            answer_tokens=answer.tokens,
+        )
+
+
+@dataclass
+class PreparedTask:
+    """A task whose prompts are tokenised: one prompt, several windows, or none if nothing is open.
+
+    combined: for each query of a document read in windows, the prompt that combines the answers on the windows.
+    """
+
+    task: DocumentTask
+    prompts: Sequence[PreparedPrompt] = ()
+    truncated: bool = False
+    rows: dict[str, Row] = field(default_factory=dict)
+    combined: Sequence[PreparedPrompt] = ()
+
+    @property
+    def is_split(self) -> bool:
+        """Whether the document is read in windows."""
+        return len(self.prompts) > 1
+
+    def result(self, shared_label: str) -> TaskResult:
+        """Return the result. shared_label: label of segments that other documents use too."""
+        rows = {**self.task.failed, **self.rows}
+        if self.prompts and not self.is_split:
+            rows |= self.prompts[0].rows
+        pieces = [piece for prompt in (*self.prompts, *self.combined) for piece in prompt.pieces]
+        own_keys = frozenset(piece.key for piece in pieces if piece.about["label"] != shared_label)
+        return TaskResult(rows, self.truncated, self.is_split, own_keys)
+
+
+class Engine:
+    """A job's model and store, loaded. ``stats`` of the work are taken with ``take_stats``.
+
+    With several ranks, this is the first of them; the other ranks repeat its steps with their parts of the model (see
+    rank_worker.py).
+    """
+
+    def __init__(self, context: RunContext, store: Store) -> None:
         if hint := blas_in_use().hint:
             _log.warning("MLX computes with a slow BLAS here: %s", hint)
-        self._job, self._report = job, report
-        self._ranks = meet(job.scale.ranks)
-        with self._ranks.step("begin", {"ground": common_values(identity), "schemas": sorted(schemas)}):
+        job = context.job
+        self._context, self._job, self._ranks = context, job, context.ranks
+        begin = {"common": common_values(context.identity), "schemas": sorted(context.schemas)}
+        with self._ranks.step("begin", begin):
             self._model: LoadedModel = load_model(
-                job.model, job.revision, job.adapter, job.trust_remote_code, self._ranks, cache_codec(job.cache)
+                job.model, job.revision, job.adapter, job.trust_remote_code, self._ranks
             )
-        self._fitting = WindowCutter(job)
+        self._window_cutter = WindowCutter(job)
         self._tokenizer = PromptTokenizer(self._model.tokenizer, bool(job.generation.thinking))
-        self._reader = OutputParser(self._model.tokenizer, schemas)
+        self._parser = OutputParser(self._model.tokenizer, context.schemas)
         self._limit = max_context(self._model.config, self._model.tokenizer)
         if job.prompt.system and self._tokenizer.folds_system:
             _log.warning("the chat template takes no system text: it is put before the document in the user's message")
-        warn_of_uncompressed_layers(self._model.model)
-        self._shared = self._tokenizer.shared_tokens(shared) if shared else []
-        about = {"model": job.model, "output": output_digest(job.result_file)}
-        shared_label = context_label(shared) if shared else ""
+        if message := explain(self._model.model).message:
+            _log.warning("%s", message)
+        shared = Renderer(job.prompt).shared
+        self._shared_tokens = self._tokenizer.shared_tokens(shared) if shared else []
         self.store = store
-        self._prefixes = Prefixes(
-            job, identity, self._model, store, about, progress, report, check, shared_label, self._ranks
-        )
+        self._prefixes = PrefixProvider(context, self._model, store, context_label(shared) if shared else "")
+        self._rows_shown = 0  # rows of the current group that the observer counts already
 
-    def make_ready(self, todo: DocumentTask) -> None:
-        """Tokenise a document's prompts, and restore what the store has of its prefix; from any thread, once.
+    def take_stats(self) -> WorkStats:
+        """Return the statistics of the work since the last call."""
+        stats, self._prefixes.stats = self._prefixes.stats, WorkStats()
+        return stats
 
-        One that is to be read in windows gets those. Queries that cannot be answered fail.
+    # ---- before a group's turn, in another thread
+
+    def prepare(self, task: DocumentTask) -> PreparedTask:
+        """Tokenise a task's prompts and restore what the store has of its prefix. May be called by any thread.
+
+        A document that is too long becomes windows, if the job says so. Queries that cannot be answered fail.
         """
-        if todo.rendered is None or todo.tokenised is not None or todo.windows or not todo.open:
-            return
+        prepared = PreparedTask(task)
+        if task.rendered is None or not task.open_queries:
+            return prepared
         try:
-            windows = self._fitting.windows(todo.document, todo.rendered, self._tokenizer, self._limit)
+            windows = self._window_cutter.windows(task.document, task.rendered, self._tokenizer, self._limit)
         except RowError as error:
-            todo.fail(error)
-            return
-        if len(windows) > 1:
-            todo.windows = [self._part(todo, window, todo.open) for window in windows]
-            todo.split = True
-            return
-        todo.truncated = windows[0] is not todo.rendered
-        tokenised = self._tokenise(todo, windows[0])
-        if tokenised is not None and todo.open:
-            tokenised.restored = self._prefixes.restore(tokenised.pieces)
+            prepared.rows |= task.failures(error)
+            return prepared
+        prepared.prompts = [self._tokenise(task, window, task.open_queries) for window in windows]
+        if not prepared.is_split:
+            (prompt,) = prepared.prompts
+            prepared.truncated = windows[0] is not task.rendered
+            if prompt.open_queries:
+                prompt.restored = self._prefixes.restore(prompt.pieces)
+        return prepared
 
-    def combine(self, todo: DocumentTask) -> list[DocumentTask]:
-        """What is asked of the answers on a document's windows, query by query; one that failed on a window fails."""
-        parts: list[DocumentTask] = []
-        for query in todo.open:
-            rows = [window.rows[query.id] for window in todo.windows]
+    def _tokenise(self, task: DocumentTask, rendered: Rendered, queries: Sequence[Query]) -> PreparedPrompt:
+        prompt, document = PreparedPrompt(task, queries), task.document
+        try:
+            tokens = self._tokenizer.tokenise(rendered, [query.text for query in document.queries])
+        except RowError as error:
+            prompt.fail(error)
+            return prompt
+        prompt.context = tokens.context
+        prompt.suffixes = dict(zip([query.id for query in document.queries], tokens.suffixes, strict=True))
+        prompt.pieces = self._prefixes.cut(document.id, tokens.context, self._shared_length(tokens.context), task.label)
+        for query in prompt.open_queries:
+            suffix, longest = prompt.suffixes[query.id], query.settings(self._job.generation).max_tokens
+            if refusal := too_long(len(tokens.context), len(suffix), longest, self._limit):
+                prompt.fail(refusal, [query])
+        return prompt
+
+    def _shared_length(self, context: Sequence[int]) -> int:
+        """Return how many of a context's first tokens all documents have."""
+        shared = self._shared_tokens
+        return len(shared) if context[: len(shared)] == shared else 0
+
+    # ---- a group's turn
+
+    def answer(self, group: Sequence[PreparedTask]) -> list[TaskResult]:
+        """Answer all open queries of a group of documents. A row that fails becomes an error row.
+
+        Raises Interrupted, and DiskFull if there is no room on the disk.
+        """
+        observer, ready = self._context.observer, []
+        self._rows_shown = 0
+        for prepared in group:
+            if not prepared.task.open_queries:
+                continue
+            observer.documents_started([prepared.task.document_id])
+            if prepared.is_split:
+                self._answer_windows(prepared)
+            elif prepared.prompts and prepared.prompts[0].open_queries:
+                ready += self._with_prefix(prepared.prompts[0])
+        self._decode(ready, self._show_row)
+        self._prefixes.wait_until_stored()
+        results = [prepared.result(self._prefixes.shared_label) for prepared in group]
+        observer.rows_done(sum(len(result.rows) for result in results) - self._rows_shown)
+        return results
+
+    def _answer_windows(self, prepared: PreparedTask) -> None:
+        """Answer each query on each window, then once more from its answers on all windows."""
+        for window in prepared.prompts:
+            self._context.observer.documents_started([prepared.task.document_id])
+            if window.open_queries:
+                self._decode(self._with_prefix(window), lambda: None)
+        prepared.combined = self._combine(prepared)
+        self._decode([each for part in prepared.combined for each in self._with_prefix(part)], self._show_row)
+        tokens = sum(len(window.context) for window in prepared.prompts)
+        for part in prepared.combined:
+            prepared.rows |= {query_id: replace(row, context_tokens=tokens) for query_id, row in part.rows.items()}
+
+    def _combine(self, prepared: PreparedTask) -> list[PreparedPrompt]:
+        """Return the prompts that combine the answers on windows. A query that failed on a window fails."""
+        task, parts = prepared.task, []
+        for query in task.open_queries:
+            rows = [window.rows[query.id] for window in prepared.prompts]
             failed = next((number for number, row in enumerate(rows) if row.status == "error"), None)
             if failed is not None:
-                told = f"window {failed + 1} of {len(rows)}: {rows[failed].error}"
-                todo.rows[query.id] = replace(rows[failed], error=told)
-            elif todo.rendered is not None:
-                asked = combined(todo.rendered, [row.answer or "" for row in rows])
-                parts.append(self._part(todo, asked, [query]))
+                error = f"window {failed + 1} of {len(rows)}: {rows[failed].error}"
+                prepared.rows[query.id] = replace(rows[failed], error=error)
+            elif task.rendered is not None:
+                answers = combined(task.rendered, [row.answer or "" for row in rows])
+                parts.append(self._tokenise(task, answers, [query]))
         return parts
 
-    def _part(self, todo: DocumentTask, rendered: Rendered, queries: Sequence[Query]) -> DocumentTask:
-        """A part of what is to be done for a document, ready to be answered."""
-        part = DocumentTask(todo.document, rendered, queries, fingerprints=todo.fingerprints, label=todo.label)
-        self._tokenise(part, rendered)
-        return part
-
-    def _tokenise(self, todo: DocumentTask, rendered: Rendered) -> Tokenised | None:
-        queries = todo.document.queries
+    def _with_prefix(self, prompt: PreparedPrompt) -> list[tuple[PreparedPrompt, Prefix]]:
+        """Return the prompt with its prefix, restored or built; nothing if that fails."""
+        if not prompt.open_queries:
+            return []
+        restored, prompt.restored = prompt.restored, None
+        build = {
+            "key": prompt.pieces[-1].key,
+            "document": prompt.task.document_id,
+            "context": prompt.context,
+            "shared": self._shared_length(prompt.context),
+            "label": prompt.task.label,
+        }
         try:
-            tokens = self._tokenizer.tokenise(rendered, [query.text for query in queries])
+            for attempt in attempts(self._job.retries, self._context.check):
+                with attempt, self._ranks.step("build", build):
+                    return [(prompt, self._prefixes.get(prompt.pieces, restored))]
         except RowError as error:
-            todo.fail(error)
-            return None
-        context, ids = tokens.context, [query.id for query in queries]
-        pieces = self._prefixes.cut(todo.document_id, context, self._common(context), todo.label)
-        tokenised = todo.tokenised = Tokenised(context, dict(zip(ids, tokens.suffixes, strict=True)), pieces)
-        for query in todo.open:
-            suffix, longest = tokenised.suffixes[query.id], query.settings(self._job.generation).max_tokens
-            if refused := too_long(len(context), len(suffix), longest, self._limit):
-                todo.fail(refused, [query])
-        return tokenised
+            prompt.fail(error)
+        return []
 
-    def _common(self, context: Sequence[int]) -> int:
-        """How many of a context's first tokens all documents have."""
-        return len(self._shared) if context[: len(self._shared)] == self._shared else 0
-
-    def prefix(self, todo: DocumentTask) -> Prefix:
-        """The prefix of a document that is ready. Raises GenerationFailed or DiskFull."""
-        tokenised = todo.tokenised
-        assert tokenised is not None
-        with self._ranks.step(
-            "build",
-            {
-                "key": tokenised.pieces[-1].key,
-                "document": todo.document_id,
-                "context": tokenised.context,
-                "shared": self._common(tokenised.context),
-                "label": todo.label,
-            },
-        ):
-            prefix = self._prefixes.prefix(tokenised.pieces, tokenised.restored)
-        tokenised.restored = ()
-        return prefix
-
-    def settle(self) -> None:
-        """Wait until the prefixes that were built are stored. Raises DiskFull where there is no room for them."""
-        self._prefixes.settle()
-
-    def own_keys(self, todo: DocumentTask) -> set[str]:
-        """The segments that are the document's alone."""
-        tokenised = (each.tokenised for each in (todo, *todo.windows, *todo.combined))
-        pieces = (piece for each in tokenised if each is not None for piece in each.pieces)
-        return {piece.key for piece in pieces if piece.about["label"] != self._prefixes.shared_label}
-
-    def answer(self, ready: Sequence[tuple[DocumentTask, Prefix]], on_answer: Callable[[], None]) -> None:
-        """Answer all open queries of documents together, into their rows. Raises GenerationFailed."""
-        prefixes = make_resident([prefix for _, prefix in ready], self._job.cache.resident)
-        requests: list[Request] = []
-        told: list[tuple[int, list[int], dict[str, object], str]] = []  # of the requests, to the other ranks
-        asked: list[tuple[DocumentTask, Query]] = []
-        keys: list[str] = []
-        for number, (todo, _) in enumerate(ready):
-            assert todo.tokenised is not None
-            keys.append(todo.tokenised.pieces[-1].key)
-            for query in todo.open:
-                suffix, settings = todo.tokenised.suffixes[query.id], query.settings(self._job.generation)
-                name = row_name(todo.document_id, query.id)
-                requests.append(Request(prefixes[number], suffix, settings, name))
-                told.append((number, suffix, vars(settings), name))
-                asked.append((todo, query))
-        size = self._job.generation.batch_size
+    def _decode(self, ready: Sequence[tuple[PreparedPrompt, Prefix]], on_row: Callable[[], None]) -> None:
+        """Decode all open queries of prompts together. If that fails, each prompt is tried alone."""
+        if not ready:
+            return
+        self._context.observer.documents_started(list(dict.fromkeys(prompt.task.document_id for prompt, _ in ready)))
         try:
-            with self._ranks.step("answer", {"prefixes": keys, "requests": told}):
-                answers = answer(self._model, requests, self._reader, size, on_answer, self._ranks)
+            for attempt in attempts(self._job.retries, self._context.check):
+                with attempt:
+                    self._decode_once(ready, on_row)
+        except GenerationFailed as error:
+            if len(ready) == 1:
+                ready[0][0].fail(error)
+                return
+            _log.warning("answering %d documents together failed, so each is tried by itself: %s", len(ready), error)
+            for one in ready:
+                self._decode([one], on_row)
+
+    def _decode_once(self, ready: Sequence[tuple[PreparedPrompt, Prefix]], on_row: Callable[[], None]) -> None:
+        prefixes = make_resident([prefix for _, prefix in ready], self._job.cache.resident)
+        asked = [(number, prompt, query) for number, (prompt, _) in enumerate(ready) for query in prompt.open_queries]
+        requests = [
+            Request(
+                prefixes[number],
+                prompt.suffixes[query.id],
+                query.settings(self._job.generation),
+                row_name(prompt.task.document_id, query.id),
+            )
+            for number, prompt, query in asked
+        ]
+        keys = [prompt.pieces[-1].key for prompt, _ in ready]
+        described = [
+            [number, request.tokens, vars(request.settings), request.name]
+            for (number, _, _), request in zip(asked, requests, strict=True)
+        ]
+        stats, shown, batch_size = self._prefixes.stats, self._rows_shown, self._job.generation.batch_size
+        try:
+            with stats.timed("answer"), self._ranks.step("answer", {"prefixes": keys, "requests": described}):
+                answers = generate_answers(self._model, requests, self._parser, batch_size, on_row, self._ranks)
         except (RuntimeError, ValueError, MemoryError) as error:
+            self._context.observer.rows_done(shown - self._rows_shown)  # they are answered again, or become errors
+            self._rows_shown = shown
             may_pass = not isinstance(error, ValueError)
             raise GenerationFailed(f"the model failed: {one_line(error)}", may_pass) from error
-        self._report.attention, self._report.kernels = prefixes[0].attended_by, kernel_origins()
+        stats.attention, stats.kernels = prefixes[0].attended_by, kernel_origins()
         for prefix in prefixes:
             how = "dense" if prefix.is_dense else "packed"
-            self._report.resident[how] = self._report.resident.get(how, 0) + 1
-        for (todo, query), given in zip(asked, answers, strict=True):
-            if given.failure is not None:
-                todo.fail(given.failure, [query])
-            else:
-                todo.answer(query, given)
+            stats.resident[how] = stats.resident.get(how, 0) + 1
+        for (_, prompt, query), answer in zip(asked, answers, strict=True):
+            prompt.accept(query, answer)
+
+    def _show_row(self) -> None:
+        self._rows_shown += 1
+        self._context.observer.rows_done(1)
 
 
 def too_long(context: int, suffix: int, longest: int, limit: int | None) -> ContextTooLong | None:
-    """What is wrong with a prompt whose context, suffix and longest answer are more tokens than the model reads."""
+    """Return an error if context, suffix and the longest answer, in tokens, are more than the model's limit."""
     needed = context + suffix + longest
     if limit is None or needed <= limit:
         return None

@@ -1,159 +1,156 @@
-"""Who answers a run's groups of documents: this process by itself, or, elsewhere, workers on many machines.
+"""Executors answer the groups of a run: this process, or workers on other machines (distributed/ray_executor.py).
 
-A crew takes groups and gives them back answered; it has the prefixes, and minds which of them the job still needs. The
-model is loaded only when the first row turns out to need it. Knows no results: what becomes of rows is commit.py's.
+An executor also pins the contexts that the job still needs, so that no other run evicts their segments.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator
+from contextlib import closing, suppress
 from itertools import islice
 from typing import TYPE_CHECKING
 
 from pipeline.cache.pins import Pins, output_digest
 from pipeline.errors import RowError
+from pipeline.inputs.batching import ahead
 from pipeline.inputs.inputs import Inputs
 from pipeline.inputs.prompts import Renderer
 from pipeline.job.job import Job
-from pipeline.progress import RunObserver
-from pipeline.report import Report
-from pipeline.run.answering import Answering
+from pipeline.report import WorkStats
+from pipeline.run.context import RunContext
 from pipeline.run.fingerprint import context_label
-from pipeline.run.task import DocumentTask
+from pipeline.run.task import DocumentTask, GroupResult, TaskResult
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from pipeline.cache.store import Store
-    from pipeline.run.engine import Engine
-    from turboquant.io.identity import Identity
-
-
-@dataclass(frozen=True)
-class Run:
-    """What all who have a part in a run must know of it. ``check`` raises Interrupted where the user asked to stop."""
-
-    job: Job
-    inputs: Inputs
-    identity: Identity
-    progress: RunObserver
-    report: Report
-    check: Callable[[], None]
+    from pipeline.run.engine import Engine, PreparedTask
 
 
 class Executor(ABC):
-    """Answers the groups of one run."""
+    """Answers the groups of one run. The model is loaded only when a row needs it.
 
-    def __init__(self, run: Run) -> None:
-        self._run = run
-        self._shared = Renderer(run.job.prompt).shared
-        self._pins = Pins(run.job.cache.dir, run.job.result_file)
+    documents_done: how many documents an earlier process of this run has finished. A subclass adds the documents that
+    it yields. The contexts of finished documents are not pinned.
+    """
 
-    def prepare(self, group: list[DocumentTask]) -> list[DocumentTask]:
-        """A group whose turn comes soon, with what can be done beforehand; from any thread."""
-        return group
+    def __init__(self, context: RunContext, inputs: Inputs, documents_done: int = 0) -> None:
+        self._context, self._job, self._inputs = context, context.job, inputs
+        self._documents_done = documents_done
+        self._shared = Renderer(context.job.prompt).shared
+        self._pins = Pins(context.job.cache.dir, context.job.result_file)
 
     @abstractmethod
-    def answered(self, groups: Iterator[list[DocumentTask]]) -> Generator[Sequence[DocumentTask]]:
-        """The groups, each when nothing is left of it, in any order; to be closed. Raises Interrupted, and DiskFull."""
+    def execute(self, groups: Iterator[list[DocumentTask]]) -> Generator[GroupResult]:
+        """Yield each group when all of it is answered, in any order. Close the generator after use.
 
-    def committed(self, group: Sequence[DocumentTask]) -> None:
-        """The rows of a group are on disk; from any thread."""
-        if not self._is_loaded:
-            return
-        for todo in group:
-            if todo.rendered is not None and todo.succeeded:
-                self._pins.unpin(todo.label)
-                if todo.queries and self._run.job.cache.keep == "job":
-                    self._drop(todo)
+        Raises Interrupted and DiskFull.
+        """
 
-    def finish(self, done: bool) -> None:
-        """The run is over, and the job as well if ``done``."""
-        if not self._is_loaded and not done:
-            return
-        if self._is_loaded and done and self._shared:
-            self._pins.unpin(context_label(self._shared))
-        if done and self._run.job.cache.keep == "job":  # a run before may have been killed when all was answered
-            self._drop_all()
-        self._pins.close()
+    @abstractmethod
+    def take_stats(self) -> list[WorkStats]:
+        """Return the statistics of the work since the last call."""
 
     @property
     @abstractmethod
-    def _is_loaded(self) -> bool:
-        """Whether anything was left to answer."""
+    def has_started(self) -> bool:
+        """Whether any row needed the model."""
 
     @abstractmethod
-    def _drop(self, todo: DocumentTask) -> None:
-        """Remove a document's prefix, which the job needs no more."""
+    def _drop(self, task: DocumentTask, result: TaskResult) -> None:
+        """Remove the segments of a document that the job does not need any more."""
 
     @abstractmethod
     def _drop_all(self) -> None:
-        """Remove all prefixes that the job has built."""
+        """Remove all segments that the job has built."""
+
+    def committed(self, group: GroupResult) -> None:
+        """Release the pins of a group whose rows are on disk. Called from any thread."""
+        if not self.has_started:
+            return
+        for task, result in zip(group.tasks, group.results, strict=True):
+            rows = [*task.kept, *result.rows.values()]
+            if task.rendered is not None and all(row.status == "ok" for row in rows):
+                self._pins.unpin(task.label)
+                if task.queries and self._job.cache.keep == "job":
+                    self._drop(task, result)
+
+    def finish(self, done: bool) -> None:
+        """End the run. done: whether the whole job is done; if not, its pins stay until it is resumed."""
+        if not self.has_started and not done:
+            return
+        if self.has_started and done and self._shared:
+            self._pins.unpin(context_label(self._shared))
+        if done and self._job.cache.keep == "job":  # a killed run may have left segments after the last answer
+            self._drop_all()
+        self._pins.close()
 
     def _labels_to_come(self) -> Iterator[str]:
-        renderer = Renderer(self._run.job.prompt)
+        """Yield the labels of the contexts that the run still needs."""
+        renderer = Renderer(self._job.prompt)
         if self._shared:
             yield context_label(self._shared)
-        for document in islice(self._run.inputs.stream(), self._run.report.documents_done, None):
+        for document in islice(self._inputs.stream(), self._documents_done, None):
             with suppress(RowError):
                 yield context_label(renderer.render(document))
 
 
 class LocalExecutor(Executor):
-    """This process, one group after the other, while the next is made ready in another thread."""
+    """Answers one group after the other in this process, while another thread prepares the next group."""
 
-    def __init__(self, run: Run) -> None:
-        super().__init__(run)
-        self._loaded: Engine | None = None
+    _engine: Engine | None = None
 
-    def prepare(self, group: list[DocumentTask]) -> list[DocumentTask]:
-        """Tokenise the prompts, and restore what the store has of the prefixes, once there is an engine for that."""
-        if self._loaded is not None:
-            for todo in group:
-                self._loaded.make_ready(todo)
-        return group
+    def execute(self, groups: Iterator[list[DocumentTask]]) -> Generator[GroupResult]:
+        """Yield the groups in their order."""
+        context = self._context
+        with closing(ahead(groups, self._prepare)) as prepared_groups:
+            for tasks, prepared in prepared_groups:
+                context.check()
+                if any(task.open_queries for task in tasks) or self._engine is not None:
+                    engine = self._engine = self._engine or self._load_engine()
+                    results = engine.answer(prepared or [engine.prepare(task) for task in tasks])
+                else:
+                    results = [TaskResult.without_model(task) for task in tasks]
+                    context.observer.rows_done(sum(len(result.rows) for result in results))
+                yield GroupResult(tasks, results)
+                self._documents_done += len(tasks)
 
-    def answered(self, groups: Iterator[list[DocumentTask]]) -> Generator[Sequence[DocumentTask]]:
-        """The groups in their order."""
-        run, answering = self._run, None
-        for group in groups:
-            run.check()
-            if answering is None and any(todo.open for todo in group):
-                answering = Answering(self._load(), run.job.retries, run.progress, run.report, run.check)
-            if answering is not None:
-                answering.answer(group)
-            else:
-                run.progress.rows_done(sum(len(todo.rows) for todo in group))
-            yield group
+    def take_stats(self) -> list[WorkStats]:
+        """Return the statistics of the work since the last call."""
+        return [] if self._engine is None else [self._engine.take_stats()]
 
     @property
-    def _is_loaded(self) -> bool:
-        return self._loaded is not None
+    def has_started(self) -> bool:
+        """Whether the model is loaded."""
+        return self._engine is not None
 
-    def _load(self) -> Engine:
-        from pipeline.cache.store import open_store
+    def _prepare(self, tasks: list[DocumentTask]) -> tuple[list[DocumentTask], list[PreparedTask] | None]:
+        """Prepare a group in another thread. The first groups are not prepared, since no model is loaded yet."""
+        engine = self._engine
+        return tasks, None if engine is None else [engine.prepare(task) for task in tasks]
+
+    def _load_engine(self) -> Engine:
+        from pipeline.cache.store import open_store  # both import MLX, which a run with nothing to do does not need
         from pipeline.run.engine import Engine
 
-        run, store = self._run, open_store(self._run.job.cache, self._pins.is_pinned)
+        store = open_store(self._job.cache, self._pins.is_pinned)
         self._pins.pin(self._labels_to_come(), store.make_room)
-        schemas = run.inputs.schemas
-        self._loaded = Engine(run.job, run.identity, store, self._shared, schemas, run.progress, run.report, run.check)
-        return self._loaded
+        return Engine(self._context, store)
 
-    def _drop(self, todo: DocumentTask) -> None:
-        assert self._loaded is not None
-        own = self._loaded.own_keys(todo)
-        drop_segments(self._loaded.store, self._run.job, own)
+    def _drop(self, task: DocumentTask, result: TaskResult) -> None:
+        assert self._engine is not None
+        drop_segments(self._engine.store, self._job, result.own_keys)
 
     def _drop_all(self) -> None:
         from pipeline.cache.store import open_store
 
-        job = self._run.job
-        drop_segments(self._loaded.store if self._loaded else open_store(job.cache, self._pins.is_pinned), job)
+        store = self._engine.store if self._engine else open_store(self._job.cache, self._pins.is_pinned)
+        drop_segments(store, self._job)
 
 
-def drop_segments(store: Store, job: Job, keys: set[str] | None = None) -> None:
-    """Remove segments that a job built, all unless ``keys`` are given; another may want to keep its own."""
-    own = output_digest(job.result_file)
-    store.remove_where(lambda entry: entry.metadata.get("output") == own and (keys is None or entry.key in keys))
+def drop_segments(store: Store, job: Job, keys: Collection[str] | None = None) -> None:
+    """Remove segments that this job built: all of them, or those with the given keys."""
+    output = output_digest(job.result_file)
+    store.remove_where(lambda entry: entry.metadata.get("output") == output and (keys is None or entry.key in keys))

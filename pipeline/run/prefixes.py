@@ -1,39 +1,41 @@
-"""The prefix of a context: its segments restored as far as the store has them, the others built and stored.
+"""The prefix of a context: its segments are restored as far as the store has them, the others are built and stored.
 
-Knows where a context is cut into segments and in which order things are tried; how a segment is prefilled, stored or
-attended to is others' work. The cuts depend on the job alone, so a prefix has the same bytes wherever a run was cut
-off and whatever was in the store.
+Where a context is cut into segments depends on the job alone. So a prefix has the same bytes wherever an earlier run
+was interrupted and whatever was in the store.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise, zip_longest
-from threading import Lock
 
+from pipeline.cache.pins import output_digest
 from pipeline.cache.store import Store
 from pipeline.errors import BudgetTooSmall, DiskFull, GenerationFailed, StoreError, one_line
-from pipeline.job.job import Job
 from pipeline.models.loading import LoadedModel, prefix_bytes
-from pipeline.models.ranks import SINGLE, RankGroup
-from pipeline.progress import RunObserver
-from pipeline.report import Report
+from pipeline.report import WorkStats
+from pipeline.run.context import RunContext
 from pipeline.run.fingerprint import cache_codec
-from pipeline.run.prefill import prefill
 from turboquant import Prefix
-from turboquant.caches.prefix import Segment, join
-from turboquant.io.identity import Identity
+from turboquant.caches.prefix import Segment, join, prefill_segment
+from turboquant.runtime.device import on_cpu
+
+# Tokens a prefill step. A GPU needs a few thousand to be busy. On a CPU a step takes seconds, and Ctrl-C waits for it.
+CPU_CHUNK, GPU_CHUNK = 512, 2048
 
 _log = logging.getLogger(__name__)
 
 
 def segment_ends(tokens: int, shared: int, length: int | None) -> list[int]:
-    """Where the segments of a context end: ``shared`` tokens are apart; ``length`` cuts what is longer, if not None.
+    """Return the ends of the segments of a context of ``tokens`` tokens.
+
+    shared: tokens at the start that all documents have; they are segments of their own. length: the most tokens of a
+    segment, or None for no limit.
 
     >>> segment_ends(10_000, 0, None)
     [10000]
@@ -48,7 +50,10 @@ def segment_ends(tokens: int, shared: int, length: int | None) -> list[int]:
 
 @dataclass(frozen=True)
 class Piece:
-    """The tokens of one segment, ``start`` others before them; its key and its parent's; what the store is told."""
+    """The tokens of one segment of a context.
+
+    start: tokens before them. key, parent: keys of the segment and of the one before it. about: what the store notes.
+    """
 
     tokens: Sequence[int]
     start: int
@@ -57,45 +62,39 @@ class Piece:
     about: Mapping[str, str | bool]
 
 
-class Prefixes:
-    """Gives a job's prefixes, one at a time; what the store has of the next may be read meanwhile.
+@dataclass(frozen=True)
+class Restored:
+    """The first segments of a context that were read ahead, and how long that took."""
 
-    A segment that was built is stored while the model goes on; ``settle`` waits until that is done.
+    segments: Sequence[Segment] = ()
+    seconds: float = 0.0
 
-    about: what is to be told in the store of every segment. check: raises Interrupted where the user asked to stop.
-    shared_label: of what all documents have in common. ranks: those that hold the model between them, each of which has
-    the prefixes of its part, and restores one or builds it where all do.
+
+class PrefixProvider:
+    """Provides the prefixes of a job, one at a time, while the next one may be restored by another thread.
+
+    A segment that was built is stored by a thread of its own while the model goes on. ``stats`` counts the work.
+    shared_label: label of the text that all contexts start with. With several ranks, each rank has the prefixes of its
+    part of the model, and a segment is restored only if every rank has it.
     """
 
-    def __init__(
-        self,
-        job: Job,
-        identity: Identity,
-        loaded: LoadedModel,
-        store: Store,
-        about: Mapping[str, str],
-        progress: RunObserver,
-        report: Report,
-        check: Callable[[], None],
-        shared_label: str = "",
-        ranks: RankGroup = SINGLE,
-    ) -> None:
-        self._identity, self._loaded, self._store = identity, loaded, store
-        self.shared_label, self._ranks = shared_label, ranks
+    def __init__(self, context: RunContext, model: LoadedModel, store: Store, shared_label: str = "") -> None:
+        job = context.job
+        self._context, self._model, self._store = context, model, store
+        self.shared_label, self.stats = shared_label, WorkStats()
         self._codec = cache_codec(job.cache)
-        self._length = job.cache.segment if job.cache.prefill == "streaming" else None
-        self._about, self._progress, self._report, self._check = about, progress, report, check
-        self._can_store = True
+        self._segment_length = job.cache.segment if job.cache.prefill == "streaming" else None
+        self._about = {"model": job.model, "output": output_digest(job.result_file)}
+        self._warned_of_store = False
         self._saver = ThreadPoolExecutor(1, thread_name_prefix="segments")
         self._saving: Future[None] | None = None
-        self._timing = Lock()
 
     def cut(self, document_id: str, context: Sequence[int], shared: int, label: str) -> list[Piece]:
-        """The segments of a context whose first ``shared`` tokens all documents have."""
+        """Cut a context into pieces. ``shared``: how many of its first tokens all documents have."""
         pieces: list[Piece] = []
         key = ""
-        for start, stop in pairwise([0, *segment_ends(len(context), shared, self._length)]):
-            parent, key = key, self._identity.key(context[start:stop], parent=key)
+        for start, stop in pairwise([0, *segment_ends(len(context), shared, self._segment_length)]):
+            parent, key = key, self._context.identity.key(context[start:stop], parent=key)
             about: dict[str, str | bool] = {
                 **self._about,
                 "label": label if start >= shared else self.shared_label,
@@ -105,131 +104,121 @@ class Prefixes:
             pieces.append(Piece(context[start:stop], start, key, parent or None, about))
         return pieces
 
-    def restore(self, pieces: Sequence[Piece]) -> list[Segment]:
-        """The first segments of a context, as far as the store has them; from any thread."""
-        restored: list[Segment] = []
+    def restore(self, pieces: Sequence[Piece]) -> Restored:
+        """Load the first segments of a context, as far as the store has them. May be called by any thread."""
+        started, segments = time.monotonic(), []
         for piece in pieces:
             segment = self._load(piece) if self._store.contains(piece.key) else None
             if segment is None:
                 break
-            restored.append(segment)
-        return restored
+            segments.append(segment)
+        return Restored(segments, time.monotonic() - started)
 
-    def prefix(self, pieces: Sequence[Piece], restored: Sequence[Segment] = ()) -> Prefix:
-        """The prefix of a context, cut into pieces of which the first may be restored already.
+    def get(self, pieces: Sequence[Piece], restored: Restored | None = None) -> Prefix:
+        """Return the prefix of a context.
 
-        Raises GenerationFailed where the model fails, DiskFull where there is no room to store it.
+        restored: the first segments, if they were read ahead. Raises GenerationFailed if the model fails, DiskFull if
+        there is no room on the disk.
         """
+        restored = restored or Restored()
+        self.stats.add_seconds("restore", restored.seconds)
         self._store.protect([piece.key for piece in pieces])
         prefix: Prefix | None = None
-        built = False
-        for piece, ready in zip_longest(pieces, restored):
-            stored = self._stored(piece, prefix, ready)
-            if self._ranks.all_true(stored is not None):
-                prefix = stored
-            else:
-                prefix, was_stored = self._built(piece, prefix)
-                built |= not was_stored
+        was_built = False
+        for piece, segment in zip_longest(pieces, restored.segments):
+            extended = self._extend_from_store(piece, prefix, segment)
+            if not self._context.ranks.all_true(extended is not None):
+                extended, this_was_built = self._extend_by_building(piece, prefix)
+                was_built |= this_was_built
+            prefix = extended
         assert prefix is not None
-        self._report.context_tokens += sum(len(piece.tokens) for piece in pieces)
-        self._count(prefix, built)
+        self.stats.context_tokens += sum(len(piece.tokens) for piece in pieces)
+        self.stats.prefixes_built += was_built
+        self.stats.prefixes_restored += not was_built
+        self.stats.prefix_bytes += prefix.nbytes
+        self.stats.prefix_bits += prefix.effective_bits
         return prefix
 
-    def settle(self) -> None:
-        """Wait until what was built is stored. Raises DiskFull where there is no room for it."""
+    def wait_until_stored(self) -> None:
+        """Wait until the segment that was built last is stored. Raises DiskFull."""
         saving, self._saving = self._saving, None
         if saving is not None:
             saving.result()
 
-    def _stored(self, piece: Piece, before: Prefix | None, ready: Segment | None = None) -> Prefix | None:
-        """The prefix with a piece that the store has, which may be loaded already."""
-        if ready is None:
-            self.settle()
-            ready = self._load(piece)
+    def _load(self, piece: Piece) -> Segment | None:
+        label, whole = str(piece.about["label"]), bool(piece.about["whole"])
+        return self._store.load(piece.key, piece.start, self._codec, self._context.identity, label, whole)
+
+    def _extend_from_store(self, piece: Piece, prefix: Prefix | None, segment: Segment | None = None) -> Prefix | None:
+        """Return the prefix with a piece that is in the store or was read ahead; None if it is not there."""
+        if segment is None:
+            self.wait_until_stored()
+            with self.stats.timed("restore"):
+                segment = self._load(piece)
         try:
-            return None if ready is None else _extended(before, ready)
-        except ValueError as error:  # another parent's, though all its checksums are right
+            return None if segment is None else _extend(prefix, segment)
+        except ValueError as error:  # the segment of another parent, though its checksums are right
             self._store.reject(piece.key, one_line(error))
             return None
 
-    def _built(self, piece: Piece, before: Prefix | None) -> tuple[Prefix, bool]:
-        """The prefix with a piece that the store did not have, and whether it has it by now."""
-        with ExitStack() as claim:
-            if self._ranks.count == 1:  # two runs could wait for each other on two ranks, so there all build
-                claim.enter_context(self._store.build_lock(piece.key, self._check))
-                # Another run may have built it meanwhile, and be done with it before there was anything to wait for.
-                if self._store.contains(piece.key) and (stored := self._stored(piece, before)) is not None:
-                    return stored, True
-            return _extended(before, self._build(piece, before, claim)), False
+    def _extend_by_building(self, piece: Piece, prefix: Prefix | None) -> tuple[Prefix, bool]:
+        """Return the prefix with a piece that the store did not have, and whether it was built here.
+
+        While it is built and stored, no other run builds it. If another run has built it meanwhile, it is loaded.
+        """
+        context, key = self._context, piece.key
+        with ExitStack() as claim:  # moves on to the thread that stores the segment
+            if context.ranks.count == 1:  # with several ranks, two runs could wait for each other, so all build
+                claim.enter_context(self._store.build_lock(key, context.check))
+                if self._store.contains(key) and (extended := self._extend_from_store(piece, prefix)) is not None:
+                    return extended, False
+            context.ranks.check_interrupted(context.check)
+            needed = prefix_bytes(self._codec, self._model.config, len(piece.tokens)) // context.ranks.count
+            can_store = self._try_to_store(lambda: self._store.make_room(needed))
+            _log.debug("prefix %.12s is built: %d tokens behind %d", key, len(piece.tokens), piece.start)
+            context.observer.prefill_started(str(piece.about["document"]), len(piece.tokens))
+            try:
+                with self.stats.timed("prefill"):
+                    chunk = CPU_CHUNK if on_cpu() else GPU_CHUNK
+                    model = self._model.model
+                    segment = prefill_segment(model, piece.tokens, self._codec, prefix, chunk, self._chunk_done)
+            except (RuntimeError, ValueError, MemoryError) as error:
+                may_pass = not isinstance(error, ValueError)
+                raise GenerationFailed(f"the prefill failed: {one_line(error)}", may_pass) from error
+            finally:
+                context.observer.prefill_ended()
+            self.stats.prefilled_tokens += len(piece.tokens)
+            if can_store:
+                self._saving = self._saver.submit(self._save, claim.pop_all(), piece, segment)
+            return _extend(prefix, segment), True
+
+    def _chunk_done(self, tokens: int) -> None:
+        self._context.observer.prefill_advanced(tokens)
+        self._context.ranks.check_interrupted(self._context.check)
 
     def _save(self, claim: ExitStack, piece: Piece, segment: Segment) -> None:
+        identity = self._context.identity
         with claim:
-            self._lets(lambda: self._store.save(piece.key, segment, self._identity, piece.parent, piece.about))
+            self._try_to_store(lambda: self._store.save(piece.key, segment, identity, piece.parent, piece.about))
 
-    def _load(self, piece: Piece) -> Segment | None:
-        label, whole = str(piece.about["label"]), bool(piece.about["whole"])
-        with self._timed("restore_seconds"):
-            return self._store.load(piece.key, piece.start, self._codec, self._identity, label, whole)
+    def _try_to_store(self, action: Callable[[], object]) -> bool:
+        """Return whether the store allowed the action. If it did not, the job goes on without storing.
 
-    def _build(self, piece: Piece, before: Prefix | None, claim: ExitStack) -> Segment:
-        """Prefill a segment, and begin to store it where that is possible; ``claim`` ends when it is."""
-        self._ranks.check_interrupted(self._check)
-        needed = prefix_bytes(self._codec, self._loaded.config, len(piece.tokens)) // self._ranks.count
-        can_store = self._lets(lambda: self._store.make_room(needed))
-        _log.debug("prefix %.12s is built: %d tokens behind %d", piece.key, len(piece.tokens), piece.start)
-        self._progress.start_prefill(str(piece.about["document"]), len(piece.tokens))
-        try:
-            with self._timed("prefill_seconds"):
-                segment = prefill(self._loaded.model, piece.tokens, self._codec, before, self._prefilled)
-        except (RuntimeError, ValueError, MemoryError) as error:
-            may_pass = not isinstance(error, ValueError)
-            raise GenerationFailed(f"the prefill failed: {one_line(error)}", may_pass) from error
-        finally:
-            self._progress.end_prefill()
-        self._report.prefilled_tokens += len(piece.tokens)
-        if can_store:
-            self._saving = self._saver.submit(self._save, claim.pop_all(), piece, segment)
-        return segment
-
-    def _lets(self, store: Callable[[], object]) -> bool:
-        """Whether the folder lets something be done to it; where it refuses, the job goes on without storing.
-
-        Raises DiskFull: a full disk stops the job, for results need room too.
+        Raises DiskFull, which ends the job: results need room too.
         """
         try:
-            store()
+            action()
         except DiskFull:
             raise
         except StoreError as error:
-            if self._can_store:
-                kind = "the budget has no room" if isinstance(error, BudgetTooSmall) else "that fails"
-                _log.warning("%s; the job goes on without storing prefixes where %s", error, kind)
-            self._can_store = False
+            if not self._warned_of_store:
+                reason = "the budget has no room" if isinstance(error, BudgetTooSmall) else "that fails"
+                _log.warning("%s; the job goes on without storing prefixes where %s", error, reason)
+            self._warned_of_store = True
             return False
         return True
 
-    def _prefilled(self, tokens: int) -> None:
-        self._ranks.check_interrupted(self._check)
-        self._progress.prefilled(tokens)
 
-    def _count(self, prefix: Prefix, built: bool) -> None:
-        report = self._report
-        report.prefixes_built += built
-        report.prefixes_restored += not built
-        report.prefix_bytes += prefix.nbytes
-        prefixes = report.prefixes_built + report.prefixes_restored
-        report.effective_bits += (prefix.effective_bits - report.effective_bits) / prefixes
-
-    @contextmanager
-    def _timed(self, name: str) -> Iterator[None]:
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            with self._timing:
-                setattr(self._report, name, getattr(self._report, name) + time.monotonic() - started)
-
-
-def _extended(prefix: Prefix | None, segment: Segment) -> Prefix:
+def _extend(prefix: Prefix | None, segment: Segment) -> Prefix:
     before = [] if prefix is None else [Segment(prefix.layers, 0, prefix.tokens)]
     return join([*before, segment])

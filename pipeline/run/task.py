@@ -1,4 +1,7 @@
-"""What is left to do for one document, and what has come of it so far. Knows rows and tokens; does nothing."""
+"""The task of a document: its open queries, the rows that are already decided, and the result.
+
+A task is a value: the planner makes it, an executor answers it and returns its result, the committer writes both.
+"""
 
 from __future__ import annotations
 
@@ -6,39 +9,34 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from pipeline.errors import RowError
+from pipeline.errors import ModelProcessDied, RowError
 from pipeline.inputs.documents import Document
-from pipeline.inputs.prompts import Rendered
-from pipeline.job.job import Query
+from pipeline.inputs.prompts import Rendered, Renderer
+from pipeline.inputs.windows import WindowCutter
+from pipeline.job.job import Job, Query
 from pipeline.output.rows import Row
+from pipeline.run.fingerprint import context_label, kept_rows, row_fingerprints
 
 if TYPE_CHECKING:
-    from pipeline.models.output_parser import Answer
-    from pipeline.run.prefixes import Piece
-    from turboquant.caches.prefix import Segment
+    from turboquant.io.identity import Identity
 
 
-@dataclass
+@dataclass(frozen=True)
 class DocumentTask:
-    """A document of which ``queries`` are to be answered; ``rows`` are what became of them, by query id.
+    """One document and what is left to do for it.
 
-    rendered: None where the prompt cannot be rendered. kept: rows that need no new answer. fingerprints: of all rows,
-    by query id. label: of the context. truncated: its end is left out. split: it is read in windows. windows: those,
-    each with the same queries. combined: the queries, one each, that are asked of what was answered on the windows.
+    rendered: the rendered prompt, or None if the template fails. queries: those of the document's queries without a
+    kept row. kept: rows of an earlier run that are still valid. failed: rows, by query id, that failed before the model
+    saw them. fingerprints: of all rows, by query id. label: digest of the context's text.
     """
 
     document: Document
     rendered: Rendered | None
     queries: Sequence[Query]
     kept: Sequence[Row] = ()
+    failed: Mapping[str, Row] = field(default_factory=dict)
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     label: str = ""
-    truncated: bool = False
-    split: bool = False
-    windows: Sequence[DocumentTask] = ()
-    combined: Sequence[DocumentTask] = ()
-    rows: dict[str, Row] = field(default_factory=dict)
-    tokenised: Tokenised | None = None
 
     @property
     def document_id(self) -> str:
@@ -46,57 +44,78 @@ class DocumentTask:
         return self.document.id
 
     @property
-    def open(self) -> list[Query]:
-        """The queries of which nothing has become yet."""
-        return [query for query in self.queries if query.id not in self.rows]
-
-    @property
-    def succeeded(self) -> bool:
-        """Whether every query was answered, now or before."""
-        rows = [*self.kept, *self.rows.values()]
-        return not self.open and all(row.status == "ok" for row in rows)
+    def open_queries(self) -> list[Query]:
+        """The queries that the model must answer."""
+        return [query for query in self.queries if query.id not in self.failed]
 
     def row(self, query: Query) -> Row:
-        """The row of a query without what becomes of it."""
-        row = Row(self.document_id, query.id, "ok", self.fingerprints.get(query.id, ""))
-        if self.tokenised is None:
-            return row
-        lengths = len(self.tokenised.context), len(self.tokenised.suffixes[query.id])
-        return replace(row, context_tokens=lengths[0], query_tokens=lengths[1])
+        """Return the row of a query without an answer."""
+        return Row(self.document_id, query.id, "ok", self.fingerprints.get(query.id, ""))
 
-    def answer(self, query: Query, given: Answer) -> None:
-        """A query ends as this answer, which is JSON where the query has a schema."""
-        self.rows[query.id] = replace(
-            self.row(query),
-            answer=given.text,
-            answer_json=given.text if query.json_schema else None,
-            thinking=given.thinking,
-            finish_reason=given.finish_reason,
-            answer_tokens=given.tokens,
-        )
-
-    def conclude(self) -> None:
-        """The queries end as what became of them when they were asked of the windows' answers."""
-        tokens = sum(len(window.tokenised.context) for window in self.windows if window.tokenised)
-        for each in self.combined:
-            self.rows |= {query_id: replace(row, context_tokens=tokens) for query_id, row in each.rows.items()}
-
-    def fail(self, error: RowError, queries: Sequence[Query] | None = None) -> None:
-        """Queries, all open ones unless given, end as this error."""
-        for query in self.open if queries is None else queries:
-            self.rows[query.id] = replace(
-                self.row(query), status="error", error_type=error.error_type, error=str(error)
-            )
+    def failures(self, error: RowError) -> dict[str, Row]:
+        """Return error rows, by query id, for all open queries."""
+        return {query.id: error_row(self.row(query), error) for query in self.open_queries}
 
 
-@dataclass
-class Tokenised:
-    """A document's prompts in tokens: the context, what follows it by query id, and the segments it is cut into.
+@dataclass(frozen=True)
+class TaskResult:
+    """The result of a task.
 
-    restored: those of the first segments that were read ahead.
+    rows: by query id, of all queries without a kept row. truncated: the end of the document was left out.
+    split: the document was read in windows. own_keys: keys of the segments that only this document uses.
     """
 
-    context: list[int]
-    suffixes: Mapping[str, list[int]]
-    pieces: Sequence[Piece]
-    restored: Sequence[Segment] = ()
+    rows: Mapping[str, Row]
+    truncated: bool = False
+    split: bool = False
+    own_keys: frozenset[str] = frozenset()
+
+    @classmethod
+    def without_model(cls, task: DocumentTask) -> TaskResult:
+        """Return the result of a task without open queries."""
+        return cls(task.failed)
+
+
+@dataclass(frozen=True)
+class GroupResult:
+    """The results of documents that were answered together."""
+
+    tasks: Sequence[DocumentTask]
+    results: Sequence[TaskResult]
+
+
+class TaskPlanner:
+    """Makes the task of each document: renders the prompt, computes fingerprints, and finds the rows to keep.
+
+    keep_failed: failed rows with the right fingerprint are kept too. quarantined: documents that the model must not see
+    again, with the reason.
+    """
+
+    def __init__(
+        self, job: Job, identity: Identity, keep_failed: bool = False, quarantined: Mapping[str, str] | None = None
+    ) -> None:
+        self._generation, self._identity = job.generation, identity
+        self._keep_failed, self._quarantined = keep_failed, quarantined or {}
+        self._renderer, self._window_cutter = Renderer(job.prompt), WindowCutter(job)
+
+    def plan(self, document: Document, known: Mapping[str, Row]) -> DocumentTask:
+        """Return the task of a document. known: its rows of earlier runs, by query id."""
+        try:
+            rendered = self._renderer.render(document)
+        except RowError as error:
+            task = DocumentTask(document, None, document.queries)
+            return replace(task, failed=task.failures(error))
+        cut = self._window_cutter.mark(rendered, document.queries)
+        fingerprints = row_fingerprints(self._identity, rendered, document.queries, self._generation, cut)
+        kept = kept_rows(known, fingerprints, self._keep_failed)
+        queries = [query for query in document.queries if query.id not in kept]
+        label = context_label(rendered)
+        task = DocumentTask(document, rendered, queries, list(kept.values()), {}, fingerprints, label)
+        if document.id in self._quarantined:
+            return replace(task, failed=task.failures(ModelProcessDied(self._quarantined[document.id])))
+        return task
+
+
+def error_row(row: Row, error: RowError) -> Row:
+    """Return the row with an error in place of an answer."""
+    return replace(row, status="error", error_type=error.error_type, error=str(error))

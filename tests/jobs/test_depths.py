@@ -20,7 +20,7 @@ from pipeline.inputs.prompts import PromptTokenizer, Rendered
 from pipeline.job.job import Prompt, Settings
 from pipeline.models.loading import LoadedModel, load_model
 from pipeline.models.output_parser import OutputParser
-from pipeline.run.decode import Request, answer
+from pipeline.run.decode import Request, generate_answers
 from tests import ROOT
 from turboquant import CacheCodec, Prefix, enabled
 from turboquant.caches.prefix import PrefillCache, Segment, feed, join
@@ -87,7 +87,7 @@ def answers(loaded: LoadedModel, prefix: Prefix, suffixes: Sequence[list[int]], 
         Request(prefix, suffix, Settings(TOKENS, temperature=0.0, top_p=1.0, seed=0), str(i))
         for i, suffix in enumerate(suffixes)
     ]
-    return [one.text for one in answer(loaded, requests, OutputParser(loaded.tokenizer), batch_size)]
+    return [one.text for one in generate_answers(loaded, requests, OutputParser(loaded.tokenizer), batch_size)]
 
 
 @pytest.mark.parametrize("bits", [4, 3])

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
-import pipeline.run.prefixes
 from benches import tiny
+from pipeline.progress import RunObserver
 from tests.pipeline.workplace import Workplace
 
 
@@ -48,17 +48,9 @@ def workplace(tmp_path: Path, tiny_model: Path) -> Workplace:
 
 
 @pytest.fixture
-def prefilled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The lengths of the segments whose prefill was begun."""
-    lengths: list[int] = []
-    real = pipeline.run.prefixes.prefill
-
-    def counting(model: Any, tokens: list[int], *rest: Any) -> Any:
-        lengths.append(len(tokens))
-        return real(model, tokens, *rest)
-
-    monkeypatch.setattr("pipeline.run.prefixes.prefill", counting)
-    return lengths
+def prefilled(workplace: Workplace) -> list[int]:
+    """The lengths of the segments whose prefill was started by the workplace's runs."""
+    return workplace.observer.prefilled
 
 
 @pytest.fixture
@@ -67,6 +59,6 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
     from pipeline.run.runner import Runner
 
     def run(job: Any, quiet: bool, on_failure: Any, metrics: Any, shard: Any) -> Any:
-        return Runner(job, quiet=True, on_failure=on_failure, shard=shard).run()
+        return Runner(job, RunObserver(), on_failure=on_failure, shard=shard).run()
 
     monkeypatch.setattr("pipeline.run.supervisor.supervise", run)

@@ -129,18 +129,18 @@ def _noting_prefills(log: Path) -> Iterator[None]:
     """Every prefill that is begun, by its tokens."""
     import pipeline.run.prefixes as module
 
-    real = module.prefill
+    real = module.prefill_segment
 
     def prefill(model: Any, tokens: Any, *rest: Any) -> Any:
         with log.open("a") as file:
             print(hash(tuple(tokens)), file=file)
         return real(model, tokens, *rest)
 
-    module.prefill = prefill  # type: ignore[assignment]
+    module.prefill_segment = prefill  # type: ignore[assignment]
     try:
         yield
     finally:
-        module.prefill = real
+        module.prefill_segment = real
 
 
 def files_hold(place: Any) -> int:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import io
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 
 from pipeline import progress
-from pipeline.progress import Progress, watched
+from pipeline.progress import Progress, with_progress_bar
 from pipeline.report import Report
 
 
@@ -39,22 +41,30 @@ class Terminal(io.StringIO):
         return True
 
 
+@contextmanager
+def started(rows: int, quiet: bool = False) -> Iterator[Progress]:
+    shown = Progress(quiet)
+    shown.run_started(rows)
+    yield shown
+    shown.run_ended()
+
+
 def work(clock: Clock, quiet: bool = False) -> None:
     report = Report(documents=3)
-    with Progress(12, quiet) as shown:
+    with started(12, quiet) as shown:
         for name in "abc":
-            shown.start_prefill(name, 4000)
+            shown.prefill_started(name, 4000)
             for _ in range(4):
                 clock.now += 10
-                shown.prefilled(1000)
-            shown.end_prefill()
+                shown.prefill_advanced(1000)
+            shown.prefill_ended()
             for _ in range(4):
                 clock.now += 2
                 shown.rows_done(1)
             report.documents_done += 1
             report.prefixes_built += name != "b"
             report.prefixes_restored += name == "b"
-            shown.end_documents([name], report)
+            shown.documents_done([name], report)
 
 
 def test_a_line_every_half_minute(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
@@ -70,7 +80,7 @@ def test_a_line_every_half_minute(clock: Clock, capsys: pytest.CaptureFixture[st
 
 
 def test_a_line_also_where_nothing_happens(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    with Progress(12) as shown:
+    with started(12) as shown:
         for _ in range(7):
             clock.now += 10
             shown.refresh()
@@ -78,16 +88,16 @@ def test_a_line_also_where_nothing_happens(clock: Clock, capsys: pytest.CaptureF
 
 
 def test_rows_of_earlier_runs_say_nothing_about_the_pace(clock: Clock) -> None:
-    with Progress(100, quiet=True) as shown:
+    with started(100, quiet=True) as shown:
         shown.rows_done(80)
         clock.now += 10
         shown.rows_done(10)
-        shown.end_documents(["a"], Report(rows_kept=80, rows_answered=10))
+        shown.documents_done(["a"], Report(rows_kept=80, rows_answered=10))
         assert (shown.pace().answers_per_second, shown.pace().seconds_left) == (1, 10)
 
 
 def test_a_short_run_shows_nothing(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:
-    with Progress(2) as shown:
+    with started(2) as shown:
         shown.rows_done(2)
     assert capsys.readouterr() == ("", "")
 
@@ -102,10 +112,10 @@ def test_quiet_shows_nothing(clock: Clock, capsys: pytest.CaptureFixture[str], m
 
 def test_bars_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal(monkeypatch)
-    with Progress(3) as shown:
-        shown.start_prefill("minutes-1", 1000)
-        shown.prefilled(1000)
-        shown.end_prefill()
+    with started(3) as shown:
+        shown.prefill_started("minutes-1", 1000)
+        shown.prefill_advanced(1000)
+        shown.prefill_ended()
         shown.rows_done(3)
     screen = terminal.getvalue()
     assert "rows: 100%" in screen
@@ -116,7 +126,7 @@ def test_bars_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_rows_to_be_done_again_are_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
     terminal = Terminal(monkeypatch)
-    with Progress(3) as shown:
+    with started(3) as shown:
         shown.rows_done(2)
         shown.rows_done(-1)
     assert "1/3" in terminal.getvalue().rsplit("\r", 1)[-1]
@@ -128,7 +138,7 @@ def test_log_lines_stand_on_lines_of_their_own(monkeypatch: pytest.MonkeyPatch) 
     root, handler = logging.getLogger(), logging.StreamHandler(terminal)
     root.addHandler(handler)
     try:
-        with Progress(3) as shown:
+        with started(3) as shown:
             shown.rows_done(1)
             log.warning("prefix rejected")
         log.warning("and after")
@@ -144,11 +154,11 @@ def test_a_bar_over_documents_only_where_somebody_watches(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(progress, "SECONDS_BEFORE_BAR", 0)
-    assert list(watched("abc", 3)) == ["a", "b", "c"]
+    assert list(with_progress_bar("abc", 3)) == ["a", "b", "c"]
     assert capsys.readouterr().err == ""
     terminal = Terminal(monkeypatch)
-    assert list(watched("abc", 3, quiet=True)) == ["a", "b", "c"]
+    assert list(with_progress_bar("abc", 3, quiet=True)) == ["a", "b", "c"]
     assert terminal.getvalue() == ""
-    assert list(watched("abc", 3)) == ["a", "b", "c"]
+    assert list(with_progress_bar("abc", 3)) == ["a", "b", "c"]
     assert "documents:" in terminal.getvalue()
     assert "/3" in terminal.getvalue()

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
+
+from pipeline.progress import RunObserver
 
 if TYPE_CHECKING:
     from pipeline.report import Report
@@ -23,6 +26,44 @@ _QUERIES: list[dict[str, Any]] = [
     {"id": "when", "text": "When does the lease end?", "max_tokens": 3},
     {"id": "who", "text": "Who signed the contract?"},
 ]
+
+
+class Recorder(RunObserver):
+    """Notes the events of runs that a test wants to see."""
+
+    def __init__(self) -> None:
+        self.prefilled: list[int] = []  # tokens of each prefill that was started
+        self.rows: list[int] = []  # counts of rows done
+        self.chunks: list[int] = []  # tokens of each prefill step
+
+    def rows_done(self, count: int) -> None:
+        self.rows.append(count)
+
+    def prefill_started(self, document_id: str, tokens: int) -> None:
+        self.prefilled.append(tokens)
+
+    def prefill_advanced(self, tokens: int) -> None:
+        self.chunks.append(tokens)
+
+
+class Interrupting(Recorder):
+    """Sends SIGINT to this process at the n-th row that is answered, or at the n-th prefill step."""
+
+    def __init__(self, *, row: int = 0, chunk: int = 0, times: int = 1) -> None:
+        super().__init__()
+        self._row, self._chunk, self._times = row, chunk, times
+
+    def rows_done(self, count: int) -> None:
+        super().rows_done(count)
+        self._interrupt(count == 1 and self.rows.count(1) == self._row)
+
+    def prefill_advanced(self, tokens: int) -> None:
+        super().prefill_advanced(tokens)
+        self._interrupt(len(self.chunks) == self._chunk)
+
+    def _interrupt(self, now: bool) -> None:
+        for _ in range(self._times if now else 0):
+            signal.raise_signal(signal.SIGINT)
 
 
 class Workplace:
@@ -43,6 +84,7 @@ class Workplace:
             "output": {"path": "out/a.parquet"},
         }
         self.table: dict[str, Any] | None = None  # where queries come from, in place of `queries`
+        self.observer = Recorder()
         folder.mkdir(exist_ok=True)
         self.save()
 
@@ -55,12 +97,12 @@ class Workplace:
         self.job_file.write_text(yaml.safe_dump(self.tree | {"queries": self.table or self.queries}))
         return self.job_file
 
-    def run(self, *overrides: str) -> Report:
-        """Run the job as it is now, in this process."""
+    def run(self, *overrides: str, observer: RunObserver | None = None) -> Report:
+        """Run the job as it is now, in this process. Without an observer, `prefilled` notes the prefills."""
         from pipeline.job.job_file import load_job
         from pipeline.run.runner import Runner
 
-        return Runner(load_job(self.save(), overrides), quiet=True).run()
+        return Runner(load_job(self.save(), overrides), observer or self.observer).run()
 
     def run_with(self, **sections: Any) -> Report:
         """Run the job with other sections."""

@@ -273,13 +273,13 @@ INTERRUPTIBLE = """
 import time
 from turboquant.runtime.blas import load_tuned_blas
 load_tuned_blas()
-from pipeline.run import answering
-real = answering.Answering._answered
+from pipeline.run import engine
+real = engine.Engine._show_row
 def slowly(self):
     real(self)
     print("answered", flush=True)
     time.sleep(0.3)
-answering.Answering._answered = slowly
+engine.Engine._show_row = slowly
 if __name__ == "__main__":
     from pipeline.cli import main
     main()

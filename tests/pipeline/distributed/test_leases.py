@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -10,21 +11,20 @@ from pipeline.distributed.leases import Lease, Leases
 from pipeline.inputs.documents import Document
 from pipeline.inputs.prompts import Rendered
 from pipeline.job.job import Query
-from pipeline.output.rows import Row
 from pipeline.run.task import DocumentTask
 
 QUERIES = [Query(id="who", text="Who?"), Query(id="when", text="When?")]
 
 
-def todo(name: str) -> DocumentTask:
-    return DocumentTask(Document(name, "a text", {}, QUERIES), Rendered(None, "a text"), QUERIES)
+def task(name: str) -> DocumentTask:
+    return DocumentTask(Document(0, name, "a text", {}, QUERIES), Rendered(None, "a text"), QUERIES)
 
 
 def leases(*groups: str, stored: dict[str, str] | None = None) -> Leases:
     """Of groups that are written as their documents' names."""
 
     def each() -> Iterator[list[DocumentTask]]:
-        yield from ([todo(name) for name in group] for group in groups)
+        yield from ([task(name) for name in group] for group in groups)
 
     return Leases(each(), lambda group: (stored or {}).get(group[0].document_id))
 
@@ -35,9 +35,7 @@ def taken(lease: Lease | None) -> str:
 
 
 def answer(given: Leases, lease: Lease) -> None:
-    given.give_back(lease)
-    for each in lease.group:
-        each.rows = {query.id: Row(each.document_id, query.id, "ok", "") for query in QUERIES}
+    given.complete(lease)
 
 
 def test_groups_are_handed_out_in_order_until_all_are_answered() -> None:
@@ -51,12 +49,11 @@ def test_groups_are_handed_out_in_order_until_all_are_answered() -> None:
 
 
 def test_groups_with_nothing_left_need_no_worker() -> None:
-    done = todo("a")
-    done.queries = []
-    given = Leases(iter([[done], [todo("b")], [done]]), lambda group: None)
-    assert [[each.document_id for each in group] for group in given.done()] == [["a"]]
+    done = replace(task("a"), queries=[])
+    given = Leases(iter([[done], [task("b")], [done]]), lambda group: None)
+    assert [[each.document_id for each in group] for group in given.take_done()] == [["a"]]
     assert taken(given.take("s", True)) == "b"
-    assert [len(group) for group in given.done()] == [1]
+    assert [len(group) for group in given.take_done()] == [1]
 
 
 def test_what_was_lost_is_next_and_nobody_is_to_blame_once() -> None:
@@ -77,9 +74,9 @@ def test_documents_whose_worker_dies_twice_are_tried_alone_and_then_fail() -> No
         alone = given.take("s", True)
         assert taken(alone) == "b"
         given.lose(alone, "s", "died on ada")
-    (failed,) = given.done()
-    assert {row.error_type for row in failed[0].rows.values()} == {"ModelProcessDied"}
-    assert "the model's process died on ada, twice" in str(failed[0].rows["who"].error)
+    (failed,) = given.take_done()
+    assert {row.error_type for row in failed[0].failed.values()} == {"ModelProcessDied"}
+    assert "the model's process died on ada, twice" in str(failed[0].failed["who"].error)
     assert taken(given.take("s", True)) == "c"
 
 

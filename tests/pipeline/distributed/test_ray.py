@@ -75,15 +75,15 @@ def dying(folder: Path, deaths: dict[str, int], seconds: float = 0.5) -> type[Ra
     """A worker that is killed a moment after it has begun with a document, so many times."""
 
     class Dying(RayWorker):
-        def _answer(self, group: Any) -> Any:
-            for todo in group:
-                file = folder / f"deaths-{todo.document_id}"
+        def _answer(self, prepared: Any) -> Any:
+            for each in prepared:
+                file = folder / f"deaths-{each.task.document_id}"
                 before = len(file.read_text()) if file.exists() else 0
-                if before < deaths.get(todo.document_id, 0):
+                if before < deaths.get(each.task.document_id, 0):
                     file.write_text("x" * (before + 1))
                     time.sleep(seconds)
                     os.kill(os.getpid(), signal.SIGKILL)
-            return super()._answer(group)
+            return super()._answer(prepared)
 
     return Dying
 
@@ -92,12 +92,12 @@ def waiting(folder: Path) -> type[RayWorker]:
     """A worker that says when it is about to answer, and waits until it may."""
 
     class Waiting(RayWorker):
-        def _answer(self, group: Any) -> Any:
-            (folder / f"at-{os.getpid()}").write_text(group[0].document_id)
+        def _answer(self, prepared: Any) -> Any:
+            (folder / f"at-{os.getpid()}").write_text(prepared[0].task.document_id)
             while not (folder / "go").exists():
                 time.sleep(0.05)
                 self._check_stop()
-            return super()._answer(group)
+            return super()._answer(prepared)
 
     return Waiting
 
@@ -120,9 +120,9 @@ def with_stores_of_their_own(meeting: Path) -> type[RayWorker]:
                 time.sleep(0.01)
             return ready
 
-        def _answer(self, group: Any) -> Any:
+        def _answer(self, prepared: Any) -> Any:
             time.sleep(0.2)
-            return super()._answer(group)
+            return super()._answer(prepared)
 
     return NodeLocal
 

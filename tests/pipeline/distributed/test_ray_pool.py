@@ -10,7 +10,7 @@ from pipeline.job.job import Scale
 
 pytest.importorskip("ray", reason="ray is not installed")
 
-from pipeline.distributed.ray_pool import Machine, wanted
+from pipeline.distributed.ray_pool import Machine, workers_by_machine
 
 HEAD = {"CPU": 4.0}
 MAC = {"CPU": 10.0, "mac": 1.0}
@@ -35,5 +35,5 @@ def test_what_machines_hold(
     scale: dict[str, Any], machines: list[dict[str, float]], expected: list[tuple[int, float, float]]
 ) -> None:
     there = [Machine(str(number), "host", resources) for number, resources in enumerate(machines)]
-    found = [options for _, options in wanted(Scale(**scale), there)]
+    found = [options for _, options in workers_by_machine(Scale(**scale), there)]
     assert [(options["workers"], options["num_cpus"], options["num_gpus"]) for options in found] == expected

@@ -93,7 +93,7 @@ def test_a_document_in_windows_that_was_cut_off_is_answered_again_whole(
     whole = long.output.read_bytes()
     long.output.unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.run.engine, "answer", calls_fail_at(9, KeyboardInterrupt()))
+        patch.setattr(pipeline.run.engine, "generate_answers", calls_fail_at(9, KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             long.run()
     assert long.run().rows_kept == 3
@@ -102,20 +102,20 @@ def test_a_document_in_windows_that_was_cut_off_is_answered_again_whole(
 
 def test_what_fails_on_one_window_fails(long: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     long.save(documents={"path": "docs.parquet", "too_long": "split"}, retries=0)
-    shown: list[int] = []
-    monkeypatch.setattr("pipeline.progress.Progress.rows_done", lambda self, count: shown.append(count))
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.run.engine, "answer", calls_fail_at(2, RuntimeError("[malloc] Unable to allocate")))
+        patch.setattr(
+            pipeline.run.engine, "generate_answers", calls_fail_at(2, RuntimeError("[malloc] Unable to allocate"))
+        )
         report = long.run()
     assert report.failures == {"GenerationFailed": 3}
     assert str(long.rows()["a", "what"]["error"]).startswith("window 2 of ")
-    assert sum(shown) == 9
+    assert sum(long.observer.rows) == 9
     assert long.run().rows_answered == 3
 
 
 def calls_fail_at(number: int, error: BaseException) -> Callable[..., Any]:
     """What answers, but for one call."""
-    real, calls = pipeline.run.engine.answer, iter(range(1, 1000))
+    real, calls = pipeline.run.engine.generate_answers, iter(range(1, 1000))
 
     def answer(*arguments: Any) -> Any:
         if next(calls) == number:

@@ -6,12 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 
-from pipeline import retry as failures
+from pipeline import retry
 from pipeline.errors import GenerationFailed, Interrupted
-from pipeline.retry import retried
+from pipeline.retry import attempts
 from tests.pipeline.command_line import ROOT, invoke
 from tests.pipeline.workplace import Workplace
 
@@ -22,10 +23,10 @@ from turboquant.runtime.blas import load_tuned_blas
 
 load_tuned_blas()
 if __name__ == "__mp_main__":
-    from pipeline import retry as failures
+    from pipeline import retry
     from pipeline.run import engine
-    failures.FIRST_WAIT = 0.01
-    real, left = engine.answer, int(os.environ["FAILURES"])
+    retry.FIRST_WAIT = 0.01
+    real, left = engine.generate_answers, int(os.environ["FAILURES"])
 
     def answer(*args):
         global left
@@ -35,7 +36,7 @@ if __name__ == "__mp_main__":
             raise getattr(builtins, os.environ["ERROR"])("[malloc] Unable to allocate")
         return given
 
-    engine.answer = answer
+    engine.generate_answers = answer
 
 if __name__ == "__main__":
     from pipeline.cli import main
@@ -130,9 +131,9 @@ def test_how_often_is_tried_changes_no_answer(workplace: Workplace) -> None:
 
 def test_waiting_grows_and_ends_where_the_user_interrupts(monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
-    monkeypatch.setattr(failures, "_wait", lambda seconds, check: waits.append(seconds))
+    monkeypatch.setattr(retry, "_wait", lambda seconds, check: waits.append(seconds))
     with pytest.raises(GenerationFailed):
-        retried(_fail, 8, lambda: None)
+        _fail(8, lambda: None)
     assert waits == [1, 2, 4, 8, 16, 32, 60, 60]
     monkeypatch.undo()
 
@@ -140,8 +141,10 @@ def test_waiting_grows_and_ends_where_the_user_interrupts(monkeypatch: pytest.Mo
         raise Interrupted("interrupted")
 
     with pytest.raises(Interrupted):
-        retried(_fail, 1, interrupt)
+        _fail(1, interrupt)
 
 
-def _fail() -> None:
-    raise GenerationFailed("the model failed")
+def _fail(retries: int, check: Callable[[], None]) -> None:
+    for attempt in attempts(retries, check):
+        with attempt:
+            raise GenerationFailed("the model failed")

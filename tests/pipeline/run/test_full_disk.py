@@ -18,6 +18,7 @@ import pytest
 
 import pipeline.run.commit
 from pipeline.errors import InputError, OutputError, PipelineError
+from pipeline.progress import RunObserver
 from tests import ROOT
 from tests.pipeline.steps import files_hold
 from tests.pipeline.workplace import Workplace
@@ -77,7 +78,7 @@ def stop(workplace: Workplace) -> PipelineError | None:
     from pipeline.run.runner import Runner
 
     try:
-        Runner(load_job(workplace.job_file), quiet=True).run()
+        Runner(load_job(workplace.job_file), RunObserver()).run()
     except PipelineError as error:
         return error
     finally:
@@ -182,7 +183,7 @@ def test_a_disk_that_is_full_when_bytes_are_made_durable(workplace: Workplace, m
 
 def at_commit(monkeypatch: pytest.MonkeyPatch, number: int, happens: Callable[[], Any]) -> None:
     """Something happens before a document's rows are committed, the ``number``-th's."""
-    real, calls = pipeline.run.commit.Work.commit, []
+    real, calls = pipeline.run.commit.Committer.commit, []
 
     def commit(*args: Any) -> None:
         calls.append(1)
@@ -190,7 +191,7 @@ def at_commit(monkeypatch: pytest.MonkeyPatch, number: int, happens: Callable[[]
             happens()
         real(*args)
 
-    monkeypatch.setattr(pipeline.run.commit.Work, "commit", commit)
+    monkeypatch.setattr(pipeline.run.commit.Committer, "commit", commit)
 
 
 @pytest.mark.parametrize("override", [(), ("cache.keep=job",), ("cache.budget=120000",)])
@@ -266,5 +267,5 @@ def test_a_column_that_is_gone_changes_nothing(workplace: Workplace) -> None:
     before = workplace.output.read_bytes()
     pq.write_table(pa.table({"id": ["d0"], "body": ["x"]}), workplace.folder / "docs.parquet")
     with pytest.raises(InputError, match="the column 'text'"):
-        Runner(load_job(workplace.job_file), quiet=True).run()
+        Runner(load_job(workplace.job_file), RunObserver()).run()
     assert workplace.output.read_bytes() == before

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -12,12 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import pipeline.run.prefixes
 from pipeline.commands.plan import plan_job
 from pipeline.inputs.prompts import SHARED_CHARACTERS
 from pipeline.job.job_file import load_job
 from pipeline.run.prefixes import segment_ends
-from tests.pipeline.workplace import Workplace
+from tests.pipeline.workplace import Interrupting, Recorder, Workplace
 
 EXAMPLES = "Example. Who met? The board met. When? On the third of May. " * 30
 
@@ -140,25 +138,16 @@ def test_a_plan_counts_contexts_not_segments(streaming: Workplace) -> None:
 
 
 def test_an_interrupted_streaming_prefill_goes_on_from_its_last_segment(
-    streaming: Workplace, prefilled: list[int], monkeypatch: pytest.MonkeyPatch
+    streaming: Workplace, prefilled: list[int]
 ) -> None:
     streaming.run()
     whole, before = list(prefilled), streaming.output.read_bytes()
     shutil.rmtree(streaming.cache)
     streaming.output.unlink()
     prefilled.clear()
-    with monkeypatch.context() as patch:
-        real = pipeline.run.prefixes.Prefixes._prefilled
-
-        def interrupting(self: Any, tokens: int) -> None:
-            if len(prefilled) == 5:
-                signal.raise_signal(signal.SIGINT)
-            real(self, tokens)
-
-        patch.setattr(pipeline.run.prefixes.Prefixes, "_prefilled", interrupting)
-        assert streaming.run().interrupted
-    first = list(prefilled)
-    prefilled.clear()
+    interrupting = Interrupting(chunk=5)  # each segment is one step
+    assert streaming.run(observer=interrupting).interrupted
+    first = interrupting.prefilled
     streaming.run()
     assert len(first) == 5
     assert first[:4] + prefilled == whole  # the fifth, in flight, is the only one begun twice
@@ -223,23 +212,19 @@ def test_a_segment_of_another_parent_is_refused(
 # ---- what is kept
 
 
-def test_contexts_of_a_finished_job_may_be_dropped(workplace: Workplace, prefilled: list[int]) -> None:
+def test_contexts_of_a_finished_job_may_be_dropped(workplace: Workplace) -> None:
     workplace.tree["cache"] = {"dir": "cache", "keep": "job"}
-    most = 0
-    real = pipeline.run.prefixes.prefill
+    stored: list[int] = []
 
-    def watching(*args: Any) -> Any:
-        nonlocal most
-        most = max(most, len(workplace.segments()))
-        return real(*args)
+    class Counting(Recorder):
+        def prefill_started(self, document_id: str, tokens: int) -> None:
+            super().prefill_started(document_id, tokens)
+            stored.append(len(workplace.segments()))
 
-    pipeline.run.prefixes.prefill, back = watching, pipeline.run.prefixes.prefill
-    try:
-        workplace.run_with(prompt={"system": EXAMPLES})
-    finally:
-        pipeline.run.prefixes.prefill = back
-    assert len(prefilled) == 4
-    assert most == 1  # what all have, between two documents
+    workplace.observer = Counting()
+    workplace.run_with(prompt={"system": EXAMPLES})
+    assert len(workplace.observer.prefilled) == 4
+    assert max(stored) == 1  # the shared segment, between two documents
     assert workplace.segments() == []
     workplace.tree["cache"] = {"dir": "cache"}
     assert workplace.run().rows_kept == 9
@@ -247,18 +232,7 @@ def test_contexts_of_a_finished_job_may_be_dropped(workplace: Workplace, prefill
 
 def test_what_another_job_needs_is_not_dropped(workplace: Workplace, make_other: Callable[[], Workplace]) -> None:
     other = make_other()
-    with pytest.MonkeyPatch.context() as patch:  # which is interrupted amid its second document
-        real = pipeline.run.prefixes.Prefixes._prefilled
-        calls: list[int] = []
-
-        def interrupting(self: Any, tokens: int) -> None:
-            calls.append(1)
-            if len(calls) == 2:
-                signal.raise_signal(signal.SIGINT)
-            real(self, tokens)
-
-        patch.setattr(pipeline.run.prefixes.Prefixes, "_prefilled", interrupting)
-        assert other.run().interrupted
+    assert other.run(observer=Interrupting(chunk=2)).interrupted  # in its second document
     workplace.tree["cache"] = {"dir": str(other.cache), "keep": "job"}
     workplace.run()
     documents = {m["about"]["document"]: m["about"]["output"] for m in manifests(other)}

@@ -23,7 +23,8 @@ import pipeline.run.engine
 import pipeline.run.prefixes
 from pipeline.errors import ModelError, OutputError
 from tests import ROOT
-from tests.pipeline.workplace import Workplace
+from tests.pipeline.workplace import Interrupting, Workplace
+from turboquant.mlx_lm.families import Support
 
 
 def counts(report: Any) -> tuple[int, int, int, int, int]:
@@ -404,7 +405,8 @@ def test_failed_rows_are_tried_again(workplace: Workplace) -> None:
 
 
 @pytest.mark.parametrize(
-    ("where", "error"), [("prefill", MemoryError()), ("answer", RuntimeError("[malloc] Unable to allocate"))]
+    ("where", "error"),
+    [("prefill_segment", MemoryError()), ("generate_answers", RuntimeError("[malloc] Unable to allocate"))],
 )
 def test_a_model_that_fails_on_one_document(
     workplace: Workplace, monkeypatch: pytest.MonkeyPatch, where: str, error: Exception
@@ -413,7 +415,7 @@ def test_a_model_that_fails_on_one_document(
     whole = workplace.output.read_bytes()
     workplace.output.unlink()
     shutil.rmtree(workplace.cache)
-    module = getattr(pipeline.answering, "prefixes" if where == "prefill" else "engine")
+    module = pipeline.run.prefixes if where == "prefill_segment" else pipeline.run.engine
     real, calls = getattr(module, where), []
 
     def failing(*args: Any) -> Any:
@@ -435,21 +437,18 @@ def test_a_model_that_fails_on_one_document(
 
 
 def test_failures_are_counted_once_in_the_progress(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline.progress import Progress
-
-    done: list[int] = []
-    monkeypatch.setattr(Progress, "rows_done", lambda self, count: done.append(count))
+    done = workplace.observer.rows
     monkeypatch.setattr("pipeline.retry.FIRST_WAIT", 0)
-    real = pipeline.run.engine.answer
+    real = pipeline.run.engine.generate_answers
 
     def failing(*args: Any) -> Any:
         real(*args)
         raise RuntimeError("after the last answer")
 
-    monkeypatch.setattr(pipeline.run.engine, "answer", failing)
+    monkeypatch.setattr(pipeline.run.engine, "generate_answers", failing)
     assert workplace.run().rows_failed == 9
     assert sum(done) == 9
-    monkeypatch.setattr(pipeline.run.engine, "answer", real)
+    monkeypatch.setattr(pipeline.run.engine, "generate_answers", real)
     workplace.documents["d0"] = ""
     done.clear()
     workplace.run()
@@ -459,12 +458,21 @@ def test_failures_are_counted_once_in_the_progress(workplace: Workplace, monkeyp
     assert sum(done) == 9
 
 
+def test_layers_that_are_kept_uncompressed_are_logged(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    support = Support((True, False), ("recurrent state (1 ArraysCache)",))
+    monkeypatch.setattr("pipeline.run.engine.explain", lambda model: support)
+    workplace.run()
+    assert "1 of 2 layers are kept uncompressed: recurrent state (1 ArraysCache)" in caplog.messages
+
+
 # ---- memory
 
 
 def test_one_prefix_is_alive_at_a_time(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[Any] = []
-    real = pipeline.run.prefixes.prefill
+    real = pipeline.run.prefixes.prefill_segment
 
     def watching(*args: Any) -> Any:
         gc.collect()
@@ -473,7 +481,7 @@ def test_one_prefix_is_alive_at_a_time(workplace: Workplace, monkeypatch: pytest
         alive.extend([weakref.ref(prefix), *map(weakref.ref, prefix.layers)])
         return prefix
 
-    monkeypatch.setattr("pipeline.run.prefixes.prefill", watching)
+    monkeypatch.setattr("pipeline.run.prefixes.prefill_segment", watching)
     workplace.documents |= {str(n): f"{n} and {n}" for n in range(4)}
     assert workplace.run().prefixes_built == 7
     gc.collect()
@@ -491,12 +499,12 @@ import pipeline.run.prefixes
 from pipeline.job.job_file import load_job
 from pipeline.run.runner import Runner
 
-prefill = pipeline.run.prefixes.prefill
+prefill = pipeline.run.prefixes.prefill_segment
 def logging_prefill(model, tokens, *rest):
     with open(log, "a") as file:
         print(len(tokens), file=file)
     return prefill(model, tokens, *rest)
-pipeline.run.prefixes.prefill = logging_prefill
+pipeline.run.prefixes.prefill_segment = logging_prefill
 
 module, name = target.split(":")
 owner = importlib.import_module(module)
@@ -521,7 +529,8 @@ def dying(*args, **kwargs):
     return result
 
 setattr(owner, name, dying)
-Runner(load_job(Path(job)), quiet=True).run()
+from pipeline.progress import RunObserver
+Runner(load_job(Path(job)), RunObserver()).run()
 """
 
 
@@ -534,10 +543,10 @@ def run_python(*arguments: str, code: str = DIE) -> subprocess.CompletedProcess[
 @pytest.mark.parametrize(
     ("target", "when", "count"),
     [
-        ("pipeline.run.prefixes:Prefixes._prefilled", "before", 2),  # amid a prefill
+        ("pipeline.run.prefixes:PrefixProvider._chunk_done", "before", 2),  # amid a prefill
         ("mlx.core:save_safetensors", "half", 2),  # amid a segment's tensors
         ("turboquant.io.segment_file:write_text", "before", 2),  # tensors without a manifest
-        ("pipeline.run.answering:Answering._answered", "after", 4),  # amid a document's answers
+        ("pipeline.run.engine:Engine._show_row", "after", 4),  # amid a document's answers
         ("pipeline.output.results:Results.commit", "after", 3),  # all parts, no result
         ("shutil:rmtree", "before", 1),  # the result is in place, and the parts are
     ],
@@ -562,28 +571,8 @@ def test_a_killed_run_is_resumed(workplace: Workplace, tmp_path: Path, target: s
     assert not (killed.cache / "rejected").exists()
 
 
-def interrupt_at(monkeypatch: pytest.MonkeyPatch, target: str, call: int) -> None:
-    """SIGINT to this process at the given call of a method."""
-    from pipeline.run import answering, prefixes
-
-    owner = prefixes.Prefixes if target == "_prefilled" else answering.Answering
-    real, calls = getattr(owner, target), []
-
-    def interrupting(*args: Any) -> Any:
-        calls.append(1)
-        if len(calls) == call:
-            signal.raise_signal(signal.SIGINT)
-        return real(*args)
-
-    monkeypatch.setattr(owner, target, interrupting)
-
-
-def test_an_interrupted_run_finishes_the_rows_in_hand(
-    workplace: Workplace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, "_answered", 4)
-        report = workplace.run()
+def test_an_interrupted_run_finishes_the_rows_in_hand(workplace: Workplace, caplog: pytest.LogCaptureFixture) -> None:
+    report = workplace.run(observer=Interrupting(row=4))
     assert report.interrupted
     assert workplace.report()["interrupted"]
     assert counts(report) == (0, 6, 0, 2, 0)
@@ -597,17 +586,12 @@ def test_an_interrupted_run_finishes_the_rows_in_hand(
     assert workplace.output.read_bytes() == resumed
 
 
-def test_an_interrupted_prefill_stops_at_the_next_chunk(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_prefill_stops_at_the_next_chunk(workplace: Workplace) -> None:
     workplace.documents["d1"] *= 5
-    chunks: list[int] = []
-    with monkeypatch.context() as patch:
-        from pipeline.progress import Progress
-
-        patch.setattr(Progress, "prefilled", lambda self, tokens: chunks.append(tokens))
-        interrupt_at(patch, "_prefilled", 2)  # the first chunk of d1, which has four
-        report = workplace.run()
+    observer = Interrupting(chunk=2)  # the first chunk of d1, which has four
+    report = workplace.run(observer=observer)
     assert report.interrupted
-    assert len(chunks) == 1
+    assert len(observer.chunks) == 2
     assert counts(report) == (0, 3, 0, 1, 0)
     assert report.failures == {}
     assert counts(workplace.run()) == (3, 6, 0, 2, 0)
@@ -617,13 +601,10 @@ def test_an_interrupted_prefill_stops_at_the_next_chunk(workplace: Workplace, mo
     assert workplace.output.read_bytes() == resumed
 
 
-def test_a_second_interrupt_stops_at_once(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_interrupt_stops_at_once(workplace: Workplace) -> None:
     before = signal.getsignal(signal.SIGINT)
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, "_answered", 4)
-        interrupt_at(patch, "_answered", 4)
-        with pytest.raises(KeyboardInterrupt):
-            workplace.run()
+    with pytest.raises(KeyboardInterrupt):
+        workplace.run(observer=Interrupting(row=4, times=2))
     # The lock is free, SIGINT is handled as before, and what was committed is kept.
     assert signal.getsignal(signal.SIGINT) is before
     assert counts(workplace.run()) == (3, 6, 0, 1, 1)
@@ -631,7 +612,7 @@ def test_a_second_interrupt_stops_at_once(workplace: Workplace, monkeypatch: pyt
 
 def test_two_runs_on_one_result(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     messages: list[str] = []
-    real = pipeline.run.engine.answer
+    real = pipeline.run.engine.generate_answers
 
     def meanwhile(*args: Any) -> Any:
         with pytest.raises(OutputError) as caught:
@@ -639,7 +620,7 @@ def test_two_runs_on_one_result(workplace: Workplace, monkeypatch: pytest.Monkey
         messages.append(str(caught.value))
         return real(*args)
 
-    monkeypatch.setattr(pipeline.run.engine, "answer", meanwhile)
+    monkeypatch.setattr(pipeline.run.engine, "generate_answers", meanwhile)
     monkeypatch.setattr("pipeline.output.results.SECONDS_FOR_LOCK", 0)
     assert workplace.run().rows_answered == 9
     expected = f"{workplace.output}: another run is writing this result; wait for it, or set another output.path"

@@ -123,13 +123,13 @@ def test_batches_are_those_of_a_run_without_shards(place: Workplace, monkeypatch
     import pipeline.run.engine
 
     batches: list[set[str]] = []
-    real = pipeline.run.engine.answer
+    real = pipeline.run.engine.generate_answers
 
     def watching(loaded: Any, requests: Any, *rest: Any) -> Any:
         batches.append({request.name for request in requests})
         return real(loaded, requests, *rest)
 
-    monkeypatch.setattr("pipeline.run.engine.answer", watching)
+    monkeypatch.setattr("pipeline.run.engine.generate_answers", watching)
     place.run()
     without = list(batches)
     batches.clear()

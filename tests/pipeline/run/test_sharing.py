@@ -15,13 +15,12 @@ from typing import Any
 import pytest
 
 import pipeline.run.engine
-import pipeline.run.prefixes
 from pipeline.cache.entries import Entry, eviction_order, size_of
 from pipeline.cache.pins import Pins
 from pipeline.cache.store import Store
 from tests import ROOT
 from tests.pipeline.steps import watching
-from tests.pipeline.workplace import Workplace
+from tests.pipeline.workplace import Interrupting, Workplace
 
 STREAMING = ("cache.prefill=streaming", "cache.segment=512")
 
@@ -43,19 +42,6 @@ def fresh(workplace: Workplace, *overrides: str) -> bytes:
 def forget(workplace: Workplace) -> None:
     shutil.rmtree(workplace.cache, ignore_errors=True)
     workplace.output.unlink(missing_ok=True)
-
-
-def interrupt_at(monkeypatch: pytest.MonkeyPatch, call: int) -> None:
-    """SIGINT to this process at a call of ``_prefilled``, which every chunk makes once."""
-    real, calls = pipeline.run.prefixes.Prefixes._prefilled, []
-
-    def interrupting(self: Any, tokens: int) -> None:
-        calls.append(1)
-        if len(calls) == call:
-            signal.raise_signal(signal.SIGINT)
-        real(self, tokens)
-
-    monkeypatch.setattr(pipeline.run.prefixes.Prefixes, "_prefilled", interrupting)
 
 
 # ---- a budget
@@ -85,13 +71,12 @@ def test_a_budget_is_never_exceeded(workplace: Workplace, overrides: tuple[str, 
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="steps are watched through /proc")
-def test_what_a_job_needs_is_told_within_the_budget(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_job_needs_is_told_within_the_budget(workplace: Workplace) -> None:
     workplace.run()
     budget, sizes = size_of(workplace.cache) + 9000, []
     workplace.documents = {f"d{n}": f"{n} is a number." for n in range(800)}  # whose labels take 16 kB
     with watching(workplace.cache, lambda event, path: sizes.append(size_of(workplace.cache))):
-        interrupt_at(monkeypatch, 2)
-        assert workplace.run(f"cache.budget={budget}").interrupted
+        assert workplace.run(f"cache.budget={budget}", observer=Interrupting(chunk=2)).interrupted
     assert budget - 40_000 < max(sizes) <= budget
     assert list(workplace.cache.glob("jobs/*.json"))
 
@@ -103,7 +88,7 @@ def test_what_an_interrupted_job_needs_is_kept_for_a_week(
     needed = {path.name for path in workplace.segments()}
     workplace.output.unlink()
     with monkeypatch.context() as patch:  # all are stored, and none is done
-        patch.setattr(pipeline.run.engine, "answer", lambda *_: signal.raise_signal(signal.SIGINT) or [])
+        patch.setattr(pipeline.run.engine, "generate_answers", lambda *_: signal.raise_signal(signal.SIGINT) or [])
         with pytest.raises(BaseException):  # noqa: B017, PT011
             workplace.run()
     other = Workplace(tmp_path / "other", workplace.model)
@@ -204,19 +189,17 @@ def test_a_document_that_grew_reuses_its_segments(workplace: Workplace, prefille
     assert len(prefilled) > len(before) + 2
 
 
-def test_an_interrupted_streaming_prefill_goes_on(
-    workplace: Workplace, prefilled: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_interrupted_streaming_prefill_goes_on(workplace: Workplace, prefilled: list[int]) -> None:
     workplace.documents = {"a": long_text("a")}
     expected = fresh(workplace, *STREAMING)
     segments = list(prefilled)
     prefilled.clear()
-    with monkeypatch.context() as patch:
-        interrupt_at(patch, 2)  # chunks are as long as segments
-        assert workplace.run(*STREAMING).interrupted
+    interrupting = Interrupting(chunk=2)  # chunks are as long as segments
+    assert workplace.run(*STREAMING, observer=interrupting).interrupted
     assert len(workplace.segments()) == 1
     workplace.run(*STREAMING)
-    assert prefilled == [*segments[:2], *segments[1:]]
+    assert interrupting.prefilled == segments[:2]
+    assert prefilled == segments[1:]
     assert workplace.output.read_bytes() == expected
 
 
@@ -247,7 +230,7 @@ def test_what_another_run_built_meanwhile_is_not_built_again(
 
     monkeypatch.setattr(Store, "build_lock", build_lock)
     workplace.run()
-    assert len(prefilled) == 3
+    assert (len(other.observer.prefilled), len(prefilled)) == (3, 0)
     assert workplace.output.read_bytes() == other.output.read_bytes()
 
 
@@ -256,26 +239,25 @@ RUN = """
 import logging, sys, time
 from pathlib import Path
 job, folder, waits = sys.argv[1], Path(sys.argv[2]), sys.argv[3] == "waits"
-import pipeline.run.prefixes
 from pipeline.job.job_file import load_job
+from pipeline.progress import RunObserver
 from pipeline.run.runner import Runner
 
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
-real, prefilled = pipeline.run.prefixes.prefill, pipeline.run.prefixes.Prefixes._prefilled
-def prefill(model, tokens, *rest):
-    with open(folder / "begun", "a") as file:
-        print(hash(tuple(tokens)), file=file)
-    return real(model, tokens, *rest)
-def amid(self, tokens):
-    global waits
-    if waits:
-        (folder / "amid").touch()
-        while not (folder / "go").exists():
-            time.sleep(0.01)
-        waits = False
-    prefilled(self, tokens)
-pipeline.run.prefixes.prefill, pipeline.run.prefixes.Prefixes._prefilled = prefill, amid
-Runner(load_job(Path(job)), quiet=True).run()
+class Waiting(RunObserver):
+    def prefill_started(self, document_id, tokens):
+        with open(folder / "begun", "a") as file:
+            print(document_id, file=file)
+
+    def prefill_advanced(self, tokens):
+        global waits
+        if waits:
+            (folder / "amid").touch()
+            while not (folder / "go").exists():
+                time.sleep(0.01)
+            waits = False
+
+Runner(load_job(Path(job)), Waiting()).run()
 """
 
 

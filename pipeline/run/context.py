@@ -1,0 +1,41 @@
+"""Values that every part of a run shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from pipeline.job.job import Job
+from pipeline.models.ranks import SINGLE, RankGroup
+from pipeline.progress import RunObserver
+
+if TYPE_CHECKING:
+    from turboquant.io.identity import Identity
+
+
+@dataclass(frozen=True)
+class FailureOptions:
+    """What a run does about failed rows.
+
+    keep: rows that failed in an earlier run are not tried again. stop: the run ends at the first new failed row.
+    """
+
+    keep: bool = False
+    stop: bool = False
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What every part of a run needs to know.
+
+    identity: of the segments and rows of this job. schemas: the JSON schemas that answers may have to follow.
+    check: raises Interrupted if the user asked to stop. ranks: the processes that hold the model together.
+    """
+
+    job: Job
+    identity: Identity
+    schemas: Collection[str] = ()
+    observer: RunObserver = field(default_factory=RunObserver)
+    check: Callable[[], None] = lambda: None
+    ranks: RankGroup = SINGLE
