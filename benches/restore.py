@@ -37,13 +37,12 @@ class Measured:
 
 def measure(job_file: Path, folder: Path, rounds: int, count: int | None = None) -> Iterator[Measured]:
     """Prefill, store and restore the context of every document, or of the first ``count``."""
-    from pipeline.run.prefill import prefill
-
     from pipeline.inputs.documents import stream_documents
     from pipeline.inputs.prompts import PromptTokenizer, Renderer, template_columns
     from pipeline.job.job_file import load_job
     from pipeline.models.loading import load_model
     from pipeline.run.fingerprint import cache_codec, job_identity
+    from turboquant.caches.prefix import prefill_segment
     from turboquant.io.segment_file import write_segment
 
     job = load_job(job_file, [f"cache.dir={folder}"])
@@ -52,10 +51,10 @@ def measure(job_file: Path, folder: Path, rounds: int, count: int | None = None)
     queries = [query.text for query in job.queries]
     documents = list(stream_documents(job.documents, template_columns(job.prompt)))[:count]
     contexts = [tokenizer.tokenise(renderer.render(document), queries).context for document in documents]
-    prefill(loaded.model, contexts[0], codec)  # what is built or compiled once
+    prefill_segment(loaded.model, contexts[0], codec)  # what is built or compiled once
     for document, context in zip(documents, contexts, strict=True):
         key = identity.key(context)
-        seconds, segment = timed(partial(prefill, loaded.model, context, codec))
+        seconds, segment = timed(partial(prefill_segment, loaded.model, context, codec))
         size = write_segment(folder / key, key, segment, identity)
         restore = min(timed(partial(_restore, folder / key, key, codec))[0] for _ in range(rounds))
         yield Measured(document.id, len(context), size, seconds, restore)

@@ -235,7 +235,7 @@ def _run_contender(
         result = Failed(errors.PipelineError.__name__, f"its process {cause_of_death(process.exitcode or 0)}", "")
     if isinstance(result, Failed):
         if issubclass(getattr(errors, result.error), JobError):
-            reraise(result)
+            result.reraise()
         _log.info("%s: %s", name, result.message)
         _log.debug("%s", result.trace)
     else:
