@@ -298,7 +298,7 @@ def test_an_interrupted_run_says_how_to_resume(workplace: Workplace, send: Calla
     out, error = process.communicate()
     assert process.returncode == 130, error
     assert error.splitlines() == [
-        "interrupted: finishing the rows in hand; once more to stop at once",
+        "interrupted: the rows in hand are finished first; interrupt again to stop at once",
         f"interrupted; to resume: pipeline run {workplace.job_file}",
     ]
     # The document in hand is finished, and nothing else is begun.

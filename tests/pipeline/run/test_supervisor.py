@@ -154,7 +154,7 @@ def killed(tmp_path: Path, tiny_model: Path) -> Supervised:
             "d0 d1 d2 d2",
             "was killed by signal 6 (SIGABRT)",
         ),
-        ("leave", "pipeline.models.loading:_explain_failure", "1", "d0 d1 d2", "ended with exit status 3"),
+        ("leave", "pipeline.run.engine:load_model", "1", "d0 d1 d2", "ended with exit status 3"),
         ("kill", "pipeline.output.results:Results.finish", "1", "d0 d1 d2", "was killed by signal 9 (SIGKILL)"),
     ],
 )
@@ -256,7 +256,7 @@ def test_every_document_has_its_own_deaths(killed: Supervised) -> None:
 @pytest.mark.parametrize(
     ("target", "where", "begun"),
     [
-        ("pipeline.models.loading:_explain_failure", "before a document was in hand", True),
+        ("pipeline.run.engine:load_model", "before a document was in hand", True),
         ("pipeline.run.runner:Inputs", "before a document was in hand", False),
         ("pipeline.output.results:Results.finish", "while the result was written", True),
     ],
@@ -322,7 +322,7 @@ def test_the_second_signal_stops_at_once(
     process.stdout.readline()
     send(process.pid, number)
     assert (
-        stderr_until(process, "interrupted") == "interrupted: finishing the rows in hand; once more to stop at once\n"
+        stderr_until(process, "interrupted") == "interrupted: the rows in hand are finished first; interrupt again to stop at once\n"
     )
     send(process.pid, number)
     out, error = process.communicate()
@@ -361,7 +361,7 @@ def test_a_process_that_dies_when_asked_to_stop_is_no_death(killed: Supervised) 
     assert process.stdout is not None
     child = int(process.stdout.readline())
     process.send_signal(signal.SIGINT)
-    stderr_until(process, "interrupted: finishing")
+    stderr_until(process, "interrupted: the rows")
     os.kill(child, signal.SIGKILL)
     _, error = process.communicate()
     assert (process.returncode, error) == (130, "interrupted; the same command resumes\n")
