@@ -9,7 +9,6 @@ The messages go through MLX's collective operations. What a step does is the eng
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -57,7 +56,7 @@ def leading_ranks(job: Job) -> Iterator[RankGroup]:
 
     The others are told nothing if the block was left in the middle of a step: then mlx.launch ends them.
     """
-    ranks = meet(job.scale.ranks)  # as early as possible: a rank gives up after half a minute without the others
+    ranks = join_ranks(job.scale.ranks)  # as early as possible: a rank gives up after half a minute without the others
     try:
         yield ranks
     finally:
@@ -93,9 +92,6 @@ def join_ranks(count: int) -> RankGroup:
     if group.size() != count:
         raise JobError(f"scale.ranks: {count}, but mlx.launch has started {group.size()}; let them be equal")
     return RankGroup(count, group.rank(), group)
-
-
-meet = functools.cache(join_ranks)
 
 
 class RankGroup:

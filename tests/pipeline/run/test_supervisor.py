@@ -322,7 +322,8 @@ def test_the_second_signal_stops_at_once(
     process.stdout.readline()
     send(process.pid, number)
     assert (
-        stderr_until(process, "interrupted") == "interrupted: the rows in hand are finished first; interrupt again to stop at once\n"
+        stderr_until(process, "interrupted")
+        == "interrupted: the rows in hand are finished first; interrupt again to stop at once\n"
     )
     send(process.pid, number)
     out, error = process.communicate()

@@ -177,7 +177,9 @@ def test_metrics_are_not_read_before_they_are_whole(
     names: list[str] = []
     real = os.replace
     monkeypatch.setattr("os.replace", lambda *paths: (names.append(paths[0].name), real(*paths)))
-    write_metrics(tmp_path / "run.prom", "job", Progress(3).pace(), Report(), running=True)
+    progress = Progress(quiet=True)
+    progress.run_started(3)
+    write_metrics(tmp_path / "run.prom", "job", progress.pace(), Report(), running=True)
     (name,) = names
     assert not name.endswith(".prom")
     assert numbers(tmp_path / "run.prom")["rows", "job"] == 3
