@@ -84,8 +84,8 @@ class Report:
     context_tokens: int = 0
     prefilled_tokens: int = 0
     answer_tokens: int = 0
-    kernels: str | None = None  # of a CUDA GPU: how many came from the cache and how many were compiled
     attention: str | None = None  # the implementation of attention over prefixes: "NumPy", "kernel" (GPU) or "MLX"
+    kernels: str | None = None  # of a CUDA GPU: how many came from the cache and how many were compiled
     resident: dict[str, int] = field(default_factory=dict)  # prefixes by how they were attended: "packed" or "dense"
     prefix_bytes: int = 0
     effective_bits: float = 0.0  # mean over the prefixes
