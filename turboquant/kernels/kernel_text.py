@@ -33,7 +33,7 @@ class Launch:
 
     @functools.cached_property
     def programs(self) -> dict[tuple[tuple[mx.Dtype, int], ...], Any]:
-        """What programs.py found for it, by the kinds of the inputs."""
+        """What programs.py made ready for it, by the kinds of the inputs."""
         return {}
 
 

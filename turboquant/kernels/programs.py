@@ -9,6 +9,7 @@ whether it does so, and else the code itself is handed over.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -17,7 +18,6 @@ import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import mlx.core as mx
 
@@ -80,9 +80,8 @@ def launch(what: Launch, inputs: Sequence[Input]) -> list[mx.array] | None:
     arrays = [x.whole if isinstance(x, Beginning) else x for x in inputs]
     kinds = tuple([(x.dtype, x.ndim) for x in arrays])
     if kinds not in what.programs:
-        variant = variant_of(what, kinds)
-        what.programs[kinds] = _program(variant).result() if variant is not None else None
-    program = what.programs[kinds]
+        what.programs[kinds] = _ready(what, kinds)
+    program, handed_over = what.programs[kinds]
     if program is None:
         return None
     scalars = [_dimension(inputs[index], kind, axis) for index, kind, axis in program.scalars]
@@ -90,7 +89,7 @@ def launch(what: Launch, inputs: Sequence[Input]) -> list[mx.array] | None:
         return None
     found: list[mx.array] = mx.fast.precompiled_cuda_kernel(
         name=program.name,
-        compiled_source=program.stands_for if _is_read_from_folder() else program.code,
+        compiled_source=handed_over,
         inputs=arrays,
         output_shapes=[shape for _, shape, _ in what.outputs],
         output_dtypes=[dtype for _, _, dtype in what.outputs],
@@ -100,6 +99,16 @@ def launch(what: Launch, inputs: Sequence[Input]) -> list[mx.array] | None:
         ensure_row_contiguous=True,
     )
     return found
+
+
+def _ready(what: Launch, kinds: Sequence[Kind]) -> tuple[Program | None, bytes]:
+    """The program for a launch, once it is compiled, and the bytes that MLX is given for it."""
+    variant = variant_of(what, kinds)
+    program = _program(variant).result() if variant is not None else None
+    if program is None:
+        return None, b""
+    by_name = _is_read_from_folder() and _put_where_mlx_looks(program)
+    return program, program.stands_for if by_name else program.code
 
 
 def compile_ahead(variants: Iterable[Variant | None]) -> None:
@@ -195,17 +204,32 @@ def _made(label: str, whole: str, scalars: tuple[tuple[int, str, int], ...] = ()
         created = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     else:
         code, created = found[0], str(found[1].get("created", ""))
-    stands_for = f"{symbol} {key}".encode()
-    if (folder := own_folder()) is not None:
-        put_where_mlx_looks(folder, symbol, stands_for, code)
-    return Program(symbol, code, scalars, origin, time.perf_counter() - begin, created, stands_for)
+    seconds, stands_for = time.perf_counter() - begin, f"{symbol} {key}".encode()
+    return Program(symbol, code, scalars, origin, seconds, created, stands_for)
 
 
-def put_where_mlx_looks(folder: Path, symbol: str, stands_for: bytes, code: bytes) -> None:
-    """Write a kernel as MLX would have written it, had it compiled ``stands_for``."""
-    path = folder / f"{symbol}_{hash_of(stands_for):x}.ptx"
-    path.with_suffix(".txt").write_text(f"{symbol}\t{symbol}\n", encoding="utf-8")
-    path.write_bytes(code)
+def _put_where_mlx_looks(program: Program) -> bool:
+    """Write a kernel as MLX would have written it, had it compiled ``stands_for``; return whether it is there.
+
+    MLX reads the file at the first launch. It is written right before that, since a machine may tidy up its temporary
+    files while a process runs.
+    """
+    if (folder := own_folder()) is None:
+        return False
+    path = folder / f"{program.name}_{hash_of(program.stands_for):x}.ptx"
+    names = path.with_suffix(".txt")
+    if path.exists() and names.exists():
+        return True
+    try:
+        folder.mkdir(exist_ok=True)
+        names.write_text(f"{program.name}\t{program.name}\n", encoding="utf-8")
+        path.write_bytes(program.code)
+    except OSError as error:
+        _log.info("a compiled kernel cannot be put into %s: %s", folder, error)
+        with contextlib.suppress(OSError):
+            path.unlink()
+        return False
+    return True
 
 
 def hash_of(data: bytes) -> int:
@@ -228,6 +252,8 @@ def _is_read_from_folder() -> bool:
         return False
     try:
         program = _made("probe", f'extern "C" __global__ void SYMBOL(const float* x, float* y) {{\n{PROBE}}}\n')
+        if not _put_where_mlx_looks(program):
+            return False
         found = mx.fast.precompiled_cuda_kernel(
             name=program.name,
             compiled_source=program.stands_for,

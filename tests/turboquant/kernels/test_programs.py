@@ -138,6 +138,25 @@ def test_without_a_compiler_mlx_compiles(machine: Machine, monkeypatch: pytest.M
     assert programs.in_use() == []
 
 
+def test_files_that_were_tidied_away_before_the_first_launch_are_written_again(machine: Machine) -> None:
+    x = mx.array([1.0])
+    variant = programs.variant_of(DOUBLE, [(x.dtype, x.ndim)])
+    programs.compile_ahead([variant])
+    assert programs._program(variant).result() is not None  # type: ignore[arg-type]
+    machine.own.rmdir()
+    assert programs.launch(DOUBLE, [x])[0].tolist() == [2]  # type: ignore[index]
+    assert len(machine.launched[-1]["compiled_source"]) < 100
+
+
+def test_where_the_folder_cannot_be_written_mlx_is_handed_the_code(machine: Machine) -> None:
+    machine.own.rmdir()
+    machine.own.write_text("in the way")
+    assert programs.launch(DOUBLE, [mx.array([1.0])])[0].tolist() == [2]  # type: ignore[index]
+    assert machine.launched[-1]["compiled_source"].startswith(b"code for sm_90a")
+    machine.own.unlink()
+    machine.own.mkdir()
+
+
 def test_where_mlx_does_not_look_into_the_folder_it_is_handed_the_code(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
