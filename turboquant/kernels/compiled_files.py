@@ -13,7 +13,6 @@ import hashlib
 import json
 import logging
 import os
-import sys
 import time
 import uuid
 from collections.abc import Mapping
@@ -22,6 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+
+from turboquant.runtime.cache_folders import user_cache_folder
 
 FORMAT = 1
 UNUSED_DAYS = 180  # after which a file is removed
@@ -103,11 +104,4 @@ def key_of(*parts: object) -> str:
 @functools.cache
 def compiled_files() -> CompiledFiles:
     """The user's: ``turboquant/kernels`` in the folder that the system has for caches."""
-    if sys.platform == "win32":
-        home = os.environ.get("LOCALAPPDATA", "")
-    elif sys.platform == "darwin":
-        home = str(Path("~/Library/Caches").expanduser())
-    else:
-        home = os.environ.get("XDG_CACHE_HOME", "")
-    root = Path(home) if home and Path(home).is_absolute() else Path("~/.cache").expanduser()
-    return CompiledFiles(root / "turboquant" / "kernels")
+    return CompiledFiles(user_cache_folder() / "turboquant" / "kernels")

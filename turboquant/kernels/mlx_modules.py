@@ -21,10 +21,9 @@ from pathlib import Path
 import mlx.core as mx
 
 from turboquant.kernels.compiled_files import compiled_files, key_of
+from turboquant.runtime.cache_folders import set_mlx_folder, user_chose_mlx_folder
 
-VARIABLE = "MLX_PTX_CACHE_DIR"
 _log = logging.getLogger(__name__)
-OURS = "TURBOQUANT_PTX_DIR"  # what this program set the variable to, so that its child processes can tell
 PREFIX = "turboquant-kernels-"
 
 
@@ -36,8 +35,7 @@ def own_folder() -> Path | None:
     """
     if not mx.cuda.is_available():
         return None
-    chosen = os.environ.get(VARIABLE)
-    if chosen and chosen != os.environ.get(OURS):
+    if user_chose_mlx_folder():
         return None
     try:
         _remove_abandoned(Path(tempfile.gettempdir()))
@@ -47,7 +45,7 @@ def own_folder() -> Path | None:
         return None
     if not known:
         _log.warning("kernels are compiled, once on this machine: the first answers can take a minute longer")
-    os.environ[VARIABLE] = os.environ[OURS] = str(folder)
+    set_mlx_folder(folder)
     atexit.register(_end, folder, known, os.getpid())
     return folder
 

@@ -11,6 +11,7 @@ import pytest
 
 from turboquant.kernels import mlx_modules
 from turboquant.kernels.compiled_files import CompiledFiles
+from turboquant.runtime import cache_folders
 
 
 def a_cubin(size: int = 300) -> bytes:
@@ -90,13 +91,13 @@ def test_the_folder_that_a_user_chose_is_left_alone(
     monkeypatch.setattr(mx.cuda, "is_available", lambda: True)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr("atexit.register", lambda *_: None)
-    monkeypatch.setenv(mlx_modules.VARIABLE, str(folders[0]))
-    monkeypatch.setenv(mlx_modules.OURS, "" if chosen else str(folders[0]))  # else a parent process made it
+    monkeypatch.setenv(cache_folders.MLX_VARIABLE, str(folders[0]))
+    monkeypatch.setenv(cache_folders.OUR_VARIABLE, "" if chosen else str(folders[0]))  # else a parent process made it
     mlx_modules.own_folder.cache_clear()
     found = mlx_modules.own_folder()
     mlx_modules.own_folder.cache_clear()
     assert (found is None) == chosen
-    assert os.environ[mlx_modules.VARIABLE] == str(folders[0] if chosen else found)
+    assert os.environ[cache_folders.MLX_VARIABLE] == str(folders[0] if chosen else found)
 
 
 def test_folders_of_processes_that_were_killed_are_removed(tmp_path: Path) -> None:
