@@ -327,7 +327,7 @@ def test_a_machine_without_the_model_is_named(place: Workplace, monkeypatch: pyt
     monkeypatch.setattr("pipeline.distributed.ray_pool.RayWorker", Elsewhere)
     error = error_of(invoke("run", place.job_file, "--on", "ray", "--quiet"))
     assert error.startswith("worker ")
-    assert "model /nowhere/model: no such folder" in error
+    assert "model /nowhere/model: there is no such folder" in error
 
 
 @pytest.mark.parametrize("package", ["mlx", "mlx-lm", "turboquant-pipeline"])
