@@ -1,17 +1,17 @@
-"""Everything the pipeline can tell its user went wrong.
+"""The errors of the pipeline, with their exit codes.
 
     PipelineError              exit 1    anything else that has a clear message
     ├── JobError               exit 2    the job, its inputs or the command line is wrong
-    │   ├── InputError                   ... the files or columns of documents or queries are
-    │   └── ModelError                   ... the model cannot be found, loaded or used
+    │   ├── InputError                   the files, columns or ids of documents or queries are wrong
+    │   └── ModelError                   the model cannot be found, loaded or used
     ├── StoreError             exit 1    the cache folder cannot be used
-    │   ├── DiskFull                     ... nor anything be written on its disk
-    │   └── BudgetTooSmall               ... what a job needs does not fit into its budget
+    │   ├── DiskFull                     its disk is full
+    │   └── BudgetTooSmall               its budget has no room for what jobs need
     ├── RemoteError            exit 1    a file on another machine cannot be reached
     ├── OutputError            exit 1    the result cannot be written, or another run is writing it
     ├── NotApplicable          exit 1    a contender of a bench can't do what the job asks
     ├── Interrupted            exit 130  stopped by the user; the same command resumes
-    │   └── StoppedAtFailure   exit 1    ... who said beforehand: where a row fails
+    │   └── StoppedAtFailure   exit 1    a row failed, and the run has --fail-fast
     └── RowError                         one row failed and the job goes on: the class's name becomes the
         ├── EmptyDocument                row's `error_type`, the message its `error`
         ├── ContextTooLong
@@ -20,8 +20,8 @@
         ├── AnswerCutOff
         └── ModelProcessDied
 
-A message is one line that names what is wrong, where, and how to put it right. That a job finished with
-failed rows (exit 3) is an outcome, not an error. This module knows how errors read, not who raises them.
+A message is one line: what is wrong, where, and how to fix it. A job that finishes with failed rows raises no error;
+its exit code is 3.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class StoreError(PipelineError):
 
 
 class DiskFull(StoreError):
-    """There is no space left for what is to be stored."""
+    """The disk is full."""
 
 
 class BudgetTooSmall(StoreError):
@@ -85,7 +85,7 @@ class Interrupted(PipelineError):
 
 
 class StoppedAtFailure(Interrupted):
-    """A row failed, and the user wants to look at that before anything else is done."""
+    """A row failed, and the user asked to stop at the first failed row (--fail-fast)."""
 
     exit_code = 1
 
@@ -95,7 +95,7 @@ class RowError(PipelineError):
 
     @property
     def error_type(self) -> str:
-        """As the result's column says it."""
+        """The text of the result's column ``error_type``: the name of the class."""
         return type(self).__name__
 
 
@@ -112,7 +112,7 @@ class PromptFailed(RowError):
 
 
 class GenerationFailed(RowError):
-    """The model failed. ``may_pass``: as for want of memory, so that the same may go well a little later."""
+    """The model failed. ``may_pass``: whether another attempt may succeed, for example after a lack of memory."""
 
     def __init__(self, message: str, may_pass: bool = True) -> None:
         super().__init__(message)
@@ -120,15 +120,15 @@ class GenerationFailed(RowError):
 
 
 class AnswerCutOff(RowError):
-    """There was no room for all of an answer that is of no use cut off: JSON, or what follows thinking."""
+    """The answer was cut off before it was usable: its JSON is incomplete, or its thinking had not ended."""
 
 
 class ModelProcessDied(RowError):
-    """The process that runs the model died, twice, with this row's document in hand."""
+    """The model's process died twice while it worked on this row's document."""
 
 
 def suggestion(word: str, choices: Collection[str]) -> str:
-    """The end of a message about an unknown word.
+    """Return the end of a message about an unknown word: the most similar choice, or else all choices.
 
     >>> suggestion("max_token", ["max_tokens", "seed"])
     "; did you mean 'max_tokens'?"
@@ -142,11 +142,11 @@ def suggestion(word: str, choices: Collection[str]) -> str:
 
 
 def is_disk_full(error: OSError) -> bool:
-    """Whether it says that there is no space left, or none for this user or file."""
+    """Return whether an error means that the disk is full, a quota is used up, or a file is too large."""
     return error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def one_line(error: BaseException) -> str:
-    """What an exception of another library says, on one line of bearable length."""
+    """Return the message of an exception on one line, cut to 300 characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 300 else text[:299] + "…"

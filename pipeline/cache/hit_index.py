@@ -15,7 +15,7 @@ import numpy as np
 
 _MOST_TOKENS = (1 << 32) - 1
 _FIRST_CHECKS = 32  # documents that are checked before any is trusted
-_CHECK_INTERVAL = 16  # after that, one document in so many is checked
+_CHECK_INTERVAL = 16  # after that, one document in this many is checked
 
 
 def label_number(label: str) -> int:
@@ -47,7 +47,7 @@ class HitIndex:
         return None if is_checked or len(stored) > 1 else stored[0]
 
     def contains(self, label: int, tokens: int, estimated: bool = False) -> bool:
-        """Return whether a context with so many tokens is stored. A count that differs from the store ends the trust.
+        """Return whether a context with this number of tokens is stored. If the store has another, trust ends.
 
         An estimated count is not compared: while the store is trusted, any context of the label is the right one.
         """

@@ -49,7 +49,7 @@ _log = logging.getLogger(__name__)
 class Extent:
     """The part of a job that is benchmarked: its first documents and queries. None: all queries.
 
-    naive_queries: the contender naive answers only so many queries.
+    naive_queries: how many queries the contender naive answers; None: all.
     """
 
     documents: int

@@ -70,7 +70,7 @@ def gc(
         str | None, typer.Option(metavar="SIZE", help="Shrink to this: 20GB, 10% of the disk (default: the job's).")
     ] = None,
     unused_for: Annotated[
-        float | None, typer.Option(metavar="DAYS", min=0, help="Remove segments that were not used for so many days.")
+        float | None, typer.Option(metavar="DAYS", min=0, help="Remove segments that were not used for this many days.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be removed, and remove nothing.")] = False,
     as_json: AsJson = False,

@@ -168,7 +168,7 @@ def _check_device(blas: Blas) -> Iterator[Check]:
 
         runs = attention_gpu.usable(CacheCodec(), 128)
         slower = "compressed prefixes are decoded by MLX's operations, which is slower: please report it"
-        value = "run, and find what MLX's operations find" if runs else "don't run"
+        value = "run, and agree with MLX's operations" if runs else "don't run"
         yield Check("attention kernels", value, runs, None if runs else slower)
         if origins := summary():
             yield Check("compiled kernels", f"{origins}; kept in {compiled_files().folder}")

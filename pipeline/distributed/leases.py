@@ -1,7 +1,7 @@
 """Leases: which group of documents goes to which worker next, and what happens to groups whose worker is lost.
 
-A worker either returns a lease answered or loses it when it dies. This module knows stores by their names; it does not
-know machines, models or rows.
+A worker either returns a lease answered or loses it when it dies. To this module a store is only a name. Machines,
+models and rows are handled elsewhere.
 """
 
 from __future__ import annotations

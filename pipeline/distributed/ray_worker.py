@@ -44,7 +44,7 @@ class WorkerInfo:
 
 @dataclass(frozen=True)
 class WorkerReply:
-    """What a call of a worker returns.
+    """The reply of a worker to a call.
 
     stats: the work of a lease. lines: of the log since the last reply. info: after ``start``. results: of a
     lease, one for each task; None if the lease was left alone. failed: the exception that the call raised.

@@ -25,7 +25,7 @@ from pipeline.job.job import Prompt
 
 SHARED_CHARACTERS = 1000  # a beginning of this length that all documents share is prefilled once, by itself
 _PROBES = ("What", "1", "(x)", "\n-", " é")
-# It bounds the tokens in memory, and is enough to keep a tokenizer's threads busy.
+# Prompts tokenised in one call: few, to bound the tokens in memory, but enough to keep the threads busy.
 _PROMPTS_PER_GROUP = 8
 
 

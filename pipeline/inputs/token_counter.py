@@ -114,7 +114,7 @@ class TokenCounter:
 
 
 def _is_near(lengths: Lengths, rooms: Sequence[int], error: int) -> bool:
-    """Return whether an error of so many tokens could decide whether a query fits."""
+    """Return whether an error of this many tokens could decide whether a query fits."""
     return any(
         abs(lengths.context + suffix - room) <= error for suffix, room in zip(lengths.suffixes, rooms, strict=False)
     )

@@ -94,8 +94,8 @@ class Results:
             raise JobError(f"{self.output}: is a folder; output.path must name a file")
         try:
             if self._read_only:
-                # First, as a run that ends now moves the parts to the finished file. In memory, as asking the disk for
-                # each document's part takes far longer.
+                # The parts are listed before the finished file is opened, because a run that ends now moves them there.
+                # The list is in memory, because asking the disk for each part takes far longer.
                 names = (name for _, _, files in os.walk(self.parts) for name in files if name.endswith(".parquet"))
                 self._listed = frozenset(map(hash, names))
             else:

@@ -1,7 +1,7 @@
 """The committer counts the rows of answered groups and writes them to the result. Here a row is declared done.
 
-The rows of a group are written together. A group that was interrupted is answered again whole, so that which rows share
-a batch never depends on where a run was interrupted.
+The rows of a group are written together. A group that was interrupted is answered again as a whole, so the same rows
+share a batch wherever a run was interrupted.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Committer:
     ) -> None:
         self._observer, self._executor, self._results = context.observer, executor, results
         self._report, self._on_commit, self._on_failure = report, on_commit, on_failure
-        # The next group may need the disk space that this group's segments leave once its rows are written.
+        # The segments of this group may be removed when its rows are written; the next group may need their disk space.
         self._must_wait = context.job.cache.budget is not None or context.job.cache.keep == "job"
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="results")
         self._writing: Future[None] | None = None
@@ -53,8 +53,8 @@ class Committer:
     def commit(self, group: GroupResult) -> None:
         """Count a group's rows and start to write them.
 
-        Raises OutputError if the disk refused the group before, StoppedAtFailure if a row failed and the run shall stop
-        at failures.
+        Raises OutputError if the previous group could not be written, StoppedAtFailure if a row failed and the run
+        stops at failures.
         """
         report = self._report
         rows = [row for result in group.results for row in result.rows.values()]

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FailureOptions:
-    """What a run does about failed rows.
+    """How a run treats failed rows.
 
     keep: rows that failed in an earlier run are not tried again. stop: the run ends at the first new failed row.
     """
@@ -27,7 +27,7 @@ class FailureOptions:
 
 @dataclass(frozen=True)
 class RunContext:
-    """What every part of a run needs to know.
+    """The values that every part of a run needs.
 
     identity: of the segments and rows of this job. schemas: the JSON schemas that answers may have to follow.
     check: raises Interrupted if the user asked to stop. ranks: the processes that hold the model together.

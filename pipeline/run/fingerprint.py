@@ -1,4 +1,4 @@
-"""What decides a segment's content and a row's answer, as digests.
+"""The identity of a job's segments and the fingerprints of its rows: digests of everything that decides them.
 
 A row's fingerprint covers the weights, the tokenizer and its chat template, the codec, the prefill mode, the
 rendered prompt and the settings: change any and the row is answered again. It is taken from text, not tokens, so
@@ -29,7 +29,7 @@ MEMO = "fingerprints.json"
 
 
 def cache_codec(cache: Cache) -> CacheCodec:
-    """The codec a job asks for."""
+    """Return the codec that a job's cache settings describe."""
     from turboquant.quant.cache_codec import CacheCodec
 
     return CacheCodec(
@@ -43,9 +43,9 @@ def cache_codec(cache: Cache) -> CacheCodec:
 
 
 def job_identity(job: Job, remember: bool = True) -> Identity:
-    """The identity of all segments of a job. Raises ModelError where there is no such model.
+    """Return the identity of all segments of a job. Raises ModelError if the model is not found.
 
-    ``remember`` writes the weights' digests to the cache folder, so that they are hashed once.
+    remember: write the digests of weight files to the cache folder, so that each file is hashed only once.
     """
     path: Path = resolve_model(job.model, job.revision)
     prefill: str = job.cache.prefill
@@ -53,7 +53,7 @@ def job_identity(job: Job, remember: bool = True) -> Identity:
         prefill += f" {job.cache.segment}"
     if shared := Renderer(job.prompt).shared:
         prefill += f" shared={_digest('shared', shared.system, shared.context)[:16]}"
-    if job.scale.ranks > 1:  # which add up in another order than one does, so round otherwise
+    if job.scale.ranks > 1:  # several ranks add in another order, so they round differently
         prefill += f" ranks={job.scale.ranks}"
     return Identity(
         weights=weights_fingerprint(path, job.cache.dir / MEMO, remember, job.adapter, job.trust_remote_code),
@@ -64,13 +64,13 @@ def job_identity(job: Job, remember: bool = True) -> Identity:
 
 
 def result_metadata(job: Job, identity: Identity, shard: Shard | None = None) -> dict[str, str]:
-    """What a result file says of the job, or the shard of it, whose rows it holds."""
+    """Return the metadata of a result file: the job's name, its identity and, for a shard, which one it is."""
     described = {"job": job.name, **asdict(identity)} | ({"shard": str(shard)} if shard else {})
     return {f"pipeline.{name}": value for name, value in described.items()}
 
 
 def context_label(rendered: Rendered) -> str:
-    """Names a context by its text alone, so that a miss can say what else has changed."""
+    """Return a digest of a context's text alone, by which the store can explain why a segment is missing."""
     return _digest("context", rendered.system, rendered.context)
 
 
@@ -81,10 +81,10 @@ def row_fingerprints(
     generation: Generation,
     cut: str | None = None,
 ) -> dict[str, str]:
-    """The fingerprints of a document's rows, by query id: each names everything that decides an answer, in 32 digits.
+    """Return the fingerprints of a document's rows, by query id: 32 hexadecimal digits each.
 
-    cut: what WindowCutter.mark says. A fingerprint is the digest of one JSON list. What comes before the query is the
-    same in all of them, and long.
+    cut: the result of WindowCutter.mark. A fingerprint is the digest of a JSON list of everything that decides the
+    answer. The beginning of the list is long and the same for all queries, so it is hashed only once.
     """
     shared = _json(["row", asdict(identity), rendered.system, rendered.context])
     beginning = hashlib.sha256(shared.removesuffix("]").encode())
@@ -98,9 +98,9 @@ def row_fingerprints(
 
 
 def kept_rows(known: Mapping[str, Row], fingerprints: Mapping[str, str], keep_failed: bool = False) -> dict[str, Row]:
-    """Those of a document's known rows that need no new answer, in the order of the fingerprints.
+    """Return the known rows of a document that need no new answer, in the order of the fingerprints.
 
-    Failed ones need one unless they are to be kept.
+    keep_failed: also keep failed rows; otherwise they are answered again.
     """
     return {
         query_id: row

@@ -30,7 +30,7 @@ SECONDS_BETWEEN_POLLS = 1.0
 
 @dataclass(frozen=True)
 class RunRequest:
-    """What the process shall run: the arguments of Runner, and the level of its log."""
+    """The job that the process runs: the arguments of Runner, and the level of its log."""
 
     job: Job
     report: Report

@@ -1,4 +1,4 @@
-"""The rule for documents in whose hands a model's process dies.
+"""The rule for documents that a model's process was working on when it died.
 
 first death                      the same documents are tried again
 second death, several documents  each of them is tried alone
@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from enum import Enum
 
-MOST_DEATHS = 2  # of a process in one place; after that it is not tried there again
+MOST_DEATHS = 2  # with the same documents in hand; after that, they are not tried together again
 
 
 class Verdict(Enum):
@@ -40,7 +40,7 @@ class Quarantine:
         return Verdict.SEPARATE if len(documents) > 1 else Verdict.FAIL
 
     def forget(self, documents: tuple[str, ...]) -> None:
-        """Forget the deaths with these documents in hand, since they are done."""
+        """Forget the deaths with these documents in hand, perhaps none: the work went on since then."""
         self._deaths.pop(documents, None)
 
 

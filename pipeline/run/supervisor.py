@@ -107,7 +107,7 @@ class _Supervisor:
                     self._in_hand = message.document_ids
                 elif isinstance(message, DocumentsDone):
                     self._report = message.report
-                    self._quarantine.forget(())
+                    self._quarantine.forget(())  # the model was loaded, so deaths before the first document are over
                     if set(self._in_hand) <= set(message.document_ids):
                         self._in_hand = ()
             process.join()
@@ -169,7 +169,7 @@ class _Supervisor:
         """Pass STOP_SIGNALS on to the process while the block runs. The third signal kills it.
 
         In a run with several ranks, SIGTERM kills it at once: mlx.launch sends it when another rank has ended, and this
-        rank would wait for that one for ever.
+        rank would wait for that one forever.
         """
 
         def pass_on(number: int, frame: Any) -> None:

@@ -24,7 +24,7 @@ from turboquant.runtime.threads import run_in_parallel
 
 Floats = NDArray[np.floating[Any]]  # always float32, which NumPy's type stubs cannot follow
 BLOCK = 1 << 17  # scores, and numbers of decoded keys, in memory at a time: about the size of a core's cache
-FEW = 1 << 16  # with at most so many scores, one thread does all rows and heads, because starting more takes longer
+FEW = 1 << 16  # up to this many scores, one thread does all rows and heads, because starting more takes longer
 ROWS = 256  # queries at a time: enough for the BLAS, and few enough to skip most of what a causal mask hides
 
 

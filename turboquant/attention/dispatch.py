@@ -1,7 +1,7 @@
 """Choose the implementation of attention for MLX's default device.
 
-cpu.py and gpu.py have the same functions as reference.py. The choice is made at each call, because the default device
-may change.
+cpu.py and gpu.py have the two functions of ``Backend``; both compute the same as reference.py. gpu.py also has a kernel
+for a whole decoding step. The choice is made at each call, because the default device may change.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def attend_past_and_suffix(
 
 
 def prepare_kernels(codec: CacheCodec, head_dim: int, dtype: mx.Dtype) -> None:
-    """Begin to make ready what a model of that head_dim and dtype needs on a GPU, on threads of their own.
+    """Start to compile the GPU kernels that a model of this head_dim and dtype needs, in other threads.
 
     To be called as soon as the model's sizes are known. Does nothing on a CPU or on Metal, where MLX compiles kernels
     when they are first used.

@@ -1,9 +1,9 @@
-"""Attention over encoded layers on a GPU: two kernels, CUDA or Metal, from one text.
+"""Attention over encoded layers on a GPU: two kernels, written once for CUDA and Metal.
 
-The first rotates the queries, looks codes up in tables and multiplies in the matrix units, each thread-group for a
-split of the tokens; the second merges the splits and rotates back. They compute reference.py's ``attend_layer``.
-Their text is ``codes.h``, ``attend.h`` and ``merge.h`` in ``text/``. Layers that they do not know, of other sizes or in
-other shapes, take reference.py's way.
+The first kernel rotates the queries, looks codes up in tables and multiplies in the matrix units; each thread-group
+works on a split of the tokens. The second kernel merges the splits and rotates back. Together they compute the same as
+``attend_layer`` of reference.py, which is used for layers of sizes that the kernels do not support. Their text is
+``codes.h``, ``attend.h`` and ``merge.h`` in ``kernels/text/``.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def attend_step(
 
     keys, values: (B, n_kv_heads, T, head_dim), or the larger arrays that begin with them.
     mask: (B or 1, 1, 1, T), true where visible, or None.
-    Returns (B, n_heads, 1, head_dim) in the queries' dtype. For layers that ``knows`` knows.
+    Returns (B, n_heads, 1, head_dim) in the queries' dtype. The layer must be one for which ``knows`` is true.
     """
     own: dict[str, Input] = {"queries": queries, "keys": keys, "values": values}
     if mask is not None:
@@ -108,17 +108,17 @@ def _attend(queries: mx.array, layer: EncodedLayer, scale: float, own: dict[str,
 
 
 def knows(layer: EncodedLayer) -> bool:
-    """Whether the kernels are made for a layer's sizes, and run."""
+    """Return whether the kernels support a layer's sizes and its codec, and work on this device."""
     dim = layer.key_mean.shape[-1]
     return dim in HEAD_DIMS and layer.value_mean.shape[-1] == dim and usable(layer.codec, dim)
 
 
 @functools.cache
 def usable(codec: CacheCodec, dim: int) -> bool:
-    """Whether the kernels run here and find what attention/reference.py does, tried once."""
+    """Return whether the kernels run on this device and agree with attention/reference.py. They are tried once."""
 
     def error() -> float:
-        with mx.stream(mx.cpu):  # MLX would compile kernels for what is done here only, for a minute
+        with mx.stream(mx.cpu):  # on the GPU, MLX would compile kernels for these operations, for a minute
             keys, values, queries = (
                 mx.random.normal((*shape, dim), key=mx.random.key(i)) for i, shape in enumerate(_TRIED)
             )
@@ -137,7 +137,7 @@ def usable(codec: CacheCodec, dim: int) -> bool:
 
 @dataclass(frozen=True)
 class _Plan:
-    """What depends on shapes alone, so that it is worked out once for all layers and steps."""
+    """The launches and their settings, which depend on shapes alone: made once for all layers and steps."""
 
     attend: Launch
     merge: Launch
@@ -184,9 +184,9 @@ def _attend_launch(codec: CacheCodec, dim: int, tiles: int, groups: tuple[int, i
 
 
 def variants(codec: CacheCodec, dim: int, dtype: mx.Dtype) -> list[Variant | None]:
-    """The kernels that layers of such a codec and head_dim need on CUDA, for a model that computes in ``dtype``.
+    """Return the kernels that layers of this codec and head_dim need on CUDA, for a model that computes in ``dtype``.
 
-    The ones for the trial are among them, where it has not been remembered.
+    The kernels for the trial are included, unless its result is remembered.
     """
     if dim not in HEAD_DIMS:
         return []
@@ -227,7 +227,7 @@ def _merge(shape: tuple[int, int, int, int], n_kv_heads: int, dtype: mx.Dtype, s
 
 
 def _defined(codec: CacheCodec, dim: int, tiles: int) -> tuple[tuple[str, int], ...]:
-    """What is compiled in."""
+    """Return the constants that are compiled into the kernel."""
     most = SHARED_WORDS[gpu()]
     fine = codec.fine
     copies, fine_copies = (_copies(x.key_bits, x.value_bits, most) for x in (codec, fine))
@@ -244,14 +244,14 @@ def _defined(codec: CacheCodec, dim: int, tiles: int) -> tuple[tuple[str, int], 
         ("FINE_VALUE_BITS", fine.value_bits),
         ("COPIES", copies),
         ("FINE_COPIES", fine_copies),
-        ("STRIDE", dim + 8),  # so that lanes meet in few banks
+        ("STRIDE", dim + 8),  # padded, so that lanes seldom read the same bank of memory
         ("HEADROOM", HEADROOM),
         ("SHARED_WORDS", max(8 * tiles * (dim + 8), *tables)),
     )
 
 
 def _copies(key_bits: int, value_bits: int, most: int) -> int:
-    """How often a table is held, so that lanes seldom wait for each other: 32 times if it fits, else 16 or 8."""
+    """Return how many copies of a table fit: 32, 16 or 8. With more copies, lanes wait less for each other."""
     return next(n for n in (32, 16, 8) if _entries(key_bits, value_bits) * n <= most)
 
 
@@ -260,7 +260,7 @@ def _entries(key_bits: int, value_bits: int) -> int:
 
 
 def _constants(layer: EncodedLayer) -> dict[str, mx.array]:
-    """What the kernels read of a layer, made once; sinks are rotated as codes are."""
+    """Return the inputs of the kernels that depend on the layer alone, made once. Sinks are rotated, as codes are."""
     if not layer.derived:
         codecs = (layer.codec, layer.codec.fine)
         levels = np.zeros((4, 256, 2), np.float16)
@@ -274,7 +274,7 @@ def _constants(layer: EncodedLayer) -> dict[str, mx.array]:
         tensors = layer.tensors() | {
             "sink_keys": sink_keys,
             "sink_values": sink_values,
-            # Weighted values are halves: as large as can be without overflowing, so that none is lost.
+            # Weighted values are halves, scaled up as far as none overflows, so that no small one is lost.
             "value_factors": mx.minimum(1.0 / mx.maximum(largest, 1e-30), LARGEST_FACTOR),
             "signs": rotation.signs,
             "levels": mx.array(levels).view(mx.uint32),
@@ -285,14 +285,16 @@ def _constants(layer: EncodedLayer) -> dict[str, mx.array]:
 
 
 def _padded(x: mx.array) -> mx.array:
-    """(n_kv_heads, T, ...) of FEWEST tokens at least."""
+    """Pad a tensor (n_kv_heads, T, ...) with zeros to at least FEWEST tokens."""
     missing = max(0, FEWEST - x.shape[1])
     return mx.pad(x, [(0, 0), (0, missing), *[(0, 0)] * (x.ndim - 2)]) if missing else x
 
 
 def _table(bits: int) -> NDArray[np.float16]:
-    """The levels of two codes, by the bits of both in the low plane and above them those in the high one; where that
-    would be more than 256, a level twice, by its code.
+    """Return a table of pairs of levels, (entries, 2).
+
+    Up to 4 bits, the index is two codes: the bits of both in the low plane and, above them, those in the high plane.
+    With more bits, the index is one code, whose level stands twice.
     """
     levels = lloyd_max(bits).levels.astype(np.float16)
     if bits > 4:
@@ -305,6 +307,6 @@ def _table(bits: int) -> NDArray[np.float16]:
 
 
 def _largest(scales: mx.array) -> mx.array:
-    """(n_kv_heads,) of (n_kv_heads, T), which may hold none."""
+    """Return the largest magnitude of each head's scales (n_kv_heads, T), as (n_kv_heads,); 0 if there are none."""
     none = mx.zeros((scales.shape[0], 1))
     return mx.concatenate([none, mx.abs(scales.astype(mx.float32))], axis=1).max(axis=1)

@@ -22,7 +22,7 @@ from turboquant.quant.codec import Encoded
 from turboquant.quant.layer import EncodedLayer, EncodedPart
 from turboquant.runtime.device import fused
 
-SCORES = 1 << 23  # about so many are in memory at a time, and as many numbers of decoded keys
+SCORES = 1 << 23  # scores, and numbers of decoded keys, in memory at a time, about
 LEAST = -1e30  # stands for the log-sum-exp of no tokens, from which nothing could be subtracted
 TILE = 2048  # tokens in a tile, at least, however many queries there are
 
@@ -95,7 +95,7 @@ def attend_dense(
 
 
 def _tile(rows: int) -> int:
-    """Return how many tokens a tile has, for so many queries."""
+    """Return how many tokens a tile has for this number of queries."""
     return max(TILE, SCORES // rows)
 
 

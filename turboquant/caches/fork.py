@@ -33,7 +33,7 @@ class _BypassGuard:
     _fetched: tuple[mx.array, mx.array] | None = None
 
     def note_mask(self, compressed: bool) -> None:
-        """A mask is asked for. Raises RuntimeError where ``attend`` was not called for the tokens added before."""
+        """Note that a mask is made. Raises RuntimeError where ``attend`` was not called for the tokens added before."""
         if self._bypassed:
             raise RuntimeError(
                 "attention missed the compressed past: run the model inside `with turboquant.enabled(model):`"
@@ -41,11 +41,11 @@ class _BypassGuard:
         self._mask_was_made = compressed
 
     def note_tokens(self) -> None:
-        """Tokens are added."""
+        """Note that tokens are added."""
         self._bypassed = self._mask_was_made
 
     def note_attention(self) -> None:
-        """The model calls ``attend``."""
+        """Note that the model calls ``attend``."""
         self._mask_was_made = self._bypassed = False
         self._fetched = None  # while a slice is held, MLX cannot update the buffer in place
 

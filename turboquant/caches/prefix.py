@@ -188,7 +188,7 @@ def feed(
     for start in range(0, len(tokens), chunk):
         chunk_tokens = list(tokens[start : start + chunk])
         model(mx.array(chunk_tokens)[None], cache=caches)
-        mx.eval([cache.state for cache in caches])  # nobody needs the logits, so they are never computed
+        mx.eval([cache.state for cache in caches])  # the logits are not needed, so they are never computed
         mx.clear_cache()
         on_progress(len(chunk_tokens))
 

@@ -1,6 +1,6 @@
 """Measure how fast compressed K/V are attended and encoded here, beside full precision and mlx-lm's quantised cache.
 
-What is timed is one decoding step of one layer: each row has one query for each head, and all rows share one context.
+One decoding step of one layer is timed: each row has one query for each head, and all rows share one context.
 The numbers are random, so that attention is spread evenly and no implementation can skip tokens.
 """
 
@@ -159,7 +159,7 @@ def _packed(keys: mx.array, values: mx.array, codec: CacheCodec, sizes: Sizes) -
 
 
 def _microseconds(attend: Attend, queries: mx.array) -> float:
-    """Return the median time of a step. Steps are queued, so that nobody waits for a GPU after each of them."""
+    """Return the median time of a step. Steps are queued, so Python does not wait for the GPU after each of them."""
     mx.eval(attend(queries))
     begin = time.perf_counter()
     mx.eval(attend(queries))

@@ -41,7 +41,7 @@ def replacing(path: Path, ending: str = "") -> Iterator[Path]:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove temporary files for ``path`` whose writers were killed. Call it only while nobody else writes ``path``."""
+    """Remove temporary files for ``path`` whose writers were killed. Call it only if no process writes ``path``."""
     for leftover in path.parent.glob(f"{TEMPORARY}{glob.escape(path.name)}.{8 * '[0-9a-f]'}*"):
         leftover.unlink(missing_ok=True)
 

@@ -1,8 +1,7 @@
-"""Files of what was compiled on this machine, and of what trials of kernels found, in the user's cache folder.
+"""Files in the user's cache folder that keep compiled kernels and the results of trials of kernels.
 
-A file says what it is of and holds a checksum of its content, and is written whole or not at all, so processes may
-share the folder. What is damaged, of another version or of something else counts as absent and is written anew. Knows
-bytes and keys; what is compiled is launch.py's.
+A file holds its name, its key and a checksum of its content. It is written whole or not at all, so several processes
+may share the folder. A file that is damaged, of another version or of another key counts as absent and is replaced.
 """
 
 from __future__ import annotations
@@ -32,12 +31,12 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class CompiledFiles:
-    """A folder of them, which need not exist yet."""
+    """A folder of compiled files; it need not exist yet."""
 
     folder: Path
 
     def read(self, name: str, key: str) -> tuple[bytes, dict[str, Any]] | None:
-        """The content written under a name and a key, and what was written about it; None where there is none."""
+        """Return the content and the header of the file of a name and a key, or None if there is no valid file."""
         path = self._path(name, key)
         try:
             with path.open("rb") as file:
@@ -58,7 +57,7 @@ class CompiledFiles:
         return content, header
 
     def write(self, name: str, key: str, content: bytes, about: Mapping[str, Any]) -> None:
-        """Write a file, in place of any other of that name and key. A folder that cannot be written is no error."""
+        """Write a file, in place of an older one of the same name and key. A failure is logged and raises nothing."""
         header = {
             **about,
             "format": FORMAT,
@@ -79,12 +78,12 @@ class CompiledFiles:
                 temporary.unlink()
 
     def keys(self, name: str) -> list[str]:
-        """The keys of all files of a name, whatever is in them."""
+        """Return the keys of all files of a name, valid or not."""
         prefix = f"{name}-"
         return sorted(path.name[len(prefix) : -len(SUFFIX)] for path in self.folder.glob(f"{prefix}*{SUFFIX}"))
 
     def remove_unused(self) -> None:
-        """Remove files that nobody has read for half a year, and what was left half written a day ago or earlier."""
+        """Remove files that were not read for ``UNUSED_DAYS``, and temporary files that are older than a day."""
         now = time.time()
         for pattern, days in ((f"*{SUFFIX}", UNUSED_DAYS), (".*", 1)):
             for path in self.folder.glob(pattern):
@@ -97,11 +96,11 @@ class CompiledFiles:
 
 
 def key_of(*parts: object) -> str:
-    """A key that differs wherever one of the parts does, told by its ``repr``."""
+    """Return a key for these parts: a digest of their ``repr``."""
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
 @functools.cache
 def compiled_files() -> CompiledFiles:
-    """The user's: ``turboquant/kernels`` in the folder that the system has for caches."""
+    """Return the user's compiled files, in ``turboquant/kernels`` in the user's cache folder."""
     return CompiledFiles(user_cache_folder() / "turboquant" / "kernels")

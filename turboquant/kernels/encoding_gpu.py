@@ -1,8 +1,8 @@
-"""Compressing vectors on a GPU, from floats to packed codes and scales in one kernel, CUDA or Metal, from one text.
+"""Compress vectors on a GPU: one kernel, written once for CUDA and Metal, makes packed codes and scales from floats.
 
-What it computes is codec.py's ``Codec.encode``, with rounding.py's ``round_in_metric`` where a metric is given. Its
-text is ``vectors.h`` and ``encode.h`` in ``text/``; eight lanes work on a vector. ``feedback.h`` does for a metric what
-rounding.py has LAPACK do on a CPU.
+It computes the same as ``Codec.encode`` and, if a metric is given, ``round_in_metric`` of rounding.py. Its text is
+``vectors.h`` and ``encode.h`` in ``text/``; eight lanes work on each vector. A second kernel, ``feedback.h``,
+factorises a metric; on a CPU, rounding.py does this with LAPACK.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ INPUTS = ("x", "order", "mean", "signs", "levels", "boundaries")
 METRIC_INPUTS = ("code_of_bin", "feedback", "rows", "diagonal")
 FEEDBACK_THREADS = 512
 SMALLEST_PIVOT = 1e-6  # a damped metric's are larger
-MOST_DISAGREEMENT = 0.02  # of codes with the reference's: sums are rounded otherwise, and a tie is a tie
-MOST_OFF = 1e-3  # a factor, from NumPy's
+MOST_DISAGREEMENT = 0.02  # share of codes that may differ from the reference, because sums round differently
+MOST_OFF = 1e-3  # largest difference of a factor from NumPy's
 _TRIED = (2, 300)  # heads and vectors
 
 
 def usable(codec: Codec, dtype: mx.Dtype, in_metric: bool) -> bool:
-    """Whether there is a GPU, the kernel is made for such vectors, and it finds what ``Codec.encode`` does."""
+    """Return whether there is a GPU, and its kernel supports these vectors and agrees with ``Codec.encode``."""
     return not on_cpu() and codec.head_dim in HEAD_DIMS and _runs(codec, dtype, in_metric)
 
 
@@ -75,7 +75,7 @@ def _encode_launch(codec: Codec, in_metric: bool, heads: int, count: int) -> Lau
 
 
 def variants(codec: CacheCodec, dim: int, dtype: mx.Dtype) -> list[Variant | None]:
-    """The kernels that encode a model's layers on CUDA, of keys and values of ``dtype``."""
+    """Return the kernels that encode a model's layers on CUDA, for keys and values of ``dtype``."""
     if dim not in HEAD_DIMS:
         return []
     found = [variant_of(_feedback_launch(1, dim), [(mx.float32, 3)])] if codec.query_aware else []
@@ -90,12 +90,12 @@ def variants(codec: CacheCodec, dim: int, dtype: mx.Dtype) -> list[Variant | Non
 
 
 def factors(dim: int) -> bool:
-    """Whether there is a GPU, and ``feedback`` is made for such metrics and finds what NumPy does."""
+    """Return whether there is a GPU, and ``feedback`` supports metrics of this size and agrees with NumPy."""
     return not on_cpu() and dim in HEAD_DIMS and _factors(dim)
 
 
 def feedback(metric: mx.array) -> mx.array:
-    """What each coordinate makes up of each later one's error, (H, dim, dim) float32; see ``RoundingMetric.factor``.
+    """Factorise a metric for rounding with feedback. Returns ``RoundingMetric.factor``, (H, dim, dim) float32.
 
     metric: (H, dim, dim) float32, symmetric and positive definite.
     """
@@ -117,7 +117,7 @@ def _feedback_launch(heads: int, dim: int) -> Launch:
 
 @functools.cache
 def _factors(dim: int) -> bool:
-    """Tried once."""
+    """Try ``feedback`` once, and compare it with NumPy."""
     looks = np.random.default_rng(0).normal(size=(2, dim, dim))
     metric = looks.swapaxes(1, 2) @ looks / dim + rounding.DAMPING * np.eye(dim)
 
@@ -130,13 +130,13 @@ def _factors(dim: int) -> bool:
 
 @functools.cache
 def _runs(codec: Codec, dtype: mx.Dtype, in_metric: bool) -> bool:
-    """Tried once."""
+    """Try ``encode`` once, and compare it with ``Codec.encode``."""
     heads, count = _TRIED
     random = np.random.default_rng(0)
     looks = random.normal(size=(heads, 2 * codec.head_dim, codec.head_dim))
 
     def disagreement() -> float:
-        with mx.stream(mx.cpu):  # MLX would compile kernels for what is done here only, for a minute
+        with mx.stream(mx.cpu):  # on the GPU, MLX would compile kernels for these operations, for a minute
             x = mx.array(random.normal(size=(*_TRIED, codec.head_dim)).astype(np.float32)).astype(dtype)
             mean = mx.full((heads, 1, codec.head_dim), 0.1)
             order = mx.contiguous(mx.broadcast_to(mx.arange(count, dtype=mx.int32), (heads, count)))
@@ -154,9 +154,10 @@ def _runs(codec: Codec, dtype: mx.Dtype, in_metric: bool) -> bool:
 
 
 def _laid_out(metric: RoundingMetric) -> tuple[mx.array, mx.array, mx.array]:
-    """A metric's feedback and its rows, transposed, with ones on the diagonal, and its diagonal (H, dim).
+    """Return a metric as the kernel reads it: ``factor`` and ``pull``, transposed, with ones on the diagonal; and the
+    diagonal of ``damped``, (H, dim).
 
-    Rows lie so that the eight lanes which read four numbers each read side by side.
+    Rows are arranged so that the eight lanes, which read four numbers each, read neighbouring memory.
     """
     heads, dim, _ = metric.pull.shape
     one = identity_matrix(mx, dim)
@@ -169,7 +170,7 @@ def _laid_out(metric: RoundingMetric) -> tuple[mx.array, mx.array, mx.array]:
 
 
 def _defined(codec: Codec, in_metric: bool) -> tuple[tuple[str, int | float], ...]:
-    """What is compiled in."""
+    """Return the constants that are compiled into the kernel."""
     dim = codec.head_dim
     return (
         ("DIM", dim),

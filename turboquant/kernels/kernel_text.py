@@ -1,7 +1,7 @@
-"""A kernel's text, written once for CUDA and Metal, and what is said to start it.
+"""The texts of the GPU kernels, written once for CUDA and Metal, and descriptions of how a kernel is started.
 
-The text lies in ``text/``: a body for each kernel, plain C++ except for what ``cuda.h`` and ``metal.h`` define, so a
-C++ compiler can run it where there is no GPU. Knows nothing of what a kernel computes, or of how it is compiled.
+The folder ``text/`` has a body for each kernel: plain C++, except for the names that ``cuda.h`` and ``metal.h`` define.
+So tests can compile and run a kernel on a machine without a GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import mlx.core as mx
 class Launch:
     """A kernel of ``text/`` and how it is started: ``groups`` thread-groups of ``threads`` threads each.
 
-    constants: what is compiled in. outputs: names, shapes and dtypes. headers: texts that the body needs.
+    constants: compiled into the kernel. outputs: names, shapes and dtypes. headers: texts that the body needs.
     strided: the body reads inputs by their strides; else inputs that are not contiguous are copied.
     """
 
@@ -33,7 +33,7 @@ class Launch:
 
     @functools.cached_property
     def programs(self) -> dict[tuple[tuple[mx.Dtype, int], ...], Any]:
-        """What programs.py made ready for it, by the kinds of the inputs."""
+        """The programs that programs.py has compiled for this launch, by the kinds of the inputs."""
         return {}
 
 
@@ -41,7 +41,7 @@ class Launch:
 class Beginning:
     """The first ``count`` entries of the third axis of an array, as an input of a strided kernel.
 
-    A slice would do the same, but MLX tells nobody the strides of a slice.
+    A slice of MLX cannot be used, because MLX does not show its strides.
     """
 
     whole: mx.array
@@ -61,11 +61,11 @@ Input = mx.array | Beginning
 
 
 def text(name: str) -> str:
-    """A file of the kernels' text."""
+    """Return the content of a file in ``text/``."""
     return (resources.files("turboquant.kernels") / "text" / name).read_text(encoding="utf-8")
 
 
 def defines(constants: tuple[tuple[str, int | float], ...]) -> str:
-    """The constants as the preprocessor takes them."""
+    """Return constants as lines for the preprocessor."""
     lines = (f"#define {name} {value}{'f' if isinstance(value, float) else ''}\n" for name, value in constants)
     return "".join(lines)

@@ -1,7 +1,7 @@
-"""Kernels of ``text/`` started on MLX's GPU, and tried before they are relied on.
+"""Start the kernels of ``text/`` on MLX's GPU. Each is used only after a trial has shown that its results are right.
 
-On CUDA a kernel is compiled once a machine (programs.py). On Metal, and where that is not possible, MLX compiles it
-once a process. Knows nothing of what a kernel computes.
+On CUDA, programs.py compiles a kernel once on each machine. On Metal, and if that is not possible, MLX compiles it once
+in each process.
 """
 
 from __future__ import annotations
@@ -39,10 +39,11 @@ def launch(what: Launch, inputs: Sequence[Input]) -> list[mx.array]:
 
 
 def runs(what: str, error: Callable[[], float], most: float, of: object = None) -> bool:
-    """Whether kernels run on this device and are wrong by at most ``most``; a warning says where not.
+    """Return whether kernels run on this device with an error of at most ``most``; log a warning if they do not.
 
-    error: tries them and returns by how much they are wrong. It may raise, for example on a device too old for them.
-    of: what else decides the result, such as a codec. A trial that went well is remembered on this machine.
+    what: the name of the kernels, for messages. error: runs them and returns their error; it may raise, for example on
+    a device that is too old. of: other values that decide the result, for example a codec. A trial that succeeded is
+    remembered on this machine.
     """
     if trials.remembered(what, of, most):
         return True
@@ -60,7 +61,7 @@ def runs(what: str, error: Callable[[], float], most: float, of: object = None) 
 
 
 def gpu() -> str:
-    """The backend of MLX's GPU, which is the name of its header: ``cuda`` or ``metal``."""
+    """Return the backend of MLX's GPU, ``cuda`` or ``metal``. The header in ``text/`` has the same name."""
     return "metal" if mx.metal.is_available() else "cuda"
 
 

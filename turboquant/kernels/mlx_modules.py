@@ -1,9 +1,9 @@
-"""The folder where MLX for CUDA looks for compiled kernels: one of this process, filled from the user's cache folder.
+"""The folder in which MLX for CUDA looks for compiled kernels. Each process has one, filled from the user's cache.
 
-MLX writes what it compiles into that folder in place and without a checksum, so a process that is killed would leave
-half a file there, which the next one would load. By default the folder lies among temporary files, which a machine
-forgets. So each process gets a folder of its own, with every kernel that was kept and verified, and what MLX adds is
-kept when the process ends. A folder that the user chose, by the environment variable MLX_PTX_CACHE_DIR, is left alone.
+MLX writes compiled kernels into that folder in place and without a checksum: if a process is killed while it writes,
+the next one loads half a file. The default folder is a temporary one, which the system may remove. So each process
+gets a folder of its own with all kernels that were kept and verified. The kernels that MLX adds are kept when the
+process ends. If the user has chosen a folder with MLX_PTX_CACHE_DIR, it is used as it is.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PREFIX = "turboquant-kernels-"
 
 @functools.cache
 def own_folder() -> Path | None:
-    """This process's folder, made and filled when first asked for; None where MLX has no use for one, or the user's.
+    """Return this process's folder, made and filled at the first call; None if there is none or the user chose it.
 
     To be called before MLX compiles its first kernel, which is when MLX reads the variable.
     """
@@ -51,7 +51,7 @@ def own_folder() -> Path | None:
 
 
 def fill(folder: Path) -> set[str]:
-    """Put every kept kernel of MLX's into a folder; returns the names of their files."""
+    """Write all kernels that were kept from MLX into a folder, and return the names of their files."""
     known = set()
     for key in compiled_files().keys(_name()):
         found = compiled_files().read(_name(), key)
@@ -70,7 +70,7 @@ def fill(folder: Path) -> set[str]:
 
 
 def keep(folder: Path, known: set[str]) -> int:
-    """Keep what MLX compiled into a folder beyond the files ``known``; returns how many kernels that are."""
+    """Keep the kernels that MLX has added to a folder, all except the files ``known``, and return their number."""
     kept = 0
     for path in sorted(folder.rglob("*.ptx")):
         module = str(path.relative_to(folder))
@@ -86,7 +86,7 @@ def keep(folder: Path, known: set[str]) -> int:
 
 
 def is_complete(code: bytes) -> bool:
-    """Whether machine code ends where its own header says; a text of PTX, where its last function does."""
+    """Return whether a compiled file is complete: machine code by its header, PTX text by its last bracket."""
     if code[:4] != b"\x7fELF":
         return code.rstrip(b"\0\n ").endswith(b"}")
     start, entry, count = (int.from_bytes(code[at : at + size], "little") for at, size in ((40, 8), (58, 2), (60, 2)))
@@ -97,7 +97,7 @@ def is_complete(code: bytes) -> bool:
 
 
 def is_inside(folder: Path, name: str) -> bool:
-    """Whether a file's name stays within a folder."""
+    """Return whether a file of this name would be inside the folder."""
     return not os.path.isabs(name) and (folder / name).resolve().is_relative_to(folder.resolve())
 
 

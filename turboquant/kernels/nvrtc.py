@@ -1,6 +1,6 @@
-"""CUDA text to machine code, by NVIDIA's runtime compiler, which MLX's CUDA wheels bring.
+"""Compile CUDA text to machine code with NVRTC, NVIDIA's runtime compiler, which is installed with MLX's CUDA wheels.
 
-Needs no GPU. The library is opened when it is first needed; nothing here knows what is compiled, or where it is kept.
+This needs no GPU. The library is loaded when it is first needed.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ NAMES = ("libnvrtc.so.13", "libnvrtc.so.12", "nvrtc64_130_0.dll", "nvrtc64_120_0
 
 
 class CannotCompile(RuntimeError):
-    """There is no compiler on this machine, or it refuses a text; the message is its own."""
+    """There is no compiler on this machine, or it refuses a text; then its message is quoted."""
 
 
 def compile_cubin(text: str, architecture: str) -> bytes:
-    """The machine code of a CUDA text, which includes no files, for an architecture such as ``sm_90a``.
+    """Return the machine code of a CUDA text without includes, for an architecture, for example ``sm_90a``.
 
     Threads may compile at the same time. Raises CannotCompile.
     """

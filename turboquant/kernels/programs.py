@@ -1,10 +1,10 @@
-"""Kernels for CUDA, compiled once a machine: their whole text, their machine code in the user's cache, their start.
+"""CUDA kernels that are compiled once on each machine: their source text, their machine code, and their launch.
 
-The machine code goes to MLX by ``mx.fast.precompiled_cuda_kernel``, which takes the bytes at every call, and hashes
-them at every call to find the kernel that it loaded before: of 100 KB that is more work than the launch. So where MLX's
-folder of compiled kernels is this process's own (mlx_modules.py) the code is put there under the name that MLX will
-look for, and a few bytes that stand for it are handed over. This leans on how MLX names its files; a probe tells
-whether it does so, and else the code itself is handed over.
+``mx.fast.precompiled_cuda_kernel`` takes the machine code at every call, and hashes it to find the kernel that it has
+loaded before. For 100 KB the hash takes longer than the launch. So if MLX's folder of compiled kernels belongs to this
+process (mlx_modules.py), the code is written there, under the name that MLX looks for, and MLX gets a few bytes in
+place of the code. This depends on how MLX names its files. A small kernel is tried first; if this does not work, MLX
+gets the code itself.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Kind = tuple[mx.Dtype, int]  # of an input: dtype and dimensions
 
 @dataclass(frozen=True)
 class Variant:
-    """A kernel as it is compiled: what it is made of, and the kinds of its inputs."""
+    """Everything in a launch that decides the compiled code of its kernel."""
 
     name: str
     constants: tuple[tuple[str, int | float], ...]
@@ -58,8 +58,9 @@ class Variant:
 class Program:
     """A compiled kernel.
 
-    scalars: of which input, ``shape`` or ``strides``, and which axis, in the order of the kernel's arguments.
-    origin: ``cache`` or ``compiled``; seconds: what that took; created: when it was compiled.
+    scalars: for each scalar argument, in order: the index of an input, ``shape`` or ``strides``, and the axis.
+    origin: ``cache`` or ``compiled``. seconds: the time to read or to compile it. created: when it was compiled.
+    stands_for: the bytes that MLX gets in place of the code.
     """
 
     name: str
@@ -76,7 +77,7 @@ _lock = threading.Lock()
 
 
 def launch(what: Launch, inputs: Sequence[Input]) -> list[mx.array] | None:
-    """Run a kernel; None where it cannot be compiled here, so that MLX may try."""
+    """Run a kernel and return its outputs, or None if it cannot be compiled here; MLX may then compile it."""
     arrays = [x.whole if isinstance(x, Beginning) else x for x in inputs]
     kinds = tuple([(x.dtype, x.ndim) for x in arrays])
     if kinds not in what.programs:
@@ -102,7 +103,7 @@ def launch(what: Launch, inputs: Sequence[Input]) -> list[mx.array] | None:
 
 
 def _ready(what: Launch, kinds: Sequence[Kind]) -> tuple[Program | None, bytes]:
-    """The program for a launch, once it is compiled, and the bytes that MLX is given for it."""
+    """Wait until a launch is compiled; return the program, or None, and the bytes that MLX gets for it."""
     variant = variant_of(what, kinds)
     program = _program(variant).result() if variant is not None else None
     if program is None:
@@ -119,13 +120,13 @@ def compile_ahead(variants: Iterable[Variant | None]) -> None:
 
 
 def in_use() -> list[Program]:
-    """The kernels that this process has ready."""
+    """Return the programs that are ready in this process."""
     futures = list(_programs.values())
     return [program for future in futures if future.done() and (program := future.result()) is not None]
 
 
 def summary() -> str | None:
-    """Tell where this process's kernels came from, such as "9 from the cache, 2 compiled, ..."; None for none."""
+    """Return where this process's kernels came from, for example "9 from the cache"; None if there are none."""
     programs = in_use()
     cached = [program for program in programs if program.origin == "cache"]
     compiled = [program for program in programs if program.origin == "compiled"]
@@ -137,7 +138,7 @@ def summary() -> str | None:
 
 
 def variant_of(what: Launch, kinds: Sequence[Kind]) -> Variant | None:
-    """What is to be compiled for a launch on inputs of such kinds; None for dtypes that kernels don't know."""
+    """Return the variant of a launch on inputs of these kinds, or None if a dtype is not in ``TYPES``."""
     if any(dtype not in TYPES for dtype, _ in kinds):
         return None
     used = _used(what.name, what.inputs)
@@ -150,7 +151,7 @@ def variant_of(what: Launch, kinds: Sequence[Kind]) -> Variant | None:
 
 
 def source(variant: Variant, symbol: str) -> tuple[str, tuple[tuple[int, str, int], ...]]:
-    """The whole text of a kernel, and what its scalar arguments are; see ``Program``."""
+    """Return the whole source text of a kernel, and its scalar arguments, see ``Program``."""
     body, used = text(f"{variant.name}.h"), _used(variant.name, tuple(name for name, _, _ in variant.inputs))
     arguments = [f"const {TYPES[dtype]}* {name}" for name, dtype, _ in variant.inputs]
     arguments += [f"{TYPES[dtype]}* {name}" for name, dtype in variant.outputs]
@@ -190,7 +191,7 @@ def _build(variant: Variant) -> Program | None:
 
 
 def _made(label: str, whole: str, scalars: tuple[tuple[int, str, int], ...] = ()) -> Program:
-    """The program of a text whose function is called SYMBOL, from the cache or compiled."""
+    """Read a program from the cache, or compile it. The function in the text must be named SYMBOL."""
     begin = time.perf_counter()
     architecture = _architecture()
     key = key_of(whole, architecture, nvrtc.version())
@@ -209,9 +210,9 @@ def _made(label: str, whole: str, scalars: tuple[tuple[int, str, int], ...] = ()
 
 
 def _put_where_mlx_looks(program: Program) -> bool:
-    """Write a kernel as MLX would have written it, had it compiled ``stands_for``; return whether it is there.
+    """Write a kernel to MLX's folder under the name that MLX makes from ``stands_for``; return whether it is there.
 
-    MLX reads the file at the first launch. It is written right before that, since a machine may tidy up its temporary
+    MLX reads the file at the first launch. It is written just before that, because the system may remove temporary
     files while a process runs.
     """
     if (folder := own_folder()) is None:
@@ -233,7 +234,7 @@ def _put_where_mlx_looks(program: Program) -> bool:
 
 
 def hash_of(data: bytes) -> int:
-    """``std::hash`` of a string in the GNU C++ library, by which MLX names modules: MurmurHash64A."""
+    """Return ``std::hash`` of a string, as in the GNU C++ library (MurmurHash64A); MLX names its files by it."""
     every, factor = (1 << 64) - 1, 0xC6A4A7935BD1E995
     found, whole = (0xC70F6907 ^ len(data) * factor) & every, len(data) // 8 * 8
     for at in range(0, whole, 8):
@@ -247,7 +248,7 @@ def hash_of(data: bytes) -> int:
 
 @functools.cache
 def _is_read_from_folder() -> bool:
-    """Whether MLX takes kernels from this process's folder, tried with a small one."""
+    """Return whether MLX loads kernels from this process's folder. A small kernel is tried once."""
     if own_folder() is None:
         return False
     try:
@@ -273,7 +274,7 @@ def _is_read_from_folder() -> bool:
 
 @functools.cache
 def _architecture() -> str:
-    """The one to compile for, as MLX chooses it: from Hopper on with what only that very kind of GPU has."""
+    """Return the architecture to compile for, which is MLX's choice: from Hopper on, the one that ends in ``a``."""
     name = str(mx.device_info().get("architecture", ""))
     digits = name.removeprefix("sm_")
     if not digits.isdigit():
@@ -283,7 +284,7 @@ def _architecture() -> str:
 
 @functools.cache
 def _used(name: str, inputs: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
-    """Of which inputs a kernel's body reads ``shape`` or ``strides``."""
+    """Return the inputs of which a kernel's body reads ``shape`` or ``strides``, and which of the two."""
     body = text(f"{name}.h")
     found = {x: tuple(kind for kind in ("shape", "strides") if f"{x}_{kind}" in body) for x in inputs}
     return {x: kinds for x, kinds in found.items() if kinds}
@@ -294,7 +295,7 @@ def _array(x: Input) -> mx.array:
 
 
 def _dimension(x: Input, kind: str, axis: int) -> int:
-    """A length of an input as the kernel sees it, or a stride of the array that holds it, which is contiguous."""
+    """Return one length of an input, or one stride of the contiguous array that holds the input."""
     if kind == "shape":
         return x.shape[axis]
     stride = 1

@@ -1,4 +1,4 @@
-"""What trials of kernels found on this machine, remembered for its next processes.
+"""The results of trials of kernels on this machine, remembered for later processes.
 
 A result counts for the same kernels, MLX, driver and device only. Trials that failed are not remembered.
 """
@@ -16,11 +16,11 @@ import mlx.core as mx
 from turboquant.kernels.compiled_files import compiled_files, key_of
 from turboquant.runtime.device import on_cpu
 
-_found: dict[str, float] = {}  # by what was tried, for those who report
+_found: dict[str, float] = {}  # errors by the name of the kernels
 
 
 def remembered(what: str, of: object, most: float) -> bool:
-    """Whether a trial is known to have gone well, wrong by at most ``most``."""
+    """Return whether an earlier trial is remembered that had an error of at most ``most``."""
     if on_cpu():  # a test with an emulator
         return False
     read = compiled_files().read("trial", _key(what, of))
@@ -35,7 +35,7 @@ def remembered(what: str, of: object, most: float) -> bool:
 
 
 def remember(what: str, of: object, error: float) -> None:
-    """Remember what a trial found."""
+    """Remember the error that a trial measured."""
     if not on_cpu():
         _found[f"{what}, {of}"] = error
         about = {"what": what, "of": repr(of), "device": str(mx.device_info().get("device_name", ""))}
@@ -43,7 +43,7 @@ def remember(what: str, of: object, error: float) -> None:
 
 
 def found() -> dict[str, float]:
-    """The errors of the trials that this process relies on, by what was tried."""
+    """Return the errors in the trials that this process relies on, by the name of the kernels."""
     return dict(_found)
 
 
@@ -63,7 +63,7 @@ def _machine() -> tuple[str, ...]:
 
 @functools.cache
 def _sources() -> str:
-    """A digest of all that the kernels are made of and started by."""
+    """Return a digest of the kernels' texts and of the Python files that compile and start them."""
     digest = hashlib.sha256()
     kernels = resources.files("turboquant.kernels")
     files = [*kernels.iterdir(), *(kernels / "text").iterdir(), resources.files("turboquant.attention") / "gpu.py"]

@@ -79,7 +79,7 @@ def kv_cache(keys: mx.array, values: mx.array) -> KVCache:
 
 
 def release(cache: KVCache) -> None:
-    """Empty a cache, so that its memory is free as soon as nobody else holds its arrays."""
+    """Empty a cache. Its memory is freed as soon as no other object holds its arrays."""
     cache.keys = cache.values = None
     cache.offset = 0
 

@@ -73,7 +73,7 @@ def load_tuned_blas() -> Blas:
     """
     if sys.platform != "linux":
         return Blas("Accelerate", None, usable_cpus(), sys.platform == "darwin", None)
-    # MLX's wheels overwrite each other's files. With two of them installed nobody knows which one is in use.
+    # MLX's wheels overwrite each other's files. If two are installed, it is unknown which one is in use.
     if not _is_installed("mlx-cpu") or _is_installed("mlx-cuda-12") or _is_installed("mlx-cuda-13"):
         return Blas("the one MLX was built with", None, usable_cpus(), True, None)
     threads = set_threads()

@@ -65,8 +65,8 @@ def host_copies(tensors: Mapping[str, mx.array]) -> dict[str, mx.array]:
 def wait_on_gpu(stream: Any) -> None:
     """Wait until a GPU has finished the work of a stream; do nothing on a CPU.
 
-    MLX gives the memory of an array that nobody holds to the next array, of any stream, even if a launch has still to
-    write to it. So code that drops the outputs of such a launch must wait for the launch first.
+    When an array is dropped, MLX gives its memory to the next array, of any stream, even if a launch has not yet
+    written to it. So code that drops the outputs of such a launch must wait for the launch first.
     """
     if not on_cpu():
         mx.synchronize(stream)

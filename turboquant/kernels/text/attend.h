@@ -1,4 +1,4 @@
-// Attention of a block of queries over one split of a layer's tokens: a body of a kernel, see attention_gpu.py.
+// Attention of a block of queries over one split of a layer's tokens: a body of a kernel, see attention/gpu.py.
 // A thread-group has WARPS SIMD-groups, which share out the tokens; all attend the same TILES * 8 queries. Coordinates of
 // outputs are in the order of blocks: 2 neighbours of each row's run, and so on.
 

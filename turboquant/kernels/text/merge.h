@@ -1,4 +1,4 @@
-// One query's attention over all splits, rotated back: a body of a kernel, see attention_gpu.py. With SUFFIX also over its
+// One query's attention over all splits, rotated back: a body of a kernel, see attention/gpu.py. With SUFFIX also over its
 // own sequence's full-precision tokens. PARTS times as many threads as coordinates share out splits and tokens.
 
 const int index = THREAD_INDEX, lane = index % 32, d = index % DIM, part = index / DIM;
