@@ -15,12 +15,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.errors import JobError, RowError
+from pipeline.errors import JobError
 from pipeline.files.temporary_database import spill_errors, temporary_database
 from pipeline.inputs.documents import Document
 from pipeline.inputs.inputs import Inputs
-from pipeline.inputs.prompts import Renderer
-from pipeline.inputs.windows import WindowCutter
 from pipeline.job.job import Job
 from pipeline.job.shards import Shard, shards_folder
 from pipeline.output.results import Results
@@ -28,7 +26,8 @@ from pipeline.output.rows import Row, read_documents, read_metadata
 from pipeline.output.run_file import RunFile
 from pipeline.progress import with_progress_bar
 from pipeline.report import Report
-from pipeline.run.fingerprint import job_identity, kept_rows, result_metadata, row_fingerprints
+from pipeline.run.fingerprint import job_identity, result_metadata
+from pipeline.run.task import TaskPlanner
 
 if TYPE_CHECKING:
     from turboquant.io.identity import Identity
@@ -92,8 +91,8 @@ class _Merge:
     def __init__(
         self, job: Job, inputs: Inputs, identity: Identity, files: Mapping[Shard, Path], report: Report
     ) -> None:
-        self._job, self._inputs, self._identity, self._report = job, inputs, identity, report
-        self._renderer, self._cutter = Renderer(job.prompt), WindowCutter(job)
+        self._inputs, self._report = inputs, report
+        self._planner = TaskPlanner(job, identity, keep_failed=True)
         self._files, self._count = files, len(files)
         with spill_errors("the shards' rows"):
             self._database = temporary_database(self, _TABLES)
@@ -115,23 +114,18 @@ class _Merge:
                 yield rows
 
     def _rows(self, document: Document, shard: Shard) -> list[Row]:
-        fingerprints = self._fingerprints(document)
-        rows = kept_rows(self._stored_rows(document.id, shard), fingerprints, keep_failed=True)
-        missing = [query_id for query_id in fingerprints if query_id not in rows]
+        """Return a document's rows if its shard has all of them as the job asks for them now."""
+        stored = self._stored_rows(document.id, shard)
+        task = self._planner.plan(document, stored)
+        rows = {row.query_id: row for row in task.kept}
+        rows |= {query_id: row for query_id, row in task.failed.items() if stored.get(query_id) == row}
+        missing = [query.id for query in document.queries if query.id not in rows]
         if missing:
             raise JobError(
                 f"{self._files[shard]}: has no row of document '{document.id}' and query '{missing[0]}' as the job is "
                 f"now; {_remedy(shard)}"
             )
-        return list(rows.values())
-
-    def _fingerprints(self, document: Document) -> dict[str, str]:
-        try:
-            rendered = self._renderer.render(document)
-        except RowError:
-            return {query.id: "" for query in document.queries}
-        cut = self._cutter.mark(rendered, document.queries)
-        return row_fingerprints(self._identity, rendered, document.queries, self._job.generation, cut)
+        return [rows[query.id] for query in document.queries]
 
     def _stored_rows(self, document_id: str, shard: Shard) -> dict[str, Row]:
         query = "SELECT rows FROM documents WHERE id = ? AND shard = ?"

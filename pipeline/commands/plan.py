@@ -15,9 +15,9 @@ from typing import Any
 from pipeline.cache.hit_index import HitIndex, label_number
 from pipeline.errors import RowError
 from pipeline.inputs.inputs import Inputs
-from pipeline.inputs.prompts import PromptTokenizer, Rendered, Renderer
+from pipeline.inputs.prompts import PromptTokenizer, Rendered
 from pipeline.inputs.token_counter import Effort, Lengths, TokenCounter
-from pipeline.inputs.windows import OVERLAP, WindowCutter, reserved_tokens
+from pipeline.inputs.windows import OVERLAP, reserved_tokens
 from pipeline.job.budget import budget_bytes, existing
 from pipeline.job.job import Job, Query
 from pipeline.job.shards import Shard
@@ -25,7 +25,8 @@ from pipeline.models.constraints import check_schemas
 from pipeline.models.loading import load_tokenizer, max_context, prefix_bytes, read_config, resolve_model
 from pipeline.output.results import Results
 from pipeline.progress import with_progress_bar
-from pipeline.run.fingerprint import cache_codec, context_label, job_identity, kept_rows, row_fingerprints
+from pipeline.run.fingerprint import cache_codec, job_identity
+from pipeline.run.task import TaskPlanner
 from turboquant.io.identity import Identity
 
 
@@ -106,6 +107,7 @@ class _Document:
     rendered: Rendered | None
     open: frozenset[str]
     failed: int
+    label: str
 
     def added_to(self, status: Status) -> Status:
         """Return the status with this document's rows."""
@@ -115,20 +117,15 @@ class _Document:
 
 
 def _documents(job: Job, inputs: Inputs, identity: Identity) -> Iterator[_Document]:
-    renderer, cutter = Renderer(job.prompt), WindowCutter(job)
+    planner = TaskPlanner(job, identity)
     with Results(job.result_file, url=job.result_url, read_only=True) as results:
         for document in inputs.stream():
             every = frozenset(query.id for query in document.queries)
             rows = results.rows(document.id)
             failed = sum(row.status == "error" for query_id, row in rows.items() if query_id in every)
-            try:
-                rendered = renderer.render(document)
-            except RowError:
-                yield _Document(document.queries, None, every, failed)
-                continue
-            cut = cutter.mark(rendered, document.queries)
-            fingerprints = row_fingerprints(identity, rendered, document.queries, job.generation, cut) if rows else {}
-            yield _Document(document.queries, rendered, every - kept_rows(rows, fingerprints).keys(), failed)
+            task = planner.plan(document, rows)
+            open_ = frozenset(query.id for query in task.queries)
+            yield _Document(document.queries, task.rendered, open_, failed, task.label)
 
 
 class _Planner:
@@ -154,7 +151,7 @@ class _Planner:
         plan.status = document.added_to(plan.status)
         settings = [query.settings(self._job.generation) for query in document.queries]
         rooms = [] if self._limit is None else [self._limit - each.max_tokens for each in settings]
-        label = label_number(context_label(document.rendered)) if document.rendered else 0
+        label = label_number(document.label)
         lengths = self._lengths(document, label, rooms)
         if lengths is None:
             plan.unreadable += 1

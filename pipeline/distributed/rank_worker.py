@@ -87,6 +87,7 @@ class RankWorker:
         generate_answers(self._model, decoded, self._parser, batch_size, ranks=self._context.ranks)
 
     def _take(self, key: str) -> Prefix:
+        """Return a prefix that was built for this step. The same key may have been built several times."""
         first, *others = self._waiting.pop(key)
         if others:
             self._waiting[key] = others

@@ -57,6 +57,7 @@ class RayExecutor(Executor):
 
     def execute(self, groups: Iterator[list[DocumentTask]]) -> Generator[GroupResult]:
         """Yield the groups as they are answered."""
+        context = self._context
         with closing(ahead(groups, lambda group: group)) as read_ahead:
             self._leases = leases = Leases(read_ahead, self._find_store)
             while not leases.are_done:
@@ -68,7 +69,12 @@ class RayExecutor(Executor):
                     yield from self._finish_leases()
                     raise
                 if leases.is_waiting:
-                    self._start_workers()
+                    for worker in self._pool.start_missing():
+                        reference = worker.actor.start.remote(context.identity, versions(), list(context.schemas))
+                        self._when_done(reference, self._on_started, worker)
+                    if not self._has_started:
+                        self._has_started = True
+                        self._pins.pin(self._labels_to_come())
                 self._give_leases()
                 if (answered := self._next_event()()) is not None:
                     yield self._counted(answered)
@@ -89,15 +95,6 @@ class RayExecutor(Executor):
         return group
 
     # ---- leases
-
-    def _start_workers(self) -> None:
-        for worker in self._pool.start_missing():
-            schemas = list(self._context.schemas)
-            reference = worker.actor.start.remote(self._context.identity, versions(), schemas)
-            self._when_done(reference, self._on_started, worker)
-        if not self._has_started:
-            self._has_started = True
-            self._pins.pin(self._labels_to_come())
 
     def _give_leases(self) -> None:
         """Give leases to the workers with the fewest. No worker waits for leases that another has not started."""

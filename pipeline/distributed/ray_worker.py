@@ -136,7 +136,9 @@ class RayWorker:
         store = open_store(self._job.cache, Pins(self._job.cache.dir).is_pinned)
         self._engine = Engine(RunContext(self._job, identity, schemas, check=self._check_stop), store)
         device = f"a CPU, {self._blas.threads} threads" if on_cpu() else "a GPU"
-        return WorkerInfo(socket.gethostname(), os.getpid(), _log_file(), store.folder_id(), device)
+        stderr = Path("/proc/self/fd/2")  # Ray has made it a file, whose name the kernel tells
+        log = os.readlink(stderr) if stderr.exists() else ""
+        return WorkerInfo(socket.gethostname(), os.getpid(), log, store.folder_id(), device)
 
     def _check_equal(self, identity: Identity, driver_versions: Mapping[str, str]) -> None:
         from pipeline.output.run_file import versions
@@ -194,9 +196,3 @@ class RayWorker:
     ) -> WorkerReply:
         lines = [self._lines.popleft() for _ in range(len(self._lines))]
         return WorkerReply(stats or WorkStats(), lines, info, results, failed)
-
-
-def _log_file() -> str:
-    """Return the path of the file that Ray writes this process's stderr to, if the kernel tells."""
-    file = Path("/proc/self/fd/2")
-    return os.readlink(file) if file.exists() else ""

@@ -48,7 +48,11 @@ def find(url: str) -> tuple[str, bool, list[str]]:
         while glob.has_magic(base):
             base = dirname(base)
     names = sorted(entry["name"] for entry in entries if entry["type"] == "file")
-    visible = [name for name in names if not _is_hidden(name.removeprefix(base))]
+    visible = [
+        name
+        for name in names
+        if not name.endswith("/") and not any(part.startswith(".") for part in name.removeprefix(base).split("/"))
+    ]
     full_name = filesystem.unstrip_protocol
     return full_name(base), is_folder, [full_name(name) for name in visible]
 
@@ -118,10 +122,6 @@ def _kind(filesystem: Any, path: str) -> str | None:
         return str(filesystem.info(path)["type"])
     except FileNotFoundError:
         return None
-
-
-def _is_hidden(name: str) -> bool:
-    return name.endswith("/") or any(part.startswith(".") for part in name.split("/"))
 
 
 def _patiently(url: str, call: Callable[[], _Result], retries: int = RETRIES) -> _Result:

@@ -69,7 +69,8 @@ class TokenCounter:
         suffixes = self.suffixes(rendered, query_texts)
         estimate = round(len(prompt) * self._sampled_tokens / max(self._sampled_characters, 1)) - suffixes[0]
         lengths = Lengths(max(estimate, 1), suffixes, estimated=True)
-        if not self._is_in_sample(len(prompt)):
+        allowed = self._effort.sample * (self._documents + self._seen) // (2 * self._documents)
+        if self._sampled_characters and self._sampled_characters + len(prompt) > allowed:
             is_near = _is_near(lengths, rooms, round(_ESTIMATE_ERROR * lengths.context))
             if not is_near or not self._spend_near_limit(len(prompt)):
                 return lengths
@@ -97,10 +98,6 @@ class TokenCounter:
                 return self._tokenise(rendered, query_texts).suffixes
             self._suffixes[key] = lengths.suffixes
         return self._suffixes[key]
-
-    def _is_in_sample(self, characters: int) -> bool:
-        allowed = self._effort.sample * (self._documents + self._seen) // (2 * self._documents)
-        return not self._sampled_characters or self._sampled_characters + characters <= allowed
 
     def _spend_near_limit(self, characters: int) -> bool:
         if self._near_limit_characters + characters > self._effort.near_limit:

@@ -23,9 +23,8 @@ from tests.pipeline.workplace import Workplace
 @pytest.fixture(autouse=True)
 def no_weights(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """No plan loads weights; a run in between may."""
-    import mlx_lm
 
-    monkeypatch.setattr(mlx_lm, "load", None)
+    monkeypatch.setattr("turboquant.mlx_lm.internals.load", None)
 
 
 @pytest.fixture

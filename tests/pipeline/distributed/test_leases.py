@@ -17,7 +17,7 @@ QUERIES = [Query(id="who", text="Who?"), Query(id="when", text="When?")]
 
 
 def task(name: str) -> DocumentTask:
-    return DocumentTask(Document(0, name, "a text", {}, QUERIES), Rendered(None, "a text"), QUERIES)
+    return DocumentTask(Document(name, "a text", {}, QUERIES), Rendered(None, "a text"), QUERIES)
 
 
 def leases(*groups: str, stored: dict[str, str] | None = None) -> Leases:

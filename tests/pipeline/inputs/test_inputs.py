@@ -88,7 +88,10 @@ def test_texts_are_documents_by_their_paths(workplace: Workplace, papers: Path) 
     ("files", "words"),
     [
         ({"a.html": ""}, "holds no file named *.parquet, *.jsonl, *.ndjson, *.txt, *.md, *.markdown"),
-        ({"a.txt": "x", "b.md": "y", "c.jsonl": "{}"}, "holds 1 JSON Lines file and 2 text files; name those of one"),
+        (
+            {"a.txt": "x", "b.md": "y", "c.jsonl": "{}"},
+            "holds 1 JSON Lines file and 2 text files; name the files of one",
+        ),
         ({"a.jsonl": '{"id": "a", "text": "x"}\n{"id": "a", "text": "x"}\n'}, "in line 1 of "),
         ({"a.jsonl": '\n{"id": "a", "text": 3}\n'}, "in line 2 of "),
         ({"a.jsonl": '{"id": 1.5, "text": "x"}\n'}, "a.jsonl is 1.5; expected text or whole numbers"),
