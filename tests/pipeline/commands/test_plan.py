@@ -23,7 +23,6 @@ from tests.pipeline.workplace import Workplace
 @pytest.fixture(autouse=True)
 def no_weights(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     """No plan loads weights; a run in between may."""
-
     monkeypatch.setattr("turboquant.mlx_lm.internals.load", None)
 
 
@@ -33,7 +32,7 @@ def run(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> Callable[[], N
 
     def allowed() -> None:
         with monkeypatch.context() as patch:
-            patch.setattr("mlx_lm.load", mlx_lm.utils.load)
+            patch.setattr("turboquant.mlx_lm.internals.load", mlx_lm.utils.load)
             workplace.run()
 
     return allowed
