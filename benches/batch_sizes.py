@@ -52,10 +52,10 @@ def partings(job: Job, size: int, first: dict[Pair, str | None], other: dict[Pai
         return []
     import mlx.core as mx
 
+    from pipeline.cache.codec import job_codec
     from pipeline.inputs.documents import stream_documents
     from pipeline.inputs.prompts import PromptTokenizer, Renderer, template_columns
     from pipeline.models.loading import load_model
-    from pipeline.run.fingerprint import cache_codec
     from turboquant import enabled
     from turboquant.caches.prefix import join, make_resident, prefill_segment
 
@@ -68,7 +68,7 @@ def partings(job: Job, size: int, first: dict[Pair, str | None], other: dict[Pai
         if not mine:
             continue
         tokens = tokenizer.tokenise(renderer.render(document), [query.text for query in job.queries])
-        segment = prefill_segment(loaded.model, tokens.context, cache_codec(job.cache))
+        segment = prefill_segment(loaded.model, tokens.context, job_codec(job.cache))
         (prefix,) = make_resident([join([segment])], job.cache.resident)
         for pair in mine:
             ends = [*sorted(loaded.tokenizer.eos_token_ids)][:1]

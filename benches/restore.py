@@ -37,16 +37,17 @@ class Measured:
 
 def measure(job_file: Path, folder: Path, rounds: int, count: int | None = None) -> Iterator[Measured]:
     """Prefill, store and restore the context of every document, or of the first ``count``."""
+    from pipeline.cache.codec import job_codec
     from pipeline.inputs.documents import stream_documents
     from pipeline.inputs.prompts import PromptTokenizer, Renderer, template_columns
     from pipeline.job.job_file import load_job
     from pipeline.models.loading import load_model
-    from pipeline.run.fingerprint import cache_codec, job_identity
+    from pipeline.run.fingerprint import job_identity
     from turboquant.caches.prefix import prefill_segment
     from turboquant.io.segment_file import write_segment
 
     job = load_job(job_file, [f"cache.dir={folder}"])
-    identity, codec, loaded = job_identity(job), cache_codec(job.cache), load_model(job.model)
+    identity, codec, loaded = job_identity(job), job_codec(job.cache), load_model(job.model)
     tokenizer, renderer = PromptTokenizer(loaded.tokenizer), Renderer(job.prompt)
     queries = [query.text for query in job.queries]
     documents = list(stream_documents(job.documents, template_columns(job.prompt)))[:count]

@@ -52,12 +52,13 @@ if TYPE_CHECKING:
         make_prompt_cache,
         save_prompt_cache,
     )
+    from turboquant.kernels.encoding import encode_layer
     from turboquant.mlx_lm.patch import enabled
     from turboquant.quant.cache_codec import CacheCodec
     from turboquant.quant.codec import Codec, Encoded
     from turboquant.quant.layer import EncodedLayer
 
-_HOMES = {
+_MODULE_OF = {
     "CacheCodec": "quant.cache_codec",
     "Codec": "quant.codec",
     "Encoded": "quant.codec",
@@ -67,6 +68,7 @@ _HOMES = {
     "PromptCacheError": "io.prompt_cache",
     "TurboQuantKVCache": "caches.streaming",
     "compress": "io.prompt_cache",
+    "encode_layer": "kernels.encoding",
     "enabled": "mlx_lm.patch",
     "load_prompt_cache": "io.prompt_cache",
     "make_prompt_cache": "io.prompt_cache",
@@ -85,6 +87,7 @@ __all__ = [
     "TurboQuantKVCache",
     "compress",
     "enabled",
+    "encode_layer",
     "load_prompt_cache",
     "make_prompt_cache",
     "prefill",
@@ -93,6 +96,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'turboquant' has no attribute '{name}'")
-    return getattr(importlib.import_module(f"turboquant.{_HOMES[name]}"), name)
+    return getattr(importlib.import_module(f"turboquant.{_MODULE_OF[name]}"), name)

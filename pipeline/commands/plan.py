@@ -12,6 +12,7 @@ from functools import lru_cache, partial
 from itertools import zip_longest
 from typing import Any
 
+from pipeline.cache.codec import job_codec
 from pipeline.cache.hit_index import HitIndex, label_number
 from pipeline.errors import RowError
 from pipeline.inputs.inputs import Inputs
@@ -25,7 +26,7 @@ from pipeline.models.constraints import check_schemas
 from pipeline.models.loading import load_tokenizer, max_context, prefix_bytes, read_config, resolve_model
 from pipeline.output.results import Results
 from pipeline.progress import with_progress_bar
-from pipeline.run.fingerprint import cache_codec, job_identity
+from pipeline.run.fingerprint import job_identity
 from pipeline.run.task import TaskPlanner
 from turboquant.io.identity import Identity
 
@@ -141,7 +142,7 @@ class _Planner:
         free = shutil.disk_usage(existing(job.cache.dir)).free
         self.plan = Plan(Status(), free_bytes=free, budget_bytes=budget)
         self._job, self._limit, self._counter, self._hit_index = job, limit, counter, hit_index
-        self._prefix_bytes = lru_cache(maxsize=4096)(partial(prefix_bytes, cache_codec(job.cache), config))
+        self._prefix_bytes = lru_cache(maxsize=4096)(partial(prefix_bytes, job_codec(job.cache), config))
         self._hits: set[int] = set()
         self._misses: set[int] = set()
 

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
+from pipeline.cache.codec import job_codec
 from pipeline.cache.store import Store
 from pipeline.errors import ContextTooLong, GenerationFailed, RowError, one_line
 from pipeline.inputs.prompts import PromptTokenizer, Rendered, Renderer
@@ -23,7 +24,7 @@ from pipeline.report import WorkStats
 from pipeline.retry import attempts
 from pipeline.run.context import RunContext
 from pipeline.run.decode import Request, generate_answers, row_name
-from pipeline.run.fingerprint import cache_codec, context_label
+from pipeline.run.fingerprint import context_label
 from pipeline.run.prefixes import Piece, PrefixProvider, Restored
 from pipeline.run.task import DocumentTask, TaskResult, error_row
 from turboquant import Prefix
@@ -126,7 +127,7 @@ class Engine:
         begin = {"common": common_values(context.identity), "schemas": sorted(context.schemas)}
         with self._ranks.step("begin", begin):
             self._model: LoadedModel = load_model(
-                job.model, job.revision, job.adapter, job.trust_remote_code, self._ranks, cache_codec(job.cache)
+                job.model, job.revision, job.adapter, job.trust_remote_code, self._ranks, job_codec(job.cache)
             )
         self._window_cutter = WindowCutter(job)
         self._tokenizer = PromptTokenizer(self._model.tokenizer, bool(job.generation.thinking))

@@ -14,8 +14,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeline.cache.codec import job_codec
 from pipeline.inputs.prompts import Rendered, Renderer
-from pipeline.job.job import Cache, Generation, Job, Query
+from pipeline.job.job import Generation, Job, Query
 from pipeline.job.shards import Shard
 from pipeline.models.fingerprints import tokenizer_fingerprint, weights_fingerprint
 from pipeline.models.loading import resolve_model
@@ -23,23 +24,8 @@ from turboquant.io.identity import Identity
 
 if TYPE_CHECKING:
     from pipeline.output.rows import Row
-    from turboquant.quant.cache_codec import CacheCodec
 
 MEMO = "fingerprints.json"
-
-
-def cache_codec(cache: Cache) -> CacheCodec:
-    """Return the codec that a job's cache settings describe."""
-    from turboquant.quant.cache_codec import CacheCodec
-
-    return CacheCodec(
-        cache.key_bits,
-        cache.value_bits,
-        sinks=cache.sinks,
-        window=cache.window,
-        extra_bits=cache.extra_bits,
-        layer_bits=tuple((layer, bits, bits) for layer, bits in cache.layer_bits.items()),
-    )
 
 
 def job_identity(job: Job, remember: bool = True) -> Identity:
@@ -58,7 +44,7 @@ def job_identity(job: Job, remember: bool = True) -> Identity:
     return Identity(
         weights=weights_fingerprint(path, job.cache.dir / MEMO, remember, job.adapter, job.trust_remote_code),
         tokenizer=tokenizer_fingerprint(path),
-        codec=cache_codec(job.cache).identity,
+        codec=job_codec(job.cache).identity,
         prefill=prefill,
     )
 

@@ -14,13 +14,13 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise, zip_longest
 
+from pipeline.cache.codec import job_codec
 from pipeline.cache.pins import output_digest
 from pipeline.cache.store import Store
 from pipeline.errors import BudgetTooSmall, DiskFull, GenerationFailed, StoreError, one_line
 from pipeline.models.loading import LoadedModel, prefix_bytes
 from pipeline.report import WorkStats
 from pipeline.run.context import RunContext
-from pipeline.run.fingerprint import cache_codec
 from turboquant import Prefix
 from turboquant.caches.prefix import Segment, join, prefill_segment
 from turboquant.runtime.device import on_cpu
@@ -82,7 +82,7 @@ class PrefixProvider:
         job = context.job
         self._context, self._model, self._store = context, model, store
         self.shared_label, self.stats = shared_label, WorkStats()
-        self._codec = cache_codec(job.cache)
+        self._codec = job_codec(job.cache)
         self._segment_length = job.cache.segment if job.cache.prefill == "streaming" else None
         self._about = {"model": job.model, "output": output_digest(job.result_file)}
         self._warned_of_store = False

@@ -150,11 +150,11 @@ def files_hold(place: Any) -> int:
     """
     import pyarrow.parquet as pq
 
+    from pipeline.cache.codec import job_codec
     from pipeline.job.job_file import load_job
-    from pipeline.run.fingerprint import cache_codec
     from turboquant.io.segment_file import read_manifest, read_segment
 
-    codec = cache_codec(load_job(place.job_file).cache)
+    codec = job_codec(load_job(place.job_file).cache)
     for folder in place.segments():
         read_segment(folder, folder.name, codec, read_manifest(folder)["start"])
     for file in place.cache.glob("jobs/[!.]*"):

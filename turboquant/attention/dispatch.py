@@ -44,7 +44,7 @@ def backend() -> Backend:
 
 def has_kernel(layers: Iterable[EncodedLayer]) -> bool:
     """Return whether MLX's default device has a kernel for attention to these encoded layers."""
-    return not on_cpu() and all(attention_gpu.knows(layer) for layer in layers)
+    return not on_cpu() and all(attention_gpu.supports(layer) for layer in layers)
 
 
 def implementation(layers: Iterable[EncodedLayer | DenseLayer]) -> str:

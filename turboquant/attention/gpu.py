@@ -70,7 +70,7 @@ attend_dense = attention.attend_dense
 
 def attend_layer(queries: mx.array, layer: EncodedLayer, scale: float) -> Partial:
     """See ``attention.attend_layer``."""
-    if not knows(layer):
+    if not supports(layer):
         return attention.attend_layer(queries, layer, scale)
     return _attend(queries, layer, scale)
 
@@ -82,7 +82,7 @@ def attend_step(
 
     keys, values: (B, n_kv_heads, T, head_dim), or the larger arrays that begin with them.
     mask: (B or 1, 1, 1, T), true where visible, or None.
-    Returns (B, n_heads, 1, head_dim) in the queries' dtype. The layer must be one for which ``knows`` is true.
+    Returns (B, n_heads, 1, head_dim) in the queries' dtype. The layer must be one for which ``supports`` is true.
     """
     own: dict[str, Input] = {"queries": queries, "keys": keys, "values": values}
     if mask is not None:
@@ -107,7 +107,7 @@ def _attend(queries: mx.array, layer: EncodedLayer, scale: float, own: dict[str,
     return Partial(output, logsumexp)
 
 
-def knows(layer: EncodedLayer) -> bool:
+def supports(layer: EncodedLayer) -> bool:
     """Return whether the kernels support a layer's sizes and its codec, and work on this device."""
     dim = layer.key_mean.shape[-1]
     return dim in HEAD_DIMS and layer.value_mean.shape[-1] == dim and usable(layer.codec, dim)

@@ -188,8 +188,8 @@ def test_a_segment_of_another_parent_is_refused(
     streaming: Workplace, prefilled: list[int], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Right by all its checksums, under the right key, but encoded about other means."""
+    from pipeline.cache.codec import job_codec
     from pipeline.job.job_file import load_job
-    from pipeline.run.fingerprint import cache_codec
     from turboquant.io.identity import Identity
     from turboquant.io.segment_file import read_segment, write_segment
 
@@ -198,7 +198,7 @@ def test_a_segment_of_another_parent_is_refused(
     streaming.output.unlink()
     found = manifests(streaming)
     one, other = (next(m for m in found if m["about"]["document"] == d and m["start"] == 512) for d in ("d0", "d1"))
-    codec = cache_codec(load_job(streaming.save()).cache)
+    codec = job_codec(load_job(streaming.save()).cache)
     folders = [streaming.cache / m["key"][:2] / m["key"] for m in (one, other)]
     foreign = read_segment(folders[1], other["key"], codec, 512)
     write_segment(folders[0], one["key"], foreign, Identity(**one["identity"]), one["parent"], one["about"])
