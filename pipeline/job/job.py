@@ -32,6 +32,7 @@ from pipeline.errors import one_line
 from pipeline.job.budget import checked_budget
 
 _LARGEST_INT = (1 << 63) - 1
+_RESULT_SUFFIXES = (".parquet", ".pq", "")  # a name without a suffix promises no other format
 _RAY_RESOURCES = ("CPU", "GPU", "memory", "object_store_memory")
 _Value = TypeVar("_Value")
 _PathOrText = TypeVar("_PathOrText", str, Path)
@@ -65,6 +66,13 @@ def _valid_path(path: _PathOrText) -> _PathOrText:
         pass
     except (OSError, ValueError) as error:
         raise ValueError(f"is not a valid path: {one_line(error)}") from None
+    return path
+
+
+def _parquet_name(path: str) -> str:
+    suffix = PurePosixPath(path).suffix
+    if suffix.lower() not in _RESULT_SUFFIXES:
+        raise ValueError(f"ends in {suffix}, but results are written as Parquet; let the name end in .parquet")
     return path
 
 
@@ -222,7 +230,7 @@ class Cache(_Section):
 class Output(_Section):
     """The result file; its path may be a URL."""
 
-    path: Annotated[str, BeforeValidator(_not_blank), AfterValidator(_valid_path)]
+    path: Annotated[str, BeforeValidator(_not_blank), AfterValidator(_valid_path), AfterValidator(_parquet_name)]
 
 
 class Scale(_Section):

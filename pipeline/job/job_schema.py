@@ -58,7 +58,7 @@ KEYS = {
     "cache.keep": "job: drop a document's prefix with its last answer",
     "cache.resident": "packed: decode a prefix at every step; dense: once; auto: as the device and memory suggest",
     "output": "the answers, one row for each document and query",
-    "output.path": "a Parquet file, also at s3:// or gs://; a report of the run is beside it, in .run.json",
+    "output.path": "a Parquet file (*.parquet), also at s3:// or gs://; a report of the run is beside it, in .run.json",
     "scale": "how a job is spread over machines and processes; see docs/scaling.md",
     "scale.ranks": "how many processes hold the model between them, as mlx.launch starts them",
     "scale.workers": "workers of a run with --on ray; null: as many as the cluster has room for",
