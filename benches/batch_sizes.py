@@ -59,11 +59,11 @@ def partings(job: Job, size: int, first: dict[Pair, str | None], other: dict[Pai
     from turboquant import enabled
     from turboquant.caches.prefix import join, make_resident, prefill_segment
 
-    loaded, renderer = load_model(job.model), Renderer(job.prompt)
+    loaded, renderer = load_model(job.model), Renderer(job.prompt, job.documents)
     tokenizer = PromptTokenizer(loaded.tokenizer)
     ids = [query.id for query in job.queries]
     found = []
-    for document in stream_documents(job.documents, template_columns(job.prompt)):
+    for document in stream_documents(job.documents, template_columns(job.prompt, job.documents)):
         mine = [pair for pair in differing if pair[0] == document.id]
         if not mine:
             continue

@@ -48,9 +48,9 @@ def measure(job_file: Path, folder: Path, rounds: int, count: int | None = None)
 
     job = load_job(job_file, [f"cache.dir={folder}"])
     identity, codec, loaded = job_identity(job), job_codec(job.cache), load_model(job.model)
-    tokenizer, renderer = PromptTokenizer(loaded.tokenizer), Renderer(job.prompt)
+    tokenizer, renderer = PromptTokenizer(loaded.tokenizer), Renderer(job.prompt, job.documents)
     queries = [query.text for query in job.queries]
-    documents = list(stream_documents(job.documents, template_columns(job.prompt)))[:count]
+    documents = list(stream_documents(job.documents, template_columns(job.prompt, job.documents)))[:count]
     contexts = [tokenizer.tokenise(renderer.render(document), queries).context for document in documents]
     prefill_segment(loaded.model, contexts[0], codec)  # what is built or compiled once
     for document, context in zip(documents, contexts, strict=True):

@@ -166,7 +166,7 @@ class _StockModel:
     def documents(self) -> Iterator[tuple[list[int], list[_Question]]]:
         """Yield each document's context and the questions that fit into the model, in the job's order."""
         job, loaded = self._job, self._loaded
-        renderer, cutter = Renderer(job.prompt), WindowCutter(job)
+        renderer, cutter = Renderer(job.prompt, job.documents), WindowCutter(job)
         tokenizer = PromptTokenizer(loaded.tokenizer, bool(job.generation.thinking))
         limit = max_context(loaded.config, loaded.tokenizer)
         for document in self._inputs.stream():

@@ -132,7 +132,7 @@ def job_part(job: Job, extent: Extent, path: Path) -> Job:
     from pipeline.inputs.prompts import Renderer
     from pipeline.models.constraints import check_schemas
 
-    inputs, renderer = Inputs(job), Renderer(job.prompt)
+    inputs, renderer = Inputs(job), Renderer(job.prompt, job.documents)
     check_schemas(inputs.schemas)
     taken: list[Document] = []
     for document in inputs.stream():

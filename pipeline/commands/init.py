@@ -50,7 +50,7 @@ def guess_columns(documents: str) -> tuple[str, str]:
     """Return the columns of ids and of texts, guessed from names and first rows. Raises InputError."""
     rows = first_rows(documents, "DOCUMENTS", _ROWS)
     names = list(rows[0]) if rows else []
-    texts = [name for name in names if name.isidentifier() and any(isinstance(row[name], str) for row in rows)]
+    texts = [name for name in names if any(isinstance(row[name], str) for row in rows)]
     ids = [name for name in names if _may_be_id([row[name] for row in rows])]
     named_ids = [name for wanted in _ID_NAMES for name in ids if name.lower() == wanted]
     named_texts = [name for wanted in _TEXT_NAMES for name in texts if name.lower() == wanted]
@@ -69,13 +69,11 @@ def write_job(path: Path, first_job: FirstJob, force: bool = False) -> None:
     """Check and write a job file, and write the schema beside it. Raises JobError and OutputError."""
     if path.exists() and not force:
         raise JobError(f"{path}: exists already; --force replaces it")
-    if not first_job.text.isidentifier():
-        raise JobError(f"--text {first_job.text}: a prompt can't name this column; rename it to letters, digits and _")
     with atomic_file(path) as temporary:
         temporary.write_text("".join(f"{line}\n" for line in _lines(path, first_job)), encoding="utf-8")
         try:
             job = load_job(temporary)
-            check_documents(job.documents, template_columns(job.prompt))
+            check_documents(job.documents, template_columns(job.prompt, job.documents))
         except JobError as error:
             raise type(error)(str(error).replace(str(temporary), str(path))) from None
     with atomic_file(path.with_name(SCHEMA_FILE)) as temporary:
@@ -129,7 +127,6 @@ def _given(path: Path, first_job: FirstJob) -> dict[str, Any]:
     return {
         "model": _relative(first_job.model, path.parent) if os.path.isdir(first_job.model) else first_job.model,
         "documents": {"path": _relative(first_job.documents, path.parent), "id": first_job.id, "text": first_job.text},
-        "prompt": {"context": f"{{{{ {first_job.text} }}}}"},
         "queries": [{"id": name, "text": text} for name, text in zip(ids, first_job.queries, strict=True)],
         "cache": {"dir": ".cache"},
         "output": {"path": f"out/{path.stem}.parquet"},

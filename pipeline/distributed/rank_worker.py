@@ -66,7 +66,7 @@ class RankWorker:
         self._model = load_model(job.model, job.revision, trust_remote_code=job.trust_remote_code, ranks=ranks)
         self._parser = OutputParser(self._model.tokenizer, schemas)
         store = open_store(job.cache, Pins(job.cache.dir).is_pinned)
-        shared = Renderer(job.prompt).shared
+        shared = Renderer(job.prompt, job.documents).shared
         self._prefixes = PrefixProvider(self._context, self._model, store, context_label(shared) if shared else "")
         self._waiting: dict[str, list[Prefix]] = {}  # prefixes that are still to be used, by key
 

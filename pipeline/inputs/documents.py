@@ -23,8 +23,8 @@ _IDS_PER_BATCH = 8192
 class Document:
     """One input row.
 
-    text: "" if the row's text is null or blank. columns: the values that templates may use. queries: the queries that
-    are asked of it, which inputs.py adds.
+    text: "" if the row's text is null or blank. columns: the values of the columns that templates use, by the names
+    that the file has. queries: the queries that are asked of it, which inputs.py adds.
     """
 
     id: str

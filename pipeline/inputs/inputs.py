@@ -9,7 +9,7 @@ from itertools import chain
 
 from pipeline.inputs.batching import group_documents
 from pipeline.inputs.documents import Document, check_documents, document_ids, stream_documents
-from pipeline.inputs.prompts import template_columns
+from pipeline.inputs.prompts import check_context_has_text, template_columns
 from pipeline.inputs.query_table import DocumentQueries, read_shared_queries
 from pipeline.job.job import Job, Query, QueryTable
 from pipeline.job.shards import Shard
@@ -25,8 +25,9 @@ class Inputs:
 
     def __init__(self, job: Job, shard: Shard | None = None) -> None:
         self._job, self._shard = job, shard
-        self._columns = template_columns(job.prompt)
+        self._columns = template_columns(job.prompt, job.documents)
         self.documents = check_documents(job.documents, self._columns)
+        check_context_has_text(job.prompt, job.documents)
         self._document_queries: DocumentQueries | None = None
         self._shared_queries: tuple[Query, ...] = ()
         if not isinstance(job.queries, QueryTable):

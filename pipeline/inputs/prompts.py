@@ -1,5 +1,8 @@
 """Prompts: rendered from a document's columns, tokenised as a whole, and cut where the context ends and a query begins.
 
+In a template, `text` and `id` are the columns that `documents.text` and `documents.id` name. Every other column has its
+own name, and `row["name"]` is the column of any name.
+
 Two texts that are tokenised separately do not give the tokens of the whole text. Therefore every query's whole prompt
 is tokenised, and the context is the longest run of tokens with which all prompts begin: those of the job's queries and
 those of a few fixed probes. The probes end the context where it ends for almost any query, so a query that is added to
@@ -20,8 +23,8 @@ from jinja2.sandbox import SandboxedEnvironment
 
 from pipeline.errors import EmptyDocument, JobError, ModelError, PromptFailed, one_line
 from pipeline.inputs.documents import Document
-from pipeline.inputs.templates import checked, environment
-from pipeline.job.job import Prompt
+from pipeline.inputs.templates import UsedNames, checked, environment, used_names
+from pipeline.job.job import Documents, Prompt
 
 SHARED_CHARACTERS = 1000  # a beginning of this length that all documents share is prefilled once, by itself
 _PROBES = ("What", "1", "(x)", "\n-", " é")
@@ -48,38 +51,59 @@ class TokenisedDocument:
     suffixes: list[list[int]]
 
 
-def template_columns(prompt: Prompt) -> set[str]:
+def template_columns(prompt: Prompt, documents: Documents) -> set[str]:
     """Return the columns that the prompt's templates use. Raises JobError if the context uses none.
 
-    >>> sorted(template_columns(Prompt(context="{{ title }}: {{ text }}")))
-    ['text', 'title']
+    >>> documents = Documents(path="papers.parquet", text="body")
+    >>> sorted(template_columns(Prompt(context="{{ title }}: {{ text }}"), documents))
+    ['body', 'title']
     """
-    sandbox = environment()
-    context = meta.find_undeclared_variables(sandbox.parse(checked("prompt.context", prompt.context)))
+    context = _columns("prompt.context", prompt.context, documents)
     if not context:
         raise JobError("prompt.context uses no column, so every document would have the same context; use {{ text }}")
-    system = sandbox.parse(checked("prompt.system", prompt.system or ""))
-    return context | meta.find_undeclared_variables(system)
+    return context | _columns("prompt.system", prompt.system or "", documents)
+
+
+def check_context_has_text(prompt: Prompt, documents: Documents) -> None:
+    """Raise JobError if the context does not use the column that `documents.text` names."""
+    columns = _columns("prompt.context", prompt.context, documents)
+    if documents.text not in columns:
+        used = ", ".join(f"'{name}'" for name in sorted(columns))
+        raise JobError(
+            f"prompt.context has none of the text: it uses {used}, and documents.text names the column "
+            f"'{documents.text}'; write {{{{ text }}}} where the text belongs, or name another column as the text"
+        )
 
 
 class Renderer:
     """Renders the prompt's templates with the columns of documents.
 
-    shared: the beginning that the prompts of all documents share, if it is long; otherwise None.
+    documents: tells which columns `text` and `id` are. shared: the beginning that the prompts of all documents share,
+    if it is long; otherwise None.
     """
 
-    def __init__(self, prompt: Prompt) -> None:
-        sandbox = environment()
+    def __init__(self, prompt: Prompt, documents: Documents) -> None:
+        self._documents, sandbox = documents, environment()
         self._context = sandbox.from_string(checked("prompt.context", prompt.context))
         self._system = sandbox.from_string(checked("prompt.system", prompt.system or ""))
+        self._used_by_context = used_names("prompt.context", prompt.context)
+        self._used_by_system = used_names("prompt.system", prompt.system or "")
         self.shared = _shared(sandbox, prompt)
 
     def render(self, document: Document) -> Rendered:
         """Render a document. Raises EmptyDocument if its text is blank, PromptFailed if a template fails on its row."""
         if not document.text.strip():
             raise EmptyDocument("the document's text is empty")
-        system = _fill(self._system, "prompt.system", document)
-        return Rendered(system or None, _fill(self._context, "prompt.context", document))
+        system = self._fill(self._system, "prompt.system", self._used_by_system, document)
+        return Rendered(system or None, self._fill(self._context, "prompt.context", self._used_by_context, document))
+
+    def _fill(self, template: Template, key: str, used: UsedNames, document: Document) -> str:
+        columns = document.columns
+        meanings = {name: columns[column] for name, column in _meanings(self._documents).items()}
+        try:
+            return template.render(used.variables(columns) | meanings)
+        except Exception as error:
+            raise PromptFailed(f"{key}: {one_line(error)}") from error
 
 
 class PromptTokenizer:
@@ -161,6 +185,17 @@ class PromptTokenizer:
         return False
 
 
+def _meanings(documents: Documents) -> dict[str, str]:
+    """Return the names that have a meaning of their own in templates, each with its column."""
+    return {"text": documents.text, "id": documents.id}
+
+
+def _columns(key: str, source: str, documents: Documents) -> set[str]:
+    """Return the columns that a template uses. Raises JobError, which names `key`."""
+    used, meanings = used_names(key, checked(key, source)), _meanings(documents)
+    return {meanings.get(name, name) for name in used.names} | used.in_row
+
+
 def _shared(sandbox: SandboxedEnvironment, prompt: Prompt) -> Rendered | None:
     """Return the system text and the beginning of the context if neither uses a column and they are long."""
     system = prompt.system or ""
@@ -175,13 +210,6 @@ def _shared(sandbox: SandboxedEnvironment, prompt: Prompt) -> Rendered | None:
     except Exception:  # it fails for every document too, and each of their rows then has the error
         return None
     return Rendered(system or None, literal) if len(system) + len(literal) >= SHARED_CHARACTERS else None
-
-
-def _fill(template: Template, key: str, document: Document) -> str:
-    try:
-        return template.render(document.columns)
-    except Exception as error:
-        raise PromptFailed(f"{key}: {one_line(error)}") from error
 
 
 # The date that Llama's template uses if it has no clock.

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import StrictUndefined, TemplateSyntaxError, meta
+from jinja2 import StrictUndefined, TemplateSyntaxError, meta, nodes
 from jinja2.sandbox import SandboxedEnvironment
 
 from pipeline.errors import JobError
 
 
 def environment() -> SandboxedEnvironment:
-    """Return a sandbox in which every name is a column, and null is written as an empty text."""
+    """Return a sandbox in which every name is a variable, and null is written as an empty text."""
     sandbox = SandboxedEnvironment(undefined=StrictUndefined, finalize=lambda value: "" if value is None else value)
-    # Every name in a template is a column, even one called `range` or `dict`.
+    # Every name in a template may be a column, even one called `range` or `dict`.
     sandbox.globals.clear()
     return sandbox
 
@@ -26,6 +27,46 @@ def checked(key: str, source: str) -> str:
     except TemplateSyntaxError as error:
         raise JobError(f"{key}: line {error.lineno} of the template: {error.message}") from None
     return source
+
+
+@dataclass(frozen=True)
+class UsedNames:
+    """The names that a template uses.
+
+    names: of variables. in_row: names of columns that are written as `row["name"]`; a template that has them does not
+    have `row` as the name of a column.
+    """
+
+    names: frozenset[str]
+    in_row: frozenset[str]
+
+    def variables(self, columns: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the values of columns by their names, and with them `row` if the template uses it."""
+        return {**columns, "row": columns} if self.in_row else dict(columns)
+
+
+def used_names(key: str, source: str) -> UsedNames:
+    """Return the names that a template uses. Raises JobError, which names `key`, if `row` is used in two ways.
+
+    >>> sorted(used_names("prompt.context", '{{ title }} {{ row["Full Text"] }}').in_row)
+    ['Full Text']
+    """
+    tree = environment().parse(source)
+    names = meta.find_undeclared_variables(tree)
+    in_row = [
+        node.arg.value
+        for node in tree.find_all(nodes.Getitem)
+        if isinstance(node.node, nodes.Name) and node.node.name == "row"
+        if isinstance(node.arg, nodes.Const) and isinstance(node.arg.value, str)
+    ]
+    if "row" not in names or not in_row:
+        return UsedNames(frozenset(names), frozenset())
+    if len(in_row) < sum(name.name == "row" for name in tree.find_all(nodes.Name)):
+        raise JobError(
+            f'{key}: row is used both with and without the name of a column, as in row["{in_row[0]}"]; '
+            'write row["row"] for a column that is called row'
+        )
+    return UsedNames(frozenset(names - {"row"}), frozenset(in_row))
 
 
 class Expression:
@@ -41,10 +82,11 @@ class Expression:
             self._evaluate = sandbox.compile_expression(source, undefined_to_none=False)
         except TemplateSyntaxError as error:
             raise JobError(f"{key}: {error.message}: {source}") from None
-        self.columns = frozenset(meta.find_undeclared_variables(sandbox.parse(f"{{{{ ({source}) }}}}")))
+        self._used = used_names(key, f"{{{{ ({source}) }}}}")
+        self.columns = self._used.names | self._used.in_row
         if not self.columns:
             raise JobError(f"{key} uses no column: {source}; write a condition such as year >= 2020 and lang == 'en'")
 
     def __call__(self, values: Mapping[str, Any]) -> Any:
         """Return the value for a row. Raises whatever the expression raises."""
-        return self._evaluate(values)
+        return self._evaluate(self._used.variables(values))

@@ -40,7 +40,7 @@ class WindowCutter:
 
     def __init__(self, job: Job) -> None:
         self._job = job
-        self._renderer = Renderer(job.prompt)
+        self._renderer = Renderer(job.prompt, job.documents)
         self._policy = job.documents.too_long
         self._stated_limit = None if self._policy == "error" else max_context(read_config(resolve_model(job.model)))
 

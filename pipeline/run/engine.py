@@ -137,7 +137,7 @@ class Engine:
             _log.warning("the chat template takes no system text: it is put before the document in the user's message")
         if message := explain(self._model.model).message:
             _log.warning("%s", message)
-        shared = Renderer(job.prompt).shared
+        shared = Renderer(job.prompt, job.documents).shared
         self._shared_tokens = self._tokenizer.shared_tokens(shared) if shared else []
         self.store = store
         self._prefixes = PrefixProvider(context, self._model, store, context_label(shared) if shared else "")

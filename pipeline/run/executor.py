@@ -39,7 +39,7 @@ class Executor(ABC):
     def __init__(self, context: RunContext, inputs: Inputs, documents_done: int = 0) -> None:
         self._context, self._job, self._inputs = context, context.job, inputs
         self._documents_done = documents_done
-        self._shared = Renderer(context.job.prompt).shared
+        self._shared = Renderer(context.job.prompt, context.job.documents).shared
         self._pins = Pins(context.job.cache.dir, context.job.result_file)
 
     @abstractmethod
@@ -89,7 +89,7 @@ class Executor(ABC):
 
     def _labels_to_come(self) -> Iterator[str]:
         """Yield the labels of the contexts that the run still needs."""
-        renderer = Renderer(self._job.prompt)
+        renderer = Renderer(self._job.prompt, self._job.documents)
         if self._shared:
             yield context_label(self._shared)
         for document in islice(self._inputs.stream(), self._documents_done, None):

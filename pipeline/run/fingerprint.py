@@ -37,7 +37,7 @@ def job_identity(job: Job, remember: bool = True) -> Identity:
     prefill: str = job.cache.prefill
     if job.cache.prefill == "streaming":
         prefill += f" {job.cache.segment}"
-    if shared := Renderer(job.prompt).shared:
+    if shared := Renderer(job.prompt, job.documents).shared:
         prefill += f" shared={_digest('shared', shared.system, shared.context)[:16]}"
     if job.scale.ranks > 1:  # several ranks add in another order, so they round differently
         prefill += f" ranks={job.scale.ranks}"

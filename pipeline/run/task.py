@@ -96,7 +96,7 @@ class TaskPlanner:
     ) -> None:
         self._generation, self._identity = job.generation, identity
         self._keep_failed, self._quarantined = keep_failed, quarantined or {}
-        self._renderer, self._window_cutter = Renderer(job.prompt), WindowCutter(job)
+        self._renderer, self._window_cutter = Renderer(job.prompt, job.documents), WindowCutter(job)
 
     def plan(self, document: Document, known: Mapping[str, Row]) -> DocumentTask:
         """Return the task of a document. known: its rows of earlier runs, by query id."""

@@ -37,6 +37,7 @@ def written(folder: Path, **columns: Any) -> str:
         ({"html": [text * 2 for text in LONG], "Body": LONG, "URL": ["x", "y", "z"]}, ("URL", "Body")),
         ({"id": [1, 1, 2], "doc_id": [1, 2, 3], "content": LONG}, ("doc_id", "content")),
         ({"id": [None, "a", "b"], "name": ["x", "y", "z"], "note": [None, *LONG[1:]]}, ("name", "note")),
+        ({"Doc No.": [3, 2, 1], "Full Text": LONG}, ("Doc No.", "Full Text")),
         ({"score": [0.1, 0.2, 0.3], "flag": [True, False, True], "key": [3, 2, 1], "a": LONG}, ("key", "a")),
     ],
 )
@@ -112,7 +113,7 @@ def test_missing_values_are_asked_for_on_a_terminal(workplace: Workplace) -> Non
     ):
         assert question in screen
     job = load_job(file)
-    assert (job.documents.id, job.documents.text, job.prompt.context) == ("other", "page", "{{ page }}")
+    assert (job.documents.id, job.documents.text, job.prompt.context) == ("other", "page", "{{ text }}")
     assert (job.model, job.queries[0].text) == (str(workplace.model), "Who signed?")
     given = ("--id", "id", "--text", "page", "--model", workplace.model, "--query", "Who?", "--force")
     assert "[" not in "\n".join(in_terminal(100, "init", documents, file, *given))
@@ -140,7 +141,6 @@ def test_a_job_file_that_exists_is_kept(workplace: Workplace) -> None:
     ("options", "words"),
     [
         (["--text", "txt"], "documents.text names the column 'txt'"),
-        (["--text", "full text"], "--text full text: a prompt can't name this column"),
         (["--id", "twice"], "documents.id: the id '1' is given twice"),
         (["--model", "nowhere"], "job.yaml: model: there is no folder "),
         (["--query", " "], "job.yaml: queries.0.text is empty"),

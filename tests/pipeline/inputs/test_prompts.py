@@ -10,13 +10,15 @@ from hypothesis import strategies as st
 from pipeline.errors import EmptyDocument, JobError, ModelError, PromptFailed
 from pipeline.inputs.documents import Document
 from pipeline.inputs.prompts import PromptTokenizer, Rendered, Renderer, template_columns
-from pipeline.job.job import Prompt
+from pipeline.job.job import Documents, Prompt
 
 MINUTES = "The board met on the third of May and decided the budget.\n\nThe lease ends in May."
 
+SOURCE = Documents(path="papers.parquet")
+
 
 def document(text: str = MINUTES, **columns: object) -> Document:
-    return Document("1", text, {"text": text, **columns})
+    return Document("1", text, {"id": "1", "text": text, **columns})
 
 
 def encode(tokenizer: Any, text: str, add_special_tokens: bool = False) -> list[int]:
@@ -28,44 +30,44 @@ def test_template_columns() -> None:
         system="About {{ company }}.",
         context="{% for p in pages %}{{ loop.index }}{{ p }}{% endfor %}{% set a = text %}{{ a }}{{ range }}",
     )
-    assert template_columns(prompt) == {"company", "pages", "text", "range"}
-    assert template_columns(Prompt(system=None)) == {"text"}
+    assert template_columns(prompt, SOURCE) == {"company", "pages", "text", "range"}
+    assert template_columns(Prompt(system=None), SOURCE) == {"text"}
 
 
 @pytest.mark.parametrize("use", [template_columns, Renderer])
-def test_a_broken_template_names_its_key_and_line(use: Callable[[Prompt], object]) -> None:
+def test_a_broken_template_names_its_key_and_line(use: Callable[[Prompt, Documents], object]) -> None:
     with pytest.raises(JobError, match=r"^prompt\.context: line 2 of the template: ") as caught:
-        use(Prompt(context="{{ text }}\n{% if %}"))
+        use(Prompt(context="{{ text }}\n{% if %}"), SOURCE)
     assert "\n" not in str(caught.value)
     with pytest.raises(JobError, match=r"^prompt\.system: line 1 of the template: "):
-        use(Prompt(system="{{ a"))
+        use(Prompt(system="{{ a"), SOURCE)
 
 
 def test_a_context_without_any_column_is_refused() -> None:
     with pytest.raises(JobError, match="uses no column"):
-        template_columns(Prompt(context="text"))
+        template_columns(Prompt(context="text"), SOURCE)
 
 
 def test_rendering() -> None:
     prompt = Prompt(system="About {{ title }}.", context="{{ title }}: {{ text }}{{ note }}")
-    rendered = Renderer(prompt).render(document("x {{ y }}", title="T", note=None))
+    rendered = Renderer(prompt, SOURCE).render(document("x {{ y }}", title="T", note=None))
     assert rendered == Rendered("About T.", "T: x {{ y }}")
-    assert Renderer(Prompt(system=None)).render(document("x")).system is None
+    assert Renderer(Prompt(system=None), SOURCE).render(document("x")).system is None
 
 
 def test_a_template_that_fails_on_a_row_fails_that_row() -> None:
-    renderer = Renderer(Prompt(context="{{ text }}{{ meta.author.name }}"))
+    renderer = Renderer(Prompt(context="{{ text }}{{ meta.author.name }}"), SOURCE)
     assert renderer.render(document("x", meta={"author": {"name": "A"}})).context == "xA"
     with pytest.raises(PromptFailed, match=r"^prompt\.context: .*'author'"):
         renderer.render(document("x", meta={}))
     with pytest.raises(PromptFailed, match="unsafe"):
-        Renderer(Prompt(context="{{ text.__class__ }}")).render(document("x"))
+        Renderer(Prompt(context="{{ text.__class__ }}"), SOURCE).render(document("x"))
 
 
 @pytest.mark.parametrize("text", ["", " \n\t"])
 def test_a_blank_text_is_an_empty_document(text: str) -> None:
     with pytest.raises(EmptyDocument):
-        Renderer(Prompt()).render(document(text))
+        Renderer(Prompt(), SOURCE).render(document(text))
 
 
 # Long enough for merges across the seam; the alphabet has what merges in the test tokenizer.

@@ -130,9 +130,9 @@ def test_windows_hold_the_whole_text(long: Workplace, tokenizer: Any, ending: st
     long.tree["prompt"] = {"context": "{{ text }}" + ending}
     job = load_job(long.save(documents={"path": "docs.parquet", "too_long": "split"}))
     text = long.documents["a"]
-    document = Document("a", text, {"text": text}, job.queries)
+    document = Document("a", text, {"id": "a", "text": text}, job.queries)
     prompts = PromptTokenizer(tokenizer)
-    windows = WindowCutter(job).windows(document, Renderer(job.prompt).render(document), prompts, 2048)
+    windows = WindowCutter(job).windows(document, Renderer(job.prompt, job.documents).render(document), prompts, 2048)
     at = 0
     for number, window in enumerate(windows):
         assert window.context.endswith(ending)
@@ -183,7 +183,7 @@ def test_the_template_s_end_is_kept(long: Workplace, tokenizer: Any) -> None:
     job = load_job(long.save())
     text = long.documents["a"]
     document = Document("a", text, {"id": "a", "text": text}, job.queries)
-    whole = Renderer(job.prompt).render(document)
+    whole = Renderer(job.prompt, job.documents).render(document)
     prompts = PromptTokenizer(tokenizer)
     (cut,) = WindowCutter(job).windows(document, whole, prompts, 2048)
     assert cut.context.startswith("a: The board met")
@@ -201,8 +201,8 @@ def test_as_much_is_kept_as_there_is_room_for(
     monkeypatch.setattr("pipeline.inputs.windows._CHARACTERS_PER_TOKEN", characters)
     job = load_job(long.job_file)
     text = long.documents["a"]
-    document = Document("a", text, {"text": text}, job.queries)
-    whole, prompts = Renderer(job.prompt).render(document), PromptTokenizer(tokenizer)
+    document = Document("a", text, {"id": "a", "text": text}, job.queries)
+    whole, prompts = Renderer(job.prompt, job.documents).render(document), PromptTokenizer(tokenizer)
     (cut,) = WindowCutter(job).windows(document, whole, prompts, 2048)
     (tokens,) = prompts.count([prompts.prompt_text(cut, job.queries[0].text)])
     assert 1800 < tokens <= 2048 - 5
