@@ -14,6 +14,7 @@
     │   └── StoppedAtFailure   exit 1    a row failed, and the run has --fail-fast
     └── RowError                         one row failed and the job goes on: the class's name becomes the
         ├── EmptyDocument                row's `error_type`, the message its `error`
+        ├── UnreadableText
         ├── ContextTooLong
         ├── PromptFailed
         ├── GenerationFailed
@@ -101,6 +102,10 @@ class RowError(PipelineError):
 
 class EmptyDocument(RowError):
     """The document's text is null, empty or blank."""
+
+
+class UnreadableText(RowError):
+    """What the prompt needs of the document is not text: bytes that do not decode, NUL bytes, half characters."""
 
 
 class ContextTooLong(RowError):

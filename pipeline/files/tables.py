@@ -5,7 +5,8 @@ pyarrow writes up to 1,024 rows into one; very long texts need less memory if th
 `write_batch_size=16`.
 
 A text file is one row: `id` is its path relative to the folder, and `text` is its content. In JSON Lines, a key that a
-line lacks is null; a key that no line of a file has is an error.
+line lacks is null; a key that no line of a file has is an error. A value that is not text, though its column is, is
+`Unreadable`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.errors import InputError, one_line, suggestion
+from pipeline.files.encoding import (
+    LONGEST_MARK,
+    NotText,
+    Unreadable,
+    decode,
+    describe,
+    find_encoding,
+    split_lines,
+    wrong_character,
+)
 from pipeline.files.find import JSON, PARQUET, TEXT_FILE, InputFile, find_files
 
 # Without a buffer pyarrow reads a whole column chunk at once, however small the batches are.
@@ -55,6 +66,14 @@ class Record:
     file: InputFile
     number: int
 
+    def unreadable(self, name: str) -> str | None:
+        """Return the place of a value and why it is not text, or None."""
+        value = self.values[name]
+        reason = value.reason if isinstance(value, Unreadable) else wrong_character(value)
+        if reason is None or self.file.format == TEXT_FILE:
+            return reason and f"{self.place} {reason}"
+        return f"the column '{name}' in {self.place} {reason}"
+
     @property
     def place(self) -> str:
         """The place of the row, for messages."""
@@ -86,13 +105,16 @@ ID = Kind(
 class Table:
     """The rows of the files that a path, a folder, a glob or a URL names: files sorted by name, rows in their order.
 
-    key: the key of the job file that gives the path, for messages. columns: all columns that are needed. Raises
-    InputError if there are no files, or files of several formats.
+    key: the key of the job file that gives the path, for messages. columns: all columns that are needed. encoding: of
+    files without a byte-order mark; None for UTF-8. Raises InputError if there are no files, or files of several
+    formats.
     """
 
-    def __init__(self, path: str, key: str, columns: Sequence[Column]) -> None:
+    def __init__(self, path: str, key: str, columns: Sequence[Column], encoding: str | None = None) -> None:
         self.files = find_files(path, key)
-        self._columns = columns
+        self._columns, self._encoding = columns, encoding
+        section = key.rpartition(".")[0] or "documents"
+        self._remedy = f"; save it as UTF-8, or set {section}.encoding, for example to cp1252 or utf-16-le"
 
     def check(self) -> None:
         """Raise InputError if a file lacks a column or has it in another type. Of Parquet only the footer is read."""
@@ -148,26 +170,37 @@ class Table:
     def json_rows(self, file: InputFile) -> Iterator[tuple[int, dict[str, Any]]]:
         """Yield the number and the object of each line that is not blank. Raises InputError."""
         try:
-            with file.open() as lines:
-                for number, line in enumerate(lines, start=1):
-                    if line.strip():
-                        yield number, self._parse(line, f"line {number} of {file}")
+            with file.open() as content:
+                encoding, offset = find_encoding(content.read(LONGEST_MARK), self._encoding)
+                content.seek(offset)
+                for number, line in enumerate(split_lines(content, "\n".encode(encoding)), start=1):
+                    values = self._parse(line, encoding, offset, f"line {number} of {file}")
+                    if values is not None:
+                        yield number, values
+                    offset += len(line)
         except OSError as error:
             raise InputError(f"{file}: cannot be read: {one_line(error)}") from None
 
-    def _parse(self, line: bytes, place: str) -> dict[str, Any]:
-        text = line.decode("utf-8", errors="replace").removeprefix("\ufeff")
+    def _parse(self, line: bytes, encoding: str, offset: int, place: str) -> dict[str, Any] | None:
+        """Return the object of a line, or None if the line is blank. offset: bytes of the file before the line."""
+        text, undecoded = self._decode_line(line, encoding, offset, place)
+        text = text.removeprefix("\ufeff")
+        if not text.strip():
+            return None
         try:
-            values = json.loads(text)
-            if "\\u" in text:  # it may stand for half a character
-                values = json.loads(json.dumps(values, ensure_ascii=False).encode("utf-8", errors="replace"))
+            values = json.loads(text, strict="\0" not in text)  # one NUL byte costs one row
+            if undecoded or "\\u" in text or "\0" in text:
+                pairs = values.items() if isinstance(values, dict) else ()
+                reasons = {name: reason for name, value in pairs if (reason := wrong_character(value, undecoded))}
+                values = values | {name: Unreadable(reason) for name, reason in reasons.items()} if reasons else values
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{place} is not JSON: {one_line(error)}") from None
+            remedy = f"; it has NUL bytes{self._remedy}" if "\0" in text else ""
+            raise InputError(f"{place} is not JSON: {one_line(error)}{remedy}") from None
         if not isinstance(values, dict):
             raise InputError(f'{place} is no JSON object, such as {{"id": "a", "text": "…"}}')
         for column in self._columns:
             value = values.get(column.name)
-            if value is not None and not column.kind.fits_value(value):
+            if value is not None and not isinstance(value, Unreadable) and not column.kind.fits_value(value):
                 shown = json.dumps(value, ensure_ascii=False)
                 shown = shown if len(shown) <= 40 else f"{shown[:39]}…"
                 raise InputError(
@@ -176,13 +209,30 @@ class Table:
                 )
         return values
 
+    def _decode_line(self, line: bytes, encoding: str, offset: int, place: str) -> tuple[str, str]:
+        """Return a line in which half characters stand for what does not decode, and the reason, or "".
+
+        Raises InputError if nothing can stand for it.
+        """
+        try:
+            return line.decode(encoding), ""
+        except UnicodeDecodeError as error:
+            reason = describe(error, encoding, offset) + self._remedy
+        try:
+            return line.decode(
+                encoding, "surrogatepass" if encoding.startswith("utf-16") else "surrogateescape"
+            ), reason
+        except UnicodeError:
+            raise InputError(f"{place} {reason}") from None
+
     def _read_text(self, file: InputFile, names: Collection[str]) -> dict[str, Any]:
         if "text" not in names:
             return {"id": file.id}
         try:
             with file.open() as content:
-                text = content.read().decode("utf-8", errors="replace")
-            return {"id": file.id, "text": text.removeprefix("\ufeff")}
+                return {"id": file.id, "text": decode(content.read(), self._encoding)}
+        except NotText as error:
+            return {"id": file.id, "text": Unreadable(f"{error}{self._remedy}")}
         except OSError as error:
             raise InputError(f"{file}: cannot be read: {one_line(error)}") from None
 
@@ -196,11 +246,16 @@ def first_rows(path: str, key: str, count: int) -> list[dict[str, Any]]:
         with _open_parquet(file) as parquet:
             names = [field.name for field in parquet.schema_arrow if ID.fits_type(field.type)]
     if file.format != JSON:
-        return [record.values for record in islice(table.records(names, rows_per_batch=1), count)]
-    rows = [values for _, values in islice(table.json_rows(file), count)]
+        return [_readable(record.values) for record in islice(table.records(names, rows_per_batch=1), count)]
+    rows = [_readable(values) for _, values in islice(table.json_rows(file), count)]
     values = {name: [row.get(name) for row in rows] for name in chain.from_iterable(rows)}
     names = [name for name in values if all(value is None or ID.fits_value(value) for value in values[name])]
     return [{name: row.get(name) for name in names} for row in rows]
+
+
+def _readable(values: dict[str, Any]) -> dict[str, Any]:
+    """Return the values with reasons in place of texts that cannot be read, which are texts nevertheless."""
+    return {name: value.reason if isinstance(value, Unreadable) else value for name, value in values.items()}
 
 
 @contextmanager
@@ -232,6 +287,5 @@ def _parquet_rows(
 def _value(scalar: Any) -> Any:
     try:
         return scalar.as_py()
-    except UnicodeDecodeError:
-        # One row with broken UTF-8 is no reason to fail a job.
-        return scalar.as_buffer().to_pybytes().decode("utf-8", errors="replace")
+    except UnicodeDecodeError as error:  # one row with broken UTF-8 is no reason to fail a job
+        return Unreadable(describe(error, "utf-8", 0) + ", counted from the beginning of the value")

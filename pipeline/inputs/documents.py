@@ -12,6 +12,7 @@ from hashlib import blake2b
 from itertools import islice
 
 from pipeline.errors import InputError, one_line
+from pipeline.files.encoding import Unreadable
 from pipeline.files.tables import ANYTHING, ID, TEXT, Column, Record, Table
 from pipeline.inputs.templates import Expression
 from pipeline.job.job import Documents, Query
@@ -24,13 +25,15 @@ class Document:
     """One input row.
 
     text: "" if the row's text is null or blank. columns: the values of the columns that templates use, by the names
-    that the file has. queries: the queries that are asked of it, which inputs.py adds.
+    that the file has. queries: the queries that are asked of it, which inputs.py adds. unreadable: why a column that
+    the templates use is not text, or "".
     """
 
     id: str
     text: str
     columns: dict[str, object]
     queries: Sequence[Query] = ()
+    unreadable: str = ""
 
 
 def check_documents(source: Documents, columns: Collection[str] = ()) -> int:
@@ -67,6 +70,7 @@ def stream_documents(source: Documents, columns: Collection[str] = ()) -> Iterat
             id=_id(record, source.id),
             text=text if isinstance(text, str) and text.strip() else "",
             columns={name: record.values[name] for name in sorted(names)},
+            unreadable=next(filter(None, map(record.unreadable, [source.text, *sorted(columns)])), ""),
         )
 
 
@@ -85,7 +89,7 @@ class _DocumentRows:
         users |= dict.fromkeys(columns, "the prompt uses")
         needed = [Column(source.id, "documents.id names", ID), Column(source.text, "documents.text names", TEXT)]
         needed += [Column(name, user, ANYTHING) for name, user in sorted(users.items())]
-        self.table = Table(source.path, "documents.path", needed)
+        self.table = Table(source.path, "documents.path", needed, source.encoding)
 
     def ids(self) -> Iterator[tuple[str, Record]]:
         """Yield each document's id and row."""
@@ -103,6 +107,11 @@ class _DocumentRows:
         if self._where is None:
             return True
         origin = f"documents.where: {self._source.where}: in {record.place}"
+        if isinstance(record.values.get(self._source.text), Unreadable) and self._source.text in self._where.columns:
+            return True  # it becomes an error row
+        for name in self._where.columns:
+            if isinstance(record.values[name], Unreadable):
+                raise InputError(f"documents.where: {self._source.where}: {record.unreadable(name)}")
         try:
             value = self._where(record.values)
         except Exception as error:
@@ -119,4 +128,6 @@ def _id(record: Record, column: str) -> str:
     value = record.values[column]
     if value is None or value == "":
         raise InputError(f"documents.id: the id is empty in {record.place}, column '{column}'")
+    if isinstance(value, Unreadable):
+        raise InputError(f"documents.id: {record.unreadable(column)}")
     return str(value)

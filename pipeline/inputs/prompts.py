@@ -21,7 +21,7 @@ from typing import Any
 from jinja2 import Template, meta, nodes
 from jinja2.sandbox import SandboxedEnvironment
 
-from pipeline.errors import EmptyDocument, JobError, ModelError, PromptFailed, one_line
+from pipeline.errors import EmptyDocument, JobError, ModelError, PromptFailed, UnreadableText, one_line
 from pipeline.inputs.documents import Document
 from pipeline.inputs.templates import UsedNames, checked, environment, used_names
 from pipeline.job.job import Documents, Prompt
@@ -91,7 +91,13 @@ class Renderer:
         self.shared = _shared(sandbox, prompt)
 
     def render(self, document: Document) -> Rendered:
-        """Render a document. Raises EmptyDocument if its text is blank, PromptFailed if a template fails on its row."""
+        """Render a document.
+
+        Raises EmptyDocument if its text is blank, UnreadableText if a column that templates use is not text, and
+        PromptFailed if a template fails on its row.
+        """
+        if document.unreadable:
+            raise UnreadableText(document.unreadable)
         if not document.text.strip():
             raise EmptyDocument("the document's text is empty")
         system = self._fill(self._system, "prompt.system", self._used_by_system, document)

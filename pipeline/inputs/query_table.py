@@ -113,12 +113,15 @@ def _records(source: QueryTable) -> Iterator[Record]:
     names = {"id": source.id, "text": source.text, "document_id": source.document_id}
     kinds = {"id": ID, "text": TEXT, "document_id": ID}
     columns = [Column(name, f"queries.{key} names", kinds[key]) for key, name in names.items() if name is not None]
-    table = Table(source.path, "queries.path", columns)
+    table = Table(source.path, "queries.path", columns, source.encoding)
     table.check()
     return table.records({column.name for column in columns} | set(_SETTINGS), _ROWS_PER_BATCH)
 
 
 def _query(record: Record, source: QueryTable) -> Query:
+    for column in (source.id, source.text, *_SETTINGS):
+        if reason := record.unreadable(column):
+            raise InputError(f"queries: {reason}")
     values = {"id": _id(record, source.id, "id"), "text": record.values[source.text] or ""}
     for name in _SETTINGS:
         value = record.values[name]
@@ -138,4 +141,6 @@ def _id(record: Record, column: str, key: str) -> str:
     value = record.values[column]
     if value is None or value == "":
         raise InputError(f"queries.{key}: the id is empty in {record.place}, column '{column}'")
+    if reason := record.unreadable(column):
+        raise InputError(f"queries.{key}: {reason}")
     return str(value)

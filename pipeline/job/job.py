@@ -29,6 +29,7 @@ from pydantic import (
 )
 
 from pipeline.errors import one_line
+from pipeline.files.encoding import checked_encoding
 from pipeline.job.budget import checked_budget
 
 _LARGEST_INT = (1 << 63) - 1
@@ -118,6 +119,7 @@ class _Section(BaseModel):
 
 _Text = Annotated[str, AfterValidator(_not_blank)]
 _Path = Annotated[Path, Field(strict=False), BeforeValidator(_not_blank), AfterValidator(_valid_path)]
+_Encoding = Annotated[str, AfterValidator(checked_encoding)]
 _MaxTokens = Annotated[int, Field(ge=1, le=_LARGEST_INT)]
 _Temperature = Annotated[float, Field(ge=0)]
 _TopP = Annotated[float, Field(gt=0, le=1)]
@@ -129,11 +131,15 @@ _Amount = Annotated[float, Field(gt=0), AfterValidator(_whole_above_one)]
 
 
 class Documents(_Section):
-    """The documents: a file, a folder or a glob, the columns of ids and texts, and which rows are used."""
+    """The documents: a file, a folder or a glob, the columns of ids and texts, and which rows are used.
+
+    encoding: of text and JSON Lines files without a byte-order mark; None for UTF-8.
+    """
 
     path: _Text
     id: _Text = "id"
     text: _Text = "text"
+    encoding: _Encoding | None = None
     where: _Text | None = None
     limit: Annotated[int, Field(ge=1, le=_LARGEST_INT)] | None = None
     too_long: Literal["error", "truncate", "split"] = "error"
@@ -193,13 +199,15 @@ class Query(_Section):
 class QueryTable(_Section):
     """A table of queries: a file, a folder or a glob, and its columns.
 
-    Each query is asked of every document, or only of the document whose id is in the column `document_id`.
+    Each query is asked of every document, or only of the document whose id is in the column `document_id`. encoding: as
+    that of documents.
     """
 
     path: _Text
     id: _Text = "id"
     text: _Text = "text"
     document_id: _Text | None = None
+    encoding: _Encoding | None = None
 
 
 # The names of the two kinds of queries in the locations of pydantic's errors.

@@ -12,6 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from pipeline.errors import JobError, one_line, suggestion
+from pipeline.files.encoding import NotText, decode
 from pipeline.job.job import QUERIES, Job, Output
 from pipeline.job.shards import Shard
 from pipeline.job.validation_errors import describe, explain_job
@@ -30,12 +31,14 @@ def load_job(path: Path, overrides: Sequence[str] = (), shard: Shard | None = No
     relative to the current directory. shard: replace the job's output by the output of this shard.
     """
     try:
-        content = path.read_bytes()
+        content = decode(path.read_bytes())
     except FileNotFoundError:
         beside = [file.name for file in path.parent.glob("*.yaml")]
         raise JobError(f"{path}: no such job file{suggestion(path.name, beside)}") from None
     except OSError as error:
         raise JobError(f"{path}: cannot be read: {error.strerror}") from None
+    except NotText as error:
+        raise JobError(f"{path}: {error}; save it as UTF-8") from None
     tree = _parse_yaml(content, str(path))
     if not isinstance(tree, dict):
         raise JobError(f"{path}: expected a mapping of keys, such as 'model: ...', got {describe(tree)}")
@@ -76,7 +79,7 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _parse_yaml(source: bytes | str, origin: str) -> Any:
+def _parse_yaml(source: str, origin: str) -> Any:
     """Parse YAML. Raises JobError, which begins with `origin`."""
     try:
         tree = yaml.load(source, _Loader)

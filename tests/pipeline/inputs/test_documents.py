@@ -74,10 +74,17 @@ def test_every_kind_of_text_column_is_text(tmp_path: Path, kind: Any) -> None:
     assert [(d.id, d.text) for d in stream_documents(source(path))] == [("1", "é")]
 
 
-def test_broken_utf8_costs_its_characters_only(tmp_path: Path) -> None:
-    broken = pa.Array.from_buffers(pa.string(), 1, pa.array([b"a\xffb"], pa.binary()).buffers())
-    path = write(tmp_path / "a.parquet", id=["1"], text=broken)
-    assert [d.text for d in stream_documents(source(path))] == ["a\ufffdb"]
+def test_broken_utf8_makes_a_document_unreadable(tmp_path: Path) -> None:
+    broken = pa.Array.from_buffers(pa.string(), 2, pa.array([b"a\xffb", b"c"], pa.binary()).buffers())
+    path = write(tmp_path / "a.parquet", id=["1", "2"], text=broken)
+    assert [(d.text, d.unreadable) for d in stream_documents(source(path))] == [
+        (
+            "",
+            f"the column 'text' in row 0 (from 0) of {path} is not text in UTF-8: the byte 0xff at offset 1 does not "
+            "decode, counted from the beginning of the value",
+        ),
+        ("c", ""),
+    ]
 
 
 def test_a_missing_file_names_its_neighbour(tmp_path: Path) -> None:

@@ -61,17 +61,24 @@ def test_json_lines_are_answered_as_parquet_is(workplace: Workplace, papers: Pat
 def test_what_json_allows_costs_one_row_at_most(workplace: Workplace, papers: Path) -> None:
     (papers / "a.jsonl").write_bytes(
         b'{"id": "a", "text": "half: \\ud800"}\n{"id": "b"}\n{"id": "c", "text": "bad: \xff", "other": [1e999]}\n'
+        b'{"id": "d", "text": "whole: \\ud83d\\ude00", "other": [1e999]}\n{"id": "e", "text": "NUL: \0"}\n'
+        b'{"id": "f", "text": "unused: ", "other": "\xff"}\n{"id": "g", "text": "NUL: \\u0000"}\n'
     )
     result = invoke("run", workplace.job_file, "--quiet")
     assert result.exit_code == 3
-    assert {row["error_type"] for pair, row in workplace.rows().items() if pair[0] == "b"} == {"EmptyDocument"}
-    assert {row["status"] for pair, row in workplace.rows().items() if pair[0] != "b"} == {"ok"}
+    unreadable = dict.fromkeys("aceg", "UnreadableText")
+    assert {pair[0]: row["error_type"] for pair, row in workplace.rows().items()} == {
+        **unreadable,
+        "b": "EmptyDocument",
+        "d": None,
+        "f": None,
+    }
 
 
 def test_texts_are_documents_by_their_paths(workplace: Workplace, papers: Path) -> None:
     (papers / "2024").mkdir()
     (papers / "b.txt").write_text("\ufeffThe board met.")
-    (papers / "a.md").write_bytes(b"# Closed: \xff")
+    (papers / "a.md").write_bytes("# Closed: é".encode())
     (papers / "2024" / "c.MD").write_text("When does it end?")
     (papers / ".d.txt").write_text("hidden")
     (papers / "image.png").write_bytes(b"\x89PNG")

@@ -1,0 +1,132 @@
+"""Decode the bytes of files into text. What is not text is never replaced: the reason names the first wrong byte."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from pipeline.errors import suggestion
+
+LONGEST_MARK = 4  # bytes
+# The marks of UTF-32 come first, because one of them begins with a mark of UTF-16.
+_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32-le",
+    codecs.BOM_UTF32_BE: "utf-32-be",
+    codecs.BOM_UTF8: "utf-8",
+    codecs.BOM_UTF16_LE: "utf-16-le",
+    codecs.BOM_UTF16_BE: "utf-16-be",
+}
+_WITHOUT_MARK = {"utf-8-sig": "utf-8", "utf-16": "utf-16-le", "utf-32": "utf-32-le"}
+_NOT_OF_FILES = ("idna", "punycode", "undefined", "unicode_escape", "raw_unicode_escape", "unicode-escape")
+_COMMON = (
+    "utf-8",
+    "utf-16-le",
+    "utf-16-be",
+    "utf-32-le",
+    "cp1252",
+    "latin-1",
+    "cp1251",
+    "shift_jis",
+    "gb18030",
+    "big5",
+)
+_CHUNK_BYTES = 1 << 16
+
+
+class NotText(ValueError):
+    """Bytes are not text in an encoding. The message begins with a verb, and names the byte."""
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """Stands for a value that is not text. reason: begins with a verb, and names the byte or the character."""
+
+    reason: str
+
+
+def checked_encoding(name: str) -> str:
+    """Return the name of an encoding. Raises ValueError if there is none of this name for the text of files."""
+    try:
+        if codecs.lookup(name).name in _NOT_OF_FILES:
+            raise LookupError
+        "A".encode(name)
+    except (LookupError, ValueError):
+        raise ValueError(f"is '{name}', which is no encoding of text{suggestion(name, _COMMON)}") from None
+    return name
+
+
+def find_encoding(beginning: bytes, encoding: str | None) -> tuple[str, int]:
+    """Return the encoding of a file, and how many bytes its byte-order mark has.
+
+    beginning: the first `LONGEST_MARK` bytes of the file. encoding: of files without a mark; None for UTF-8.
+    """
+    for mark, name in _MARKS.items():
+        if beginning.startswith(mark):
+            return name, len(mark)
+    name = codecs.lookup(encoding or "utf-8").name
+    return _WITHOUT_MARK.get(name, name), 0
+
+
+def decode(content: bytes, encoding: str | None = None) -> str:
+    """Return the text of a whole file without its byte-order mark.
+
+    encoding: of files without a mark; None for UTF-8. Raises NotText if it does not decode or holds NUL bytes.
+    """
+    name, mark = find_encoding(content[:LONGEST_MARK], encoding)
+    try:
+        text, reason = content[mark:].decode(name), None
+    except UnicodeDecodeError as error:
+        text, reason = content[mark : mark + error.start].decode(name), describe(error, name, mark)
+    if (at := text.find("\0")) >= 0:
+        offset = mark + len(text[:at].encode(name))
+        reason = f"is not text in {name.upper()}: it has a NUL byte at offset {offset}"
+    if reason is not None:
+        raise NotText(reason)
+    return text
+
+
+def describe(error: UnicodeDecodeError, name: str, offset: int) -> str:
+    """Return the reason why bytes do not decode. offset: bytes of the file before those that were decoded."""
+    byte = error.object[error.start]
+    return f"is not text in {name.upper()}: the byte 0x{byte:02x} at offset {offset + error.start} does not decode"
+
+
+def split_lines(content: BinaryIO, newline: bytes) -> Iterator[bytes]:
+    """Yield the lines of a file with their ends. newline: the bytes of a line feed; a code unit of UTF-16 has two."""
+    if newline == b"\n":
+        yield from content
+        return
+    pending, start = b"", 0
+    while chunk := content.read(_CHUNK_BYTES):
+        pending, start, at = pending[start:] + chunk, 0, 0
+        while (at := pending.find(newline, at)) >= 0:
+            if (at - start) % len(newline):
+                at += 1
+                continue
+            at += len(newline)
+            yield pending[start:at]
+            start = at
+    if start < len(pending):
+        yield pending[start:]
+
+
+def wrong_character(value: Any, undecoded: str = "") -> str | None:
+    """Return the reason why a value is not text, or None; of lists and mappings, of the first wrong text in them.
+
+    undecoded: the reason if the value has half characters because bytes did not decode.
+    """
+    if isinstance(value, dict | list):
+        children = value.values() if isinstance(value, dict) else value
+        return next((reason for child in children if (reason := wrong_character(child, undecoded))), None)
+    if not isinstance(value, str):
+        return None
+    if (at := value.find("\0")) >= 0:
+        return f"has a NUL byte, at character {at} of the value"
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        half = f"\\u{ord(value[error.start]):04x}"
+        return undecoded or f"has half a character, {half}, at character {error.start} of the value"
+    return None
