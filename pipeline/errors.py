@@ -105,7 +105,7 @@ class EmptyDocument(RowError):
 
 
 class UnreadableText(RowError):
-    """What the prompt needs of the document is not text: bytes that do not decode, NUL bytes, half characters."""
+    """A value that the prompt needs is not text: its bytes do not decode, or it holds NUL bytes or half characters."""
 
 
 class ContextTooLong(RowError):

@@ -15,7 +15,7 @@ MOST_DEATHS = 2  # with the same documents in hand; after that, they are not tri
 
 
 class Verdict(Enum):
-    """What happens to the documents after a death."""
+    """The consequence of a death for the documents in hand."""
 
     RETRY = "retry"
     SEPARATE = "separate"
