@@ -52,14 +52,14 @@ def attend_dense(
             if stop <= start:
                 continue
             index = (b, h, slice(None), slice(top, bottom))
-            scores = _multiply(q[index], k[b, h, start:stop].swapaxes(-1, -2))
+            scores = _multiply_groups(q[index], k[b, h, start:stop].swapaxes(-1, -2))
             if visible is not None:
                 row = b if visible.shape[0] > 1 else slice(None)
                 scores = np.where(visible[row, :, :, top:bottom, start:stop], scores, np.float32(-np.inf))
             elif mask == "causal" and stop > first + 1:
                 scores[..., np.arange(start, stop) > np.arange(first, first + bottom - top)[:, None]] = -np.inf
             weights, fade = softmax.weigh(scores, index)
-            softmax.add(index, fade, _multiply(weights, v[b, h, start:stop]))
+            softmax.add(index, fade, _multiply_groups(weights, v[b, h, start:stop]))
 
     if batch * n_heads * length * tokens <= FEW:
         attend_group((slice(None), slice(None)))
@@ -78,7 +78,7 @@ def attend_layer(queries: mx.array, layer: EncodedLayer, scale: float) -> Partia
     softmax = OnlineSoftmax((n_kv_heads, rows), layer.value_mean.shape[-1])
     rotated = _view(layer.key_codec.rotation.forward(block))
     block_view = _view(block)
-    mean_scores = block_view @ _view(layer.key_mean).swapaxes(-1, -2)
+    mean_scores = multiply(block_view, _view(layer.key_mean).swapaxes(-1, -2))
     mean_share = np.zeros((n_kv_heads, rows, 1), np.float32)
     index = (slice(None),)
     tile = max(64, BLOCK // (n_kv_heads * max(rows, layer.key_mean.shape[-1])))
@@ -89,20 +89,20 @@ def attend_layer(queries: mx.array, layer: EncodedLayer, scale: float) -> Partia
         key_centred, value_centred = (key_scales > 0).astype(np.float32), (value_scales > 0).astype(np.float32)
         for start in range(0, part.keys.tokens, tile):
             some = slice(start, start + tile)
-            scores = rotated @ decode_levels(key_codes[:, some], part.key_codec).swapaxes(-1, -2)
+            scores = multiply(rotated, decode_levels(key_codes[:, some], part.key_codec).swapaxes(-1, -2))
             scores *= key_factors[..., some]
             scores += mean_scores * key_centred[..., some]
             weights, fade = softmax.weigh(scores, index)
             mean_share *= fade
-            mean_share += weights @ value_centred[..., some].swapaxes(-1, -2)
+            mean_share += multiply(weights, value_centred[..., some].swapaxes(-1, -2))
             weights *= value_factors[..., some]
-            softmax.add(index, fade, weights @ decode_levels(value_codes[:, some], part.value_codec))
+            softmax.add(index, fade, multiply(weights, decode_levels(value_codes[:, some], part.value_codec)))
     # The sum so far is in the rotated basis. The sinks, which come next, are not.
     softmax.output = _view(layer.value_codec.rotation.inverse(mx.array(softmax.output))).copy()
     softmax.output += mean_share * _view(layer.value_mean)
     if layer.sink_keys.shape[1]:
-        weights, fade = softmax.weigh(block_view @ _view(layer.sink_keys).swapaxes(-1, -2), index)
-        softmax.add(index, fade, weights @ _view(layer.sink_values))
+        weights, fade = softmax.weigh(multiply(block_view, _view(layer.sink_keys).swapaxes(-1, -2)), index)
+        softmax.add(index, fade, multiply(weights, _view(layer.sink_values)))
     output, logsumexp = softmax.finish()
     return unfold_part(Partial(mx.array(output), mx.array(logsumexp)), queries.shape)
 
@@ -176,9 +176,20 @@ def _table(bits: int) -> Floats:
     return np.stack(columns, axis=-1)
 
 
-def _multiply(x: Floats, y: Floats) -> Floats:
+def multiply(x: Floats, y: Floats) -> Floats:
+    """Multiply matrices without NumPy's warning of invalid values.
+
+    Some kernels of OpenBLAS set the processor flag for an invalid operation although all numbers are finite, and NumPy
+    then warns (numpy issue 24067). Keys and values that are not finite are found when a prefix is encoded.
+    """
+    with np.errstate(invalid="ignore"):
+        product: Floats = x @ y
+    return product
+
+
+def _multiply_groups(x: Floats, y: Floats) -> Floats:
     """Multiply x (B, H, repeats, L, M) by y (B, H, M, N), in one product for all repeats."""
-    product: Floats = x.reshape(*x.shape[:2], -1, x.shape[-1]) @ y
+    product = multiply(x.reshape(*x.shape[:2], -1, x.shape[-1]), y)
     return product.reshape(*x.shape[:-1], y.shape[-1])
 
 

@@ -322,3 +322,9 @@ def test_threads_change_no_bit(monkeypatch: pytest.MonkeyPatch, threads: int) ->
     alone = computed()
     monkeypatch.setattr("turboquant.runtime.threads.thread_count", lambda: threads)
     assert all(mx.array_equal(one, other) for one, other in zip(alone, computed(), strict=True))
+
+
+def test_products_do_not_warn_of_numbers_that_are_not_finite() -> None:
+    # The BLAS may set the processor's flag for them by mistake, and pytest makes an error of each warning.
+    product = cpu.multiply(np.array([[np.inf, 1]], np.float32), np.array([[0], [1]], np.float32))
+    assert np.isnan(product).all()
