@@ -29,8 +29,9 @@ from mlx_lm.models.cache import ArraysCache, KVCache, RotatingKVCache
 from turboquant import CacheCodec, EncodedLayer, Fork, TurboQuantKVCache, load_prompt_cache, save_prompt_cache
 from turboquant.caches.prefix import Segment, join
 from turboquant.io.identity import Identity
+from turboquant.io.json_file import seal
 from turboquant.io.prompt_cache import MANIFEST as MANIFEST_KEY
-from turboquant.io.safetensors import FileError, digest_stored, seal
+from turboquant.io.safetensors import FileError, digest_stored
 from turboquant.io.safetensors_header import Stored
 from turboquant.io.segment_file import MANIFEST, TENSORS, read_segment, write_segment
 from turboquant.kernels.encoding import encode_layer
@@ -319,7 +320,11 @@ def joined(header: Any, data: bytes) -> bytes:
 
 def sealed(manifest: Any) -> Any:
     """A manifest with its checksum right."""
-    return {**manifest, "manifest_checksum": seal(manifest)} if isinstance(manifest, dict) else manifest
+    return (
+        {**manifest, "manifest_checksum": seal(manifest, "manifest_checksum")}
+        if isinstance(manifest, dict)
+        else manifest
+    )
 
 
 def dump(content: Any) -> str:

@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Literal
+
+from pydantic import StringConstraints, TypeAdapter
 
 from pipeline.models.loading import adapter_files, weight_files
 from turboquant.io.atomic import open_regular, remove_leftovers, replacing
+from turboquant.io.json_file import read_json, sealed
 
 _TOKENIZER_FILES = (
     "tokenizer.json",
@@ -30,10 +33,29 @@ _TOKENIZER_FILES = (
     "*.tiktoken",
 )
 _CONFIGS = ("config.json", "generation_config.json", "hf_quant_config.json")  # generation_config.json has stop tokens
-_SHA256 = re.compile(r"[0-9a-f]{64}")
-_MEMO_FORMAT = 1
+_CHECKSUM = "checksum"
 
-Memo = dict[str, dict[str, Any]]
+
+@dataclass(frozen=True)
+class _HashedFile:
+    """The digest of a file, and the file's state when it was hashed. The times are in nanoseconds."""
+
+    size: int
+    inode: int
+    mtime_ns: int
+    ctime_ns: int
+    sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
+
+
+@dataclass(frozen=True)
+class _Memo:
+    """The content of the memo. files: by resolved path."""
+
+    format: Literal[2]
+    files: dict[str, _HashedFile]
+
+
+_MEMO = TypeAdapter(_Memo)
 
 
 def weights_fingerprint(
@@ -45,8 +67,8 @@ def weights_fingerprint(
     with the model is run, and therefore counts too.
 
     Hashing many gigabytes takes a while, so the JSON file `memo` remembers each file's digest under its resolved path,
-    which is valid as long as size, times and inode of the file stay the same. A broken memo is ignored. remember:
-    whether the memo is also written.
+    which is valid as long as size, times and inode of the file stay the same. A memo whose checksum is wrong is thrown
+    away. remember: whether the memo is also written.
     """
     small = [file for name in _CONFIGS if (file := path / name).exists()]
     large = weight_files(path)
@@ -58,9 +80,9 @@ def weights_fingerprint(
     remembered = _read_memo(memo)
     digests = {file: _content_digest(file, remembered) for file in large}
     if remember and any(remembered.get(key) != value for key, value in digests.values()):
-        _write_memo(memo, remembered | dict(digests.values()))
+        _write_memo(memo, {**remembered, **dict(digests.values())})
     parts = [(file.name, file.read_bytes()) for file in small]
-    parts += [(file.name, bytes.fromhex(value["sha256"])) for file, (_, value) in digests.items()]
+    parts += [(file.name, bytes.fromhex(value.sha256)) for file, (_, value) in digests.items()]
     return _digest("weights", parts)
 
 
@@ -81,18 +103,16 @@ def _digest(kind: str, parts: Iterable[tuple[str, bytes]]) -> str:
     return digest.hexdigest()
 
 
-def _content_digest(file: Path, remembered: Memo) -> tuple[str, dict[str, Any]]:
+def _content_digest(file: Path, remembered: Mapping[str, _HashedFile]) -> tuple[str, _HashedFile]:
     """Return a file's resolved path, and its entry in the memo: its state and the SHA-256 of its content."""
     real = file.resolve()
     state = real.stat()  # before hashing: if the file changes meanwhile, the entry is stale, but not wrong
+    known = remembered.get(str(real))
     # Programs that copy or touch a file can set its mtime back, but not its ctime.
-    entry = {"size": state.st_size, "inode": state.st_ino}
-    entry |= {"mtime_ns": state.st_mtime_ns, "ctime_ns": state.st_ctime_ns}
-    known = remembered.get(str(real), {})
-    digest = str(known.get("sha256"))
-    if _SHA256.fullmatch(digest) and known == {**entry, "sha256": digest}:
+    numbers = (state.st_size, state.st_ino, state.st_mtime_ns, state.st_ctime_ns)
+    if known is not None and known == _HashedFile(*numbers, known.sha256):
         return str(real), known
-    return str(real), {**entry, "sha256": _hash_file(real)}
+    return str(real), _HashedFile(*numbers, _hash_file(real))
 
 
 def _hash_file(file: Path) -> str:
@@ -103,20 +123,19 @@ def _hash_file(file: Path) -> str:
     return digest.hexdigest()
 
 
-def _read_memo(memo: Path) -> Memo:
+def _read_memo(memo: Path) -> Mapping[str, _HashedFile]:
     try:
         with open_regular(memo) as file:
-            content = json.loads(file.read())
-        files = content["files"] if content["format"] == _MEMO_FORMAT else {}
-        return {path: entry for path, entry in files.items() if isinstance(entry, dict)}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return read_json(file, _MEMO, _CHECKSUM).files
+    except (OSError, ValueError):
         return {}
 
 
-def _write_memo(memo: Path, files: Memo) -> None:
+def _write_memo(memo: Path, files: Mapping[str, _HashedFile]) -> None:
     """Replace the memo. Where it cannot be written, later runs only take longer."""
     with suppress(OSError):
         memo.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(memo)  # also of a job that writes it now, which then only fails to remember
+        content = {"format": 2, "files": {path: asdict(entry) for path, entry in files.items()}}
         with replacing(memo) as temporary:
-            temporary.write_text(json.dumps({"format": _MEMO_FORMAT, "files": files}, indent=1))
+            temporary.write_text(json.dumps(sealed(content, _CHECKSUM), indent=1))

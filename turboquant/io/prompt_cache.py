@@ -20,14 +20,9 @@ import mlx.core as mx
 from turboquant.caches.fork import Fork
 from turboquant.caches.streaming import BLOCK, TurboQuantKVCache
 from turboquant.io.atomic import replacing
-from turboquant.io.safetensors import (
-    FileError,
-    digest_stored,
-    digest_tensors,
-    load_tensors,
-    seal,
-)
-from turboquant.io.safetensors_header import parse_json, read_header
+from turboquant.io.json_file import parse_json, seal, sealed
+from turboquant.io.safetensors import FileError, digest_stored, digest_tensors, load_tensors
+from turboquant.io.safetensors_header import read_header
 from turboquant.io.serialization import MALFORMED, freeze, restore_layer, restore_stock, take
 from turboquant.kernels.encoding import encode_layer
 from turboquant.mlx_lm.families import explain
@@ -38,7 +33,7 @@ from turboquant.quant.layer import EncodedLayer
 from turboquant.runtime.device import host_copies
 
 FORMAT_VERSION = 1
-MANIFEST = "0.turboquant"
+MANIFEST, CHECKSUM = "0.turboquant", "manifest_checksum"
 # A user who loads one of these files with mlx-lm's load_prompt_cache reads this text: mlx-lm takes metadata "2.1.*" for
 # the kind of a scalar, and its error quotes a kind that it does not know.
 MARKER = "version"
@@ -114,7 +109,7 @@ def save_prompt_cache(
         "checksum": digest_tensors(tensors),
         "versions": {name: importlib.metadata.version(name) for name in ("mlx", "mlx-lm")},
     }
-    text = json.dumps({**manifest, "manifest_checksum": seal(manifest)})
+    text = json.dumps(sealed(manifest, CHECKSUM))
     with replacing(Path(path), ending=".safetensors") as temporary:  # MLX adds the ending where it lacks
         mx.save_safetensors(str(temporary), tensors, {MANIFEST: text, **FOR_MLX_LM})
 
@@ -191,7 +186,7 @@ def _read(file: BinaryIO) -> tuple[dict[str, Any], dict[str, mx.array]]:
     version = manifest.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
         raise ValueError(f"format version {version}, expected {FORMAT_VERSION}: prefill the prompt again")
-    if texts != FOR_MLX_LM or manifest.get("manifest_checksum") != seal(manifest):
+    if texts != FOR_MLX_LM or manifest.get(CHECKSUM) != seal(manifest, CHECKSUM):
         raise ValueError("the manifest's checksum is wrong: the file is damaged, prefill the prompt again")
     metadata = manifest.get("metadata")
     if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):

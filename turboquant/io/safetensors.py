@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import mlx.core as mx
 import numpy as np
@@ -42,12 +42,6 @@ class FileError(Exception):
 
 # XXH3 finds accidental damage. It does not stop an attacker, who could compute any checksum. On one core, XXH3 is as
 # fast as memory, while SHA-256 is only as fast as a disk.
-
-
-def seal(manifest: Mapping[str, Any]) -> str:
-    """Return the checksum of a manifest, over everything in it except ``manifest_checksum``."""
-    content = {name: value for name, value in manifest.items() if name != "manifest_checksum"}
-    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
 def digest_file(file: BinaryIO) -> str:

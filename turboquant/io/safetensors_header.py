@@ -6,11 +6,12 @@ Format: https://github.com/huggingface/safetensors#format
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from dataclasses import dataclass
 from typing import Any, BinaryIO
+
+from turboquant.io.json_file import parse_json
 
 _DTYPES_BY_BYTES = {1: "BOOL U8 I8", 2: "U16 I16 F16 BF16", 4: "U32 I32 F32", 8: "U64 I64"}
 DTYPE_BYTES = {dtype: size for size, dtypes in _DTYPES_BY_BYTES.items() for dtype in dtypes.split()}
@@ -57,21 +58,6 @@ def read_header(file: BinaryIO, any_dtype: bool = False) -> tuple[dict[str, Stor
     if end != size:
         raise ValueError(f"the tensors end at byte {end}, and the file has {size} bytes")
     return tensors, metadata
-
-
-def parse_json(text: bytes) -> Any:
-    """Parse untrusted JSON. Raises ValueError where it is invalid, has a key twice or is nested too deeply."""
-
-    def mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        parsed = dict(pairs)
-        if len(parsed) != len(pairs):
-            raise ValueError("a mapping has a key twice")
-        return parsed
-
-    try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=mapping)
-    except RecursionError:
-        raise ValueError("the JSON is nested too deeply") from None
 
 
 def _parse_entry(name: str, entry: Any, data: int, any_dtype: bool) -> Stored:

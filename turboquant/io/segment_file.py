@@ -20,20 +20,15 @@ import mlx.core as mx
 from turboquant.caches.prefix import Segment
 from turboquant.io.atomic import open_regular, replacing
 from turboquant.io.identity import FORMAT_VERSION, Identity
-from turboquant.io.safetensors import (
-    FileError,
-    digest_file,
-    load_tensors,
-    save_tensors,
-    seal,
-)
-from turboquant.io.safetensors_header import parse_json, read_header
+from turboquant.io.json_file import parse_json, seal, sealed
+from turboquant.io.safetensors import FileError, digest_file, load_tensors, save_tensors
+from turboquant.io.safetensors_header import read_header
 from turboquant.io.serialization import MALFORMED, freeze, restore_layer, restore_stock, take
 from turboquant.mlx_lm.internals import STOCK_CACHES, KVCache, tokens_held
 from turboquant.quant.cache_codec import CacheCodec
 from turboquant.quant.layer import EncodedLayer
 
-TENSORS, MANIFEST = "segment.safetensors", "segment.json"
+TENSORS, MANIFEST, CHECKSUM = "segment.safetensors", "segment.json", "manifest_checksum"
 LARGEST_MANIFEST = 16 << 20
 
 
@@ -75,7 +70,7 @@ def write_segment(
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     with replacing(folder / MANIFEST) as temporary:
-        text = json.dumps({**manifest, "manifest_checksum": seal(manifest)}, indent=1)
+        text = json.dumps(sealed(manifest, CHECKSUM), indent=1)
         temporary.write_text(text, encoding="utf-8")
     return size + (folder / MANIFEST).stat().st_size
 
@@ -94,7 +89,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             if os.fstat(file.fileno()).st_size > LARGEST_MANIFEST:
                 raise SegmentError("the manifest is too large")
             manifest = parse_json(file.read())
-        checksum = seal(manifest) if isinstance(manifest, dict) else None
+        checksum = seal(manifest, CHECKSUM) if isinstance(manifest, dict) else None
     except FileNotFoundError:
         raise SegmentError("absent") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -104,7 +99,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     version = manifest.get("format_version")
     if version != FORMAT_VERSION:
         raise SegmentError(f"format version {version}, expected {FORMAT_VERSION}")
-    if manifest.get("manifest_checksum") != checksum:
+    if manifest.get(CHECKSUM) != checksum:
         raise SegmentError("the manifest's checksum")
     return manifest
 

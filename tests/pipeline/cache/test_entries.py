@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pipeline.cache.entries import Entry, eviction_order, list_entries, remove_entry, size_of
 from turboquant.io.identity import FORMAT_VERSION
-from turboquant.io.safetensors import seal
+from turboquant.io.json_file import seal
 from turboquant.io.segment_file import MANIFEST, TENSORS
 
 
@@ -78,7 +78,7 @@ def test_only_folders_with_the_names_of_segments_are_entries(tmp_path: Path) -> 
         folder.mkdir(parents=True)
         (folder / TENSORS).write_bytes(bytes(100))
         manifest = {"format_version": FORMAT_VERSION, "identity": {}, "about": {"label": name}, **changes}
-        text = json.dumps({**manifest, "manifest_checksum": seal(manifest)})
+        text = json.dumps({**manifest, "manifest_checksum": seal(manifest, "manifest_checksum")})
         (folder / MANIFEST).write_text(text)
         return folder
 

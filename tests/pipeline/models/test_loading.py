@@ -287,13 +287,16 @@ def test_memo_saves_hashing(folder, memo, monkeypatch):
     assert weights_fingerprint(folder, memo) == before
 
 
-def test_memo_with_a_bad_digest_is_not_believed(folder, memo):
-    before = weights_fingerprint(folder, memo)
-    content = json.loads(memo.read_text())
-    for entry in content["files"].values():
-        entry["sha256"] = "no digest"
-    memo.write_text(json.dumps(content))
-    assert weights_fingerprint(folder, memo) == before
+def test_a_memo_with_one_other_digit_is_thrown_away(folder, memo):
+    """One digit would make everything in the store, and all rows, those of other weights."""
+    before, good = weights_fingerprint(folder, memo), memo.read_text()
+    (entry,) = json.loads(good)["files"].values()
+    for digit in range(64):
+        digest = entry["sha256"]
+        other = f"{digest[:digit]}{int(digest[digit], 16) ^ 1:x}{digest[digit + 1 :]}"
+        memo.write_text(good.replace(digest, other))
+        assert weights_fingerprint(folder, memo) == before
+        assert memo.read_text() == good
 
 
 def test_memo_does_not_hide_a_change_with_the_old_time(folder, memo):
@@ -307,7 +310,8 @@ def test_memo_does_not_hide_a_change_with_the_old_time(folder, memo):
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "[]", "null", '{"format": 1}', '{"format": 99, "files": {}}', '{"format": 1, "files": [1]}'],
+    ["", "{", "[]", "null", '{"format": 2}', '{"format": 99, "files": {}}', '{"format": 2, "files": [1]}', "[" * 10**6],
+    ids=range(8),
 )
 def test_broken_memo_is_ignored_and_replaced(folder, memo, content):
     before = weights_fingerprint(folder, memo)

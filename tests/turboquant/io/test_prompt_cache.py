@@ -27,8 +27,9 @@ from turboquant import (
     prefill,
     save_prompt_cache,
 )
+from turboquant.io.json_file import seal
 from turboquant.io.prompt_cache import MANIFEST
-from turboquant.io.safetensors import digest_tensors, seal
+from turboquant.io.safetensors import digest_tensors
 from turboquant.kernels.encoding import encode_layer
 
 Build = Callable[[str], Any]
@@ -260,7 +261,7 @@ class Forgery:
         return json.dumps(self.manifest)
 
     def seal(self) -> None:
-        self.manifest["manifest_checksum"] = seal(self.manifest)
+        self.manifest["manifest_checksum"] = seal(self.manifest, "manifest_checksum")
 
 
 def file_of(header: str, data: bytes = b"") -> bytes:
@@ -349,7 +350,7 @@ def test_damaged_files_are_refused(damage: Callable[[bytes], bytes], good: bytes
     assert_refused(damage(good), tmp_path)
 
 
-@pytest.mark.parametrize("version", [0, 2, -1, 1 << 70, "1", 1.0, True, None, [1], float("nan")])
+@pytest.mark.parametrize("version", [0, 2, -1, 1 << 70, "1", 1.0, True, None, [1]])
 def test_another_format_version_is_said_to_be_one(version: Any, good: bytes, tmp_path: Path) -> None:
     forgery = Forgery(good)
     forgery.manifest["format_version"] = version

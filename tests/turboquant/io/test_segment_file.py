@@ -23,7 +23,7 @@ from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache
 from turboquant import CacheCodec, EncodedLayer
 from turboquant.caches.prefix import Segment, join
 from turboquant.io.identity import FORMAT_VERSION, Identity
-from turboquant.io.safetensors import seal
+from turboquant.io.json_file import seal
 from turboquant.io.segment_file import MANIFEST, TENSORS, SegmentError, read_manifest, read_segment, write_segment
 from turboquant.kernels.encoding import encode_layer
 
@@ -644,7 +644,7 @@ def test_lists_of_other_things_are_refused(change: Callable[[Any], Any], reason:
     write_segment(tmp_path, KEY, paired_prefix(), IDENTITY)
     manifest = json.loads((tmp_path / MANIFEST).read_text())
     change(manifest["layers"][0]["state"])
-    manifest["manifest_checksum"] = seal(manifest)
+    manifest["manifest_checksum"] = seal(manifest, "manifest_checksum")
     (tmp_path / MANIFEST).write_text(json.dumps(manifest))
     with pytest.raises(SegmentError, match=reason):
         read_segment(tmp_path, KEY, CODEC)
