@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from pipeline.cache.entries import REJECTED, Entry, eviction_order
 from pipeline.cache.pins import Pins
 from pipeline.cache.store import Store
+from pipeline.errors import StoreError, one_line
 from turboquant.io.segment_file import SegmentError, verify_segment
 
 DAY = 24 * 3600
@@ -79,20 +81,28 @@ def list_store(folder: Path) -> Iterator[ListedSegment]:
 
 
 def verify_store(folder: Path) -> VerifyReport:
-    """Read every byte of a store and compare checksums. Bad segments are moved aside; the next run rebuilds them."""
+    """Read every byte of a store and compare checksums. Bad segments are moved aside; the next run rebuilds them.
+
+    Runs may use the store meanwhile: a segment that looks bad is read again while no run writes. Raises StoreError if a
+    file cannot be read, which does not make its segment bad.
+    """
     store, bad = Store(folder), {}
     good = size = 0
     for entry in store.entries():
         size += entry.bytes
         if entry.folder.parent.name == REJECTED:
             continue
+        verify = partial(verify_segment, entry.folder, entry.key)
         try:
-            if entry.problem is not None:
-                raise SegmentError(entry.problem)
-            verify_segment(entry.folder, entry.key)
+            try:
+                verify()
+            except SegmentError:
+                if store.read_again(entry.key, verify) is None:
+                    continue
         except SegmentError as error:
             bad[entry.key] = str(error)
-            store.reject(entry.key, str(error))
+        except OSError as error:
+            raise StoreError(f"{entry.folder}: cannot be read: {one_line(error)}") from error
         else:
             good += 1
     return VerifyReport(good, size, bad)

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
 
 from filelock import FileLock, Timeout
@@ -42,6 +42,7 @@ _FOLDER_ID = "name"
 _RESERVED_BYTES = 8192  # for the small files beside the segments
 _ABSENT = "absent"
 _log = logging.getLogger(__name__)
+_Read = TypeVar("_Read")
 
 
 def open_store(cache: Cache, is_needed: Callable[[str], bool]) -> Store:
@@ -74,17 +75,40 @@ class Store:
         ends with this segment.
         """
         folder = self._path(key)
+
+        def read() -> Segment:
+            return read_segment(folder, key, codec, start)
+
+        segment: Segment | None = None
         try:
-            segment = read_segment(folder, key, codec, start)
-        except SegmentError as error:
-            if not (folder / MANIFEST).exists():
-                self._miss_log.log_miss(key, identity, label, whole)
+            segment = read()
+        except SegmentError:
+            if self.contains(key):
+                with suppress(SegmentError):
+                    segment = self.read_again(key, read)
             else:
-                self.reject(key, str(error))
-            return None
-        with suppress(OSError):  # the folder may be read-only
-            os.utime(folder / MANIFEST)
+                self._miss_log.log_miss(key, identity, label, whole)
+        except (OSError, RuntimeError, MemoryError) as error:
+            _log.warning("%s: a stored prefix cannot be read now, so it is built: %s", folder, one_line(error))
+        if segment is not None:
+            with suppress(OSError):  # the folder may be read-only
+                os.utime(folder / MANIFEST)
         return segment
+
+    def read_again(self, key: str, read: Callable[[], _Read]) -> _Read | None:
+        """Read a bad segment again while no other process writes. Return None if it is gone.
+
+        It may have looked bad because another process was writing it. If it is still bad, it is set aside, and the
+        SegmentError is raised.
+        """
+        with self.write_lock():
+            if not self._path(key).exists():
+                return None
+            try:
+                return read()
+            except SegmentError as error:
+                self.reject(key, str(error))
+                raise
 
     def reject(self, key: str, reason: str) -> None:
         """Move a segment that cannot be used to the folder of rejected segments."""

@@ -6,6 +6,7 @@ After a crash or a power cut, a file written here holds its old content or its n
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import os
 import secrets
@@ -55,10 +56,19 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
+class IrregularFile(OSError):
+    """There is something else than a regular file, such as a folder, a link, a pipe or a device."""
+
+
 def open_regular(path: Path) -> BinaryIO:
-    """Open a file for reading. Raises OSError, also for a pipe or a device, which might never end."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    """Open a file for reading. Raises OSError; IrregularFile also for a pipe or a device, which might never end."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENOTDIR, errno.ENXIO):  # a link; a file in place of a folder; a socket
+            raise IrregularFile("it is not a regular file") from None
+        raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise OSError("it is not a regular file")
+        raise IrregularFile("it is not a regular file")
     return open(descriptor, "rb")

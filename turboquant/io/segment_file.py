@@ -13,12 +13,12 @@ import os
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import mlx.core as mx
 
 from turboquant.caches.prefix import Segment
-from turboquant.io.atomic import open_regular, replacing
+from turboquant.io.atomic import IrregularFile, open_regular, replacing
 from turboquant.io.identity import FORMAT_VERSION, Identity
 from turboquant.io.json_file import parse_json, seal, sealed
 from turboquant.io.safetensors import FileError, digest_file, load_tensors, save_tensors
@@ -82,7 +82,7 @@ def segment_bytes(segment: Segment) -> int:
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest of a segment, after the checks that need no tensors. Raises SegmentError."""
+    """Return the manifest of a segment, after the checks that need no tensors. Raises SegmentError and OSError."""
     path = folder / MANIFEST
     try:
         with open_regular(path) as file:
@@ -92,7 +92,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         checksum = seal(manifest, CHECKSUM) if isinstance(manifest, dict) else None
     except FileNotFoundError:
         raise SegmentError("absent") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (IrregularFile, ValueError) as error:
         raise SegmentError(f"the manifest cannot be read: {error}") from None
     if not isinstance(manifest, dict) or not isinstance(manifest.get("identity"), dict):
         raise SegmentError("the manifest is malformed")
@@ -105,7 +105,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def read_segment(folder: Path, key: str, codec: CacheCodec, start: int = 0) -> Segment:
-    """Load a segment that stands behind ``start`` tokens, and verify every byte. Raises SegmentError."""
+    """Load a segment that stands behind ``start`` tokens, and verify every byte.
+
+    Raises SegmentError if the segment was read and is wrong; OSError, RuntimeError or MemoryError if it cannot be read
+    now, which says nothing about the segment.
+    """
     manifest = read_manifest(folder)
     if manifest.get("key") != key:
         raise SegmentError("the manifest holds another segment's key")
@@ -113,15 +117,13 @@ def read_segment(folder: Path, key: str, codec: CacheCodec, start: int = 0) -> S
         raise SegmentError(f"it stands behind {manifest.get('start')} tokens, expected {start}")
     try:
         with open_regular(folder / TENSORS) as file:
-            size = os.fstat(file.fileno()).st_size
-            if size != manifest.get("bytes"):
-                raise SegmentError(f"{size} bytes of tensors, expected {manifest.get('bytes')}")
+            _check_size(file, manifest)
             tensors, checksum = load_tensors(file)
             if checksum != manifest.get("checksum"):
                 raise SegmentError("checksum")
     except FileNotFoundError:
         raise SegmentError("the tensors are missing") from None
-    except (OSError, RuntimeError, ValueError) as error:
+    except (IrregularFile, ValueError) as error:
         raise SegmentError(f"the tensors cannot be read: {error}") from None
     try:
         return _assemble(tensors, manifest["layers"], manifest["start"], manifest["tokens"], codec)
@@ -129,20 +131,29 @@ def read_segment(folder: Path, key: str, codec: CacheCodec, start: int = 0) -> S
         raise SegmentError(f"the layers don't fit together: {error}") from None
 
 
-def verify_segment(folder: Path, key: str) -> None:
-    """Verify every byte of a segment without loading its tensors. Raises SegmentError."""
+def verify_segment(folder: Path, key: str) -> int:
+    """Verify every byte of a segment without loading it, and return their count. Raises like ``read_segment``."""
     manifest = read_manifest(folder)
     if manifest.get("key") != key:
         raise SegmentError("the manifest holds another segment's key")
     try:
         with open_regular(folder / TENSORS) as file:
+            size = _check_size(file, manifest)
             read_header(file)
             if digest_file(file) != manifest.get("checksum"):
                 raise SegmentError("checksum")
+            return size
     except FileNotFoundError:
         raise SegmentError("the tensors are missing") from None
-    except (OSError, ValueError) as error:
+    except (IrregularFile, ValueError) as error:
         raise SegmentError(f"the tensors cannot be read: {error}") from None
+
+
+def _check_size(file: BinaryIO, manifest: Mapping[str, Any]) -> int:
+    size = os.fstat(file.fileno()).st_size
+    if size != manifest.get("bytes"):
+        raise SegmentError(f"{size} bytes of tensors, expected {manifest.get('bytes')}")
+    return size
 
 
 def _disassemble(segment: Segment) -> tuple[dict[str, mx.array], list[dict[str, Any]]]:

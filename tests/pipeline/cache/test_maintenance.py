@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 from typer.testing import CliRunner
 
@@ -80,6 +82,30 @@ def test_verification_sets_bad_segments_aside(workplace: Workplace) -> None:
     assert report_of("verify", workplace.cache)["good"] == 1  # and set aside they are bad no more
     workplace.output.unlink()
     assert workplace.run().prefixes_built == 2
+
+
+@pytest.mark.parametrize("command", ["verify", "gc", "ls"])
+def test_a_segment_that_is_being_written_is_not_set_aside(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """The command begins while the run is in the middle of a segment, and has time to end there."""
+    commands: list[threading.Thread] = []
+    codes: list[int] = []
+
+    def during(file: Any, tensors: Any) -> None:
+        commands.append(threading.Thread(target=lambda: codes.append(invoke(command, workplace.cache)[0])))
+        commands[-1].start()
+        commands[-1].join(0.5)
+        real(file, tensors)
+
+    real = mx.save_safetensors
+    monkeypatch.setattr(mx, "save_safetensors", during)
+    workplace.run()
+    for thread in commands:
+        thread.join()
+    assert codes == [0, 0, 0]
+    assert len(workplace.segments()) == 3
+    assert not (workplace.cache / "rejected").exists()
 
 
 def test_segments_that_cannot_be_used_are_removed(workplace: Workplace) -> None:

@@ -155,6 +155,26 @@ def test_a_write_that_fails_leaves_no_files(
     store.save(KEY, make_segment(), IDENTITY, None, {"label": "label", "whole": True})
 
 
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), OSError(24, "Too many open files"), MemoryError()])
+def test_a_segment_that_cannot_be_read_now_is_not_set_aside(
+    store: Store,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
+) -> None:
+    def fail(_: object) -> None:
+        raise error
+
+    store.save(KEY, make_segment(), IDENTITY, None, {"label": "label", "whole": True})
+    with monkeypatch.context() as patch:
+        patch.setattr("turboquant.io.segment_file.load_tensors", fail)
+        assert store.load(KEY, 0, CODEC, IDENTITY, "label") is None
+    assert "cannot be read now" in caplog.text
+    assert not (tmp_path / "cache" / "rejected").exists()
+    assert store.load(KEY, 0, CODEC, IDENTITY, "label") is not None
+
+
 def test_a_cache_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(JobError, match=r"cache.dir: .*file is a file; name a folder"):
