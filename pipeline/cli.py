@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -19,9 +19,13 @@ from pipeline.commands.cache import app as cache_app
 from pipeline.commands.console import (
     AsJson,
     Debug,
+    FirstDocuments,
     JobFile,
     OneShard,
     Overrides,
+    Prune,
+    SomeDocuments,
+    SomeQueries,
     errors_explained,
     load,
     size,
@@ -66,12 +70,6 @@ On = Annotated[
     str | None,
     typer.Option("--on", metavar="RAY", help="Run on a Ray cluster: ray, or ray://HOST:PORT with its client port."),
 ]
-ShownDocuments = Annotated[
-    list[str] | None, typer.Option("--document", metavar="ID", help="This document only; may be repeated.")
-]
-ShownQueries = Annotated[
-    list[str] | None, typer.Option("--query", metavar="ID", help="This query only; may be repeated.")
-]
 Questions = Annotated[
     list[str] | None, typer.Option("--query", metavar="TEXT", help="Ask this of every document; may be repeated.")
 ]
@@ -94,6 +92,10 @@ def run(
     one_shard: OneShard = None,
     on: On = None,
     set_: Overrides = None,
+    document: SomeDocuments = None,
+    query: SomeQueries = None,
+    limit: FirstDocuments = None,
+    prune: Prune = False,
     retry_failed: RetryFailed = True,
     fail_fast: FailFast = False,
     metrics: Metrics = None,
@@ -102,10 +104,15 @@ def run(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Run a job, or resume it: the same command. Rows that are answered already are kept."""
+    """Run a job, or resume it: the same command. Rows that are answered already are kept.
+
+    --document, --query and --limit answer a part of the job; all other rows stay as they are.
+    """
     with errors_explained(debug, quiet, computes=on is not None, log_format=log_format):
+        from pipeline.errors import ResultWouldShrink
+        from pipeline.job.selection import Selection
         from pipeline.models.ranks import is_rank_worker
-        from pipeline.run.context import FailureOptions
+        from pipeline.run.context import RunOptions
 
         job, shard = load(job_file, set_, one_shard)
         if on is None and is_rank_worker(job):
@@ -118,16 +125,28 @@ def run(
             return
         named = f"{job_file} --shard {shard}" if shard else str(job_file)
         again = f"pipeline run {named} --on {on}" if on else f"pipeline run {named}"
+        selection = Selection(tuple(document or ()), tuple(query or ()), limit)
+        again += f" {selection}" * bool(selection) + " --prune" * prune
         shows_nothing = quiet or (as_json and log_format is LogFormat.text)
-        on_failure = FailureOptions(keep=not retry_failed, stop=fail_fast)
-        if on is None:
-            from pipeline.run.supervisor import supervise
+        options = RunOptions(selection, keep_failed=not retry_failed, stop_at_failure=fail_fast, prune=prune)
 
-            report = supervise(job, shows_nothing, on_failure, metrics, shard)
-        else:
+        def start(options: RunOptions) -> Report:
+            if on is None:
+                from pipeline.run.supervisor import supervise
+
+                return supervise(job, shows_nothing, options, metrics, shard)
             from pipeline.distributed.ray_cluster import run_on_ray
 
-            report = run_on_ray(job, on, shows_nothing, on_failure, metrics, shard)
+            return run_on_ray(job, on, shows_nothing, options, metrics, shard)
+
+        try:
+            report = start(options)
+        except ResultWouldShrink as error:
+            if not sys.stdin.isatty():
+                raise
+            if not typer.confirm(f"{error}\nRemove these rows and go on?", err=True):
+                raise typer.Exit(error.exit_code) from None
+            report = start(replace(options, prune=True))
         _print_report(job, named, report, quiet, as_json)
         if report.stopped_at:
             tell(f"stopped at the first failure: {report.stopped_at}; to resume: {again}", exit_code=1)
@@ -141,14 +160,19 @@ def run(
 
 @app.command()
 def merge(
-    job_file: JobFile, set_: Overrides = None, quiet: Quiet = False, as_json: AsJson = False, debug: Debug = False
+    job_file: JobFile,
+    set_: Overrides = None,
+    prune: Prune = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+    debug: Debug = False,
 ) -> None:
     """Write a job's result from those of its shards, when all are done."""
     with errors_explained(debug, quiet):
         from pipeline.commands.merge import merge_shards
 
         job, _ = load(job_file, set_)
-        report = merge_shards(job, quiet or as_json)
+        report = merge_shards(job, quiet or as_json, prune)
         _print_report(job, str(job_file), report, quiet, as_json)
         if report.rows_failed:
             raise typer.Exit(SOME_ROWS_FAILED)
@@ -159,18 +183,22 @@ def plan(
     job_file: JobFile,
     one_shard: OneShard = None,
     set_: Overrides = None,
+    document: SomeDocuments = None,
+    query: SomeQueries = None,
+    limit: FirstDocuments = None,
+    prune: Prune = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Check everything and say what a run would cost, without loading weights."""
     with errors_explained(debug):
         from pipeline.commands.plan import plan_job
+        from pipeline.commands.summary import cut_documents
+        from pipeline.job.selection import Selection
 
         job, shard = load(job_file, set_, one_shard)
-        planned = plan_job(job, quiet=as_json, shard=shard)
-        if as_json:
-            print(json.dumps(asdict(planned), indent=1))
-            return
+        selection = Selection(tuple(document or ()), tuple(query or ()), limit)
+        planned = plan_job(job, quiet=as_json, shard=shard, selection=selection)
         status, about = planned.status, "about " if planned.estimated else ""
         reasons = (planned.too_long, "too long for the model"), (planned.unreadable, "blank or not fit for the prompt")
         failing = ", ".join(f"{count:,} {reason}" for count, reason in reasons if count)
@@ -179,14 +207,17 @@ def plan(
         rows = [
             ("documents", f"{status.documents:,} ({about}{planned.tokens:,} tokens, the longest {planned.longest:,})"),
             ("queries", f"{status.rows / max(status.documents, 1):,.4g} a document"),
-            ("rows", f"{status.rows:,}: {status.done:,} done, {status.left:,} to do"),
+            ("rows", f"{status.rows:,}: {status.done:,} done, {status.to_do:,} to do"),
+            *([("removes", f"{planned.surplus.rows:,} rows: {planned.surplus}")] if planned.surplus.rows else []),
             ("will fail", f"documents: {failing}" if failing else "nothing known beforehand"),
-            *_cut_documents(planned.truncated, planned.split),
+            *cut_documents(planned.truncated, planned.split),
             ("prefixes", f"{planned.hits:,} in the store, {planned.misses:,} to build"),
             ("prefill", f"{about}{planned.tokens_to_prefill:,} tokens"),
             ("disk", f"{about}{to_store} to store, {free} free at {job.cache.dir}{budget}"),
         ]
-        print(table(rows))
+        print(json.dumps(asdict(planned), indent=1) if as_json else table(rows))
+        if not prune:
+            planned.surplus.refuse(job.output.path)
 
 
 @app.command()
@@ -220,8 +251,8 @@ def status(
 @app.command()
 def show(
     job_file: JobFile,
-    document: ShownDocuments = None,
-    query: ShownQueries = None,
+    document: SomeDocuments = None,
+    query: SomeQueries = None,
     failed: Annotated[bool, typer.Option("--failed", help="Failed rows only.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Don't cut long answers on a terminal.")] = False,
     html: Annotated[
@@ -359,39 +390,9 @@ def _print_report(job: Job, named: str, report: Report, quiet: bool, as_json: bo
         print(json.dumps(asdict(report), indent=1))
     if as_json or quiet:
         return
-    answered = f"{report.rows_answered:,} answered, {report.rows_kept:,} kept, {report.rows_failed:,} failed"
-    rows = [("rows", f"{answered} of {report.rows:,} ({report.documents:,} documents)")]
-    for kind, count in sorted(report.failures.items()):
-        rows.append(("failures", f"{count:,} {kind}, first {report.first_failures[kind]}"))
-    if report.failures:
-        rows.append(("", f"to see them: pipeline show {named} --failed"))
-    rows += _cut_documents(report.documents_truncated, report.documents_split)
-    if prefixes := report.prefixes_built + report.prefixes_restored:
-        built = f"{report.prefixes_built:,} built, {report.prefixes_restored:,} restored"
-        bits = f"{report.effective_bits:.2f} bits a value" if report.effective_bits else "uncompressed"
-        rows.append(("prefixes", f"{built}; {size(report.prefix_bytes / prefixes)} each, {bits}"))
-    if report.prefilled_tokens:
-        rows.append(("prefill", _rate(report.prefilled_tokens, report.prefill_seconds)))
-    if report.answer_tokens:
-        rows.append(("answers", _rate(report.answer_tokens, report.answer_seconds)))
-    if workers := report.workers.values():
-        machines, lost = len({worker.host for worker in workers}), sum(worker.lost for worker in workers)
-        where = f"{machines:,} machine{'s' * (machines > 1)}"
-        rows.append(("workers", f"{len(workers):,} on {where}, {lost:,} of them lost"))
-    elif report.restarts:
-        rows.append(("restarts", f"{report.restarts:,} of the model's process, which had died"))
-    rows.append(("seconds", f"{report.seconds:.1f}"))
-    rows.append(("result", f"{job.result_file}.parts" if report.interrupted else job.output.path))
-    print(table(rows))
+    from pipeline.commands.summary import summary
 
-
-def _cut_documents(truncated: int, split: int) -> list[tuple[str, str]]:
-    counts = ("truncated", truncated), ("split", split)
-    return [(name, f"{count:,} documents, too long for the model") for name, count in counts if count]
-
-
-def _rate(tokens: int, seconds: float) -> str:
-    return f"{tokens:,} tokens in {seconds:.1f} s ({tokens / max(seconds, 1e-9):,.0f} tokens/s)"
+    print(table(summary(job, named, report)))
 
 
 if __name__ == "__main__":

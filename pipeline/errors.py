@@ -3,7 +3,8 @@
     PipelineError              exit 1    anything else that has a clear message
     ├── JobError               exit 2    the job, its inputs or the command line is wrong
     │   ├── InputError                   the files, columns or ids of documents or queries are wrong
-    │   └── ModelError                   the model cannot be found, loaded or used
+    │   ├── ModelError                   the model cannot be found, loaded or used
+    │   └── ResultWouldShrink            a run would remove rows that the job does not ask for any more
     ├── StoreError             exit 1    the cache folder cannot be used
     │   ├── DiskFull                     its disk is full
     │   └── BudgetTooSmall               its budget has no room for what jobs need
@@ -51,6 +52,10 @@ class InputError(JobError):
 
 class ModelError(JobError):
     """The model cannot be found, loaded or used for this job."""
+
+
+class ResultWouldShrink(JobError):
+    """A run would remove rows that the job does not ask for any more, and the user did not ask for that."""
 
 
 class StoreError(PipelineError):

@@ -46,13 +46,18 @@ class Pins:
         self._written = 0.0
         self._others: tuple[list[tuple[Path, int]], set[int]] = ([], set())
 
+    def keep_earlier(self) -> None:
+        """Keep the pins of the job's earlier runs too, because this run is of a part of the job."""
+        if self._file is not None:
+            self._own.update(_labels(self._file))
+
     def pin(self, labels: Iterable[str], make_room: Callable[[int], None] = lambda _: None) -> None:
         """Pin the contexts of these labels for the job. A label that is given twice is pinned twice.
 
         make_room: called with the approximate bytes of the job's file; if it raises BudgetTooSmall, no file is written
         and other jobs do not see the pins.
         """
-        self._own.update(map(_number, labels))
+        self._own |= Counter(map(_number, labels))
         file_bytes = 200 + len(str(self._output)) + (_DIGITS + 4) * len(self._own)
         try:
             make_room(file_bytes)

@@ -25,6 +25,20 @@ Overrides = Annotated[
 OneShard = Annotated[
     str | None, typer.Option("--shard", metavar="K/N", help="Only the K-th of N shares of the documents, such as 3/16.")
 ]
+Prune = Annotated[
+    bool, typer.Option("--prune", help="Remove rows of the result that the job does not ask for any more.")
+]
+SomeDocuments = Annotated[
+    list[str] | None,
+    typer.Option("--document", metavar="ID", help="This document only, or those of a pattern; may be repeated."),
+]
+SomeQueries = Annotated[
+    list[str] | None,
+    typer.Option("--query", metavar="ID", help="This query only, or those of a pattern; may be repeated."),
+]
+FirstDocuments = Annotated[
+    int | None, typer.Option("--limit", metavar="N", min=1, help="The first N of these documents only.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")]
 

@@ -27,6 +27,7 @@ from pipeline.output.run_file import RunFile
 from pipeline.progress import with_progress_bar
 from pipeline.report import Report
 from pipeline.run.fingerprint import job_identity, result_metadata
+from pipeline.run.pruning import find_surplus
 from pipeline.run.task import TaskPlanner
 
 if TYPE_CHECKING:
@@ -36,13 +37,18 @@ _MOST_NAMED = 5
 _TABLES = "CREATE TABLE documents (id TEXT PRIMARY KEY, shard INTEGER, rows TEXT)"
 
 
-def merge_shards(job: Job, quiet: bool = True) -> Report:
-    """Write a job's result from its shards. Raises JobError if a shard is missing or does not fit the job."""
+def merge_shards(job: Job, quiet: bool = True, prune: bool = False) -> Report:
+    """Write a job's result from its shards. Raises JobError if a shard is missing or does not fit the job.
+
+    prune: rows of the result that the job does not ask for any more are removed; otherwise they are an error.
+    """
     started = time.monotonic()
     inputs, identity = Inputs(job), job_identity(job)
     files = _done_shards(shards_folder(job.result_file), identity)
     report = Report(documents=inputs.documents, rows=inputs.rows)
     with Results(job.result_file, result_metadata(job, identity), url=job.result_url) as results:
+        if not prune:
+            find_surplus(results, inputs).refuse(job.output.path)
         merged = _Merge(job, inputs, identity, files, report)
         with RunFile(job, identity, report, started):
             results.replace(with_progress_bar(merged.documents(), inputs.documents, quiet))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from itertools import zip_longest
 from typing import Any
@@ -21,12 +21,14 @@ from pipeline.inputs.token_counter import Effort, Lengths, TokenCounter
 from pipeline.inputs.windows import OVERLAP, reserved_tokens
 from pipeline.job.budget import budget_bytes, existing
 from pipeline.job.job import Job, Query
+from pipeline.job.selection import Selection
 from pipeline.job.shards import Shard
 from pipeline.models.constraints import check_schemas
 from pipeline.models.loading import load_tokenizer, max_context, prefix_bytes, read_config, resolve_model
 from pipeline.output.results import Results
 from pipeline.progress import with_progress_bar
 from pipeline.run.fingerprint import job_identity
+from pipeline.run.pruning import Surplus, find_surplus
 from pipeline.run.task import TaskPlanner
 from turboquant.io.identity import Identity
 
@@ -42,7 +44,12 @@ class Status:
 
     @property
     def left(self) -> int:
-        """Rows that the next run will answer, failed ones included."""
+        """Rows without an answer or an error that still counts."""
+        return self.rows - self.done - self.failed
+
+    @property
+    def to_do(self) -> int:
+        """Rows that the next run will answer: those that are left and those that failed."""
         return self.rows - self.done
 
 
@@ -50,6 +57,7 @@ class Status:
 class Plan:
     """The cost of a run.
 
+    surplus: rows that it would remove, because the job does not ask for them any more.
     unreadable, too_long: documents of which some rows will fail. truncated, split: documents that will be cut. tokens,
     longest: tokens of all contexts, and of the longest one. hits: prefixes in the store. misses: prefixes that a run
     would build; documents of the same text share one. estimated: some tokens were estimated from characters, and with
@@ -57,6 +65,7 @@ class Plan:
     """
 
     status: Status
+    surplus: Surplus = field(default_factory=Surplus)
     unreadable: int = 0
     too_long: int = 0
     truncated: int = 0
@@ -82,11 +91,20 @@ def job_status(job: Job, quiet: bool = True, shard: Shard | None = None) -> Stat
     return status
 
 
-def plan_job(job: Job, quiet: bool = True, effort: Effort | None = None, shard: Shard | None = None) -> Plan:
-    """Return the cost of a run. effort: how much to tokenise. Raises JobError for errors in the job."""
+def plan_job(
+    job: Job,
+    quiet: bool = True,
+    effort: Effort | None = None,
+    shard: Shard | None = None,
+    selection: Selection | None = None,
+) -> Plan:
+    """Return the cost of a run. effort: how much to tokenise. Raises JobError for errors in the job.
+
+    selection: the part of the job that is answered.
+    """
     from pipeline.cache.store import Store
 
-    inputs = Inputs(job, shard)
+    inputs = Inputs(job, shard, selection)
     check_schemas(inputs.schemas)
     path = resolve_model(job.model, job.revision)
     config, identity = read_config(path), job_identity(job, remember=False)
@@ -97,14 +115,22 @@ def plan_job(job: Job, quiet: bool = True, effort: Effort | None = None, shard: 
     planner = _Planner(job, config, max_context(config, tokenizer), counter, hit_index)
     for document in with_progress_bar(_documents(job, inputs, identity), inputs.documents, quiet):
         planner.add(document)
+    if not selection:
+        with _results(job) as results:
+            planner.plan.surplus = find_surplus(results, inputs)
     return planner.plan
 
 
 @dataclass(frozen=True)
 class _Document:
-    """One document. rendered: None if the template fails. open: ids of queries without a valid row. failed: rows."""
+    """One document.
+
+    queries: all of its queries. wanted: ids of those that the run answers. open: ids of those without a valid row.
+    rendered: None if the template fails. failed: failed rows.
+    """
 
     queries: Sequence[Query]
+    wanted: frozenset[str]
     rendered: Rendered | None
     open: frozenset[str]
     failed: int
@@ -112,21 +138,25 @@ class _Document:
 
     def added_to(self, status: Status) -> Status:
         """Return the status with this document's rows."""
-        rows = len(self.queries)
+        rows = len(self.wanted)
         done = status.done + rows - len(self.open)
         return Status(status.documents + 1, status.rows + rows, done, status.failed + self.failed)
 
 
 def _documents(job: Job, inputs: Inputs, identity: Identity) -> Iterator[_Document]:
     planner = TaskPlanner(job, identity)
-    with Results(job.result_file, url=job.result_url, read_only=True) as results:
+    with _results(job) as results:
         for document in inputs.stream():
-            every = frozenset(query.id for query in document.queries)
+            wanted = frozenset(query.id for query in document.wanted)
             rows = results.rows(document.id)
-            failed = sum(row.status == "error" for query_id, row in rows.items() if query_id in every)
+            failed = sum(row.status == "error" for query_id, row in rows.items() if query_id in wanted)
             task = planner.plan(document, rows)
             open_ = frozenset(query.id for query in task.queries)
-            yield _Document(document.queries, task.rendered, open_, failed, task.label)
+            yield _Document(document.queries, wanted, task.rendered, open_, failed, task.label)
+
+
+def _results(job: Job) -> Results:
+    return Results(job.result_file, url=job.result_url, read_only=True)
 
 
 class _Planner:
@@ -164,7 +194,9 @@ class _Planner:
             is_cut or self._limit is None or lengths.context + suffix <= room
             for suffix, room in zip_longest(lengths.suffixes, rooms, fillvalue=0)
         ]
-        plan.too_long += not all(fits)
+        plan.too_long += not all(
+            fit for query, fit in zip(document.queries, fits, strict=True) if query.id in document.wanted
+        )
         plan.tokens += lengths.context
         plan.longest = max(plan.longest, lengths.context)
         plan.estimated |= lengths.estimated

@@ -12,9 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.errors import JobError, OutputError, suggestion
+from pipeline.errors import OutputError
 from pipeline.inputs.inputs import Inputs
 from pipeline.job.job import Job
+from pipeline.job.selection import Selection
 from pipeline.job.shards import Shard, shards_folder
 from pipeline.output.results import Results
 from pipeline.output.rows import Row
@@ -29,8 +30,8 @@ _GAP = 2  # characters between columns
 class AnswerTable:
     """A job's answers by document and query, read from disk each time that they are iterated.
 
-    documents, queries: ids to show; empty for all. failed: show failed rows only. Raises JobError for unknown ids and
-    OutputError if there is no result yet.
+    documents, queries: ids to show, or patterns of ids; empty for all. failed: show failed rows only. Raises JobError
+    for unknown ids and OutputError if there is no result yet.
     """
 
     def __init__(
@@ -41,16 +42,9 @@ class AnswerTable:
         failed: bool = False,
         shard: Shard | None = None,
     ) -> None:
-        self._job, self._inputs = job, Inputs(job, shard)
-        self._documents, self._failed = frozenset(documents), failed
-        every = self._inputs.queries
-        ids = [query.id for query in every]
-        for name in queries:
-            if name not in ids:
-                raise JobError(f"--query {name}: the job has no such query{suggestion(name, ids)}")
-        self.queries = [query for query in every if not queries or query.id in queries]
-        for name in self._documents.difference(self.ids()):
-            raise JobError(f"--document {name}: there is no such document in {job.documents.path}")
+        self._job, self._failed = job, failed
+        self._inputs = Inputs(job, shard, Selection(tuple(documents), tuple(queries)))
+        self.queries = self._inputs.queries
         with self._results() as results:
             if not results.exist:
                 in_shards = shards_folder(job.result_file).exists()
@@ -59,15 +53,14 @@ class AnswerTable:
 
     def ids(self) -> Iterator[str]:
         """Yield the ids of the documents to show."""
-        return (name for name, _ in self._pairs())
+        return (name for name, _ in self._inputs.pairs())
 
     def __iter__(self) -> Iterator[tuple[str, dict[str, Row | None]]]:
         """Yield each document's id and its rows by query id, in input order; None for a row that is not there yet."""
-        shown = {query.id for query in self.queries}
         with self._results() as results:
-            for document_id, query_ids in self._pairs():
+            for document_id, query_ids in self._inputs.pairs():
                 known = results.rows(document_id)
-                rows = {query_id: known.get(query_id) for query_id in query_ids if query_id in shown}
+                rows = {query_id: known.get(query_id) for query_id in query_ids}
                 if self._failed:
                     rows = {query_id: row for query_id, row in rows.items() if row and row.status == "error"}
                 if rows:
@@ -75,9 +68,6 @@ class AnswerTable:
 
     def _results(self) -> Results:
         return Results(self._job.result_file, url=self._job.result_url, read_only=True)
-
-    def _pairs(self) -> Iterator[tuple[str, list[str]]]:
-        return (pair for pair in self._inputs.pairs() if not self._documents or pair[0] in self._documents)
 
 
 def answer_or_error(row: Row) -> str:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from pipeline.errors import JobError, RemoteError, one_line
 from pipeline.job.shards import Shard
 from pipeline.report import Report
-from pipeline.run.context import FailureOptions
+from pipeline.run.context import RunOptions
 from pipeline.run.display import RunDisplay
 from pipeline.run.messages import Finished, Message, MessageObserver
 
@@ -43,7 +43,7 @@ def run_on_ray(
     job: Job,
     address: str,
     quiet: bool = False,
-    on_failure: FailureOptions | None = None,
+    options: RunOptions | None = None,
     metrics: Path | None = None,
     shard: Shard | None = None,
 ) -> Report:
@@ -66,7 +66,7 @@ def run_on_ray(
             with lock:  # another thread says that documents are done
                 display.show(message)
 
-        runner = Runner(job, MessageObserver(show), on_failure=on_failure, shard=shard, executor=RayExecutor)
+        runner = Runner(job, MessageObserver(show), options=options, shard=shard, executor=RayExecutor)
         report = runner.run()
         display.show(Finished(report))
         return report

@@ -118,7 +118,7 @@ class RayExecutor(Executor):
         worker.leases.append(lease)
         lease.number, lease.is_recalled = worker.leases_given, False
         worker.leases_given += 1
-        tasks = [replace(task, kept=()) for task in lease.tasks if task.open_queries]
+        tasks = [replace(task, kept=(), others=()) for task in lease.tasks if task.open_queries]
         self._when_done(worker.actor.answer.remote(lease.number, tasks), self._on_answered, worker, lease)
 
     def _find_store(self, tasks: list[DocumentTask]) -> str | None:

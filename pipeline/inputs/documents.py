@@ -25,8 +25,8 @@ class Document:
     """One input row.
 
     text: "" if the row's text is null or blank. columns: the values of the columns that templates use, by the names
-    that the file has. queries: the queries that are asked of it, which inputs.py adds. unreadable: why a column that
-    the templates use is not text, or "".
+    that the file has. queries: the queries that are asked of it, which inputs.py adds. left_out: the ids of those that
+    this run does not answer. unreadable: why a column that the templates use is not text, or "".
     """
 
     id: str
@@ -34,6 +34,12 @@ class Document:
     columns: dict[str, object]
     queries: Sequence[Query] = ()
     unreadable: str = ""
+    left_out: frozenset[str] = frozenset()
+
+    @property
+    def wanted(self) -> list[Query]:
+        """The queries that this run answers. The others still decide where the context ends."""
+        return [query for query in self.queries if query.id not in self.left_out]
 
 
 def check_documents(source: Documents, columns: Collection[str] = ()) -> int:
@@ -46,7 +52,7 @@ def check_documents(source: Documents, columns: Collection[str] = ()) -> int:
     rows.table.check()
     digests: set[bytes] = set()
     for document_id, record in rows.ids():
-        digest = blake2b(document_id.encode(), digest_size=16).digest()
+        digest = document_digest(document_id)
         if digest in digests:
             first = next(other for other_id, other in rows.ids() if other_id == document_id)
             raise InputError(
@@ -77,6 +83,11 @@ def stream_documents(source: Documents, columns: Collection[str] = ()) -> Iterat
 def document_ids(source: Documents) -> Iterator[str]:
     """Yield the ids of the documents in the same order."""
     return (document_id for document_id, _ in _DocumentRows(source, ()).ids())
+
+
+def document_digest(document_id: str) -> bytes:
+    """Return 16 bytes that stand for a document's id."""
+    return blake2b(document_id.encode(), digest_size=16).digest()
 
 
 class _DocumentRows:

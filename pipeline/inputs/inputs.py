@@ -7,11 +7,13 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 
+from pipeline.errors import JobError, suggestion
 from pipeline.inputs.batching import group_documents
-from pipeline.inputs.documents import Document, check_documents, document_ids, stream_documents
+from pipeline.inputs.documents import Document, check_documents, document_digest, document_ids, stream_documents
 from pipeline.inputs.prompts import check_context_has_text, template_columns
 from pipeline.inputs.query_table import DocumentQueries, read_shared_queries
 from pipeline.job.job import Job, Query, QueryTable
+from pipeline.job.selection import Selection, matches
 from pipeline.job.shards import Shard
 
 _log = logging.getLogger(__name__)
@@ -20,11 +22,13 @@ _log = logging.getLogger(__name__)
 class Inputs:
     """A job's documents and queries, or those of one shard. Raises JobError if something is wrong with them.
 
-    documents: the number of documents that have queries. rows: the number of pairs of a document and a query.
+    selection: the part of the job that is wanted; JobError is raised if it names what the job does not have.
+    documents: the number of wanted documents that have queries. rows: the number of wanted pairs of document and query.
+    is_part: whether the job has other pairs.
     """
 
-    def __init__(self, job: Job, shard: Shard | None = None) -> None:
-        self._job, self._shard = job, shard
+    def __init__(self, job: Job, shard: Shard | None = None, selection: Selection | None = None) -> None:
+        self._job, self._shard, self._selection = job, shard, selection or Selection()
         self._columns = template_columns(job.prompt, job.documents)
         self.documents = check_documents(job.documents, self._columns)
         check_context_has_text(job.prompt, job.documents)
@@ -40,16 +44,22 @@ class Inputs:
         self.rows = (
             self._document_queries.rows if self._document_queries else self.documents * len(self._shared_queries)
         )
+        self._wanted: Collection[bytes] | None = None  # digests of the documents' ids; None for all
+        self.is_part = False
+        if self._selection:
+            all_rows = self.rows
+            self._wanted, self.rows = self._select()
+            self.documents, self.is_part = len(self._wanted), self.rows < all_rows
         if shard is not None:  # the documents must be read, because groups depend on the length of texts
             self.documents = self.rows = 0
             for document in self.stream():
                 self.documents += 1
-                self.rows += len(document.queries)
+                self.rows += len(document.wanted)
 
     @property
     def queries(self) -> Sequence[Query]:
-        """All queries, one for each id: of queries that belong to documents, the first one with that id."""
-        return self._document_queries.first_of_each_id() if self._document_queries else self._shared_queries
+        """The wanted queries, one for each id: of queries that belong to documents, the first one with that id."""
+        return [query for query in self._all_queries() if self._selection.has_query(query.id)]
 
     @property
     def schemas(self) -> dict[str, str]:
@@ -59,23 +69,86 @@ class Inputs:
         return {query.json_schema: query.id for query in reversed(self._shared_queries) if query.json_schema}
 
     def stream(self) -> Iterator[Document]:
-        """Yield the documents in order, each with its queries."""
-        return self._all_documents() if self._shard is None else chain.from_iterable(self.groups())
+        """Yield the wanted documents in order, each with its queries."""
+        if self._shard is None and not self._selection:
+            return self._all_documents()
+        return chain.from_iterable(self.groups())
 
     def groups(self, alone: Collection[str] = ()) -> Iterator[list[Document]]:
-        """Yield the same documents in groups that are answered together; documents in `alone` share no batch."""
-        return group_documents(self._all_documents(), self._job.generation.batch_size, alone, self._shard)
+        """Yield the same documents in groups that are answered together; documents in `alone` share no batch.
+
+        Which documents share a group does not depend on the selection.
+        """
+        if self._wanted is None:
+            yield from self._all_groups(alone)
+            return
+        left = len(self._wanted)
+        for group in self._all_groups(alone):
+            if wanted := [self._narrowed(document) for document in group if self._wants(document.id)]:
+                yield wanted
+            left -= len(wanted)
+            if left <= 0:
+                return
 
     def pairs(self) -> Iterator[tuple[str, list[str]]]:
-        """Yield each document's id with the ids of its queries, in order. Texts are read only for a shard."""
+        """Yield each wanted document's id with the ids of its wanted queries, in order."""
+        for document_id, query_ids in self.all_pairs():
+            if self._wants(document_id):
+                yield document_id, [query_id for query_id in query_ids if self._selection.has_query(query_id)]
+
+    def all_pairs(self) -> Iterator[tuple[str, list[str]]]:
+        """Yield the same of all documents and queries, or those of the shard. Texts are read only for a shard."""
         if self._shard is not None:
-            yield from ((document.id, [query.id for query in document.queries]) for document in self.stream())
-            return
-        shared = [query.id for query in self._shared_queries]
+            for group in self._all_groups():
+                yield from ((document.id, [query.id for query in document.queries]) for document in group)
+        else:
+            yield from self.job_pairs()
+
+    def job_pairs(self) -> Iterator[tuple[str, list[str]]]:
+        """Yield the same of the whole job, whatever the shard."""
         for document_id in document_ids(self._job.documents):
-            query_ids = self._document_queries.ids_of(document_id) if self._document_queries else shared
-            if query_ids:
+            if query_ids := self.query_ids(document_id):
                 yield document_id, query_ids
+
+    def query_ids(self, document_id: str) -> list[str]:
+        """Return the ids of all queries that are asked of a document of the job, in order."""
+        if self._document_queries:
+            return self._document_queries.ids_of(document_id)
+        return [query.id for query in self._shared_queries]
+
+    def _wants(self, document_id: str) -> bool:
+        return self._wanted is None or document_digest(document_id) in self._wanted
+
+    def _narrowed(self, document: Document) -> Document:
+        others = (query.id for query in document.queries if not self._selection.has_query(query.id))
+        return replace(document, left_out=frozenset(others))
+
+    def _select(self) -> tuple[Collection[bytes], int]:
+        """Return the digests of the wanted documents and the number of wanted rows, those of all shards together."""
+        selection, rows = self._selection, 0
+        wanted: set[bytes] = set()
+        no_document, no_query = set(selection.documents), set(selection.queries)
+        for document_id, query_ids in self.job_pairs():
+            no_document = {pattern for pattern in no_document if not matches(document_id, pattern)}
+            no_query = {pattern for pattern in no_query if not any(matches(name, pattern) for name in query_ids)}
+            count = sum(map(selection.has_query, query_ids))
+            if count and selection.has_document(document_id) and len(wanted) != selection.limit:
+                wanted.add(document_digest(document_id))
+                rows += count
+        for pattern in sorted(no_document):
+            raise JobError(f"--document {pattern}: there is no such document in {self._job.documents.path}")
+        for pattern in sorted(no_query):
+            near = suggestion(pattern, [query.id for query in self._all_queries()])
+            raise JobError(f"--query {pattern}: the job has no such query{near}")
+        if not wanted:
+            raise JobError(f"{selection}: none of these queries is asked of any of these documents")
+        return wanted, rows
+
+    def _all_queries(self) -> Sequence[Query]:
+        return self._document_queries.first_of_each_id() if self._document_queries else self._shared_queries
+
+    def _all_groups(self, alone: Collection[str] = ()) -> Iterator[list[Document]]:
+        return group_documents(self._all_documents(), self._job.generation.batch_size, alone, self._shard)
 
     def _all_documents(self) -> Iterator[Document]:
         """Yield the documents of all shards that have queries."""

@@ -59,7 +59,8 @@ class Shard:
 class ShardStatus:
     """The numbers of rows of a shard, as its last run wrote them at the time `updated`.
 
-    done: answered. failed: answered with an error. left: not done, which includes the failed ones.
+    done: answered. failed: answered with an error. left: neither. If the last run was of a part of the job, the numbers
+    are those of the part, and the state says so.
     """
 
     shard: str
@@ -84,6 +85,5 @@ def shard_statuses(output: Path) -> Iterator[ShardStatus]:
         with suppress(OSError, ValueError, KeyError, TypeError):
             report = json.loads(file.read_bytes())
             rows, done = report["rows"], report["rows_kept"] + report["rows_answered"]
-            yield ShardStatus(
-                str(shard), report["state"], rows, done, report["rows_failed"], rows - done, str(report["updated"])
-            )
+            state, failed = report["state"] + (", a part" if report.get("part") else ""), report["rows_failed"]
+            yield ShardStatus(str(shard), state, rows, done, failed, rows - done - failed, str(report["updated"]))

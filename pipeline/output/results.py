@@ -33,13 +33,13 @@ from filelock import FileLock, Timeout
 from pipeline.errors import JobError, OutputError, RemoteError, one_line
 from pipeline.files.atomic import atomic_file, disk_errors, make_folder
 from pipeline.files.remote import upload
+from pipeline.inputs.documents import document_digest
 from pipeline.output.rows import (
     BROKEN,
     FORMAT,
     SCHEMA,
     FinishedFile,
     Row,
-    document_digest,
     open_finished,
     read_rows,
     to_table,
@@ -119,8 +119,7 @@ class Results:
             try:
                 rows = self._finished.rows(document_id)
             except BROKEN as error:
-                _log.warning("%s: damaged, so its rows count as not done: %s", self.output, one_line(error))
-                self._close_finished()
+                self._give_up_finished(error)
         return {row.query_id: row for row in rows or ()}
 
     def commit(self, documents: Mapping[str, Sequence[Row]]) -> None:
@@ -137,22 +136,46 @@ class Results:
             write_rows(self._group, [row for rows in documents.values() for row in rows])
         self._write_parts(documents)
 
-    def finish(self, documents: Iterable[tuple[str, Sequence[str]]]) -> None:
-        """Write the finished file with the rows of the given pairs, in the given order. Other rows are dropped.
+    def pairs(self) -> Iterator[tuple[str, list[str]]]:
+        """Yield each document that has rows, with the ids of their queries: in the finished file's order, then others.
 
-        documents: each document's id and query ids. Raises OutputError, and changes nothing, if a row is missing.
+        It may be that a document is yielded again while its rows are committed.
         """
-        self.replace(self._expected_rows(documents))
+        parts = {file.name: file for file in sorted(self.parts.glob("??/*.parquet")) if not file.name.startswith(".")}
+        if self._finished is not None:
+            try:
+                for document_id, query_ids in self._finished.pairs():
+                    in_part = parts.pop(_part_name(document_id), None)
+                    yield document_id, query_ids if in_part is None else list(self.rows(document_id))
+            except BROKEN as error:
+                self._give_up_finished(error)
+        for name, file in parts.items():
+            rows = self._read_part(file)
+            if rows and _part_name(rows[0].document_id) == name:
+                yield rows[0].document_id, [row.query_id for row in rows]
 
-    def replace(self, documents: Iterable[list[Row]]) -> None:
-        """Replace the whole result by these rows, given document by document."""
+    def finish(
+        self, documents: Iterable[tuple[str, Sequence[str]]], every: Iterable[tuple[str, Sequence[str]]] | None = None
+    ) -> int:
+        """Write the finished file with the rows of the given pairs, in the given order; return how many rows it has.
+
+        documents: each document's id and query ids. every: None drops all other rows. Else all other rows stay, and
+        these pairs, of which `documents` is a part in the same order, say in which order. Raises OutputError, and
+        changes nothing, if a row of `documents` is missing.
+        """
+        return self.replace(self._expected_rows(documents) if every is None else self._with_others(documents, every))
+
+    def replace(self, documents: Iterable[list[Row]]) -> int:
+        """Replace the whole result by these rows, given document by document; return how many they are."""
         self._require_writable()
+        count = 0
         with (
             atomic_file(self.output) as temporary,
             pq.ParquetWriter(temporary, self._schema, **FORMAT) as file,
         ):
             for group in _row_groups(documents):
                 file.write_table(to_table(group, self._schema))
+                count += len(group)
         self._close_finished()
         self._publish()
         self._finished = self._open_finished()
@@ -160,6 +183,7 @@ class Results:
         with disk_errors(self.parts, "cannot be removed"):
             if self.parts.exists():
                 shutil.rmtree(self.parts)
+        return count
 
     @property
     def exist(self) -> bool:
@@ -190,6 +214,10 @@ class Results:
                     f"{self.output}: another run is writing this result; wait for it, or set another output.path"
                 ) from None
             self._recover()
+
+    def _give_up_finished(self, error: Exception) -> None:
+        _log.warning("%s: damaged, so its rows count as not done: %s", self.output, one_line(error))
+        self._close_finished()
 
     def _close_finished(self) -> None:
         if self._finished is not None:
@@ -232,10 +260,13 @@ class Results:
     def _part_rows(self, document_id: str) -> list[Row] | None:
         if self._listed is not None and hash(_part_name(document_id)) not in self._listed:
             return None
-        part = self._part(document_id)
+        return self._read_part(self._part(document_id), document_id)
+
+    def _read_part(self, part: Path, document_id: str | None = None) -> list[Row] | None:
+        """Return the rows of a part, or None. document_id: of the document whose rows they must be."""
         try:
             rows = read_rows(part)
-            if any(row.document_id != document_id for row in rows):
+            if any(row.document_id != (document_id or rows[0].document_id) for row in rows):
                 raise ValueError("it holds another document's rows")
         except FileNotFoundError:
             return None
@@ -258,12 +289,33 @@ class Results:
                 raise ValueError(f"document '{document_id}' or one of its queries is expected twice")
             seen.add(digest)
             rows = self.rows(document_id)
-            missing = [query_id for query_id in query_ids if query_id not in rows]
-            if missing:
-                raise OutputError(
-                    f"{self.output}: document '{document_id}' has no row for query '{missing[0]}'; run the job again"
-                )
+            self._require_rows(document_id, query_ids, rows)
             yield [rows[query_id] for query_id in query_ids]
+
+    def _with_others(
+        self, documents: Iterable[tuple[str, Sequence[str]]], every: Iterable[tuple[str, Sequence[str]]]
+    ) -> Iterator[list[Row]]:
+        """Yield all rows that there are: those of `every` in its order, then the others in the order that they have."""
+        required, seen = iter(documents), set()
+        next_required = next(required, None)
+        for document_id, query_ids in every:
+            seen.add(document_digest(document_id))
+            rows = self.rows(document_id)
+            if next_required is not None and next_required[0] == document_id:
+                self._require_rows(document_id, next_required[1], rows)
+                next_required = next(required, None)
+            if rows:
+                yield [rows[query_id] for query_id in dict.fromkeys([*query_ids, *rows]) if query_id in rows]
+        for document_id, _ in self.pairs():
+            if document_digest(document_id) not in seen:
+                yield list(self.rows(document_id).values())
+
+    def _require_rows(self, document_id: str, query_ids: Iterable[str], rows: Mapping[str, Row]) -> None:
+        missing = next((query_id for query_id in query_ids if query_id not in rows), None)
+        if missing is not None:
+            raise OutputError(
+                f"{self.output}: document '{document_id}' has no row for query '{missing}'; run the job again"
+            )
 
 
 def _part_name(document_id: str) -> str:

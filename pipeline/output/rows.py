@@ -9,7 +9,6 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from hashlib import blake2b
 from io import RawIOBase
 from itertools import accumulate, groupby
 from pathlib import Path
@@ -21,6 +20,7 @@ import pyarrow.parquet as pq
 from pipeline.errors import JobError, one_line
 from pipeline.files.atomic import atomic_file
 from pipeline.files.remote import open_remote
+from pipeline.inputs.documents import document_digest
 
 SCHEMA = pa.schema(
     [
@@ -122,6 +122,13 @@ class FinishedFile:
         start = self._first_rows.get(document_digest(document_id))
         return [] if start is None else list(self._rows_from(start, document_id))
 
+    def pairs(self) -> Iterator[tuple[str, list[str]]]:
+        """Yield each document's id with the ids of its rows' queries, in order. Raises an error of BROKEN."""
+        batches = self._file.iter_batches(_IDS_PER_BATCH, columns=["document_id", "query_id"], use_threads=False)
+        pairs = (tuple(pair.values()) for batch in batches for pair in batch.to_pylist())
+        for document_id, own in groupby(pairs, key=lambda pair: str(pair[0])):
+            yield document_id, [query_id for _, query_id in own]
+
     def _rows_from(self, start: int, document_id: str) -> Iterator[Row]:
         """Yield the document's rows, which follow each other from row ``start`` on."""
         first_group = bisect_right(self._group_starts, start) - 1
@@ -175,11 +182,6 @@ def _finished_file(path: Path) -> Iterator[Any]:
         raise JobError(
             f"{path}: is not a result that can be read ({one_line(error)}); move it away, and run it again"
         ) from None
-
-
-def document_digest(document_id: str) -> bytes:
-    """Return 16 bytes that stand for a document's id."""
-    return blake2b(document_id.encode(), digest_size=16).digest()
 
 
 def _open(source: Path | RawIOBase) -> Any:

@@ -22,6 +22,7 @@ from pipeline.errors import PipelineError, one_line
 from pipeline.files.atomic import atomic_file
 from pipeline.files.remote import RETRIES, upload
 from pipeline.job.job import Job
+from pipeline.job.selection import Selection
 from pipeline.report import Report
 
 if TYPE_CHECKING:
@@ -34,13 +35,17 @@ State = Literal["running", "finished", "interrupted", "failed"]
 class RunFile:
     """The run file of one run; a context manager, at whose end the file is complete.
 
-    report: the run's report, whose seconds are set at the end. started: start of the run on the monotonic clock.
+    report: the run's report, whose seconds are set at the end. started: start of the run on the monotonic clock. part:
+    the part of the job that is answered; None for all of it.
     Raises OutputError if the disk refuses, and the errors of `upload`.
     """
 
-    def __init__(self, job: Job, identity: Identity, report: Report, started: float) -> None:
+    def __init__(
+        self, job: Job, identity: Identity, report: Report, started: float, part: Selection | None = None
+    ) -> None:
         self._path = _path(job)
         self._job, self._identity, self._report, self._started = job, identity, report, started
+        self._part = asdict(part) if part else None
         self._last_write = float("-inf")
 
     def __enter__(self) -> RunFile:
@@ -71,6 +76,7 @@ class RunFile:
         self._last_write = time.monotonic()
         content = {
             "job": self._job.name,
+            "part": self._part,
             "state": state,
             "error": error,
             "updated": _now(),

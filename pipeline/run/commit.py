@@ -13,7 +13,7 @@ from types import TracebackType
 from pipeline.errors import Interrupted, StoppedAtFailure
 from pipeline.output.results import Results
 from pipeline.report import Report
-from pipeline.run.context import FailureOptions, RunContext
+from pipeline.run.context import RunContext, RunOptions
 from pipeline.run.executor import Executor
 from pipeline.run.task import GroupResult
 
@@ -31,10 +31,10 @@ class Committer:
         results: Results,
         report: Report,
         on_commit: Callable[[Report], None],
-        on_failure: FailureOptions,
+        options: RunOptions,
     ) -> None:
         self._observer, self._executor, self._results = context.observer, executor, results
-        self._report, self._on_commit, self._on_failure = report, on_commit, on_failure
+        self._report, self._on_commit, self._options = report, on_commit, options
         # The segments of this group may be removed when its rows are written; the next group may need their disk space.
         self._must_wait = context.job.cache.budget is not None or context.job.cache.keep == "job"
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="results")
@@ -75,7 +75,7 @@ class Committer:
         self._writing = self._writer.submit(self._write, group, report.copy())
         if self._must_wait:
             self._wait()
-        if failed and self._on_failure.stop:
+        if failed and self._options.stop_at_failure:
             raise StoppedAtFailure(failed[0].failure)
 
     def _write(self, group: GroupResult, report: Report) -> None:
@@ -83,7 +83,7 @@ class Committer:
         if changed:
             self._results.commit(
                 {
-                    task.document_id: [*task.kept, *(result.rows[query.id] for query in task.queries)]
+                    task.document_id: [*task.kept, *(result.rows[query.id] for query in task.queries), *task.others]
                     for task, result in changed
                 }
             )

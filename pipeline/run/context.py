@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from pipeline.job.job import Job
+from pipeline.job.selection import Selection
 from pipeline.models.ranks import SINGLE, RankGroup
 from pipeline.progress import RunObserver
 
@@ -15,14 +16,18 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class FailureOptions:
-    """How a run treats failed rows.
+class RunOptions:
+    """What a command line asks of a run besides the job.
 
-    keep: rows that failed in an earlier run are not tried again. stop: the run ends at the first new failed row.
+    selection: the part of the job that is answered; all other rows stay as they are. keep_failed: rows that failed in
+    an earlier run are not tried again. stop_at_failure: the run ends at the first new failed row. prune: a run of the
+    whole job removes the rows that the job does not ask for any more.
     """
 
-    keep: bool = False
-    stop: bool = False
+    selection: Selection = field(default_factory=Selection)
+    keep_failed: bool = False
+    stop_at_failure: bool = False
+    prune: bool = False
 
 
 @dataclass(frozen=True)

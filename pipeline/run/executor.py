@@ -41,6 +41,8 @@ class Executor(ABC):
         self._documents_done = documents_done
         self._shared = Renderer(context.job.prompt, context.job.documents).shared
         self._pins = Pins(context.job.cache.dir, context.job.result_file)
+        if inputs.is_part:
+            self._pins.keep_earlier()
 
     @abstractmethod
     def execute(self, groups: Iterator[list[DocumentTask]]) -> Generator[GroupResult]:
@@ -71,14 +73,15 @@ class Executor(ABC):
         if not self.has_started:
             return
         for task, result in zip(group.tasks, group.results, strict=True):
-            rows = [*task.kept, *result.rows.values()]
-            if task.rendered is not None and all(row.status == "ok" for row in rows):
+            rows = [*task.kept, *task.others, *result.rows.values()]
+            answered = {row.query_id for row in rows if row.status == "ok"}
+            if task.rendered is not None and all(query.id in answered for query in task.document.queries):
                 self._pins.unpin(task.label)
                 if task.queries and self._job.cache.keep == "job":
                     self._drop(task, result)
 
     def finish(self, done: bool) -> None:
-        """End the run. done: whether the whole job is done; if not, its pins stay until it is resumed."""
+        """End the run. done: whether the whole job is done; if not, what it still needs stays pinned."""
         if not self.has_started and not done:
             return
         if self.has_started and done and self._shared:

@@ -20,7 +20,7 @@ from pipeline.errors import PipelineError, one_line
 from pipeline.job.shards import Shard
 from pipeline.progress import RunObserver
 from pipeline.report import Report
-from pipeline.run.context import FailureOptions
+from pipeline.run.context import RunOptions
 
 if TYPE_CHECKING:
     from pipeline.job.job import Job
@@ -36,7 +36,7 @@ class RunRequest:
     report: Report
     quarantined: Mapping[str, str]
     separated: Collection[str]
-    on_failure: FailureOptions
+    options: RunOptions
     shard: Shard | None
     log_level: int
 

@@ -24,9 +24,10 @@ from pipeline.output.run_file import RunFile
 from pipeline.progress import Progress, RunObserver
 from pipeline.report import Report
 from pipeline.run.commit import Committer
-from pipeline.run.context import FailureOptions, RunContext
+from pipeline.run.context import RunContext, RunOptions
 from pipeline.run.executor import Executor, LocalExecutor
 from pipeline.run.fingerprint import job_identity, result_metadata
+from pipeline.run.pruning import find_surplus
 from pipeline.run.task import TaskPlanner
 from pipeline.signals import InterruptFlag
 
@@ -36,7 +37,8 @@ class Runner:
 
     observer: receives the run's events; by default it shows bars or lines. report: of a run that was cut off; its
     finished documents are skipped and its counts go on. quarantined: documents that get error rows in place of answers,
-    with the reason. separated: documents that share no batch with others. on_failure: what to do about failed rows.
+    with the reason. separated: documents that share no batch with others. options: what the command line asks of
+    the run.
     shard: the share of the documents that the job was loaded for. ranks: the processes that hold the model together.
     executor: makes the executor, by default one that answers in this process.
     """
@@ -49,7 +51,7 @@ class Runner:
         report: Report | None = None,
         quarantined: Mapping[str, str] | None = None,
         separated: Collection[str] = (),
-        on_failure: FailureOptions | None = None,
+        options: RunOptions | None = None,
         shard: Shard | None = None,
         ranks: RankGroup = SINGLE,
         executor: Callable[[RunContext, Inputs, int], Executor] = LocalExecutor,
@@ -57,7 +59,7 @@ class Runner:
         self._job, self._shard, self._ranks, self._make_executor = job, shard, ranks, executor
         self._observer = observer or Progress()
         self._quarantined, self._separated = quarantined or {}, separated
-        self._on_failure = on_failure or FailureOptions()
+        self._options = options or RunOptions()
         self._interrupt = InterruptFlag()
         self.report = report or Report()
 
@@ -66,21 +68,26 @@ class Runner:
 
         Raises JobError for errors in the job or its inputs, OutputError if the result cannot be written.
         """
-        job, observer, report = self._job, self._observer, self.report
+        job, observer, report, options = self._job, self._observer, self.report, self._options
         started = time.monotonic() - report.seconds
-        inputs = Inputs(job, self._shard)
+        inputs = Inputs(job, self._shard, options.selection)
         check_schemas(inputs.schemas)
         identity = job_identity(job)
         report.documents, report.rows = inputs.documents, inputs.rows
         metadata = result_metadata(job, identity, self._shard)
         with Results(job.result_file, metadata, url=job.result_url) as results:
+            if not options.selection and not options.prune:
+                find_surplus(results, inputs).refuse(job.output.path)
             observer.run_started(report.rows)
             try:
-                with self._interrupt.listening(), RunFile(job, identity, report, started) as run_file:
+                with (
+                    self._interrupt.listening(),
+                    RunFile(job, identity, report, started, options.selection) as run_file,
+                ):
                     context = RunContext(job, identity, inputs.schemas, observer, self._interrupt.check, self._ranks)
                     executor = self._make_executor(context, inputs, report.documents_done)
-                    planner = TaskPlanner(job, identity, self._on_failure.keep, self._quarantined)
-                    committer = Committer(context, executor, results, report, run_file.update, self._on_failure)
+                    planner = TaskPlanner(job, identity, options.keep_failed, self._quarantined)
+                    committer = Committer(context, executor, results, report, run_file.update, options)
                     tasks = (
                         [planner.plan(document, results.rows(document.id)) for document in group]
                         for group in self._open_groups(inputs)
@@ -89,8 +96,9 @@ class Runner:
                         with committer, closing(executor.execute(tasks)) as answered:
                             for group in answered:
                                 committer.commit(group)
-                        results.finish(inputs.pairs())
-                        executor.finish(done=True)
+                        every = inputs.all_pairs() if options.selection else None
+                        report.rows_beside = results.finish(inputs.pairs(), every) - report.rows
+                        executor.finish(done=not inputs.is_part)
                     except Interrupted as error:
                         report.interrupted = True
                         report.stopped_at = str(error) if isinstance(error, StoppedAtFailure) else None

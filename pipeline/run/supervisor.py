@@ -25,7 +25,7 @@ from pipeline.job.shards import Shard
 from pipeline.models.ranks import RESUME_HINT
 from pipeline.output.run_file import mark_ended
 from pipeline.report import Report
-from pipeline.run.context import FailureOptions
+from pipeline.run.context import RunOptions
 from pipeline.run.display import RunDisplay
 from pipeline.run.messages import DocumentsDone, DocumentsStarted, Failed, Finished, RunRequest, RunStarted, receive
 from pipeline.run.quarantine import Quarantine, Verdict, name_documents, quarantine_error
@@ -43,7 +43,7 @@ _log = logging.getLogger(__name__)
 def supervise(
     job: Job,
     quiet: bool = False,
-    on_failure: FailureOptions | None = None,
+    options: RunOptions | None = None,
     metrics: Path | None = None,
     shard: Shard | None = None,
 ) -> Report:
@@ -54,12 +54,12 @@ def supervise(
     PipelineError if the process keeps dying and no document is to blame. Call this from the main thread.
     """
     name = f"{job.name} {shard}" if shard else job.name
-    return _Supervisor(job, RunDisplay(name, quiet, metrics), on_failure or FailureOptions(), shard).run()
+    return _Supervisor(job, RunDisplay(name, quiet, metrics), options or RunOptions(), shard).run()
 
 
 class _Supervisor:
-    def __init__(self, job: Job, display: RunDisplay, on_failure: FailureOptions, shard: Shard | None) -> None:
-        self._job, self._on_failure, self._shard, self._display = job, on_failure, shard, display
+    def __init__(self, job: Job, display: RunDisplay, options: RunOptions, shard: Shard | None) -> None:
+        self._job, self._options, self._shard, self._display = job, options, shard, display
         self._started = time.monotonic()
         self._report = Report()  # counts the documents that are done
         self._quarantine = Quarantine()
@@ -119,9 +119,7 @@ class _Supervisor:
         """Start the process; it is gone when the block is left."""
         report = replace(self._report, seconds=time.monotonic() - self._started)
         level = logging.getLogger("pipeline").getEffectiveLevel()
-        request = RunRequest(
-            self._job, report, self._quarantined, self._separated, self._on_failure, self._shard, level
-        )
+        request = RunRequest(self._job, report, self._quarantined, self._separated, self._options, self._shard, level)
         receiver, sender = SPAWN.Pipe(duplex=False)
         process = SPAWN.Process(target=run_in_process, args=(sender, request), name="model")
         with receiver:

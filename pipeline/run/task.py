@@ -26,7 +26,8 @@ class DocumentTask:
     """One document and what is left to do for it.
 
     rendered: the rendered prompt, or None if the template fails. queries: those of the document's queries without a
-    kept row. kept: rows of an earlier run that are still valid. failed: rows, by query id, that failed before the model
+    kept row. kept: rows of an earlier run that are still valid. others: rows that this run is not asked for,
+    which stay as they are. failed: rows, by query id, that failed before the model
     saw them. fingerprints: of all rows, by query id. label: digest of the context's text.
     """
 
@@ -34,6 +35,7 @@ class DocumentTask:
     rendered: Rendered | None
     queries: Sequence[Query]
     kept: Sequence[Row] = ()
+    others: Sequence[Row] = ()
     failed: Mapping[str, Row] = field(default_factory=dict)
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     label: str = ""
@@ -100,17 +102,20 @@ class TaskPlanner:
 
     def plan(self, document: Document, known: Mapping[str, Row]) -> DocumentTask:
         """Return the task of a document. known: its rows of earlier runs, by query id."""
+        wanted = document.wanted
+        wanted_ids = {query.id for query in wanted}
+        others = [row for query_id, row in known.items() if query_id not in wanted_ids]
         try:
             rendered = self._renderer.render(document)
         except RowError as error:
-            task = DocumentTask(document, None, document.queries)
+            task = DocumentTask(document, None, wanted, others=others)
             return replace(task, failed=task.failures(error))
         cut = self._window_cutter.mark(rendered, document.queries)
-        fingerprints = row_fingerprints(self._identity, rendered, document.queries, self._generation, cut)
+        fingerprints = row_fingerprints(self._identity, rendered, wanted, self._generation, cut)
         kept = kept_rows(known, fingerprints, self._keep_failed)
-        queries = [query for query in document.queries if query.id not in kept]
+        queries = [query for query in wanted if query.id not in kept]
         label = context_label(rendered)
-        task = DocumentTask(document, rendered, queries, list(kept.values()), {}, fingerprints, label)
+        task = DocumentTask(document, rendered, queries, list(kept.values()), others, {}, fingerprints, label)
         if document.id in self._quarantined:
             return replace(task, failed=task.failures(ModelProcessDied(self._quarantined[document.id])))
         return task

@@ -59,7 +59,7 @@ def _run(outbox: Outbox, request: RunRequest) -> Finished | Failed:
                 report=request.report,
                 quarantined=request.quarantined,
                 separated=request.separated,
-                on_failure=request.on_failure,
+                options=request.options,
                 shard=request.shard,
                 ranks=ranks,
             )

@@ -58,7 +58,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """``pipeline run`` runs in this process, which takes a tenth of the time."""
     from pipeline.run.runner import Runner
 
-    def run(job: Any, quiet: bool, on_failure: Any, metrics: Any, shard: Any) -> Any:
-        return Runner(job, RunObserver(), on_failure=on_failure, shard=shard).run()
+    def run(job: Any, quiet: bool, options: Any, metrics: Any, shard: Any) -> Any:
+        return Runner(job, RunObserver(), options=options, shard=shard).run()
 
     monkeypatch.setattr("pipeline.run.supervisor.supervise", run)

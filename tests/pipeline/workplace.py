@@ -98,11 +98,16 @@ class Workplace:
         return self.job_file
 
     def run(self, *overrides: str, observer: RunObserver | None = None) -> Report:
-        """Run the job as it is now, in this process. Without an observer, `prefilled` notes the prefills."""
+        """Run the job as it is now, in this process. Without an observer, `prefilled` notes the prefills.
+
+        Rows that the job does not ask for any more are removed.
+        """
         from pipeline.job.job_file import load_job
+        from pipeline.run.context import RunOptions
         from pipeline.run.runner import Runner
 
-        return Runner(load_job(self.save(), overrides), observer or self.observer).run()
+        job = load_job(self.save(), overrides)
+        return Runner(job, observer or self.observer, options=RunOptions(prune=True)).run()
 
     def run_with(self, **sections: Any) -> Report:
         """Run the job with other sections."""

@@ -182,7 +182,7 @@ def test_rows_that_will_fail_are_foreseen(workplace: Workplace, run: Callable[[]
     run()
     assert sum(row["status"] == "error" for row in workplace.rows().values()) == 6
     status = job_status(job(workplace))
-    assert (status.rows, status.done, status.failed, status.left) == (15, 9, 6, 6)
+    assert (status.rows, status.done, status.failed, status.left, status.to_do) == (15, 9, 6, 0, 6)
 
 
 def test_one_query_too_long_leaves_the_others(workplace: Workplace) -> None:

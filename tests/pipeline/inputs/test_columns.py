@@ -31,7 +31,7 @@ def write(workplace: Workplace, columns: dict[str, Any], **sections: Any) -> Pat
 
 
 def fingerprints(workplace: Workplace, job: Path) -> list[str]:
-    assert invoke("run", job, "--quiet").exit_code == 0
+    assert invoke("run", job, "--quiet", "--prune").exit_code == 0
     return [row["fingerprint"] for row in workplace.rows().values()]
 
 

@@ -85,7 +85,7 @@ def test_texts_are_documents_by_their_paths(workplace: Workplace, papers: Path) 
     assert invoke("run", workplace.job_file, "--quiet").exit_code == 0
     assert ids(workplace) == ["a.md", "b.txt"]
     every = f"documents.path='{papers}/**/*.[mM][dD]'"
-    assert invoke("run", workplace.job_file, "--quiet", "--set", every).exit_code == 0
+    assert invoke("run", workplace.job_file, "--quiet", "--prune", "--set", every).exit_code == 0
     assert ids(workplace) == ["2024/c.MD", "a.md"]
     assert invoke("status", workplace.job_file, "--set", f"documents.path={papers}/b.txt").exit_code == 0
     assert invoke("plan", workplace.job_file, "--set", "documents.limit=1").stdout.startswith("documents  1 (")

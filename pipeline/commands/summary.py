@@ -1,0 +1,53 @@
+"""The table at the end of a run: its rows, what failed, and how long each part of the work took."""
+
+from __future__ import annotations
+
+from pipeline.commands.console import size
+from pipeline.job.job import Job
+from pipeline.report import Report
+
+
+def summary(job: Job, named: str, report: Report) -> list[tuple[str, str]]:
+    """Return the lines of the table. named: the job and its shard, as they are written on a command line."""
+    rows = _rows(named, report)
+    rows += cut_documents(report.documents_truncated, report.documents_split)
+    if prefixes := report.prefixes_built + report.prefixes_restored:
+        built = f"{report.prefixes_built:,} built, {report.prefixes_restored:,} restored"
+        bits = f"{report.effective_bits:.2f} bits a value" if report.effective_bits else "uncompressed"
+        rows.append(("prefixes", f"{built}; {size(report.prefix_bytes / prefixes)} each, {bits}"))
+    if report.prefilled_tokens:
+        rows.append(("prefill", _rate(report.prefilled_tokens, report.prefill_seconds)))
+    if report.answer_tokens:
+        rows.append(("answers", _rate(report.answer_tokens, report.answer_seconds)))
+    if workers := report.workers.values():
+        machines, lost = len({worker.host for worker in workers}), sum(worker.lost for worker in workers)
+        where = f"{machines:,} machine{'s' * (machines > 1)}"
+        rows.append(("workers", f"{len(workers):,} on {where}, {lost:,} of them lost"))
+    elif report.restarts:
+        rows.append(("restarts", f"{report.restarts:,} of the model's process, which had died"))
+    rows.append(("seconds", f"{report.seconds:.1f}"))
+    rows.append(("result", f"{job.result_file}.parts" if report.interrupted else job.output.path))
+    return rows
+
+
+def _rows(named: str, report: Report) -> list[tuple[str, str]]:
+    """Return the lines about rows."""
+    answered = f"{report.rows_answered:,} answered, {report.rows_kept:,} kept, {report.rows_failed:,} failed"
+    rows = [("rows", f"{answered} of {report.rows:,} ({report.documents:,} documents)")]
+    for kind, count in sorted(report.failures.items()):
+        rows.append(("failures", f"{count:,} {kind}, first {report.first_failures[kind]}"))
+    if report.failures:
+        rows.append(("", f"to see them: pipeline show {named} --failed"))
+    if report.rows_beside:
+        rows.append(("others", f"{report.rows_beside:,} rows left as they were"))
+    return rows
+
+
+def cut_documents(truncated: int, split: int) -> list[tuple[str, str]]:
+    """Return the lines about documents that are too long for the model."""
+    counts = ("truncated", truncated), ("split", split)
+    return [(name, f"{count:,} documents, too long for the model") for name, count in counts if count]
+
+
+def _rate(tokens: int, seconds: float) -> str:
+    return f"{tokens:,} tokens in {seconds:.1f} s ({tokens / max(seconds, 1e-9):,.0f} tokens/s)"
