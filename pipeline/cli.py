@@ -26,6 +26,8 @@ from pipeline.commands.console import (
     Prune,
     SomeDocuments,
     SomeQueries,
+    anywhere,
+    command_line,
     errors_explained,
     load,
     size,
@@ -88,6 +90,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress and
 
 @app.command()
 def run(
+    context: typer.Context,
     job_file: JobFile,
     one_shard: OneShard = None,
     on: On = None,
@@ -111,11 +114,12 @@ def run(
     with errors_explained(debug, quiet, computes=on is not None, log_format=log_format):
         from pipeline.errors import ResultWouldShrink
         from pipeline.job.selection import Selection
-        from pipeline.models.ranks import is_rank_worker
+        from pipeline.models.ranks import RESUME_HINT, is_rank_worker
         from pipeline.run.context import RunOptions
 
         job, shard = load(job_file, set_, one_shard)
-        if on is None and is_rank_worker(job):
+        again = command_line(context, "run")
+        if on is None and is_rank_worker(job, again):
             from turboquant.runtime.blas import load_tuned_blas
 
             load_tuned_blas()
@@ -123,12 +127,9 @@ def run(
 
             follow_first_rank(job)
             return
-        named = f"{job_file} --shard {shard}" if shard else str(job_file)
-        again = f"pipeline run {named} --on {on}" if on else f"pipeline run {named}"
         selection = Selection(tuple(document or ()), tuple(query or ()), limit)
-        again += f" {selection}" * bool(selection) + " --prune" * prune
         shows_nothing = quiet or (as_json and log_format is LogFormat.text)
-        options = RunOptions(selection, keep_failed=not retry_failed, stop_at_failure=fail_fast, prune=prune)
+        options = RunOptions(selection, not retry_failed, fail_fast, prune, anywhere(again))
 
         def start(options: RunOptions) -> Report:
             if on is None:
@@ -147,12 +148,13 @@ def run(
             if not typer.confirm(f"{error}\nRemove these rows and go on?", err=True):
                 raise typer.Exit(error.exit_code) from None
             report = start(replace(options, prune=True))
-        _print_report(job, named, report, quiet, as_json)
+        _print_report(job, command_line(context, "show"), report, quiet, as_json)
+        resume = RESUME_HINT if job.scale.ranks > 1 else f"to resume: {again}"  # mlx.launch may have options of its own
         if report.stopped_at:
-            tell(f"stopped at the first failure: {report.stopped_at}; to resume: {again}", exit_code=1)
+            tell(f"stopped at the first failure: {report.stopped_at}; {resume}", exit_code=1)
             raise typer.Exit(1)
         if report.interrupted:
-            tell(f"interrupted; to resume: {again}", exit_code=INTERRUPTED)
+            tell(f"interrupted; {resume}", exit_code=INTERRUPTED)
             raise typer.Exit(INTERRUPTED)
         if report.rows_failed:
             raise typer.Exit(SOME_ROWS_FAILED)
@@ -160,6 +162,7 @@ def run(
 
 @app.command()
 def merge(
+    context: typer.Context,
     job_file: JobFile,
     set_: Overrides = None,
     prune: Prune = False,
@@ -172,14 +175,16 @@ def merge(
         from pipeline.commands.merge import merge_shards
 
         job, _ = load(job_file, set_)
-        report = merge_shards(job, quiet or as_json, prune)
-        _print_report(job, str(job_file), report, quiet, as_json)
+        again, run_command = anywhere(command_line(context, "merge")), command_line(context, "run")
+        report = merge_shards(job, quiet or as_json, prune, again, run_command)
+        _print_report(job, command_line(context, "show"), report, quiet, as_json)
         if report.rows_failed:
             raise typer.Exit(SOME_ROWS_FAILED)
 
 
 @app.command()
 def plan(
+    context: typer.Context,
     job_file: JobFile,
     one_shard: OneShard = None,
     set_: Overrides = None,
@@ -214,6 +219,7 @@ def plan(
             ("prefixes", f"{planned.hits:,} in the store, {planned.misses:,} to build"),
             ("prefill", f"{about}{planned.tokens_to_prefill:,} tokens"),
             ("disk", f"{about}{to_store} to store, {free} free at {job.cache.dir}{budget}"),
+            ("next", command_line(context, "run")),
         ]
         print(json.dumps(asdict(planned), indent=1) if as_json else table(rows))
         if not prune:
@@ -250,6 +256,7 @@ def status(
 
 @app.command()
 def show(
+    context: typer.Context,
     job_file: JobFile,
     document: SomeDocuments = None,
     query: SomeQueries = None,
@@ -271,7 +278,8 @@ def show(
         from pipeline.commands.show import AnswerTable, lines, tables
 
         job, shard = load(job_file, set_, one_shard)
-        answers = AnswerTable(job, document or (), query or (), failed, shard)
+        commands = command_line(context, "run"), command_line(context, "merge")
+        answers = AnswerTable(job, document or (), query or (), failed, shard, commands)
         if html:
             from pipeline.commands.page import write_page
 
@@ -294,6 +302,7 @@ def show(
 
 @app.command()
 def init(
+    context: typer.Context,
     documents: Annotated[
         str, typer.Argument(metavar="DOCUMENTS", help="Parquet, JSON Lines or texts: a file, a folder or a glob.")
     ],
@@ -323,7 +332,7 @@ def init(
             queries=query or [_ask("First question", QUESTION)],
         )
         write_job(job_file, first_job, force)
-        print(f"{job_file}\nnext: pipeline plan {job_file}")
+        print(f"{job_file}\nnext: {command_line(context, 'plan')}")
 
 
 @app.command()
@@ -384,15 +393,15 @@ def _ask(question: str, default: str) -> str:
     return str(typer.prompt(question, default, err=True)) if sys.stdin.isatty() else default
 
 
-def _print_report(job: Job, named: str, report: Report, quiet: bool, as_json: bool) -> None:
-    """Print the report of a run. named: the job and its shard, as they are written on a command line."""
+def _print_report(job: Job, show_command: str, report: Report, quiet: bool, as_json: bool) -> None:
+    """Print the report of a run. show_command: the command that shows its answers."""
     if as_json:
         print(json.dumps(asdict(report), indent=1))
     if as_json or quiet:
         return
     from pipeline.commands.summary import summary
 
-    print(table(summary(job, named, report)))
+    print(table(summary(job, show_command, report)))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
+import shlex
+import shutil
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +45,9 @@ FirstDocuments = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")]
+
+_JOB = ("job_file", "one_shard", "set_")  # parameters of commands
+_PART_OF_JOB = (*_JOB, "document", "query", "limit", "prune")
 
 
 def load(job_file: Path, overrides: list[str] | None, shard: str | None = None) -> tuple[Job, Shard | None]:
@@ -89,6 +96,59 @@ def errors_explained(
         message = f"error: {type(error).__name__}: {one_line(error)} (--debug shows where)"
         tell(message, logging.ERROR, exit_code=1, error_type=type(error).__name__)
         raise typer.Exit(1) from None
+
+
+def command_line(context: typer.Context, name: str, *more: str) -> str:
+    """Return a command for the same job as the running one, quoted for a shell, so that it runs as printed.
+
+    The running command (``name`` is its own) is returned with all options that the user gave; another one with those
+    that say which job is meant: the file, ``--set`` and ``--shard``; and if a run follows a plan, which part of it is.
+    more: further words.
+    """
+    words = [*_program(), name]
+    shared = _PART_OF_JOB if (context.info_name, name) == ("plan", "run") else _JOB
+    for parameter in context.command.params:
+        key, is_argument = str(parameter.name), parameter.param_type_name == "argument"
+        source = context.get_parameter_source(key)
+        is_given = is_argument or (source is not None and source.name == "COMMANDLINE")
+        if not is_given or (name != context.info_name and key not in shared):
+            continue
+        value = context.params[key]
+        for each in value if isinstance(value, list | tuple) else [value]:
+            text = str(getattr(each, "value", each))  # of an Enum
+            if is_argument:
+                words.append(f"./{text}" if text.startswith("-") else text)
+            elif isinstance(each, bool):
+                words.append((parameter.opts if each else parameter.secondary_opts)[0])
+            else:
+                words += [parameter.opts[0], text]
+    return quoted([*words, *more])
+
+
+def anywhere(command: str) -> str:
+    """Return a command that does in any folder what ``command`` does in this one."""
+    return f"cd {quoted([os.getcwd()])} && {command}"
+
+
+def quoted(words: Sequence[str]) -> str:
+    """Return a command line of these words. A word with control characters is quoted as bash and zsh read it."""
+
+    def escaped(character: str) -> str:
+        if character.isprintable() and character not in "'\\":
+            return character
+        return "".join(f"\\x{byte:02x}" for byte in os.fsencode(character))
+
+    return " ".join(shlex.quote(word) if word.isprintable() else f"$'{''.join(map(escaped, word))}'" for word in words)
+
+
+def _program() -> list[str]:
+    """Return the words by which the user calls this program: its path, unless the shell finds it by its name."""
+    script = sys.argv[0]
+    if os.path.basename(script) == "cli.py":
+        return [sys.executable, "-m", "pipeline.cli"]
+    if os.path.basename(script) != "pipeline" or shutil.which("pipeline") == os.path.abspath(script):
+        return ["pipeline"]  # also where another program, such as a test, has called the command
+    return [script]
 
 
 def size(count: float) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
+from pipeline.commands.console import quoted
 from pipeline.errors import InputError, JobError
 from pipeline.files.atomic import atomic_file
 from pipeline.files.tables import first_rows
@@ -87,7 +88,8 @@ def _may_be_id(values: Sequence[object]) -> bool:
 
 def _lines(path: Path, first_job: FirstJob) -> Iterator[str]:
     yield f"# yaml-language-server: $schema={SCHEMA_FILE}"
-    yield f"# pipeline plan {path.name} says what a run would cost, pipeline run {path.name} does it."
+    plan, run = (quoted(["pipeline", command, path.name]) for command in ("plan", "run"))
+    yield f"# In this folder, {plan} says what a run would cost, and {run} does it."
     yield "# Lines that begin with # show defaults."
     given = _given(path, first_job)
     for name, field in Job.model_fields.items():

@@ -37,21 +37,34 @@ _MOST_NAMED = 5
 _TABLES = "CREATE TABLE documents (id TEXT PRIMARY KEY, shard INTEGER, rows TEXT)"
 
 
-def merge_shards(job: Job, quiet: bool = True, prune: bool = False) -> Report:
+class _ShardsToRun(Exception):
+    """The results do not fit together until these shards are run."""
+
+    def __init__(self, message: str, *shards: Shard, purpose: str = "to put that right") -> None:
+        super().__init__(message)
+        self.shards, self.purpose = shards, purpose
+
+
+def merge_shards(job: Job, quiet: bool, prune: bool, command: str, run_command: str) -> Report:
     """Write a job's result from its shards. Raises JobError if a shard is missing or does not fit the job.
 
     prune: rows of the result that the job does not ask for any more are removed; otherwise they are an error.
+    command: see `RunFile`. run_command: the command that runs the whole job, for errors that say which shard to run.
     """
     started = time.monotonic()
     inputs, identity = Inputs(job), job_identity(job)
-    files = _done_shards(shards_folder(job.result_file), identity)
     report = Report(documents=inputs.documents, rows=inputs.rows)
-    with Results(job.result_file, result_metadata(job, identity), url=job.result_url) as results:
-        if not prune:
-            find_surplus(results, inputs).refuse(job.output.path)
-        merged = _Merge(job, inputs, identity, files, report)
-        with RunFile(job, identity, report, started):
-            results.replace(with_progress_bar(merged.documents(), inputs.documents, quiet))
+    try:
+        files = _done_shards(shards_folder(job.result_file), identity)
+        with Results(job.result_file, result_metadata(job, identity), url=job.result_url) as results:
+            if not prune:
+                find_surplus(results, inputs).refuse(job.output.path)
+            merged = _Merge(job, inputs, identity, files, report)
+            with RunFile(job, identity, report, started, command=command):
+                results.replace(with_progress_bar(merged.documents(), inputs.documents, quiet))
+    except _ShardsToRun as error:
+        commands = " && ".join(f"{run_command} --shard {shard}" for shard in error.shards)
+        raise JobError(f"{error}; {error.purpose}: {commands}") from None
     return report
 
 
@@ -69,10 +82,10 @@ def _done_shards(folder: Path, identity: Identity) -> dict[Shard, Path]:
             raise JobError(f"{file}: is shard {shard}, and so is {other}; remove the one that is not meant")
         for name, value in asdict(identity).items():
             if metadata.get(f"pipeline.{name}") != value:
-                raise JobError(f"{file}: is of another job: it has another {name} than this one; {_remedy(shard)}")
+                raise _ShardsToRun(f"{file}: is of another job: it has another {name} than this one", shard)
         shards[shard] = file
     if not shards:
-        raise JobError(f"{folder}: no shard is done; pipeline run JOB --shard 1/N does the first of N")
+        raise _ShardsToRun(f"{folder}: no shard is done", Shard(1, 2), purpose="to do the first of two")
     _check_complete(folder, shards)
     return shards
 
@@ -88,7 +101,7 @@ def _check_complete(folder: Path, shards: Mapping[Shard, Path]) -> None:
     if left:
         named = ", ".join(map(str, left[:_MOST_NAMED]))
         more = f" and {len(left) - _MOST_NAMED:,} more" if len(left) > _MOST_NAMED else ""
-        raise JobError(f"{folder}: {len(left):,} of {count:,} shards are not done: {named}{more}; {_remedy(left[0])}")
+        raise _ShardsToRun(f"{folder}: {len(left):,} of {count:,} shards are not done: {named}{more}", left[0])
 
 
 class _Merge:
@@ -127,9 +140,10 @@ class _Merge:
         rows |= {query_id: row for query_id, row in task.failed.items() if stored.get(query_id) == row}
         missing = [query.id for query in document.queries if query.id not in rows]
         if missing:
-            raise JobError(
+            raise _ShardsToRun(
                 f"{self._files[shard]}: has no row of document '{document.id}' and query '{missing[0]}' as the job is "
-                f"now; {_remedy(shard)}"
+                "now",
+                shard,
             )
         return [rows[query.id] for query in document.queries]
 
@@ -148,11 +162,9 @@ class _Merge:
         except sqlite3.IntegrityError:
             query = "SELECT shard FROM documents WHERE id = ?"
             other = Shard(self._database.execute(query, [document_id]).fetchone()[0], self._count)
-            raise JobError(
+            raise _ShardsToRun(
                 f"{self._files[shard]}: has document '{document_id}', and so has {self._files[other].name}: the job "
-                f"changed between them; pipeline run JOB with --shard {other} and then {shard} puts that right"
+                "changed between them",
+                other,
+                shard,
             ) from None
-
-
-def _remedy(shard: Shard) -> str:
-    return f"pipeline run JOB --shard {shard} puts that right"

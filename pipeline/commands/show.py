@@ -30,8 +30,9 @@ _GAP = 2  # characters between columns
 class AnswerTable:
     """A job's answers by document and query, read from disk each time that they are iterated.
 
-    documents, queries: ids to show, or patterns of ids; empty for all. failed: show failed rows only. Raises JobError
-    for unknown ids and OutputError if there is no result yet.
+    documents, queries: ids to show, or patterns of ids; empty for all. failed: show failed rows only. commands: the
+    commands that run and merge the job, which an error names. Raises JobError for unknown ids and OutputError if there
+    is no result yet.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class AnswerTable:
         queries: Collection[str] = (),
         failed: bool = False,
         shard: Shard | None = None,
+        commands: tuple[str, str] = ("pipeline run", "pipeline merge"),
     ) -> None:
         self._job, self._failed = job, failed
         self._inputs = Inputs(job, shard, Selection(tuple(documents), tuple(queries)))
@@ -48,7 +50,8 @@ class AnswerTable:
         with self._results() as results:
             if not results.exist:
                 in_shards = shards_folder(job.result_file).exists()
-                cure = "pipeline merge takes them from the shards" if in_shards else "pipeline run makes them"
+                run, merge = commands
+                cure = f"{merge} takes them from the shards" if in_shards else f"{run} makes them"
                 raise OutputError(f"{job.output.path}: there are no answers yet; {cure}")
 
     def ids(self) -> Iterator[str]:

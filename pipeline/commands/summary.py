@@ -7,9 +7,9 @@ from pipeline.job.job import Job
 from pipeline.report import Report
 
 
-def summary(job: Job, named: str, report: Report) -> list[tuple[str, str]]:
-    """Return the lines of the table. named: the job and its shard, as they are written on a command line."""
-    rows = _rows(named, report)
+def summary(job: Job, show_command: str, report: Report) -> list[tuple[str, str]]:
+    """Return the lines of the table. show_command: the command that shows the answers."""
+    rows = _rows(show_command, report)
     rows += cut_documents(report.documents_truncated, report.documents_split)
     if prefixes := report.prefixes_built + report.prefixes_restored:
         built = f"{report.prefixes_built:,} built, {report.prefixes_restored:,} restored"
@@ -27,17 +27,18 @@ def summary(job: Job, named: str, report: Report) -> list[tuple[str, str]]:
         rows.append(("restarts", f"{report.restarts:,} of the model's process, which had died"))
     rows.append(("seconds", f"{report.seconds:.1f}"))
     rows.append(("result", f"{job.result_file}.parts" if report.interrupted else job.output.path))
+    rows.append(("next", show_command))
     return rows
 
 
-def _rows(named: str, report: Report) -> list[tuple[str, str]]:
+def _rows(show_command: str, report: Report) -> list[tuple[str, str]]:
     """Return the lines about rows."""
     answered = f"{report.rows_answered:,} answered, {report.rows_kept:,} kept, {report.rows_failed:,} failed"
     rows = [("rows", f"{answered} of {report.rows:,} ({report.documents:,} documents)")]
     for kind, count in sorted(report.failures.items()):
         rows.append(("failures", f"{count:,} {kind}, first {report.first_failures[kind]}"))
     if report.failures:
-        rows.append(("", f"to see them: pipeline show {named} --failed"))
+        rows.append(("", f"to see them: {show_command} --failed"))
     if report.rows_beside:
         rows.append(("others", f"{report.rows_beside:,} rows left as they were"))
     return rows

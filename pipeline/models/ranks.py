@@ -30,10 +30,11 @@ RESUME_HINT = "what was committed is kept, and the same command resumes"
 _RANK_LOST = "another rank is lost"
 
 
-def is_rank_worker(job: Job) -> bool:
+def is_rank_worker(job: Job, command: str) -> bool:
     """Return whether this process is a rank of the job's model, but not the first one.
 
-    Raises JobError if the job and the way in which this process was started do not agree.
+    command: the command that has started this process, which an error repeats. Raises JobError if the job and the way
+    in which this process was started do not agree.
     """
     count, rank = job.scale.ranks, os.environ.get("MLX_RANK")
     if count == 1 and rank is not None:
@@ -45,7 +46,7 @@ def is_rank_worker(job: Job) -> bool:
     if count > 1 and rank is None:
         raise JobError(
             f"scale.ranks: {count} processes are to hold the model between them, and this one is alone; start them "
-            f"together: mlx.launch -n {count} -- pipeline run JOB, on several machines with --hostfile FILE"
+            f"together: mlx.launch -n {count} -- {command} (on several machines with --hostfile FILE before the --)"
         )
     return count > 1 and rank != "0"
 

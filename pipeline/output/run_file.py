@@ -36,16 +36,23 @@ class RunFile:
     """The run file of one run; a context manager, at whose end the file is complete.
 
     report: the run's report, whose seconds are set at the end. started: start of the run on the monotonic clock. part:
-    the part of the job that is answered; None for all of it.
+    the part of the job that is answered; None for all of it. command: the command that does this again from any folder,
+    for readers of the file.
     Raises OutputError if the disk refuses, and the errors of `upload`.
     """
 
     def __init__(
-        self, job: Job, identity: Identity, report: Report, started: float, part: Selection | None = None
+        self,
+        job: Job,
+        identity: Identity,
+        report: Report,
+        started: float,
+        part: Selection | None = None,
+        command: str | None = None,
     ) -> None:
         self._path = _path(job)
         self._job, self._identity, self._report, self._started = job, identity, report, started
-        self._part = asdict(part) if part else None
+        self._part, self._command = asdict(part) if part else None, command
         self._last_write = float("-inf")
 
     def __enter__(self) -> RunFile:
@@ -77,6 +84,7 @@ class RunFile:
         content = {
             "job": self._job.name,
             "part": self._part,
+            "command": self._command,
             "state": state,
             "error": error,
             "updated": _now(),

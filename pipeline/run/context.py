@@ -21,13 +21,14 @@ class RunOptions:
 
     selection: the part of the job that is answered; all other rows stay as they are. keep_failed: rows that failed in
     an earlier run are not tried again. stop_at_failure: the run ends at the first new failed row. prune: a run of the
-    whole job removes the rows that the job does not ask for any more.
+    whole job removes the rows that the job does not ask for any more. command: see `RunFile`.
     """
 
     selection: Selection = field(default_factory=Selection)
     keep_failed: bool = False
     stop_at_failure: bool = False
     prune: bool = False
+    command: str | None = None
 
 
 @dataclass(frozen=True)

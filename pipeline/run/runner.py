@@ -82,7 +82,7 @@ class Runner:
             try:
                 with (
                     self._interrupt.listening(),
-                    RunFile(job, identity, report, started, options.selection) as run_file,
+                    RunFile(job, identity, report, started, options.selection, options.command) as run_file,
                 ):
                     context = RunContext(job, identity, inputs.schemas, observer, self._interrupt.check, self._ranks)
                     executor = self._make_executor(context, inputs, report.documents_done)

@@ -16,6 +16,8 @@ from typer.testing import CliRunner, Result
 from pipeline.cli import app
 from tests import ROOT
 
+PROGRAM = f"{sys.executable} -m pipeline.cli"  # how these tests start the command in a process of its own
+
 
 def invoke(*arguments: str | Path) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])

@@ -105,7 +105,10 @@ def test_unknown_ids_are_named(answered: Workplace, options: list[str], words: s
 def test_a_job_without_answers(workplace: Workplace) -> None:
     result = invoke("show", workplace.job_file)
     assert result.exit_code == 1
-    assert result.stderr == f"error: {workplace.output}: there are no answers yet; pipeline run makes them\n"
+    assert (
+        result.stderr
+        == f"error: {workplace.output}: there are no answers yet; pipeline run {workplace.job_file} makes them\n"
+    )
 
 
 def test_a_closed_pipe_is_no_error(answered: Workplace) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.pipeline.command_line import ROOT, error_of, invoke
+from tests.pipeline.command_line import PROGRAM, ROOT, error_of, invoke
 from tests.pipeline.workplace import Workplace
 
 pytest.importorskip("ray", reason="ray is not installed")
@@ -310,7 +310,7 @@ def test_ctrl_c_finishes_what_is_in_hand(place: Workplace) -> None:
     process.send_signal(signal.SIGINT)
     _, error = process.communicate()
     assert process.returncode == 130, error
-    assert error.splitlines()[-1] == f"interrupted; to resume: pipeline run {place.job_file} --on ray"
+    assert error.splitlines()[-1] == f"interrupted; to resume: {PROGRAM} run {place.job_file} --on ray"
     assert place.report()["state"] == "interrupted"
     assert on_ray(place)
     assert place.output.read_bytes() == alone(place)

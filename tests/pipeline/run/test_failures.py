@@ -81,7 +81,8 @@ def test_one_that_does_not_pass_is_an_error_and_summed_up(workplace: Workplace) 
     assert "6 answered, 0 kept, 3 failed" in out
     assert (
         "failures  3 GenerationFailed, first document 'd0', query 'what': the model failed: "
-        f"[malloc] Unable to allocate\n          to see them: pipeline show {workplace.job_file} --failed\n"
+        "[malloc] Unable to allocate\n"
+        f"          to see them: pipeline show {workplace.job_file} --set retries=2 --failed\n"
     ) in out
     assert invoke("show", workplace.job_file, "--failed").stdout.count("GenerationFailed") == 3
 
@@ -115,7 +116,7 @@ def test_a_run_stops_where_a_row_fails_if_asked(workplace: Workplace) -> None:
     assert "3 answered, 0 kept, 3 failed of 9" in result.stdout
     assert result.stderr.splitlines()[-1] == (
         "stopped at the first failure: document 'd1', query 'what': the document's text is empty; "
-        f"to resume: pipeline run {workplace.job_file}"
+        f"to resume: pipeline run {workplace.job_file} --fail-fast"
     )
     assert workplace.report()["stopped_at"] == "document 'd1', query 'what': the document's text is empty"
     assert not workplace.output.exists()

@@ -172,7 +172,10 @@ def test_a_shard_keeps_what_is_answered_and_the_merge_wants_what_is_new(place: W
     place.queries.append({"id": "why", "text": "Why?"})
     place.save()
     line = error_of(invoke("merge", place.job_file))
-    assert ".parquet: has no row of document 'd0' and query 'why' as the job is now; pipeline run JOB --shard " in line
+    assert (
+        ".parquet: has no row of document 'd0' and query 'why' as the job is now; to put that right: pipeline run "
+        in line
+    )
     assert place.output.read_bytes() == merged
     assert place.report()["state"] == "failed"
     again = [json.loads(invoke("run", place.job_file, "--json", "--shard", f"{number}/2").stdout) for number in (1, 2)]
@@ -235,7 +238,9 @@ def test_plan_status_and_show_of_a_shard(place: Workplace) -> None:
     shown = invoke("show", place.job_file, "--shard", "2/2").stdout.splitlines()
     assert list(dict.fromkeys(line.split("\t")[0] for line in shown)) == document_ids(shards(place) / "2-of-2.parquet")
     assert invoke("show", place.job_file, "--shard", "1/2").exit_code == 1
-    assert invoke("show", place.job_file).stderr.endswith("no answers yet; pipeline merge takes them from the shards\n")
+    assert invoke("show", place.job_file).stderr.endswith(
+        f"no answers yet; pipeline merge {place.job_file} takes them from the shards\n"
+    )
     invoke("run", place.job_file, "--quiet", "--shard", "9999/9999")
     assert in_terminal(80, "show", place.job_file, "--shard", "9999/9999")
     assert invoke("plan", place.job_file, "--shard", "9999/9999").exit_code == 0
@@ -262,7 +267,7 @@ def test_what_a_shard_says_to_do_next_is_of_the_shard(place: Workplace) -> None:
     result = invoke("run", place.save(), "--fail-fast", "--shard", "1/1")
     assert result.exit_code == 1
     assert f"to see them: pipeline show {place.job_file} --shard 1/1 --failed" in result.stdout
-    assert result.stderr.splitlines()[-1].endswith(f"to resume: pipeline run {place.job_file} --shard 1/1")
+    assert result.stderr.splitlines()[-1].endswith(f"to resume: pipeline run {place.job_file} --shard 1/1 --fail-fast")
 
 
 # ---- what is wrong
@@ -343,8 +348,8 @@ def _change_a_text(place: Workplace) -> None:
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (_remove, "1 of 3 shards are not done: 2/3; pipeline run JOB --shard 2/3 puts that right"),
-        (_remove_all, "no shard is done; pipeline run JOB --shard 1/N does the first of N"),
+        (_remove, "1 of 3 shards are not done: 2/3; to put that right: pipeline run "),
+        (_remove_all, "no shard is done; to do the first of two: pipeline run "),
         (_leave_half_done, "1 of 3 shards are not done: 3/3; "),
         (_copy, "2-of-3.parquet: is shard 2/3, and so is 2-of-3-again.parquet; remove the one that is not meant"),
         (_rename_a_copy, "2-of-3.parquet: is shard 2/3, and so is 1-of-3.parquet; "),
@@ -355,7 +360,7 @@ def _change_a_text(place: Workplace) -> None:
         (_run_with_another_query, "1-of-3.parquet: has no row of document "),
         (_change_a_text, "-of-3.parquet: has no row of document 'e5' and query 'what' as the job is now; "),
         (_share_no_batches, "1-of-3.parquet: has no row of document 'e2' and query 'what' as the job is now; "),
-        (_move_a_document, "the job changed between them; pipeline run JOB with --shard "),
+        (_move_a_document, "the job changed between them; to put that right: pipeline run "),
     ],
 )
 def test_shards_that_are_not_all_of_the_job(place: Workplace, spoil: Callable[[Workplace], None], words: str) -> None:
