@@ -245,7 +245,7 @@ class _StockModel:
 
     def _record(self, question: _Question, reading: RowParser, tokens: Iterable[int]) -> None:
         """Read tokens until the answer ends, and keep the answer."""
-        any(map(reading.add, tokens))
+        any(reading.add(token, 0.0) for token in tokens)  # baselines show no log-probabilities
         answer = reading.answer("stop")
         self.answers[question.pair] = answer.text
         self.answer_tokens += answer.tokens

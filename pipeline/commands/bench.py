@@ -133,7 +133,7 @@ def job_part(job: Job, extent: Extent, path: Path) -> Job:
     from pipeline.models.constraints import check_schemas
 
     inputs, renderer = Inputs(job), Renderer(job.prompt, job.documents)
-    check_schemas(inputs.schemas)
+    check_schemas(inputs.schemas, inputs.query_with_evidence)
     taken: list[Document] = []
     for document in inputs.stream():
         try:

@@ -105,7 +105,7 @@ def plan_job(
     from pipeline.cache.store import Store
 
     inputs = Inputs(job, shard, selection)
-    check_schemas(inputs.schemas)
+    check_schemas(inputs.schemas, inputs.query_with_evidence)
     path = resolve_model(job.model, job.revision)
     config, identity = read_config(path), job_identity(job, remember=False)
     tokenizer = load_tokenizer(path, job.trust_remote_code)

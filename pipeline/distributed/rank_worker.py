@@ -20,6 +20,7 @@ from pipeline.inputs.prompts import Renderer
 from pipeline.job.job import Job, Settings
 from pipeline.models.loading import load_model
 from pipeline.models.output_parser import OutputParser
+from pipeline.models.quotations import Passages
 from pipeline.models.ranks import RankGroup, common_values, join_ranks
 from pipeline.run.context import RunContext
 from pipeline.run.decode import Request, generate_answers
@@ -76,12 +77,12 @@ class RankWorker:
         self._waiting.setdefault(key, []).append(self._prefixes.get(pieces))
 
     def answer(self, prefixes: Sequence[str], requests: Sequence[Sequence[Any]]) -> None:
-        """Decode as the first rank does. A request is (index into ``prefixes``, tokens, settings, name)."""
+        """Decode as the first rank does. A request is (index into ``prefixes``, tokens, settings, name, passages)."""
         job = self._context.job
         ready = make_resident([self._take(key) for key in prefixes], job.cache.resident)
         decoded = [
-            Request(ready[number], tokens, Settings(**settings | {"stop": tuple(settings["stop"])}), name)
-            for number, tokens, settings, name in requests
+            Request(ready[number], tokens, _settings(settings), name, passages and _passages(**passages))
+            for number, tokens, settings, name, passages in requests
         ]
         batch_size = job.generation.batch_size
         generate_answers(self._model, decoded, self._parser, batch_size, ranks=self._context.ranks)
@@ -92,6 +93,14 @@ class RankWorker:
         if others:
             self._waiting[key] = others
         return first
+
+
+def _settings(values: Mapping[str, Any]) -> Settings:
+    return Settings(**{**values, "stop": tuple(values["stop"]), "choices": tuple(values["choices"])})
+
+
+def _passages(texts: Sequence[str], whole: bool) -> Passages:
+    return Passages(tuple(texts), whole)
 
 
 def _exit_at_second_interrupt() -> None:

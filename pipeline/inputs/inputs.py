@@ -50,6 +50,10 @@ class Inputs:
             all_rows = self.rows
             self._wanted, self.rows = self._select()
             self.documents, self.is_part = len(self._wanted), self.rows < all_rows
+        # Queries that stand for all settings that there are.
+        self._kinds = self._document_queries.first_of_each_kind() if self._document_queries else self._shared_queries
+        for query in self._kinds:
+            query.check(job.generation)
         if shard is not None:  # the documents must be read, because groups depend on the length of texts
             self.documents = self.rows = 0
             for document in self.stream():
@@ -64,9 +68,12 @@ class Inputs:
     @property
     def schemas(self) -> dict[str, str]:
         """The JSON schemas that answers must follow, each with the id of the first query that has it."""
-        if self._document_queries:
-            return self._document_queries.schemas()
-        return {query.json_schema: query.id for query in reversed(self._shared_queries) if query.json_schema}
+        return {query.json_schema: query.id for query in reversed(self._kinds) if query.json_schema}
+
+    @property
+    def query_with_evidence(self) -> str | None:
+        """The id of a query that wants evidence, or None."""
+        return next((query.id for query in self._kinds if query.evidence), None)
 
     def stream(self) -> Iterator[Document]:
         """Yield the wanted documents in order, each with its queries."""

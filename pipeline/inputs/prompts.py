@@ -34,10 +34,15 @@ _PROMPTS_PER_GROUP = 8
 
 @dataclass(frozen=True)
 class Rendered:
-    """A document's system text and context, as text."""
+    """A document's system text and context, as text.
+
+    start, end: the part of the document's text that the context has; an end of None is the end of the text.
+    """
 
     system: str | None
     context: str
+    start: int = 0
+    end: int | None = None
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from pipeline.files.temporary_database import spill_errors, temporary_database
 from pipeline.job.job import Query, QueryTable, check_unique
 from pipeline.job.validation_errors import explain
 
-_SETTINGS = ("max_tokens", "temperature", "top_p", "seed", "stop", "json_schema")
+_SETTINGS = ("max_tokens", "temperature", "top_p", "seed", "stop", "json_schema", "choices", "evidence", "samples")
 _ROWS_PER_BATCH = 256
 _TABLES = """
 CREATE TABLE queries (document TEXT, id TEXT, query TEXT, PRIMARY KEY (document, id));
@@ -82,13 +82,12 @@ class DocumentQueries:
         rows = self._select("query, min(rowid) FROM queries GROUP BY id ORDER BY min(rowid)")
         return [Query.model_validate_json(query) for query, _ in rows]
 
-    def schemas(self) -> dict[str, str]:
-        """Return the JSON schemas of queries, each with the id of the first query that has it."""
+    def first_of_each_kind(self) -> list[Query]:
+        """Return the first query of each combination of settings, in the order of rows."""
         rows = self._select(
-            "json_extract(query, '$.json_schema') AS schema, id, min(rowid) FROM queries "
-            "WHERE schema NOT NULL GROUP BY schema ORDER BY min(rowid)"
+            "query, min(rowid) FROM queries GROUP BY json_remove(query, '$.id', '$.text') ORDER BY min(rowid)"
         )
-        return {schema: query_id for schema, query_id, _ in rows}
+        return [Query.model_validate_json(query) for query, _ in rows]
 
     def _select(self, selection: str, *parameters: str) -> list[Any]:
         with spill_errors("queries"), self._lock:

@@ -25,11 +25,14 @@ _CHARACTERS_PER_TOKEN = 16  # few texts have more: it bounds the text that is to
 
 def reserved_tokens(queries: Sequence[Query], generation: Generation) -> int:
     """Return how many tokens are kept free after a context, enough for any of the queries and its answer."""
-    return max(len(query.text.encode()) + query.settings(generation).max_tokens for query in queries)
+    return max(len(query.text.encode()) + query.settings(generation).longest for query in queries)
 
 
 def combined(rendered: Rendered, answers: Sequence[str]) -> Rendered:
-    """Return the context from which a query is answered after it was answered on each window of a document."""
+    """Return the context from which a query is answered after it was answered on each window of a document.
+
+    answers: on each window, with the evidence for it if there is any.
+    """
     parts = (f"Part {number}: {answer}" for number, answer in enumerate(answers, start=1))
     introduction = f"A document was read in {len(answers)} parts, and this was answered on each of them.\n\n"
     return replace(rendered, context=introduction + "\n\n".join(parts))
@@ -87,7 +90,7 @@ class WindowCutter:
 
     def _rendered(self, document: Document, start: int, end: int) -> Rendered:
         columns = {**document.columns, self._job.documents.text: document.text[start:end]}
-        return self._renderer.render(replace(document, columns=columns))
+        return replace(self._renderer.render(replace(document, columns=columns)), start=start, end=end)
 
 
 def longest_fitting(characters: int, room: int, tokens: Callable[[int], int]) -> int:

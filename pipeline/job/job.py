@@ -28,16 +28,19 @@ from pydantic import (
     model_validator,
 )
 
-from pipeline.errors import one_line
+from pipeline.errors import JobError, one_line
 from pipeline.files.encoding import checked_encoding
 from pipeline.job.budget import checked_budget
 
 _LARGEST_INT = (1 << 63) - 1
 _RESULT_SUFFIXES = (".parquet", ".pq", "")  # a name without a suffix promises no other format
+_MOST_QUOTATIONS = 10
 _RAY_RESOURCES = ("CPU", "GPU", "memory", "object_store_memory")
 _Value = TypeVar("_Value")
 _PathOrText = TypeVar("_PathOrText", str, Path)
 ThinkingMode = Literal[False, "drop", "keep"]
+EVIDENCE_KEY = "x-evidence"  # in a JSON schema: this field is a quotation
+EVIDENCE_TURN_TOKENS = 256  # the most tokens of a turn in which the model quotes, with the question before it
 DEFAULT_SYSTEM = "Answer from the document only. If the document does not say, say so."
 
 
@@ -52,6 +55,26 @@ class Settings:
     stop: tuple[str, ...] = ()
     json_schema: str | None = None
     thinking: ThinkingMode = False
+    choices: tuple[str, ...] = ()
+    evidence: int = 0
+    samples: int = 1
+
+    @property
+    def wants_evidence(self) -> bool:
+        """Whether the answer, or a field of its JSON, comes with quotations."""
+        return self.evidence > 0 or (self.json_schema is not None and f'"{EVIDENCE_KEY}"' in self.json_schema)
+
+    @property
+    def longest(self) -> int:
+        """The most tokens that an answer and its evidence take behind the query."""
+        turns = max(self.evidence, 1) if self.wants_evidence else 0
+        return self.max_tokens + turns * EVIDENCE_TURN_TOKENS
+
+    @property
+    def deciding(self) -> dict[str, Any]:
+        """The settings that fingerprints cover. Later ones are covered only if they are used: rows stay valid."""
+        later = {"choices": (), "evidence": 0, "samples": 1}
+        return {name: value for name, value in vars(self).items() if name not in later or value != later[name]}
 
 
 def _not_blank(text: _Value) -> _Value:
@@ -91,6 +114,10 @@ def _custom_resources(resources: dict[str, float]) -> dict[str, float]:
     return resources
 
 
+def _whole_number(value: Any) -> Any:
+    return int(value) if isinstance(value, bool) else value
+
+
 def _schema_text(value: Any) -> str | None:
     """Return a JSON schema as text with its keys in order; a job gives it as a mapping, as text or as {file: path}."""
     origin = ""
@@ -126,6 +153,9 @@ _TopP = Annotated[float, Field(gt=0, le=1)]
 _Seed = Annotated[int, Field(ge=0, le=_LARGEST_INT)]
 _Stop = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)]
 _Schema = Annotated[str | None, BeforeValidator(_schema_text), WithJsonSchema({"type": ["object", "string", "null"]})]
+_Choices = Annotated[tuple[_Text, ...], Field(strict=False, min_length=2)]
+_Evidence = Annotated[int, Field(ge=0, le=_MOST_QUOTATIONS), BeforeValidator(_whole_number)]
+_Samples = Annotated[int, Field(ge=1, le=1000)]
 _Bits = Literal[2, 3, 4, 5, 6, 8]
 _Amount = Annotated[float, Field(gt=0), AfterValidator(_whole_above_one)]
 
@@ -175,24 +205,54 @@ class Query(_Section):
     seed: _Seed | None = None
     stop: _Stop | None = None
     json_schema: _Schema = None  # the JSON schema that the answer follows
+    choices: _Choices | None = None  # the answer is one of these texts
+    evidence: _Evidence = 0  # how many quotations of the document come with the answer; true is one
+    samples: _Samples = 1  # answers with seeds of their own, of which the commonest is taken
 
     @model_validator(mode="after")
-    def _check_stop(self) -> Query:
+    def _check_kind(self) -> Query:
         if self.stop and self.json_schema:
             raise ValueError("has both stop and json_schema; an answer with a schema ends where its JSON does")
+        if self.choices:
+            for name in ("stop", "json_schema"):
+                if getattr(self, name):
+                    raise ValueError(
+                        f"has both choices and {name}; an answer with choices is one of them as it is written"
+                    )
+            if self.samples > 1:
+                raise ValueError("has both choices and samples; choices have probabilities, so nothing is sampled")
+            if len(set(self.choices)) < len(self.choices):
+                raise ValueError("has a choice twice")
         return self
 
+    def check(self, defaults: Generation) -> None:
+        """Raise JobError if this query's settings do not fit the job's defaults."""
+        if self.samples > 1 and self.settings(defaults).temperature == 0:
+            raise JobError(
+                f"queries: query '{self.id}' has {self.samples} samples, which are all the same at temperature 0; "
+                "set temperature, to 0.7 for example"
+            )
+        if self.choices and defaults.thinking:
+            raise JobError(
+                f"queries: query '{self.id}' has choices, which are scored right behind the query; "
+                "generation.thinking must be false"
+            )
+
     def settings(self, defaults: Generation) -> Settings:
-        """Return this query's settings over the job's defaults. A query with a schema has no stop texts."""
+        """Return this query's settings over the job's defaults. An answer with a schema or choices has no stop."""
         stop = defaults.stop if self.stop is None else self.stop
+        has_own_end = self.json_schema or self.choices
         return Settings(
             max_tokens=defaults.max_tokens if self.max_tokens is None else self.max_tokens,
             temperature=defaults.temperature if self.temperature is None else self.temperature,
             top_p=defaults.top_p if self.top_p is None else self.top_p,
             seed=defaults.seed if self.seed is None else self.seed,
-            stop=() if self.json_schema else stop,
+            stop=() if has_own_end else stop,
             json_schema=self.json_schema,
             thinking=defaults.thinking,
+            choices=self.choices or (),
+            evidence=self.evidence,
+            samples=self.samples,
         )
 
 

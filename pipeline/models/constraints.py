@@ -1,17 +1,20 @@
-"""Hold answers to JSON schemas: llguidance compiles the schemas before a run and restricts tokens while decoding.
+"""Hold answers to JSON schemas and quotations to their document: llguidance restricts the tokens while decoding.
 
 llguidance refuses every part of a schema that it has no rule for, so a complete answer always follows its schema.
 """
 
 from __future__ import annotations
 
+import functools
 import json
+from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pipeline.errors import AnswerCutOff, GenerationFailed, JobError, ModelError, RowError, one_line
+from pipeline.models.quotations import Passages, check_evidence_fields, grammar, without_evidence_fields
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -26,56 +29,82 @@ _MAPPING_KEYS = {"properties", "patternProperties", "$defs", "definitions"}
 _OPEN_KEYS = {"additionalProperties", "patternProperties", "unevaluatedProperties", "anyOf", "oneOf", "$ref"}
 
 
-def check_schemas(schemas: Mapping[str, str]) -> None:
+def check_schemas(schemas: Mapping[str, str], evidence: str | None = None) -> None:
     """Raise JobError if a schema cannot be compiled, or if llguidance is not installed.
 
-    schemas: each schema with the id of the first query that has it.
+    schemas: each schema with the id of the first query that has it. evidence: the id of a query with evidence.
     """
-    for schema, query_id in schemas.items():
-        origin = f"queries: json_schema of query '{query_id}'"
+    origins = {schema: f"queries: json_schema of query '{query_id}'" for schema, query_id in schemas.items()}
+    for origin in [*origins.values(), *([] if evidence is None else [f"queries: evidence of query '{evidence}'"])]:
         try:
-            from llguidance import LLMatcher
+            import llguidance  # noqa: F401
         except ImportError:
             raise JobError(
                 f"{origin}: needs the package llguidance; install it with `pip install llguidance`, "
                 "or this project with its extra `schemas`"
             ) from None
+    for schema, origin in origins.items():
+        from llguidance import LLMatcher
+
+        try:
+            check_evidence_fields(json.loads(schema))
+        except ValueError as error:
+            raise JobError(f"{origin}: {error}") from None
         if problem := LLMatcher.validate_grammar(_grammar(schema)):
             raise JobError(f"{origin}: cannot be compiled: {' '.join(problem.split())}")
 
 
 class Grammars:
-    """JSON schemas, compiled for one tokenizer.
+    """JSON schemas and passages to quote, compiled for one tokenizer.
 
     tokenizer: mlx-lm's wrapper. Raises ModelError if llguidance cannot find out the bytes of its tokens.
     """
 
     def __init__(self, tokenizer: Any, schemas: Collection[str]) -> None:
-        self._matchers: dict[str, Any] = {}
-        if not schemas:
-            return
-        from llguidance import LLMatcher
+        self._wrapped = tokenizer
+        self._matchers = {schema: self._compile(_grammar(schema)) for schema in schemas}
+        self._last_passages: tuple[Passages, Any] = (Passages(()), None)  # the queries of a document follow each other
+
+    @functools.cached_property
+    def _tokenizer(self) -> Any:
         from llguidance.hf import from_tokenizer
 
         from pipeline.models.mlx_lm_internals import hugging_face_tokenizer, stop_token_ids
 
         try:
-            self._tokenizer = from_tokenizer(hugging_face_tokenizer(tokenizer), eos_token=stop_token_ids(tokenizer))
+            return from_tokenizer(hugging_face_tokenizer(self._wrapped), eos_token=stop_token_ids(self._wrapped))
         except ValueError as error:
-            raise ModelError(f"json_schema cannot be used with this model's tokenizer: {one_line(error)}") from error
-        for schema in schemas:
-            self._matchers[schema] = LLMatcher(self._tokenizer, _grammar(schema), log_level=0)
+            message = "json_schema and evidence cannot be used with this model's tokenizer"
+            raise ModelError(f"{message}: {one_line(error)}") from error
+
+    def _compile(self, text: str) -> Any:
+        from llguidance import LLMatcher, LLParserLimits
+
+        # The default limits refuse a document of 300,000 characters, which compiles in a third of a second.
+        limits = LLParserLimits(initial_lexer_fuel=10**10, step_lexer_fuel=10**9, max_lexer_states=10**7)
+        return LLMatcher(self._tokenizer, text, log_level=0, limits=limits)
 
     def constraint(self, schema: str, thinking: ThinkingParser) -> Constraint:
         """Return the constraint that holds one answer to a schema, beginning where its thinking ends."""
         return Constraint(self._matchers[schema].deep_copy(), self._tokenizer, thinking)
 
+    def quotation(self, passages: Passages, thinking: ThinkingParser) -> Constraint:
+        """Return the constraint that holds one turn to a quotation from the passages."""
+        if self._last_passages[0] != passages:
+            self._last_passages = (passages, self._compile(grammar(passages)))
+        return Constraint(self._last_passages[1].deep_copy(), self._tokenizer, thinking)
+
 
 class Constraint:
-    """A logits processor of mlx-lm that holds one row to its schema, independently of the other rows of the batch."""
+    """A logits processor of mlx-lm that holds one row to its grammar, independently of the other rows of the batch.
+
+    logprobs: for each token that was chosen and not yet taken from here, the log-probabilities (1, vocabulary) that the
+    model gave to all tokens, before the grammar excluded any.
+    """
 
     def __init__(self, matcher: Any, tokenizer: Any, thinking: ThinkingParser) -> None:
         self._matcher, self._tokenizer, self._thinking = matcher, tokenizer, thinking
+        self.logprobs: deque[mx.array] = deque()
         self._tokens_read: int | None = None  # of the prompt and the answer
 
     def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
@@ -91,6 +120,7 @@ class Constraint:
             for token in generated:
                 self._matcher.consume_tokens(self._thinking.add(token))
         self._tokens_read = tokens.size
+        self.logprobs.append(log_softmax(logits))
         if self._thinking.is_open:
             return logits
         words = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)  # only the stop token if llguidance gave up
@@ -115,17 +145,27 @@ class Constraint:
         if self.is_complete:
             return None
         if problem := self._matcher.get_error():
-            return GenerationFailed(f"llguidance gave up on the schema: {' '.join(problem.split())}")
+            return GenerationFailed(f"llguidance gave up on the grammar: {' '.join(problem.split())}")
         return AnswerCutOff(
             f"the JSON is not complete after {tokens:,} tokens; raise max_tokens, or bound what the schema allows"
         )
+
+
+def log_softmax(logits: mx.array) -> mx.array:
+    """Return the log-probabilities of logits (1, vocabulary), in float32; their computation is started."""
+    import mlx.core as mx
+
+    logits = logits.astype(mx.float32)
+    logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    mx.async_eval([logprobs])  # type: ignore[no-untyped-call]
+    return logprobs
 
 
 def _grammar(schema: str) -> str:
     from llguidance import LLMatcher
 
     is_merged = '"allOf"' in schema  # each part of `allOf` must accept the properties of the others
-    tree = json.loads(schema)
+    tree = without_evidence_fields(json.loads(schema))
     grammar: str = LLMatcher.grammar_from_json_schema(tree if is_merged else _closed(tree), overrides=_FORM)
     return grammar
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+import functools
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline.errors import AnswerCutOff, RowError
+from pipeline.errors import AnswerCutOff, GenerationFailed, RowError
 from pipeline.job.job import Settings
+from pipeline.models.choices import ForcedTokens, choice_tokens
 from pipeline.models.constraints import Constraint, Grammars
+from pipeline.models.quotations import QUOTATION_TOKENS, Passages, turn_tokens
 from pipeline.models.thinking import ThinkingMarks, ThinkingParser
 
 _MARGIN = 8  # tokens before a stop string; the first of them may be a part of a character
@@ -20,7 +24,9 @@ class Answer:
 
     text: ends before the first stop string, if the model wrote one. finish_reason: `stop` or `length`. tokens: how many
     were generated, without the stop token. thinking: the text of the thinking, if the settings keep it. failure: the
-    reason why the answer is of no use, or None.
+    reason why the answer is of no use, or None. generated: the tokens themselves. logprobs: of those that belong to the
+    answer, as the model gave them before masks, temperature and top_p. choice_probabilities, samples, agreement: of
+    queries that ask for them. quotes: evidence, if the query asks for it.
     """
 
     text: str
@@ -28,6 +34,12 @@ class Answer:
     tokens: int
     thinking: str | None = None
     failure: RowError | None = None
+    generated: Sequence[int] = ()
+    logprobs: Sequence[float] = ()
+    choice_probabilities: Mapping[str, float] | None = None
+    samples: Sequence[str] | None = None
+    agreement: float | None = None
+    quotes: Sequence[str] | None = None
 
 
 class OutputParser:
@@ -35,11 +47,14 @@ class OutputParser:
 
     tokenizer: mlx-lm's wrapper. schemas: the JSON schemas that answers may have to follow. Raises ModelError if the
     tokenizer cannot hold answers to a schema.
+
+    turn_tokens: returns the tokens with which the user asks a further question behind an answer.
     """
 
     def __init__(self, tokenizer: Any, schemas: Collection[str] = ()) -> None:
         self._tokenizer, self._marks = tokenizer, ThinkingMarks(tokenizer)
         self._grammars = Grammars(tokenizer, schemas)
+        self.turn_tokens = functools.cache(lambda question: turn_tokens(tokenizer, question))
 
     def start_row(self, prompt: Sequence[int], settings: Settings) -> RowParser:
         """Return the parser of the answer to one prompt, of which the last tokens are enough."""
@@ -50,9 +65,19 @@ class OutputParser:
             constraint = self._grammars.constraint(settings.json_schema, thinking)
         return RowParser(self._tokenizer, self._marks, self._marks.parser(prompt), settings, constraint)
 
+    def start_choice(self, prompt: Sequence[int], choice: str) -> ChoiceParser:
+        """Return the parser of a row that writes one choice, in order to score it."""
+        return ChoiceParser(choice, choice_tokens(self._tokenizer, prompt, choice))
+
+    def start_quotation(self, prompt: Sequence[int], settings: Settings, passages: Passages) -> RowParser:
+        """Return the parser of a turn in which the model quotes from passages."""
+        constraint = self._grammars.quotation(passages, self._marks.parser(prompt, may_think=False))
+        own = replace(settings, max_tokens=QUOTATION_TOKENS, temperature=0.0, json_schema=None, thinking=False)
+        return RowParser(self._tokenizer, self._marks, self._marks.parser(prompt), own, constraint)
+
 
 class RowParser:
-    """The tokens of one row so far. `constraint` holds the row to its JSON schema, if its settings name one."""
+    """The tokens of one row so far. `constraint` holds the row to its JSON schema or to passages, if there are any."""
 
     def __init__(
         self,
@@ -65,10 +90,14 @@ class RowParser:
         self._tokenizer, self._marks, self._thinking, self._settings = tokenizer, marks, thinking, settings
         self.constraint = constraint
         self._answer_tokens: list[int] = []
+        self._generated: list[int] = []
+        self._logprobs: list[float] = []
 
-    def add(self, token: int) -> bool:
-        """Add a generated token; return whether the answer ends with it."""
+    def add(self, token: int, logprob: float) -> bool:
+        """Add a generated token and its log-probability; return whether the answer ends with it."""
         self._answer_tokens += self._thinking.add(token)
+        self._generated.append(token)
+        self._logprobs.append(logprob)
         if self.constraint is not None:
             return self.constraint.is_complete
         if not self._settings.stop:
@@ -84,16 +113,40 @@ class RowParser:
         kept = self._thinking.tokens if self._settings.thinking == "keep" else []
         thinking = self._marks.text(kept) or None
         if self._thinking.is_open:
-            failure = AnswerCutOff(f"the model had not ended its thinking after {count:,} tokens; raise max_tokens")
+            cut_off = AnswerCutOff(f"the model had not ended its thinking after {count:,} tokens; raise max_tokens")
+            return Answer("", finish_reason, count, thinking, cut_off)
+        # The answer follows the thinking, so its tokens are the last ones.
+        logprobs = self._logprobs[len(self._logprobs) - len(self._answer_tokens) :]
+        if any(map(math.isnan, logprobs)):
+            failure = GenerationFailed("the model computed probabilities that are not numbers")
             return Answer("", finish_reason, count, thinking, failure)
         if self.constraint is not None:
-            text = self.constraint.text(self._answer_tokens)
-            return Answer(text, finish_reason, count, thinking, self.constraint.failure(count))
+            text, incomplete = self.constraint.text(self._answer_tokens), self.constraint.failure(count)
+            return Answer(text, finish_reason, count, thinking, incomplete, self._generated, logprobs)
         text, has_stop = self._before_stop(self._answer_tokens)
-        return Answer(text.strip(), "stop" if has_stop else finish_reason, count, thinking)
+        reason = "stop" if has_stop else finish_reason
+        return Answer(text.strip(), reason, count, thinking, None, self._generated, logprobs)
 
     def _before_stop(self, tokens: Sequence[int]) -> tuple[str, bool]:
         """Return the text before the first stop string, and whether there is one."""
         text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
         starts = [start for stop in self._settings.stop if (start := text.find(stop)) >= 0]
         return (text[: min(starts)], True) if starts else (text, False)
+
+
+class ChoiceParser:
+    """A row that writes one choice of a query. `constraint` lets it write nothing else."""
+
+    def __init__(self, choice: str, tokens: Sequence[int]) -> None:
+        self._choice, self.tokens = choice, list(tokens)
+        self.constraint = ForcedTokens(tokens)
+        self._logprobs: list[float] = []
+
+    def add(self, token: int, logprob: float) -> bool:
+        """Add a token and its log-probability; return whether the choice ends with it."""
+        self._logprobs.append(logprob)
+        return len(self._logprobs) == len(self.tokens)
+
+    def answer(self, finish_reason: str) -> Answer:
+        """Return the choice with the log-probabilities of its tokens."""
+        return Answer(self._choice, "stop", len(self.tokens), generated=self.tokens, logprobs=self._logprobs)

@@ -6,13 +6,13 @@ Which files there are, and when they are written, is in results.py.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import RawIOBase
 from itertools import accumulate, groupby
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,6 +22,12 @@ from pipeline.files.atomic import atomic_file
 from pipeline.files.remote import open_remote
 from pipeline.inputs.documents import document_digest
 
+if TYPE_CHECKING:
+    from pipeline.models.quotations import Quotation
+
+_QUOTATION = pa.struct(
+    {"quote": pa.string(), "start": pa.int64(), "end": pa.int64(), "occurrences": pa.int32(), "page": pa.int32()}
+)
 SCHEMA = pa.schema(
     [
         pa.field("document_id", pa.string(), nullable=False),
@@ -37,8 +43,16 @@ SCHEMA = pa.schema(
         pa.field("query_tokens", pa.int32()),
         pa.field("answer_tokens", pa.int32()),
         pa.field("fingerprint", pa.string(), nullable=False),
+        # Results that older versions wrote end here.
+        pa.field("logprob_mean", pa.float64()),
+        pa.field("logprob_min", pa.float64()),
+        pa.field("choice_probabilities", pa.map_(pa.string(), pa.float64())),
+        pa.field("samples", pa.list_(pa.string())),
+        pa.field("agreement", pa.float64()),
+        pa.field("evidence", pa.list_(_QUOTATION)),
     ]
 )
+_OLDEST_COLUMNS = SCHEMA.names.index("fingerprint") + 1
 FORMAT = {"compression": "zstd", "write_page_checksum": True}
 # For a part: with so few rows, zstd, dictionaries and statistics would double the time to write it.
 _PART_FORMAT = {
@@ -53,7 +67,12 @@ _IDS_PER_BATCH = 8192
 
 @dataclass(frozen=True)
 class Row:
-    """One answer or one typed error. fingerprint: hexadecimal digest of everything that decided the row."""
+    """One answer or one typed error. fingerprint: hexadecimal digest of everything that decided the row.
+
+    logprob_mean, logprob_min: of the answer's tokens, as the model gave them. choice_probabilities: of each choice of
+    the query. samples, agreement: all answers of a query with several samples, and the share of the commonest one.
+    evidence: quotations; None if the query wants none or there are none.
+    """
 
     document_id: str
     query_id: str
@@ -68,6 +87,12 @@ class Row:
     context_tokens: int | None = None
     query_tokens: int | None = None
     answer_tokens: int | None = None
+    logprob_mean: float | None = None
+    logprob_min: float | None = None
+    choice_probabilities: Mapping[str, float] | None = None
+    samples: Sequence[str] | None = None
+    agreement: float | None = None
+    evidence: Sequence[Quotation] | None = None
 
     @property
     def failure(self) -> str:
@@ -187,11 +212,12 @@ def _finished_file(path: Path) -> Iterator[Any]:
 def _open(source: Path | RawIOBase) -> Any:
     """Open a file of rows. The checksums of pages are verified when they are read."""
     file = pq.ParquetFile(source, page_checksum_verification=True)
-    if not file.schema_arrow.equals(SCHEMA, check_metadata=False):
+    columns = list(file.schema_arrow.remove_metadata())
+    if len(columns) < _OLDEST_COLUMNS or columns != list(SCHEMA)[: len(columns)]:
         file.close(force=True)
         raise ValueError("its columns are not those of a result")
     return file
 
 
 def _to_rows(table: Any) -> list[Row]:
-    return [Row(**record) for record in table.to_pylist()]
+    return [Row(**record) for record in table.to_pylist(maps_as_pydicts="strict")]

@@ -6,16 +6,24 @@ Every row is a fork of its prefix. The samples of a row depend on its own seed, 
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from pipeline.job.job import Settings
+from pipeline.models.choices import probabilities
+from pipeline.models.constraints import log_softmax
 from pipeline.models.loading import LoadedModel
 from pipeline.models.mlx_lm_internals import BatchGenerator, apply_top_p, greedy_sampler
-from pipeline.models.output_parser import Answer, OutputParser
+from pipeline.models.normalise import normalised
+from pipeline.models.output_parser import Answer, ChoiceParser, OutputParser, RowParser
+from pipeline.models.quotations import QUOTATION_TOKENS, Passages
 from pipeline.models.ranks import SINGLE, RankGroup
+from pipeline.run.evidence import Evidence, Turn
 from turboquant import Prefix, enabled
 from turboquant.runtime.device import wait_on_gpu
 
@@ -24,12 +32,16 @@ Sampler = Callable[[mx.array], mx.array]
 
 @dataclass(frozen=True)
 class Request:
-    """One query to decode: its prefix, the tokens behind it (at least one), its settings, and a name for its seed."""
+    """One query to decode: its prefix, the tokens behind it (at least one), its settings, and a name for its seed.
+
+    passages: the texts that evidence is quoted from; None if the query wants no evidence.
+    """
 
     prefix: Prefix
     tokens: list[int]
     settings: Settings
     name: str
+    passages: Passages | None = None
 
 
 def generate_answers(
@@ -42,45 +54,157 @@ def generate_answers(
 ) -> list[Answer]:
     """Decode all requests and return their answers in the same order.
 
+    A request is one row, or one for each of its choices or samples; its evidence is decoded when all answers are there.
     batch_size: rows decoded together; a row joins as another leaves. on_answer: called for each finished answer.
     ranks: the processes that hold the model together; all of them call this at the same time.
     """
-    rows = [parser.start_row(request.tokens, request.settings) for request in requests]
-    samplers = [make_sampler(request.settings, request.name) for request in requests]
-    with enabled(loaded.model):
-        generator = BatchGenerator(
-            loaded.model,
-            stop_tokens=[[token] for token in sorted(loaded.tokenizer.eos_token_ids)],
-            sampler=ranks.first_ranks_sampler(greedy_sampler),
-            completion_batch_size=batch_size,
-            prefill_batch_size=batch_size,
-        )
-        try:
-            uids = generator.insert(
-                [list(request.tokens) for request in requests],
-                max_tokens=[request.settings.max_tokens for request in requests],
-                caches=[request.prefix.fork() for request in requests],
-                samplers=[sampler and ranks.first_ranks_sampler(sampler) for sampler in samplers],
-                logits_processors=[[row.constraint] if row.constraint else [] for row in rows],
+    decoder = _Decoder(loaded, batch_size, ranks)
+    rows = [_rows(request, parser) for request in requests]
+    decoded = decoder.decode(rows, lambda number: on_answer() if requests[number].passages is None else None)
+    answers = [_merged(request, own, outputs) for request, own, outputs in zip(requests, rows, decoded, strict=True)]
+    evidence = {
+        number: Evidence(request.tokens, request.settings, answers[number], parser)
+        for number, request in enumerate(requests)
+        if request.passages is not None
+    }
+    while turns := [(number, turn) for number, each in evidence.items() for turn in each.turns if turn.is_open]:
+        rows = [[_quotation_row(requests[number], turn)] for number, turn in turns]
+        for (_, turn), (output,) in zip(turns, decoder.decode(rows), strict=True):
+            turn.add(output)
+    for number, each in evidence.items():
+        answers[number] = each.answer()
+        on_answer()
+    return answers
+
+
+@dataclass(frozen=True)
+class _DecodedRow:
+    """A row of the batch. tokens: behind the prefix. parser: is given the row's tokens and makes its answer."""
+
+    prefix: Prefix
+    tokens: list[int]
+    max_tokens: int
+    sampler: Sampler | None
+    parser: RowParser | ChoiceParser
+
+
+class _Decoder:
+    """Decodes rows in batches with one model."""
+
+    def __init__(self, loaded: LoadedModel, batch_size: int, ranks: RankGroup) -> None:
+        self._loaded, self._batch_size, self._ranks = loaded, batch_size, ranks
+
+    def decode(
+        self, groups: Sequence[Sequence[_DecodedRow]], on_group: Callable[[int], None] = lambda number: None
+    ) -> list[list[Answer]]:
+        """Decode all rows together; return the answers by group. on_group: called with a finished group's number."""
+        rows = [row for group in groups for row in group]
+        group_of = [number for number, group in enumerate(groups) for _ in group]
+        left = [len(group) for group in groups]
+        ranks, loaded = self._ranks, self._loaded
+        with enabled(loaded.model):
+            generator = BatchGenerator(
+                loaded.model,
+                stop_tokens=[[token] for token in sorted(loaded.tokenizer.eos_token_ids)],
+                sampler=ranks.first_ranks_sampler(greedy_sampler),
+                completion_batch_size=self._batch_size,
+                prefill_batch_size=self._batch_size,
             )
-            row_by_uid = dict(zip(uids, rows, strict=True))
-            answers: dict[int, Answer] = {}
-            while len(answers) < len(uids):
-                for response in generator.next_generated():
-                    uid, reason = response.uid, response.finish_reason
-                    if reason != "stop" and row_by_uid[uid].add(response.token):
-                        if reason is None:
-                            with mx.stream(generator.stream):
-                                generator.remove([uid])
-                        reason = "stop"
-                    if reason is not None:
-                        answers[uid] = row_by_uid[uid].answer(reason)
-                        on_answer()
-            ranks.synchronize(generator.stream)  # a step that no row needs may still be running
-            return [answers[uid] for uid in uids]
-        finally:
-            wait_on_gpu(generator.stream)
-            generator.close()
+            try:
+                uids = generator.insert(
+                    [list(row.tokens) for row in rows],
+                    max_tokens=[row.max_tokens for row in rows],
+                    caches=[row.prefix.fork() for row in rows],
+                    samplers=[row.sampler and ranks.first_ranks_sampler(row.sampler) for row in rows],
+                    logits_processors=[[row.parser.constraint] if row.parser.constraint else [] for row in rows],
+                )
+                number_by_uid = {uid: number for number, uid in enumerate(uids)}
+                answers: dict[int, Answer] = {}
+                while len(answers) < len(uids):
+                    responses = generator.next_generated()
+                    parsers = [rows[number_by_uid[response.uid]].parser for response in responses]
+                    for response, parser, logprob in zip(
+                        responses, parsers, _chosen_logprobs(responses, parsers), strict=True
+                    ):
+                        uid, reason = response.uid, response.finish_reason
+                        if reason != "stop" and parser.add(response.token, logprob):
+                            if reason is None:
+                                with mx.stream(generator.stream):
+                                    generator.remove([uid])
+                            reason = "stop"
+                        if reason is not None:
+                            number = number_by_uid[uid]
+                            answers[number] = parser.answer(reason)
+                            left[group_of[number]] -= 1
+                            if not left[group_of[number]]:
+                                on_group(group_of[number])
+                ranks.synchronize(generator.stream)  # a step that no row needs may still be running
+            finally:
+                wait_on_gpu(generator.stream)
+                generator.close()
+        in_order = iter(range(len(rows)))
+        return [[answers[next(in_order)] for _ in group] for group in groups]
+
+
+def _chosen_logprobs(responses: Sequence[Any], parsers: Sequence[RowParser | ChoiceParser]) -> list[float]:
+    """Return the log-probability of each response's token, as the model gave it before anything was masked."""
+    chosen = []
+    for response, parser in zip(responses, parsers, strict=True):
+        logprobs = response.logprobs
+        if parser.constraint is not None:
+            logprobs = parser.constraint.logprobs.popleft()[0]
+        elif logprobs.dtype != mx.float32:  # their sum is rounded, and so are they
+            logprobs = log_softmax(logprobs[None])[0]
+        chosen.append(logprobs[response.token])
+    result: Any = mx.stack(chosen).tolist() if chosen else []
+    return list(result)
+
+
+def _rows(request: Request, parser: OutputParser) -> list[_DecodedRow]:
+    """Return the rows that one request is decoded as."""
+    settings, tokens, prefix = request.settings, request.tokens, request.prefix
+    if settings.choices:
+        choices = [parser.start_choice(tokens, choice) for choice in settings.choices]
+        return [_DecodedRow(prefix, tokens, len(choice.tokens), None, choice) for choice in choices]
+    return [
+        _DecodedRow(
+            prefix,
+            tokens,
+            settings.max_tokens,
+            make_sampler(settings, request.name if number == 0 else f"{request.name}\0{number}"),
+            parser.start_row(tokens, settings),
+        )
+        for number in range(settings.samples)
+    ]
+
+
+def _quotation_row(request: Request, turn: Turn) -> _DecodedRow:
+    assert request.passages is not None
+    parser = turn.start(request.settings, request.passages)
+    return _DecodedRow(request.prefix, turn.tokens, QUOTATION_TOKENS, None, parser)
+
+
+def _merged(request: Request, rows: Sequence[_DecodedRow], outputs: Sequence[Answer]) -> Answer:
+    """Return the answer that the outputs of a request's rows make."""
+    settings = request.settings
+    if settings.choices:
+        shares = probabilities([(output.generated, sum(output.logprobs)) for output in outputs])
+        number = int(np.argmax(shares))
+        if settings.temperature > 0:
+            weights = np.asarray(shares) ** (1 / settings.temperature)
+            generator = np.random.default_rng(_seed(settings, request.name))
+            number = int(generator.choice(len(shares), p=weights / weights.sum()))
+        rounded = {choice: round(share, 6) for choice, share in zip(settings.choices, shares, strict=True)}
+        return replace(outputs[number], choice_probabilities=rounded)
+    if settings.samples == 1:
+        return outputs[0]
+    usable = [output for output in outputs if output.failure is None]
+    if not usable:
+        return outputs[0]
+    counts = Counter(normalised(output.text) for output in usable)
+    commonest, count = counts.most_common(1)[0]
+    first = next(output for output in usable if normalised(output.text) == commonest)
+    return replace(first, samples=[output.text for output in usable], agreement=count / len(outputs))
 
 
 def row_name(document_id: str, query_id: str) -> str:
@@ -95,8 +219,7 @@ def make_sampler(settings: Settings, name: str) -> Sampler | None:
     """
     if settings.temperature == 0:
         return None
-    seed = hashlib.sha256(f"{settings.seed}\0{name}".encode()).digest()
-    key = mx.random.key(int.from_bytes(seed[:8], "little"))
+    key = mx.random.key(_seed(settings, name))
 
     def sample(logprobs: mx.array) -> mx.array:
         nonlocal key
@@ -106,3 +229,7 @@ def make_sampler(settings: Settings, name: str) -> Sampler | None:
         return mx.random.categorical(logprobs / settings.temperature, key=now)
 
     return sample
+
+
+def _seed(settings: Settings, name: str) -> int:
+    return int.from_bytes(hashlib.sha256(f"{settings.seed}\0{name}".encode()).digest()[:8], "little")

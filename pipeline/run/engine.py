@@ -18,6 +18,7 @@ from pipeline.inputs.windows import WindowCutter, combined
 from pipeline.job.job import Query
 from pipeline.models.loading import LoadedModel, load_model, max_context
 from pipeline.models.output_parser import Answer, OutputParser
+from pipeline.models.quotations import Passages, located
 from pipeline.models.ranks import common_values
 from pipeline.output.rows import Row
 from pipeline.report import WorkStats
@@ -51,6 +52,16 @@ class PreparedPrompt:
     pieces: Sequence[Piece] = ()
     restored: Restored | None = None
     rows: dict[str, Row] = field(default_factory=dict)
+    rendered: Rendered | None = None
+    quotations: Passages | None = None
+
+    @property
+    def passages(self) -> Passages:
+        """The texts that evidence is quoted from: the part of the document that the context has, if none are given."""
+        if self.quotations is not None:
+            return self.quotations
+        assert self.rendered is not None
+        return Passages((self.task.document.text[self.rendered.start : self.rendered.end],))
 
     @property
     def open_queries(self) -> list[Query]:
@@ -74,6 +85,7 @@ class PreparedPrompt:
         if answer.failure is not None:
             self.fail(answer.failure, [query])
             return
+        start = self.rendered.start if self.rendered else 0
         self.rows[query.id] = replace(
             self.row(query),
             answer=answer.text,
@@ -81,6 +93,12 @@ class PreparedPrompt:
             thinking=answer.thinking,
             finish_reason=answer.finish_reason,
             answer_tokens=answer.tokens,
+            logprob_mean=_rounded(sum(answer.logprobs) / len(answer.logprobs)) if answer.logprobs else None,
+            logprob_min=_rounded(min(answer.logprobs, default=None)),
+            choice_probabilities=answer.choice_probabilities,
+            samples=answer.samples,
+            agreement=answer.agreement,
+            evidence=[located(quote, self.task.document.text, start) for quote in answer.quotes or ()] or None,
         )
 
 
@@ -172,7 +190,7 @@ class Engine:
         return prepared
 
     def _tokenise(self, task: DocumentTask, rendered: Rendered, queries: Sequence[Query]) -> PreparedPrompt:
-        prompt, document = PreparedPrompt(task, queries), task.document
+        prompt, document = PreparedPrompt(task, queries, rendered=rendered), task.document
         try:
             tokens = self._tokenizer.tokenise(rendered, [query.text for query in document.queries])
         except RowError as error:
@@ -182,7 +200,7 @@ class Engine:
         prompt.suffixes = dict(zip([query.id for query in document.queries], tokens.suffixes, strict=True))
         prompt.pieces = self._prefixes.cut(document.id, tokens.context, self._shared_length(tokens.context), task.label)
         for query in prompt.open_queries:
-            suffix, longest = prompt.suffixes[query.id], query.settings(self._job.generation).max_tokens
+            suffix, longest = prompt.suffixes[query.id], query.settings(self._job.generation).longest
             if refusal := too_long(len(tokens.context), len(suffix), longest, self._limit):
                 prompt.fail(refusal, [query])
         return prompt
@@ -237,8 +255,11 @@ class Engine:
                 error = f"window {failed + 1} of {len(rows)}: {rows[failed].error}"
                 prepared.rows[query.id] = replace(rows[failed], error=error)
             elif task.rendered is not None:
-                answers = combined(task.rendered, [row.answer or "" for row in rows])
-                parts.append(self._tokenise(task, answers, [query]))
+                answers = combined(task.rendered, [_with_evidence(row) for row in rows])
+                part = self._tokenise(task, answers, [query])
+                quotes = (quotation["quote"] for row in rows for quotation in row.evidence or ())
+                part.quotations = Passages(tuple(dict.fromkeys(quotes)), whole=True)
+                parts.append(part)
         return parts
 
     def _with_prefix(self, prompt: PreparedPrompt) -> list[tuple[PreparedPrompt, Prefix]]:
@@ -287,12 +308,13 @@ class Engine:
                 prompt.suffixes[query.id],
                 query.settings(self._job.generation),
                 row_name(prompt.task.document_id, query.id),
+                prompt.passages if query.settings(self._job.generation).wants_evidence else None,
             )
             for number, prompt, query in asked
         ]
         keys = [prompt.pieces[-1].key for prompt, _ in ready]
         described = [
-            [number, request.tokens, vars(request.settings), request.name]
+            [number, request.tokens, vars(request.settings), request.name, request.passages and vars(request.passages)]
             for (number, _, _), request in zip(asked, requests, strict=True)
         ]
         stats, shown, batch_size = self._prefixes.stats, self._rows_shown, self._job.generation.batch_size
@@ -314,6 +336,15 @@ class Engine:
     def _show_row(self) -> None:
         self._rows_shown += 1
         self._context.observer.rows_done(1)
+
+
+def _with_evidence(row: Row) -> str:
+    """Return an answer on a window with its quotations, as it is shown where answers are combined."""
+    return "\n".join([row.answer or "", *(f'"{quotation["quote"]}"' for quotation in row.evidence or ())])
+
+
+def _rounded(logprob: float | None) -> float | None:
+    return None if logprob is None else round(logprob, 3)
 
 
 def too_long(context: int, suffix: int, longest: int, limit: int | None) -> ContextTooLong | None:

@@ -20,6 +20,7 @@ from pipeline.job.job import Generation, Job, Query
 from pipeline.job.shards import Shard
 from pipeline.models.fingerprints import tokenizer_fingerprint, weights_fingerprint
 from pipeline.models.loading import resolve_model
+from pipeline.models.quotations import NEXT_QUESTION, QUESTION, SLOT_QUESTION
 from turboquant.io.identity import Identity
 
 if TYPE_CHECKING:
@@ -77,7 +78,9 @@ def row_fingerprints(
     fingerprints: dict[str, str] = {}
     for query in queries:
         digest = beginning.copy()
-        own = _json([query.text, vars(query.settings(generation)), *([] if cut is None else [cut])])
+        settings = query.settings(generation)
+        asked = [QUESTION, NEXT_QUESTION, SLOT_QUESTION] if settings.wants_evidence else []
+        own = _json([query.text, settings.deciding, *([] if cut is None else [cut]), *asked])
         digest.update(f", {own.removeprefix('[')}".encode())
         fingerprints[query.id] = digest.hexdigest()[:32]
     return fingerprints

@@ -71,7 +71,7 @@ class Runner:
         job, observer, report, options = self._job, self._observer, self.report, self._options
         started = time.monotonic() - report.seconds
         inputs = Inputs(job, self._shard, options.selection)
-        check_schemas(inputs.schemas)
+        check_schemas(inputs.schemas, inputs.query_with_evidence)
         identity = job_identity(job)
         report.documents, report.rows = inputs.documents, inputs.rows
         metadata = result_metadata(job, identity, self._shard)

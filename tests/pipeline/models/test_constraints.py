@@ -223,11 +223,11 @@ def test_a_run_that_was_interrupted_gives_the_same_bytes(
 
     taken = []
 
-    def add(row: Any, token: int) -> bool:
+    def add(row: Any, token: int, logprob: float) -> bool:
         taken.append(token)
         if len(taken) == 200:
             raise KeyboardInterrupt
-        return real(row, token)
+        return real(row, token, logprob)
 
     real = RowParser.add
     with monkeypatch.context() as patch:
@@ -294,7 +294,7 @@ def test_a_row_that_llguidance_gives_up_on_takes_no_other_along(
     monkeypatch.setattr(answers, "make_sampler", make_sampler)
     assert workplace.run().failures == {"GenerationFailed": 1}
     row = workplace.rows()["d1", "when"]
-    assert row["error"].startswith("llguidance gave up on the schema: ")
+    assert row["error"].startswith("llguidance gave up on the grammar: ")
     assert "\n" not in row["error"]
     others = {pair: answer for pair, answer in workplace.answers().items() if pair[1] != "when"}
     assert others == {pair: before[pair] for pair in others}
@@ -307,7 +307,7 @@ def test_a_tokenizer_that_does_not_tell_its_bytes() -> None:
     class Slow:
         _tokenizer, eos_token_ids = object(), frozenset({1})
 
-    with pytest.raises(ModelError, match=r"^json_schema cannot be used with this model's tokenizer: Only fast"):
+    with pytest.raises(ModelError, match=r"^json_schema and evidence cannot be used with this model.*: Only fast"):
         Grammars(Slow(), [json.dumps(OWNER)])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -35,9 +36,11 @@ def read(
     asked = Settings(100, 0.0, 1.0, 0, stop, thinking=thinking)
     reading = OutputParser(tokenizer).start_row(tokenizer.encode(prompt, add_special_tokens=False), asked)
     for token in tokens:
-        if reading.add(token):
+        if reading.add(token, -0.5):
             break
-    return reading.answer("stop")
+    answer = reading.answer("stop")
+    assert set(answer.logprobs) <= {-0.5}
+    return replace(answer, generated=(), logprobs=())
 
 
 def encode(tokenizer: TokenizerWrapper, text: str) -> list[int]:

@@ -22,7 +22,7 @@ def test_a_rows_fingerprint_digests_one_json_list(workplace: Workplace, system: 
     job, identity = load_job(workplace.save(), []), Identity("w", "t", "c", "exact 512")
     found = row_fingerprints(identity, Rendered(system, context), job.queries, job.generation)
     for query in job.queries:
-        settings = asdict(query.settings(job.generation))
+        settings = query.settings(job.generation).deciding
         fields = ["row", asdict(identity), system, context, query.text, settings]
         whole = json.dumps(fields, sort_keys=True).encode()
         assert found[query.id] == hashlib.sha256(whole).hexdigest()[:32]

@@ -495,6 +495,8 @@ DIE = """
 import importlib, os, signal, sys
 from pathlib import Path
 job, log, target, when, count = sys.argv[1:]
+from turboquant.runtime.blas import load_tuned_blas
+load_tuned_blas()  # log-probabilities are rounded alike by one BLAS only
 import pipeline.run.prefixes
 from pipeline.job.job_file import load_job
 from pipeline.run.runner import Runner
