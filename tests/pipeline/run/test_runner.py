@@ -547,7 +547,7 @@ def run_python(*arguments: str, code: str = DIE) -> subprocess.CompletedProcess[
     [
         ("pipeline.run.prefixes:PrefixProvider._chunk_done", "before", 2),  # amid a prefill
         ("mlx.core:save_safetensors", "half", 2),  # amid a segment's tensors
-        ("turboquant.io.segment_file:seal", "before", 2),  # tensors without a manifest
+        ("turboquant.io.segment_file:sealed", "before", 2),  # tensors without a manifest
         ("pipeline.run.engine:Engine._show_row", "after", 4),  # amid a document's answers
         ("pipeline.output.results:Results.commit", "after", 3),  # all parts, no result
         ("shutil:rmtree", "before", 1),  # the result is in place, and the parts are
