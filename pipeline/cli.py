@@ -15,9 +15,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from pipeline import __version__
 from pipeline.commands.cache import app as cache_app
 from pipeline.commands.console import (
     AsJson,
+    CommandGroup,
     Debug,
     FirstDocuments,
     JobFile,
@@ -49,6 +51,7 @@ app = typer.Typer(
     "Each document is prefilled once into a compressed prompt cache that is kept on disk; every query is "
     "answered from it. Exit codes: 0 all rows answered, 2 the job or the command line is wrong, 3 finished "
     "but some rows failed, 130 interrupted (the same command resumes), 1 anything else.",
+    cls=CommandGroup,
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
@@ -86,6 +89,22 @@ Contenders = Annotated[
     list[str] | None, typer.Option("--contender", metavar="NAME", help="Run this one only; may be repeated.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress and no summary.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"turboquant-pipeline {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options_of_the_program(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+) -> None:
+    """Take the options that stand before a command."""
 
 
 @app.command()
@@ -329,7 +348,7 @@ def init(
             id=id_ or _ask("Column of ids", id_guess),
             text=text or _ask("Column of texts", text_guess),
             model=model or _ask("Model, a folder or a Hugging Face repo id", MODEL),
-            queries=query or [_ask("First question", QUESTION)],
+            queries=query or _ask_questions(QUESTION),
         )
         write_job(job_file, first_job, force)
         print(f"{job_file}\nnext: {command_line(context, 'plan')}")
@@ -391,6 +410,14 @@ def main() -> None:
 def _ask(question: str, default: str) -> str:
     """Return the user's answer, or the default if there is no terminal to ask on."""
     return str(typer.prompt(question, default, err=True)) if sys.stdin.isatty() else default
+
+
+def _ask_questions(default: str) -> list[str]:
+    """Return the user's questions; the first empty line after the first question ends them."""
+    questions = [_ask("First question", default)]
+    while sys.stdin.isatty() and (question := typer.prompt("Another one, or Enter", "", show_default=False, err=True)):
+        questions.append(question)
+    return questions
 
 
 def _print_report(job: Job, show_command: str, report: Report, quiet: bool, as_json: bool) -> None:

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from benches.all import ALL
 from pipeline.cli import app
-from pipeline.job.job import Job, QueryTable
+from pipeline.job.job import Generation, Job, QueryTable
 from pipeline.job.job_file import load_job
 from tests import ROOT
 
@@ -143,4 +143,6 @@ def test_the_job_file_says_all_that_can_be_said(tmp_path: Path) -> None:
         section = getattr(job, name)
         if isinstance(section, BaseModel):
             assert set(whole[name]) == set(type(section).model_fields), name
+    defaults = Generation().model_dump() | {"stop": whole["generation"]["stop"]}  # of which the page says "none"
+    assert whole["generation"] == defaults
     assert set(table["queries"]) == set(QueryTable.model_fields)

@@ -9,12 +9,13 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.console import AsJson, Debug, errors_explained, size, table
+from pipeline.commands.console import AsJson, CommandGroup, Debug, errors_explained, size, table
 
 BAD_FOUND = 1
 
 app = typer.Typer(
     name="cache",
+    cls=CommandGroup,
     help="Look at the store of prefixes, check it and shrink it.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

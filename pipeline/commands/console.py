@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
+import re
 import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from pipeline.logs import LogFormat, set_up, tell
 from pipeline.printable import printable
@@ -21,10 +24,31 @@ if TYPE_CHECKING:
     from pipeline.job.job import Job
     from pipeline.job.shards import Shard
 
-JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="The job file (YAML).")]
+
+def _job_files(incomplete: str) -> list[str]:
+    """Return the job files that a shell may complete a word to: in the folder that it names, and one below."""
+    start = glob.escape(incomplete)
+    return sorted(path for pattern in ("*.y*ml", "*/*.y*ml") for path in glob.glob(f"{start}{pattern}"))
+
+
+def _keys(incomplete: str) -> list[str]:
+    """Return the keys of a job file that a shell may complete a word to."""
+    from pipeline.job.job_schema import KEYS
+
+    keys = [key.replace("queries table.", "queries.") for key in KEYS if not re.match(r"queries\.", key)]
+    sections = {key.rpartition(".")[0] for key in keys}
+    return [f"{key}=" for key in keys if key.startswith(incomplete) and key not in sections]
+
+
+JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="The job file (YAML).", autocompletion=_job_files)]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY.PATH=VALUE", help="Override a key of the job file; may be repeated."),
+    typer.Option(
+        "--set",
+        metavar="KEY.PATH=VALUE",
+        help="Override a key of the job file; may be repeated.",
+        autocompletion=_keys,
+    ),
 ]
 OneShard = Annotated[
     str | None, typer.Option("--shard", metavar="K/N", help="Only the K-th of N shares of the documents, such as 3/16.")
@@ -48,6 +72,22 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback when some
 
 _JOB = ("job_file", "one_shard", "set_")  # parameters of commands
 _PART_OF_JOB = (*_JOB, "document", "query", "limit", "prune")
+
+
+class CommandGroup(TyperGroup):
+    """A group whose help does not cut what it says of each command."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write each command's name and the first paragraph of its help."""
+        commands = [(name, self.get_command(ctx, name)) for name in self.list_commands(ctx)]
+        with formatter.section("Commands"):
+            formatter.write_dl(
+                [
+                    (name, " ".join((command.help or "").partition("\n\n")[0].split()))
+                    for name, command in commands
+                    if command
+                ]
+            )
 
 
 def load(job_file: Path, overrides: list[str] | None, shard: str | None = None) -> tuple[Job, Shard | None]:

@@ -48,6 +48,7 @@ def examine(cache_dir: Path = Path(".cache")) -> list[Check]:
     checks.append(Check("platform", platform.platform()))
     checks.append(Check("CPUs, memory", f"{usable_cpus()} usable CPUs, {usable_memory() / 1e9:.0f} GB"))
     checks.append(check_installed_files(metadata.distributions()))
+    checks += check_folder(Path.cwd())
     checks += [check_version(name) for name in DEPENDENCIES]
     checks += [*_check_device(blas), check_disk(cache_dir)]
     return checks
@@ -117,6 +118,14 @@ def check_installed_files(distributions: Iterable[metadata.Distribution]) -> Che
     reinstall = f"pip install --force-reinstall --no-deps {DISTRIBUTION}"
     uninstall = f"pip uninstall -y {' '.join(sorted(others))} && " if others else ""
     return Check("installation", "; ".join(problems), False, uninstall + reinstall)
+
+
+def check_folder(folder: Path) -> Iterator[Check]:
+    """Look in the user's folder for modules that hide this project's from ``python -m`` and from scripts there."""
+    for name in PACKAGES:
+        if (folder / f"{name}.py").exists():
+            hidden = f"{name}.py hides this package from python -m and from scripts beside it"
+            yield Check("this folder", hidden, False, f"rename {name}.py; the command pipeline is not affected")
 
 
 def check_version(name: str) -> Check:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import typer
 
+from pipeline import __version__
 from pipeline.cli import app
 from tests.pipeline.command_line import ROOT, error_of, invoke
 from tests.pipeline.workplace import Workplace
@@ -35,6 +37,17 @@ def test_every_command_has_a_help_text() -> None:
         assert all(parameter.help for parameter in each.params if parameter.name != "help"), name
         assert invoke(name, "--help").exit_code == 0
     assert all(name in invoke("--help").stdout for name in command.commands)
+
+
+def test_the_list_of_commands_is_not_cut() -> None:
+    for arguments in (["--help"], ["cache", "--help"]):
+        listed = invoke(*arguments).stdout.partition("Commands:")[2]
+        assert "..." not in listed
+        assert all(line.rstrip().endswith(".") for line in re.split(r"\n(?=  \w)", listed.strip("\n")))
+
+
+def test_the_version() -> None:
+    assert invoke("--version").stdout == f"turboquant-pipeline {__version__}\n"
 
 
 def test_help_imports_nothing_slow() -> None:

@@ -117,3 +117,14 @@ def test_a_command_that_is_not_on_the_path_is_named_by_its_own(place: Workplace,
         f"PATH=$PWD/{program.parent.relative_to(place.folder)}:$PATH; pipeline init docs.parquet b.yaml", place.folder
     )
     assert begun.stdout.splitlines()[-1] == "next: pipeline plan b.yaml"
+
+
+def test_a_pipeline_py_of_the_user_hides_nothing_from_the_command(workplace: Workplace) -> None:
+    (workplace.folder / "pipeline.py").write_text("raise SystemExit('the wrong module')")
+    program = workplace.folder / "bin" / "pipeline"
+    program.parent.mkdir()
+    program.write_text(f"#!{sys.executable}\nfrom pipeline.cli import main\nif __name__ == '__main__':\n    main()\n")
+    program.chmod(0o755)
+    done = bash("bin/pipeline run job.yaml && bin/pipeline doctor", workplace.folder)
+    assert "9 answered" in done.stdout, done.stderr
+    assert "pipeline.py hides this package from python -m and from scripts beside it" in done.stdout

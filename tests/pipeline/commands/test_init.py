@@ -103,18 +103,19 @@ def test_every_key_is_shown_with_its_default_and_meaning(tmp_path: Path) -> None
 def test_missing_values_are_asked_for_on_a_terminal(workplace: Workplace) -> None:
     file = workplace.folder / "asked.yaml"
     documents = written(workplace.folder, id=[1, 2, 3], other=[4, 5, 6], page=LONG)
-    typed = f"other\n\n{workplace.model}\nWho signed?\n"
+    typed = f"other\n\n{workplace.model}\nWho signed?\nWhen?\n\n"
     screen = "\n".join(in_terminal(100, "init", documents, file, typed=typed))
     for question in (
         "Column of ids [id]: ",
         "Column of texts [page]: ",
         "Model, a folder",
         "First question [Summarize",
+        "Another one, or Enter: ",
     ):
         assert question in screen
     job = load_job(file)
     assert (job.documents.id, job.documents.text, job.prompt.context) == ("other", "page", "{{ text }}")
-    assert (job.model, job.queries[0].text) == (str(workplace.model), "Who signed?")
+    assert (job.model, [query.text for query in job.queries]) == (str(workplace.model), ["Who signed?", "When?"])
     given = ("--id", "id", "--text", "page", "--model", workplace.model, "--query", "Who?", "--force")
     assert "[" not in "\n".join(in_terminal(100, "init", documents, file, *given))
     assert load_job(file).queries[0].text == "Who?"

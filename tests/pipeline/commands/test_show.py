@@ -154,6 +154,12 @@ def test_a_terminal_gets_colours_unless_they_are_not_wanted(answered: Workplace,
 # ---- in a browser
 
 
+def test_a_page_breaks_no_word_that_has_room(answered: Workplace) -> None:
+    page = answered.folder / "page.html"
+    invoke("show", answered.job_file, "--html", page)
+    assert "overflow-wrap: anywhere" not in page.read_text()  # it makes columns narrower than their words
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """A headless Chromium: playwright's own, else the system's."""

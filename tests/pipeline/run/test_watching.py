@@ -17,6 +17,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from pipeline import logs
+from pipeline.job.job import QueryTable
 from pipeline.metrics import write_metrics
 from pipeline.progress import Progress
 from pipeline.report import Report
@@ -218,9 +219,16 @@ def test_the_report_of_a_run_that_stopped_says_why(workplace: Workplace, monkeyp
         (["pipeline", "run", "job.yaml", "--f"], {"--fail-fast"}),
         (["pipeline", "run", "--log-format", ""], {"text", "json"}),
         (["pipeline", "cache", ""], {"ls", "verify", "gc"}),
+        (["pipeline", "run", "jo"], {"job.yaml", "jobs/other.yml"}),
+        (["pipeline", "plan", "jobs/"], {"jobs/other.yml"}),
+        (["pipeline", "run", "job.yaml", "--set", "cache.k"], {"cache.key_bits=", "cache.keep="}),
+        (["pipeline", "run", "job.yaml", "--set", "queries"], {f"queries.{key}=" for key in QueryTable.model_fields}),
     ],
 )
-def test_a_shell_completes_commands_and_options(tmp_path: Path, line: list[str], expected: set[str]) -> None:
+def test_a_shell_completes_commands_options_files_and_keys(tmp_path: Path, line: list[str], expected: set[str]) -> None:
+    (tmp_path / "jobs").mkdir()
+    for name in ("job.yaml", "jobs/other.yml", "job.txt"):
+        (tmp_path / name).touch()
     bash = shutil.which("bash")
     if bash is None:
         pytest.skip("there is no bash")
@@ -233,7 +241,9 @@ def test_a_shell_completes_commands_and_options(tmp_path: Path, line: list[str],
         '_pipeline_completion pipeline; printf "%s\\n" "${COMPREPLY[@]}"'
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    done = subprocess.run([bash, "-c", script], capture_output=True, text=True, check=True, env=environment)
+    done = subprocess.run(
+        [bash, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True, env=environment
+    )
     assert set(done.stdout.split()) == expected
 
 
