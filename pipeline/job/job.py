@@ -156,7 +156,7 @@ _Schema = Annotated[str | None, BeforeValidator(_schema_text), WithJsonSchema({"
 _Choices = Annotated[tuple[_Text, ...], Field(strict=False, min_length=2)]
 _Evidence = Annotated[int, Field(ge=0, le=_MOST_QUOTATIONS), BeforeValidator(_whole_number)]
 _Samples = Annotated[int, Field(ge=1, le=1000)]
-_Bits = Literal[2, 3, 4, 5, 6, 8]
+_Bits = Literal[2, 3, 4, 5, 6, 8, 16]
 _Amount = Annotated[float, Field(gt=0), AfterValidator(_whole_above_one)]
 
 
@@ -279,7 +279,10 @@ def _kind_of_queries(value: Any) -> str:
 
 
 class Cache(_Section):
-    """Where prefixes are stored, and how they are compressed."""
+    """Where prefixes are stored, and how they are compressed.
+
+    16 bits, for keys and values together, keep both as the model computes them.
+    """
 
     dir: _Path
     key_bits: _Bits = 4
@@ -293,6 +296,12 @@ class Cache(_Section):
     budget: Annotated[int | str, AfterValidator(checked_budget)] | None = None
     keep: Literal["always", "job"] = "always"
     resident: Literal["auto", "packed", "dense"] = "auto"
+
+    @model_validator(mode="after")
+    def _check_bits(self) -> Cache:
+        if (self.key_bits == 16) != (self.value_bits == 16):
+            raise ValueError("key_bits and value_bits: 16 is for both together; it compresses neither")
+        return self
 
 
 class Output(_Section):

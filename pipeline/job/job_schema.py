@@ -48,7 +48,7 @@ KEYS = {
     "retries": "how often a row is tried again if the model fails, for example without memory",
     "cache": "the compressed prompt caches, one for each document",
     "cache.dir": "the store; any number of jobs may share it",
-    "cache.key_bits": "2, 3, 4, 5, 6 or 8",
+    "cache.key_bits": "2, 3, 4, 5, 6 or 8; 16, for both, compresses nothing",
     "cache.value_bits": "2, 3, 4, 5, 6 or 8",
     "cache.layer_bits": "bits of single layers, counted from the end if negative, as {0: 8, -1: 8}",
     "cache.sinks": "first tokens kept in full precision",

@@ -109,6 +109,8 @@ def _attend(queries: mx.array, layer: EncodedLayer, scale: float, own: dict[str,
 
 def supports(layer: EncodedLayer) -> bool:
     """Return whether the kernels support a layer's sizes and its codec, and work on this device."""
+    if layer.codec.is_uncompressed:
+        return False
     dim = layer.key_mean.shape[-1]
     return dim in HEAD_DIMS and layer.value_mean.shape[-1] == dim and usable(layer.codec, dim)
 

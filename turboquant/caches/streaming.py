@@ -41,6 +41,8 @@ class TurboQuantKVCache(Fork):
     def __init__(self, codec: CacheCodec | None = None) -> None:
         super().__init__(None)
         self.codec = codec or CacheCodec()
+        if self.codec.is_uncompressed:
+            raise ValueError("this cache has 2 to 8 bits; without compression, use mlx-lm's KVCache")
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Compress old tokens, append (1, n_kv_heads, L, head_dim), and return what is not compressed."""

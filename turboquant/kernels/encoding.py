@@ -40,6 +40,8 @@ def encode_layer(
     Raises ValueError if keys or values are not finite.
     """
     codec = codec if parent is None else replace(codec, sinks=max(0, codec.sinks - parent.tokens))
+    if codec.is_uncompressed:
+        codec = replace(codec, sinks=keys.shape[1])
     means = None if parent is None else (parent.key_mean, parent.value_mean)
     finite = mx.isfinite(keys).all() & mx.isfinite(values).all()
     mx.async_eval(finite)  # type: ignore[no-untyped-call]
@@ -54,8 +56,8 @@ def encode_layer(
     split = order.shape[1] - fine
     key_mean, value_mean = means or (_mean(keys[:, first:]), _mean(values[:, first:]))
     tensors = {
-        "sink_keys": _to_16_bits(keys[:, :first]),
-        "sink_values": _to_16_bits(values[:, :first]),
+        "sink_keys": mx.contiguous(keys) if codec.is_uncompressed else _to_16_bits(keys[:, :first]),
+        "sink_values": mx.contiguous(values) if codec.is_uncompressed else _to_16_bits(values[:, :first]),
         "key_mean": key_mean,
         "value_mean": value_mean,
     }

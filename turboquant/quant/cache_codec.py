@@ -15,13 +15,15 @@ from turboquant.quant.codec import Codec
 
 # Bits of the tokens that are kept finer, by the bits of the others.
 FINE_BITS = {2: 5, 3: 6, 4: 8, 5: 8, 6: 8, 8: 8}
+UNCOMPRESSED = 16  # bits that stand for floats as the model computes them
 
 
 @dataclass(frozen=True)
 class CacheCodec:
     """Settings by which the keys and values of attention layers are compressed.
 
-    key_bits, value_bits: bits per coordinate, each one of ``SUPPORTED_BITS``.
+    key_bits, value_bits: bits per coordinate, each one of ``SUPPORTED_BITS``; or both ``UNCOMPRESSED``: then all tokens
+        are kept as the model computes them, in its dtype, and the settings below have no effect.
     sinks: number of tokens at the start that are not compressed. The very first tokens get most of the attention, and
         have short keys. The others are marks of a chat template, to which the marks around a question attend.
     window: largest number of tokens at the end, next to the question, that are kept finer (``FINE_BITS``).
@@ -48,8 +50,11 @@ class CacheCodec:
 
     def __post_init__(self) -> None:
         for _, key_bits, value_bits in ((0, self.key_bits, self.value_bits), *self.layer_bits):
-            lloyd_max(key_bits)
-            lloyd_max(value_bits)
+            if (key_bits == UNCOMPRESSED) != (value_bits == UNCOMPRESSED):
+                raise ValueError(f"{UNCOMPRESSED} bits are for keys and values together")
+            if key_bits != UNCOMPRESSED:
+                lloyd_max(key_bits)
+                lloyd_max(value_bits)
         if self.sinks < 0 or self.window < 0:
             raise ValueError("sinks and window count tokens and cannot be negative")
         if not 0 <= self.extra_bits <= 16:
@@ -62,17 +67,24 @@ class CacheCodec:
         return replace(self, key_bits=key_bits, value_bits=value_bits, layer_bits=())
 
     @property
+    def is_uncompressed(self) -> bool:
+        """Whether all tokens are kept as they are, in the same way as sinks."""
+        return self.key_bits == UNCOMPRESSED
+
+    @property
     def fine(self) -> CacheCodec:
         """Return the codec of the tokens that are kept finer."""
+        if self.is_uncompressed:
+            return self
         return replace(self, key_bits=FINE_BITS[self.key_bits], value_bits=FINE_BITS[self.value_bits])
 
     def keys(self, head_dim: int) -> Codec:
         """Return the codec of keys with ``head_dim`` coordinates."""
-        return Codec(head_dim, self.key_bits, self.seed)
+        return Codec(head_dim, min(self.key_bits, max(FINE_BITS)), self.seed)  # without compression, of no tokens
 
     def values(self, head_dim: int) -> Codec:
         """Return the codec of values with ``head_dim`` coordinates."""
-        return Codec(head_dim, self.value_bits, self.seed)
+        return Codec(head_dim, min(self.value_bits, max(FINE_BITS)), self.seed)
 
     def fine_tokens(self, tokens: int, queries_known: bool) -> tuple[int, int]:
         """Return how many of a context's ``tokens`` are kept finer: at its end, and those its queries attend to."""
@@ -87,7 +99,8 @@ class CacheCodec:
 
     def nbytes(self, tokens: int, head_dim: int) -> int:
         """Return the bytes that the keys and values of ``tokens`` tokens take in one KV head."""
-        sinks, fine = min(tokens, self.sinks), sum(self.fine_tokens(tokens, queries_known=True))
+        sinks = tokens if self.is_uncompressed else min(tokens, self.sinks)
+        fine = sum(self.fine_tokens(tokens, queries_known=True))
 
         def bits(codec: CacheCodec) -> float:
             return codec.keys(head_dim).effective_bits + codec.values(head_dim).effective_bits

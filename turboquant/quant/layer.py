@@ -31,7 +31,8 @@ class EncodedPart:
 class EncodedLayer:
     """Keys and values of T tokens: S sinks, E encoded tokens and F finer ones; T = S + E + F.
 
-    sink_keys, sink_values: (n_kv_heads, S, head_dim), 16-bit floats.
+    sink_keys, sink_values: (n_kv_heads, S, head_dim), 16-bit floats. If the codec does not compress, these are
+        all tokens, in the model's dtype.
     keys, values: ``Encoded`` of (n_kv_heads, E) vectors, in the order of the context.
     fine_keys, fine_values: ``Encoded`` of (n_kv_heads, F) vectors. Each head has its own choice of finer tokens.
     key_mean, value_mean: (n_kv_heads, 1, head_dim) float32; subtracted from those vectors that they make shorter.
@@ -175,6 +176,7 @@ class EncodedLayer:
         if self.keys.scales.ndim != 2 or self.fine_keys.scales.ndim != 2:
             raise ValueError("the layer's scales are not (n_kv_heads, tokens)")
         heads, first = self.key_mean.shape[0], self.sink_keys.shape[1:2]
+        sink_dtypes = (mx.float16, mx.bfloat16, *((mx.float32,) if self.codec.is_uncompressed else ()))
         for name, own, fine, mean, sinks in (
             ("key", self.keys, self.fine_keys, self.key_mean, self.sink_keys),
             ("value", self.values, self.fine_values, self.value_mean, self.sink_values),
@@ -182,7 +184,7 @@ class EncodedLayer:
             dim = mean.shape[2]
             expected = [
                 (mean, (heads, 1, dim), (mx.float32,)),
-                (sinks, (heads, *first, dim), (mx.float16, mx.bfloat16)),
+                (sinks, (heads, *first, dim), sink_dtypes),
             ]
             for encoded, tokens, codec in (
                 (own, self.keys.tokens, self.codec),
