@@ -15,7 +15,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from pipeline.errors import InputError
-from pipeline.files.tables import ID, TEXT, Column, Record, Table
+from pipeline.files.columns import ID, TEXT, Column
+from pipeline.files.tables import Record, Table
 from pipeline.files.temporary_database import spill_errors, temporary_database
 from pipeline.job.job import Query, QueryTable, check_unique
 from pipeline.job.validation_errors import explain

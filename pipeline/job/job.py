@@ -30,6 +30,7 @@ from pydantic import (
 
 from pipeline.errors import JobError, one_line
 from pipeline.files.encoding import checked_encoding
+from pipeline.files.paths import literal
 from pipeline.job.budget import checked_budget
 
 _LARGEST_INT = (1 << 63) - 1
@@ -385,6 +386,7 @@ def check_unique(queries: Sequence[Query]) -> None:
 def _is_read_from(output: Path, inputs: str) -> bool:
     """Return whether inputs, a file, a folder or a glob, include the output or the parts of it."""
     fixed, recursive, rest = inputs.partition("**")
+    fixed = literal(fixed)
     if recursive:  # the parts are in a folder beside the output, and their names end with .parquet
         names = output, output.with_suffix(".parquet")
         return output.is_relative_to(fixed) and any(path.match(f"*{rest.rpartition('/')[2]}") for path in names)

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from pipeline.errors import JobError, one_line, suggestion
 from pipeline.files.encoding import NotText, decode
+from pipeline.files.paths import absolute
 from pipeline.job.job import QUERIES, Job, Output
 from pipeline.job.shards import Shard
 from pipeline.job.validation_errors import describe, explain_job
@@ -20,7 +21,8 @@ from turboquant.mlx_lm.loading import is_repo_id
 
 MAX_VALUES = 1_000_000  # of a job file; the values of an alias count wherever it stands
 _UPLOADS = ("s3", "s3a", "gs", "gcs")  # there a file appears as a whole or not at all
-_PATHS = ("adapter", "documents.path", "queries.path", "cache.dir", "output.path")
+_GLOBS = ("documents.path", "queries.path")
+_PATHS = (*_GLOBS, "adapter", "cache.dir", "output.path")
 _SCHEMA_FILE = re.compile(r"queries\.\d+\.json_schema\.file")
 
 
@@ -127,8 +129,8 @@ def _resolve(value: Any, key: str, base: Path, origin: str) -> Any:
         return value
     value = value.removeprefix("file://")
     if "://" not in value:
-        return _absolute(value, base)
-    if key in ("documents.path", "queries.path"):
+        return absolute(value, base) if key in _GLOBS else _absolute(value, base)
+    if key in _GLOBS:
         return value
     if key == "output.path":
         return _checked_upload(value, origin)
