@@ -1,103 +1,123 @@
-"""The entries of a store's folder, and the order in which they are evicted.
+"""The entries of a store's folder: found by their names, read from their manifests, removed.
 
-An entry is read from its manifest; no tensor is loaded. Which contexts unfinished jobs need is decided in pins.py.
+No tensor is loaded. index.py remembers entries, so that they are not read again each time.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
-from turboquant.io.segment_file import MANIFEST, SegmentError, read_manifest
+from turboquant.io.atomic import open_folder
+from turboquant.io.identity import Identity
+from turboquant.io.segment_file import MANIFEST, Manifest, SegmentError, read_manifest
 
 REJECTED = "rejected"
+WRITTEN_IN_PART = "written in part"
+_BUCKET = re.compile(r"[0-9a-f]{2}")
 _KEY = re.compile(r"[0-9a-f]{64}")
-_SET_ASIDE = re.compile(r"[0-9a-f]{64}-\d+")
+_SET_ASIDE = re.compile(r"[0-9a-f]{64}-\d{1,9}")
 
 
 @dataclass(frozen=True)
 class Entry:
     """One segment's folder, or what is left of it.
 
-    bytes: size on disk. used: time of the last write or load, in seconds since the epoch. manifest: the segment's
-    manifest, or None if the segment cannot be used. problem: the reason why it cannot be used.
+    key: the folder's name. bucket: name of the folder above it: the first two digits of the key, or ``rejected``.
+    bytes: size on disk. used: time of the last write or load, in seconds since the epoch. problem: the reason why the
+    segment cannot be used, or "". The rest is stated by the manifest of a segment without a problem: created is a time
+    like used, or 0 if unknown; parent is "" for the first segment of a context; label is that of the context, which
+    ends with this segment if whole; output is the digest of the job that built it.
     """
 
-    folder: Path
+    key: str
+    bucket: str
     bytes: int
     used: float
-    manifest: Mapping[str, Any] | None
-    problem: str | None = None
+    problem: str = ""
+    created: float = 0.0
+    start: int = 0
+    tokens: int = 0
+    parent: str = ""
+    label: str = ""
+    whole: bool = False
+    output: str = ""
+    model: str = ""
+    document: str = ""
+    weights: str = ""
+    tokenizer: str = ""
+    codec: str = ""
+    prefill: str = ""
 
     @property
-    def key(self) -> str:
-        """The segment's key, which is the name of its folder."""
-        return self.folder.name
+    def identity(self) -> Identity:
+        """The identity of the segment."""
+        return Identity(self.weights, self.tokenizer, self.codec, self.prefill)
 
-    @property
-    def parent(self) -> str | None:
-        """The key of the segment before this one; None if it is the first of its context."""
-        return self.manifest.get("parent") if self.manifest else None
-
-    @property
-    def metadata(self) -> Mapping[str, Any]:
-        """The segment's origin, such as its model and its document, as `Store.save` was given it."""
-        metadata = self.manifest.get("about") if self.manifest else None
-        return metadata if isinstance(metadata, dict) else {}
-
-    @property
-    def label(self) -> str:
-        """The label of the segment's context."""
-        return str(self.metadata.get("label", ""))
-
-    @property
-    def created(self) -> float | None:
-        """Time at which the segment was built, in seconds since the epoch."""
-        try:
-            return datetime.fromisoformat(str((self.manifest or {}).get("created"))).timestamp()
-        except ValueError:
-            return None
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens in the segment."""
-        return int(self.manifest["tokens"]) if self.manifest else 0
+    def folder(self, store: Path) -> Path:
+        """Return the segment's folder in a store."""
+        return store / self.bucket / self.key
 
 
-def list_entries(folder: Path) -> Iterator[Entry]:
-    """Yield an entry for each whole, damaged, rejected or partly written segment in a store's folder.
+def list_buckets(store: Path) -> Iterator[tuple[str, int]]:
+    """Yield the folders of a store that hold segments, each with its time of change in nanoseconds. Raises OSError.
 
-    The names of files and folders decide which ones belong to the store. All other files are ignored.
+    Links and all other files and folders are ignored.
     """
-    for path in sorted(folder.glob(f"{REJECTED}/*")):
-        if _SET_ASIDE.fullmatch(path.name) and not path.is_symlink():
-            yield Entry(path, size_of(path), 0.0, None, "rejected")
-    for path in sorted(folder.glob("??/*")):
-        linked = path.is_symlink() or path.parent.is_symlink()  # the target is outside the store
-        if _KEY.fullmatch(path.name) and path.name.startswith(path.parent.name) and not linked:
-            yield from _segment_entry(path)
+    with suppress(FileNotFoundError), os.scandir(store) as items:
+        for item in items:
+            if (_BUCKET.fullmatch(item.name) or item.name == REJECTED) and item.is_dir(follow_symlinks=False):
+                yield item.name, item.stat(follow_symlinks=False).st_mtime_ns
 
 
-def _segment_entry(path: Path) -> Iterator[Entry]:
-    """Yield the entry of a segment's folder, or nothing if another process has just removed it."""
+def list_keys(store: Path, bucket: str) -> Iterator[str]:
+    """Yield the names of the segments' folders in a bucket. Raises OSError."""
+    with suppress(FileNotFoundError), os.scandir(store / bucket) as items:
+        for item in items:
+            if is_key(item.name, bucket) and item.is_dir(follow_symlinks=False):
+                yield item.name
+
+
+def is_key(name: str, bucket: str) -> bool:
+    """Return whether a segment's folder in a bucket may have this name."""
+    if bucket == REJECTED:
+        return _SET_ASIDE.fullmatch(name) is not None
+    return _KEY.fullmatch(name) is not None and name.startswith(bucket)
+
+
+def read_entry(store: Path, bucket: str, key: str) -> Entry | None:
+    """Read the entry of a segment's folder. Return None if another process has just removed it. Raises OSError."""
+    folder = store / bucket / key
+    if bucket == REJECTED:
+        return Entry(key, bucket, size_of(folder), 0.0, "rejected")
     try:
-        used = (path / MANIFEST).stat().st_mtime
-        manifest = read_manifest(path)
+        used = os.stat(folder / MANIFEST, follow_symlinks=False).st_mtime
+        manifest = read_manifest(folder, store)
     except FileNotFoundError:
-        if path.is_dir():
-            yield Entry(path, size_of(path), 0.0, None, "written in part")
+        return Entry(key, bucket, size_of(folder), 0.0, WRITTEN_IN_PART) if folder.is_dir() else None
+    except NotADirectoryError:
+        return None
     except SegmentError as error:
-        yield Entry(path, size_of(path), 0.0, None, str(error))
-    except OSError:
-        return
-    else:
-        yield Entry(path, size_of(path), used, manifest)
+        return Entry(key, bucket, size_of(folder), 0.0, str(error))
+    about = manifest.about
+    return Entry(
+        key,
+        bucket,
+        size_of(folder),
+        used,
+        created=_seconds(manifest),
+        start=manifest.start,
+        tokens=manifest.tokens,
+        parent=manifest.parent or "",
+        **{name: str(about.get(name, "")) for name in ("label", "output", "model", "document")},
+        whole=about.get("whole") is True,
+        **asdict(manifest.identity),
+    )
 
 
 def size_of(path: Path) -> int:
@@ -116,42 +136,21 @@ def size_of(path: Path) -> int:
     return total
 
 
-def remove_entry(entry: Entry) -> None:
+def remove_entry(store: Path, entry: Entry) -> None:
     """Remove an entry's folder. Raises OSError.
 
     The manifest is removed first, so that a crash never leaves a folder that looks like a whole segment.
     """
-    for name in (MANIFEST, *sorted(path.name for path in entry.folder.iterdir() if path.name != MANIFEST)):
-        (entry.folder / name).unlink(missing_ok=True)
-    entry.folder.rmdir()
+    with suppress(FileNotFoundError), open_folder(store / entry.bucket, store) as bucket:
+        with bucket.folder(entry.key) as folder:
+            folder.remove(MANIFEST)
+        bucket.remove(entry.key)
     with suppress(OSError):
-        entry.folder.parent.rmdir()  # works only if this was the last entry in that folder
+        (store / entry.bucket).rmdir()  # works only if this was the last entry in that folder
 
 
-def eviction_order(entries: Iterable[Entry], is_needed: Callable[[Entry], bool]) -> list[Entry]:
-    """Return the entries that may be removed, in the order in which to remove them.
-
-    Entries with a problem come first, then the least recently used. A segment comes after all segments that continue
-    it, and it is kept while one of them is needed.
-    """
-    unusable: list[Entry] = []
-    usable: dict[str, Entry] = {}
-    for entry in entries:
-        if entry.problem is None:
-            usable[entry.key] = entry
-        else:
-            unusable.append(entry)
-    kept: set[str] = set()
-    used = {key: entry.used for key, entry in usable.items()}
-    deepest_first = sorted(usable.values(), key=lambda entry: -int(entry.manifest["start"] if entry.manifest else 0))
-    for entry in deepest_first:
-        needed = entry.key in kept or is_needed(entry)
-        if needed:
-            kept.add(entry.key)
-        if entry.parent in usable:
-            used[entry.parent] = max(used[entry.parent], used[entry.key])
-            if needed:
-                kept.add(entry.parent)
-    position = {entry.key: number for number, entry in enumerate(deepest_first)}
-    removable = [entry for entry in usable.values() if entry.key not in kept]
-    return unusable + sorted(removable, key=lambda entry: (used[entry.key], position[entry.key]))
+def _seconds(manifest: Manifest) -> float:
+    try:
+        return datetime.fromisoformat(manifest.created).timestamp()
+    except (ValueError, OverflowError, OSError):
+        return 0.0

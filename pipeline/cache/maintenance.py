@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from pipeline.cache.entries import REJECTED, Entry, eviction_order
+from pipeline.cache.entries import REJECTED, Entry, list_buckets, list_keys, size_of
 from pipeline.cache.pins import Pins
 from pipeline.cache.store import Store
 from pipeline.errors import StoreError, one_line
@@ -61,22 +62,20 @@ class CleanupReport:
 
 
 def list_store(folder: Path) -> Iterator[ListedSegment]:
-    """Yield all segments of a store in the order of their keys, the rejected ones first."""
+    """Yield all segments of a store in the order of their keys, the rejected ones first. Raises StoreError."""
     now, pins = time.time(), Pins(folder)
-    for entry in Store(folder).entries():
-        manifest = entry.manifest or {}
-        identity = manifest.get("identity", {})
+    for entry in Store(folder, read_only=True).entries():
         yield ListedSegment(
             key=entry.key,
             tokens=entry.tokens,
             bytes=entry.bytes,
             age=_age(entry.created, now),
             unused_for=_age(entry.used, now),
-            model=str(entry.metadata.get("model", "")),
-            document=str(entry.metadata.get("document", "")),
-            codec=str(identity.get("codec", "")),
+            model=entry.model,
+            document=entry.document,
+            codec=entry.codec,
             needed=pins.is_pinned(entry.label),
-            problem=entry.problem,
+            problem=entry.problem or None,
         )
 
 
@@ -88,23 +87,26 @@ def verify_store(folder: Path) -> VerifyReport:
     """
     store, bad = Store(folder), {}
     good = size = 0
-    for entry in store.entries():
-        size += entry.bytes
-        if entry.folder.parent.name == REJECTED:
-            continue
-        verify = partial(verify_segment, entry.folder, entry.key)
-        try:
-            try:
-                verify()
-            except SegmentError:
-                if store.read_again(entry.key, verify) is None:
+    try:
+        for bucket, _ in sorted(list_buckets(folder)):
+            for key in sorted(list_keys(folder, bucket)):
+                path = folder / bucket / key
+                size += size_of(path)
+                if bucket == REJECTED:
                     continue
-        except SegmentError as error:
-            bad[entry.key] = str(error)
-        except OSError as error:
-            raise StoreError(f"{entry.folder}: cannot be read: {one_line(error)}") from error
-        else:
-            good += 1
+                verify = partial(verify_segment, path, key, folder)
+                try:
+                    try:
+                        verify()
+                    except SegmentError:
+                        if store.read_again(key, verify) is None:
+                            continue
+                except SegmentError as error:
+                    bad[key] = str(error)
+                else:
+                    good += 1
+    except OSError as error:
+        raise StoreError(f"{folder}: cannot be read: {one_line(error)}") from error
     return VerifyReport(good, size, bad)
 
 
@@ -115,27 +117,22 @@ def clean_store(folder: Path, budget: int | None, unused_for: float | None, dry_
     seconds ago. dry_run: only report. Segments that an unfinished job has pinned are kept. Raises StoreError if a
     segment cannot be removed.
     """
-    pins, store = Pins(folder), Store(folder)
-    with store.write_lock():
-        entries = list(store.entries())
-        used, now = store.used_bytes(), time.time()
-        left, reasons, chosen = used, dict[str, int](), list[Entry]()
-        for entry in eviction_order(entries, lambda entry: pins.is_pinned(entry.label)):
-            if entry.problem is not None:
-                reason = "of no use"
-            elif unused_for is not None and now - entry.used > unused_for:
-                reason = "not used for long"
-            elif budget is not None and left > budget:
-                reason = "over the budget"
-            else:
-                continue
-            chosen.append(entry)
-            left -= entry.bytes
-            reasons[reason] = reasons.get(reason, 0) + 1
-        if not dry_run:
-            store.remove(chosen)
-    return CleanupReport(len(chosen), used - left, len(entries) - len(chosen), left, reasons)
+    pins, now = Pins(folder), time.time()
+    store = Store(folder, is_needed=pins.is_pinned, read_only=dry_run)
+    used = store.used_bytes()
+
+    def choose(entry: Entry, used: int) -> str | None:
+        if entry.problem:
+            return "of no use"
+        if unused_for is not None and now - entry.used > unused_for:
+            return "not used for long"
+        return "over the budget" if budget is not None and used > budget else None
+
+    removed, left = store.clean(choose, dry_run)
+    reasons = Counter(reason for _, reason in removed)
+    removed_bytes = sum(entry.bytes for entry, _ in removed)
+    return CleanupReport(len(removed), removed_bytes, left, used - removed_bytes, dict(reasons))
 
 
-def _age(moment: float | None, now: float) -> float | None:
+def _age(moment: float, now: float) -> float | None:
     return max(0.0, now - moment) if moment else None

@@ -11,15 +11,20 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
-from pipeline.errors import BudgetTooSmall, OutputError
-from pipeline.files.atomic import atomic_file
-from turboquant.io.atomic import open_regular
+from pydantic import StringConstraints, TypeAdapter
+
+from pipeline.errors import BudgetTooSmall
+from turboquant.io.atomic import TEMPORARY, open_folder
+from turboquant.io.json_file import read_json
 
 JOBS = "jobs"
 SECONDS_BETWEEN_WRITES = 60.0
@@ -31,6 +36,17 @@ _log = logging.getLogger(__name__)
 def output_digest(output: Path) -> str:
     """Return a short name for a job, made from the path of its result."""
     return hashlib.sha256(str(output).encode()).hexdigest()[:_DIGITS]
+
+
+@dataclass(frozen=True)
+class _PinsFile:
+    """The content of a job's file: the path of its result, and the digests of the labels that it needs."""
+
+    output: str
+    labels: list[Annotated[str, StringConstraints(pattern="^[0-9a-f]{16}$")]]
+
+
+_SCHEMA = TypeAdapter(_PinsFile)
 
 
 class Pins:
@@ -95,9 +111,13 @@ class Pins:
         self._written = time.monotonic()
         labels = [f"{number:0{_DIGITS}x}" for number in self._own]
         try:
-            with atomic_file(self._file) as path:
-                path.write_text(json.dumps({"output": str(self._output), "labels": labels}), encoding="utf-8")
-        except OutputError as error:
+            with open_folder(self._folder, self._folder.parent, make=True) as folder:
+                for leftover in os.listdir(folder.descriptor):  # of a run of this job that was killed while it wrote
+                    if leftover.startswith(f"{TEMPORARY}{self._file.name}."):
+                        folder.remove(leftover)
+                with folder.replacing(self._file.name) as file:
+                    file.write(json.dumps({"output": str(self._output), "labels": labels}).encode())
+        except OSError as error:
             _log.debug("other jobs cannot see the pins of this job: %s", error)
 
     def _pins_of_others(self) -> set[int]:
@@ -105,7 +125,7 @@ class Pins:
         files: list[tuple[Path, int]] = []
         with suppress(OSError):
             for file in sorted(self._folder.glob("*.json")):
-                state = file.stat()
+                state = file.lstat()
                 if file != self._file and time.time() - state.st_mtime < SECONDS_UNTIL_FORGOTTEN:
                     files.append((file, state.st_mtime_ns))
         if files != self._others[0]:
@@ -115,9 +135,9 @@ class Pins:
 
 def _labels(file: Path) -> set[int]:
     try:
-        with open_regular(file) as opened:
-            return {int(label, 16) for label in json.loads(opened.read())["labels"]}
-    except (OSError, ValueError, KeyError, TypeError):
+        with open_folder(file.parent, file.parent.parent) as folder, folder.open(file.name) as opened:
+            return {int(label, 16) for label in read_json(opened, _SCHEMA).labels}
+    except (OSError, ValueError):
         return set()
 
 

@@ -4,45 +4,47 @@
     <cache dir>/rejected/…          segments that could not be used
     <cache dir>/locks/…             lock files of processes that build or store segments
     <cache dir>/jobs/…              contexts that unfinished jobs need; see pins.py
+    <cache dir>/index.sqlite        the entries, so that they are found without reading the folder; see index.py
 
-No file in the folder is trusted. A segment that fails verification is moved to rejected/, the reason is logged, and
-the caller builds the segment again. Several processes may share a folder: each segment is built once, writers take
-turns, readers never wait.
+No file in the folder is trusted, and no link in it is followed. A segment that fails verification is moved to
+rejected/, the reason is logged, and the caller builds the segment again. Several processes may share a folder: each
+segment is built once, writers take turns, readers never wait.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 from uuid import uuid4
 
-from filelock import FileLock, Timeout
-
-from pipeline.cache.entries import REJECTED, Entry, eviction_order, list_entries, remove_entry, size_of
+from pipeline.cache.entries import REJECTED, Entry, list_buckets, remove_entry, size_of
+from pipeline.cache.index import DAMAGED, INDEX, Index, IndexMode
+from pipeline.cache.locks import LOCKS, Lock
 from pipeline.cache.pins import JOBS
 from pipeline.errors import BudgetTooSmall, DiskFull, JobError, StoreError, is_disk_full, one_line
 from pipeline.job.budget import budget_bytes, existing
 from pipeline.job.job import Cache
 from turboquant import CacheCodec
 from turboquant.caches.prefix import Segment
-from turboquant.io.atomic import open_regular
+from turboquant.io.atomic import open_folder
 from turboquant.io.identity import Identity
 from turboquant.io.segment_file import MANIFEST, SegmentError, read_segment, segment_bytes, write_segment
 
-LOCKS = "locks"
 SECONDS_BETWEEN_TRIES = 0.25  # to get a lock that another process holds
 _FOLDER_ID = "name"
 _RESERVED_BYTES = 8192  # for the small files beside the segments
 _ABSENT = "absent"
 _log = logging.getLogger(__name__)
-_Read = TypeVar("_Read")
+_Result = TypeVar("_Result")
 
 
 def open_store(cache: Cache, is_needed: Callable[[str], bool]) -> Store:
@@ -54,30 +56,49 @@ class Store:
     """Segments of any models and codecs in one folder. The folder is made when a segment is first stored.
 
     budget: the most bytes that all files of the folder may have together, or None. is_needed: returns whether the
-    context of a label must not be evicted. Raises JobError if the folder is a file.
+    context of a label must not be evicted. read_only: write nothing to the folder, no index and no locks.
+
+    Raises JobError if the folder is a file, or holds a link in the place of one of its folders.
     """
 
     def __init__(
-        self, folder: Path, budget: int | None = None, is_needed: Callable[[str], bool] = lambda label: False
+        self,
+        folder: Path,
+        budget: int | None = None,
+        is_needed: Callable[[str], bool] = lambda label: False,
+        read_only: bool = False,
     ) -> None:
         if folder.exists() and not folder.is_dir():
             raise JobError(f"cache.dir: {folder} is a file; name a folder")
-        self._folder, self._budget, self._is_needed = folder, budget, is_needed
-        self._miss_log = _MissLog(self.entries)
+        for name in (LOCKS, JOBS, REJECTED):
+            if (folder / name).is_symlink():
+                raise JobError(f"cache.dir: {folder / name} is a link, and a store may hold none; remove it")
+        self._folder, self._budget, self._is_needed, self._read_only = folder, budget, is_needed, read_only
+        self._index: Index | None = None  # one in memory
+        self._others: tuple[float, float, int] = (0.0, 0.0, 0)  # when the other files were measured, how long, bytes
+        self._index_turn = threading.RLock()
+        self._miss_log = _MissLog(self)
         self._protected: set[str] = set()  # keys of the segments that the caller uses now
 
     def load(
-        self, key: str, start: int, codec: CacheCodec, identity: Identity, label: str, whole: bool = True
+        self,
+        key: str,
+        start: int,
+        codec: CacheCodec,
+        identity: Identity,
+        label: str,
+        whole: bool = True,
+        most_bytes: int | None = None,
     ) -> Segment | None:
         """Read and verify the segment stored under ``key``. Return None, and log the reason, if there is none.
 
         start: number of context tokens before the segment. label: the label of its context. whole: whether the context
-        ends with this segment.
+        ends with this segment. most_bytes: that it may have.
         """
         folder = self._path(key)
 
         def read() -> Segment:
-            return read_segment(folder, key, codec, start)
+            return read_segment(folder, key, codec, start, most_bytes, self._folder)
 
         segment: Segment | None = None
         try:
@@ -92,10 +113,10 @@ class Store:
             _log.warning("%s: a stored prefix cannot be read now, so it is built: %s", folder, one_line(error))
         if segment is not None:
             with suppress(OSError):  # the folder may be read-only
-                os.utime(folder / MANIFEST)
+                os.utime(folder / MANIFEST, follow_symlinks=False)
         return segment
 
-    def read_again(self, key: str, read: Callable[[], _Read]) -> _Read | None:
+    def read_again(self, key: str, read: Callable[[], _Result]) -> _Result | None:
         """Read a bad segment again while no other process writes. Return None if it is gone.
 
         It may have looked bad because another process was writing it. If it is still bad, it is set aside, and the
@@ -113,12 +134,15 @@ class Store:
     def reject(self, key: str, reason: str) -> None:
         """Move a segment that cannot be used to the folder of rejected segments."""
         _log.warning("prefix %.12s rejected and built again: %s", key, reason)
-        rejected, number = self._folder / REJECTED, 0
+        number = 0
         try:
-            rejected.mkdir(exist_ok=True)
-            while (target := rejected / f"{key}-{number}").exists():
-                number += 1
-            os.replace(self._path(key), target)
+            with (
+                open_folder(self._path(key).parent, self._folder) as source,
+                open_folder(self._folder / REJECTED, self._folder, make=True) as target,
+            ):
+                while os.access(f"{key}-{number}", os.F_OK, dir_fd=target.descriptor, follow_symlinks=False):
+                    number += 1
+                os.replace(key, f"{key}-{number}", src_dir_fd=source.descriptor, dst_dir_fd=target.descriptor)
         except OSError as error:  # the segment stays, and is rejected or replaced the next time
             _log.warning("%s: a bad segment cannot be set aside: %s", self._path(key), one_line(error))
 
@@ -135,12 +159,14 @@ class Store:
             needed = segment_bytes(segment) + len(str(metadata)) + size_of(folder)
             with self.write_lock():
                 self._make_room(needed)
-                if folder.is_symlink():  # no file outside the store is written or removed
-                    folder.unlink()
-                if folder.exists():
-                    for leftover in folder.glob(".*"):  # by a run that was killed while it wrote
-                        leftover.unlink()
-                return write_segment(folder, key, segment, identity, parent, metadata)
+                with open_folder(folder.parent, self._folder, make=True) as bucket:
+                    if folder.is_symlink():
+                        bucket.remove(key)
+                    with bucket.folder(key, make=True) as own:
+                        for leftover in os.listdir(own.descriptor):  # by a run that was killed while it wrote
+                            if leftover.startswith("."):
+                                own.remove(leftover)
+                return write_segment(folder, key, segment, identity, parent, metadata, self._folder)
         except OSError as error:
             if is_disk_full(error):
                 raise self._disk_full() from error
@@ -167,20 +193,14 @@ class Store:
         The lock of a process that died is free. If the folder allows no lock files, the block runs without a lock.
         """
         lock = self._lock(key[:2])  # one lock for many keys bounds the number of files; a needless wait is rare
-        waited = False
+        is_waiting = False
         try:
-            while lock is not None and not lock.is_locked:
-                try:
-                    lock.acquire(timeout=0)
-                except Timeout:
-                    if not waited:
-                        _log.info("prefix %.12s is being built by another run; waiting for it", key)
-                    waited = True
-                    while_waiting()
-                    time.sleep(SECONDS_BETWEEN_TRIES)
-        except OSError as error:
-            _log.debug("%s: no lock: %s", self._folder, error)
-        try:
+            while lock is not None and not lock.acquire(wait=False):
+                if not is_waiting:
+                    _log.info("prefix %.12s is being built by another run; waiting for it", key)
+                is_waiting = True
+                while_waiting()
+                time.sleep(SECONDS_BETWEEN_TRIES)
             yield
         finally:
             if lock is not None:
@@ -190,21 +210,48 @@ class Store:
         """Protect these segments from eviction, in place of those that were protected before."""
         self._protected = set(keys)
 
-    def remove_where(self, matches: Callable[[Entry], bool]) -> None:
-        """Remove the segments that match and that no job needs."""
+    def remove_built(self, output: str, keys: Collection[str] | None = None) -> None:
+        """Remove the segments that a job has built, or those of them with the given keys, if no job needs them.
+
+        output: the digest of the job's output. A segment stays while the store has one that continues it.
+        """
+
+        def remove(index: Index) -> None:
+            for entry in index.built_by(output) if keys is None else index.of_keys(keys):
+                if entry.output == output and not self._is_needed(entry.label) and not index.has_children(entry):
+                    remove_entry(self._folder, entry)
+                    index.forget(entry)
+
         try:
             with self.write_lock():
-                for entry in eviction_order(self.entries(), lambda one: not matches(one) or self._is_needed(one.label)):
-                    if entry.problem is None:
-                        remove_entry(entry)
+                self._indexed(remove)
         except OSError as error:
             _log.warning("%s: a prefix cannot be removed: %s", self._folder, one_line(error))
 
-    def remove(self, entries: Sequence[Entry]) -> None:
-        """Remove entries. Raises StoreError if one cannot be removed."""
+    def clean(self, choose: Callable[[Entry, int], str | None], dry_run: bool) -> tuple[list[tuple[Entry, str]], int]:
+        """Remove entries in the order of eviction as long as ``choose`` returns a reason; only look at them if dry_run.
+
+        choose: called with an entry and the bytes that the store has now. Returns the entries that were removed with
+        their reasons, and the number of all others. Raises StoreError if one cannot be removed.
+        """
+
+        def clean(index: Index) -> tuple[list[tuple[Entry, str]], int]:
+            removed: list[tuple[Entry, str]] = []
+            used = index.segment_bytes() + self._other_bytes()
+            while (entry := index.next_to_evict(lambda one: self._is_needed(one.label), thorough=True)) is not None:
+                reason = choose(entry, used)
+                if reason is None:
+                    break
+                if not dry_run:
+                    remove_entry(self._folder, entry)
+                index.forget(entry)
+                removed.append((entry, reason))
+                used -= entry.bytes
+            return removed, index.count()
+
         try:
-            for entry in entries:
-                remove_entry(entry)
+            with self.write_lock():
+                return self._indexed(clean, thorough=True)
         except OSError as error:
             raise StoreError(f"{self._folder}: cannot be shrunk: {one_line(error)}") from error
 
@@ -212,31 +259,41 @@ class Store:
         """Return whether a segment has a manifest. The segment is verified only when it is loaded."""
         return (self._path(key) / MANIFEST).is_file()
 
-    def entries(self) -> Iterator[Entry]:
-        """Yield an entry for each segment in the folder, usable or not."""
-        return list_entries(self._folder)
+    def entries(self) -> list[Entry]:
+        """Return an entry for each segment in the folder, usable or not. Raises StoreError if they cannot be read."""
+        try:
+            with self.write_lock():
+                return self._indexed(lambda index: list(index.entries()), thorough=True)
+        except OSError as error:
+            raise StoreError(f"{self._folder}: cannot be read: {one_line(error)}") from error
 
     def contexts(self, identity: Identity) -> Iterator[tuple[str, int]]:
         """Yield the label and the number of tokens of each context of an identity, as the manifests state them."""
-        wanted = asdict(identity)
-        for entry in self.entries():
-            manifest = entry.manifest
-            if manifest and entry.label and entry.metadata.get("whole") and manifest["identity"] == wanted:
-                start, tokens = manifest.get("start"), manifest.get("tokens")
-                if type(start) is int and type(tokens) is int and tokens > 0:
-                    yield entry.label, start + tokens
+        for entry in self.ends_of_contexts(thorough=True):
+            if entry.identity == identity:
+                yield entry.label, entry.start + entry.tokens
+
+    def ends_of_contexts(self, label: str | None = None, thorough: bool = False) -> Sequence[Entry]:
+        """Return the last segment of each context: of all, or of those of one label; none if they cannot be read."""
+        if not self._folder.exists():  # reading makes no folder
+            return []
+        try:
+            with self.write_lock():
+                return self._indexed(lambda index: list(index.contexts(label)), thorough)
+        except (OSError, StoreError) as error:
+            _log.debug("%s: cannot be read: %s", self._folder, error)
+            return []
 
     def folder_id(self) -> str:
         """Return an id of this folder that is the same on all machines; "" if no id can be written to the folder."""
-        file, folder_id = self._folder / LOCKS / _FOLDER_ID, ""
         try:
-            with self.write_lock():
-                if file.exists():
-                    with open_regular(file) as opened:
-                        folder_id = opened.read().decode()
-                if not folder_id:
-                    folder_id = uuid4().hex
-                    file.write_text(folder_id)
+            with self.write_lock(), open_folder(self._folder / LOCKS, self._folder, make=True) as folder:
+                with suppress(FileNotFoundError), folder.open(_FOLDER_ID) as file:
+                    folder_id = file.read(33).decode("ascii", "replace")
+                    if re.fullmatch("[0-9a-f]{32}", folder_id):
+                        return folder_id
+                with folder.replacing(_FOLDER_ID) as file:
+                    file.write((folder_id := uuid4().hex).encode())
                 return folder_id
         except OSError as error:
             _log.debug("%s: has no id: %s", self._folder, error)
@@ -249,44 +306,92 @@ class Store:
     def _path(self, key: str) -> Path:
         return self._folder / key[:2] / key
 
-    def _lock(self, name: str) -> FileLock | None:
-        folder = self._folder / LOCKS
+    def _lock(self, name: str) -> Lock | None:
+        """Return a lock; None if the folder allows no lock files, since the job goes on without locks then."""
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            return None if self._read_only else Lock(self._folder, name)
         except OSError as error:
-            _log.debug("%s: no locks: %s", folder, error)
+            _log.debug("%s: no locks: %s", self._folder, error)
             return None
-        return FileLock(folder / f"{name}.lock", thread_local=False)  # another thread stores segments
 
     @contextmanager
     def write_lock(self) -> Iterator[None]:
         """Hold the lock that a process needs to change the folder."""
         lock = self._lock("write")
-        if lock is None:
+        try:
+            if lock is not None:
+                lock.acquire()
             yield
-            return
-        with lock:
-            yield
+        finally:
+            if lock is not None:
+                lock.release()
+
+    def _indexed(self, task: Callable[[Index], _Result], thorough: bool = False) -> _Result:
+        """Do a task with the index after bringing it up to date. The caller holds the write lock.
+
+        An index that is damaged is made again, and in memory if even that fails. Raises OSError, and StoreError if the
+        index cannot be made at all. thorough: see `Index.sync`.
+        """
+        with self._index_turn:
+            modes: Sequence[IndexMode] = ("copy", "make") if self._read_only else ("keep", "keep", "make")
+            if self._index is not None:
+                modes = ("make", "make")
+            for mode in modes:
+                index = self._index
+                try:
+                    index = index or Index(self._folder, mode)
+                    index.sync(thorough)
+                    result = task(index)
+                    self._index = None if mode == "keep" else index
+                    return result
+                except DAMAGED as error:
+                    _log.info("%s: the index is made again: %s", self._folder, one_line(error))
+                    self._index = None
+                    if mode == "keep":
+                        with suppress(OSError):
+                            Index.discard(self._folder)
+                finally:
+                    if index is not None and index is not self._index:
+                        index.close()  # a disk with an open file cannot be taken away
+            raise StoreError(f"{self._folder}: cannot be indexed; another process changes it")
+
+    def _other_bytes(self) -> int:
+        """Return the bytes of all files that are no segments.
+
+        Results that wait to be uploaded may be many files. So the files are measured again only if that takes little of
+        the time.
+        """
+        measured, took, others = self._others
+        started = time.monotonic()
+        if started - measured > 20 * took:
+            buckets = {name for name, _ in list_buckets(self._folder)}
+            paths: list[Path] = []
+            with suppress(FileNotFoundError), os.scandir(self._folder) as items:
+                paths += [Path(item.path) for item in items if item.name not in buckets and not item.is_symlink()]
+            others = sum(map(size_of, paths))
+            self._others = started, time.monotonic() - started, others
+        return others
 
     def _make_room(self, needed: int) -> None:
-        over = -1
         if self._budget is not None:
-            # A job's file of pins is written anew beside the old one, so its size counts twice.
-            reserved = _RESERVED_BYTES + size_of(self._folder / JOBS)
-            over = self.used_bytes() + needed + reserved - self._budget
+            self._indexed(lambda index: self._evict(index, needed))
+        elif needed > self._free():  # without a budget, only the user removes segments
+            raise self._disk_full(needed)
+
+    def _evict(self, index: Index, needed: int) -> None:
+        # A job's file of pins is written anew beside the old one, and so are pages of the index.
+        reserved = _RESERVED_BYTES + size_of(self._folder / JOBS) + size_of(self._folder / INDEX)
+        assert self._budget is not None
+        over = index.segment_bytes() + self._other_bytes() + needed + reserved - self._budget
         short = needed - self._free()
-        if over > 0 or short > 0:
-            entries: list[Entry] = []
-            if self._budget is not None:  # without a budget, only the user removes segments
-                entries = eviction_order(
-                    self.entries(), lambda entry: entry.key in self._protected or self._is_needed(entry.label)
-                )
-            for entry in entries:
-                if over <= 0 and short <= 0:
-                    break
-                _log.info("prefix %.12s evicted: %s", entry.key, entry.problem or "the least recently used")
-                remove_entry(entry)
-                over, short = over - entry.bytes, short - entry.bytes
+        while over > 0 or short > 0:
+            entry = index.next_to_evict(lambda one: one.key in self._protected or self._is_needed(one.label))
+            if entry is None:
+                break
+            _log.info("prefix %.12s evicted: %s", entry.key, entry.problem or "the least recently used")
+            remove_entry(self._folder, entry)
+            index.forget(entry)
+            over, short = over - entry.bytes, short - entry.bytes
         if short > 0:
             raise self._disk_full(needed)
         if over > 0:
@@ -307,11 +412,10 @@ class Store:
 
 
 class _MissLog:
-    """Logs why segments are not in the store, each reason once. entries: lists the store; called at the first miss."""
+    """Logs why segments are not in a store, each reason once."""
 
-    def __init__(self, entries: Callable[[], Iterable[Entry]]) -> None:
-        self._entries = entries
-        self._identities: dict[str, list[Mapping[str, Any]]] | None = None  # of the stored contexts, by label
+    def __init__(self, store: Store) -> None:
+        self._store = store
         self._logged_reasons: set[str] = set()
 
     def log_miss(self, key: str, identity: Identity, label: str, whole: bool) -> None:
@@ -326,17 +430,14 @@ class _MissLog:
 
     def _explain(self, identity: Identity, label: str, whole: bool) -> str:
         """Return the first difference between the identity and that of a stored context of the same text."""
-        if self._identities is None:
-            self._identities = {}
-            for entry in self._entries():
-                if entry.manifest is not None and entry.metadata.get("whole"):
-                    self._identities.setdefault(entry.label, []).append(entry.manifest["identity"])
+        stored_contexts = self._store.ends_of_contexts(label)
         wanted = asdict(identity)
-        for stored in self._identities.get(label, []):
+        for entry in stored_contexts:
+            stored = asdict(entry.identity)
             for name, value in wanted.items():
-                if stored.get(name) != value:
+                if stored[name] != value:
                     reasons = {"weights": "other weights", "tokenizer": "another tokenizer or chat template"}
-                    return reasons.get(name, f"{name} was '{stored.get(name)}', now '{value}'")
-        if whole and label in self._identities:
+                    return reasons.get(name, f"{name} was '{stored[name]}', now '{value}'")
+        if whole and stored_contexts:
             return "the context of this text ends elsewhere: the queries have changed"
         return _ABSENT

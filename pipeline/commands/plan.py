@@ -111,7 +111,7 @@ def plan_job(
     tokenizer = load_tokenizer(path, job.trust_remote_code)
     prompts = PromptTokenizer(tokenizer, bool(job.generation.thinking))
     counter = TokenCounter(prompts, inputs.documents, effort or Effort())
-    hit_index = HitIndex(Store(job.cache.dir).contexts(identity))
+    hit_index = HitIndex(Store(job.cache.dir, read_only=True).contexts(identity))
     planner = _Planner(job, config, max_context(config, tokenizer), counter, hit_index)
     for document in with_progress_bar(_documents(job, inputs, identity), inputs.documents, quiet):
         planner.add(document)

@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 from pydantic import StringConstraints, TypeAdapter
 
 from pipeline.models.loading import adapter_files, weight_files
-from turboquant.io.atomic import open_regular, remove_leftovers, replacing
+from turboquant.io.atomic import open_folder, open_regular, remove_leftovers
 from turboquant.io.json_file import read_json, sealed
 
 _TOKENIZER_FILES = (
@@ -137,5 +137,5 @@ def _write_memo(memo: Path, files: Mapping[str, _HashedFile]) -> None:
         memo.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(memo)  # also of a job that writes it now, which then only fails to remember
         content = {"format": 2, "files": {path: asdict(entry) for path, entry in files.items()}}
-        with replacing(memo) as temporary:
-            temporary.write_text(json.dumps(sealed(content, _CHECKSUM), indent=1))
+        with open_folder(memo.parent) as folder, folder.replacing(memo.name) as opened:
+            opened.write(json.dumps(sealed(content, _CHECKSUM), indent=1).encode())

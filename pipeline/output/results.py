@@ -22,6 +22,7 @@ import logging
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
@@ -110,6 +111,8 @@ class Results:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._close_finished()
+        if self._url is not None and not (self._read_only or self.output.exists() or self.parts.exists()):
+            self._remove_folder()
         self._lock.release()
 
     def rows(self, document_id: str) -> dict[str, Row]:
@@ -199,6 +202,12 @@ class Results:
             raise OutputError(f"{error}; until then the result is at {self.output}") from error
         with disk_errors(self.output, "cannot be removed"):
             self.output.unlink()
+
+    def _remove_folder(self) -> None:
+        """Remove what is left here of an uploaded result: the lock, and the run file, which is uploaded too."""
+        with suppress(OSError):
+            shutil.rmtree(self.output.parent)
+            self.output.parent.parent.rmdir()  # works only if no other result waits to be uploaded
 
     def _open_finished(self) -> FinishedFile | None:
         here = open_finished(self.output)  # newer than the file at the URL

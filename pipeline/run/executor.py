@@ -155,5 +155,4 @@ class LocalExecutor(Executor):
 
 def drop_segments(store: Store, job: Job, keys: Collection[str] | None = None) -> None:
     """Remove segments that this job built: all of them, or those with the given keys."""
-    output = output_digest(job.result_file)
-    store.remove_where(lambda entry: entry.metadata.get("output") == output and (keys is None or entry.key in keys))
+    store.remove_built(output_digest(job.result_file), keys)

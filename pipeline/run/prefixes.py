@@ -27,6 +27,7 @@ from turboquant.runtime.device import on_cpu
 
 # Tokens a prefill step. A GPU needs a few thousand to be busy. On a CPU a step takes seconds, and Ctrl-C waits for it.
 CPU_CHUNK, GPU_CHUNK = 512, 2048
+_SPARE_BYTES = 256 << 20  # for states of layers that do not grow with the tokens
 
 _log = logging.getLogger(__name__)
 
@@ -147,7 +148,10 @@ class PrefixProvider:
 
     def _load(self, piece: Piece) -> Segment | None:
         label, whole = str(piece.about["label"]), bool(piece.about["whole"])
-        return self._store.load(piece.key, piece.start, self._codec, self._context.identity, label, whole)
+        estimate = prefix_bytes(self._codec, self._model.config, len(piece.tokens))
+        # More than all layers take uncompressed, so that a forged file cannot ask for any amount of memory.
+        most_bytes = 64 * estimate + _SPARE_BYTES if estimate else None
+        return self._store.load(piece.key, piece.start, self._codec, self._context.identity, label, whole, most_bytes)
 
     def _extend_from_store(self, piece: Piece, prefix: Prefix | None, segment: Segment | None = None) -> Prefix | None:
         """Return the prefix with a piece that is in the store or was read ahead; None if it is not there."""

@@ -63,8 +63,9 @@ def watching(folder: Path, tell: Callable[[str, str], None]) -> Iterator[None]:
 def _hook(event: str, arguments: tuple[Any, ...]) -> None:
     if not _watchers or event not in EVENTS or (event == "open" and not arguments[2] & WRITES):
         return
-    path, beside = arguments[0], arguments[-1]
-    if event in ("os.remove", "os.rmdir") and isinstance(beside, int) and beside >= 0:  # as shutil.rmtree names files
+    path = arguments[0]
+    beside = arguments[{"os.rename": 2, "os.mkdir": 2}.get(event, -1)]
+    if event in ("os.remove", "os.rmdir", "os.rename", "os.mkdir") and isinstance(beside, int) and beside >= 0:
         path = os.path.join(os.readlink(f"/proc/self/fd/{beside}"), os.fsdecode(path))
     _tell(event, path)
 
@@ -156,7 +157,7 @@ def files_hold(place: Any) -> int:
 
     codec = job_codec(load_job(place.job_file).cache)
     for folder in place.segments():
-        read_segment(folder, folder.name, codec, read_manifest(folder)["start"])
+        read_segment(folder, folder.name, codec, read_manifest(folder).start)
     for file in place.cache.glob("jobs/[!.]*"):
         json.loads(file.read_bytes())
     folder = Path(f"{place.output}.parts")

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, NoReturn, TypeVar
 import xxhash
 from pydantic import TypeAdapter, ValidationError
 
-LARGEST_JSON = 16 << 20
+LARGEST_JSON = 64 << 20
 DEEPEST_JSON = 64
 _Content = TypeVar("_Content")
 
@@ -46,12 +46,28 @@ def read_json(file: BinaryIO, schema: TypeAdapter[_Content], checksum: str | Non
     checksum: the name of the value that holds the checksum of all others, as ``sealed`` adds it. Raises ValueError with
     a short reason if the file is too large, is not JSON, was changed, or does not fit the schema; and OSError.
     """
+    text = read_bounded(file)
+    if checksum is not None:
+        check_seal(parse_json(text), checksum)
+    return check_json(text, schema)
+
+
+def read_bounded(file: BinaryIO) -> bytes:
+    """Return the content of an open file. Raises ValueError if it is too large for JSON, and OSError."""
     text = file.read(LARGEST_JSON + 1)
     if len(text) > LARGEST_JSON:
         raise ValueError(f"it is larger than {LARGEST_JSON:,} bytes")
-    content = parse_json(text)
-    if checksum is not None and (not isinstance(content, dict) or content.get(checksum) != seal(content, checksum)):
+    return text
+
+
+def check_seal(content: Any, checksum: str) -> None:
+    """Raise ValueError unless the content is a mapping with the right checksum under the name ``checksum``."""
+    if not isinstance(content, dict) or content.get(checksum) != seal(content, checksum):
         raise ValueError("the checksum is wrong")
+
+
+def check_json(text: bytes, schema: TypeAdapter[_Content]) -> _Content:
+    """Return the content of JSON as its schema describes it. Raises ValueError, which names the value that is wrong."""
     try:
         return schema.validate_json(text, strict=True)
     except ValidationError as error:

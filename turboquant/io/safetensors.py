@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import BinaryIO
 
 import mlx.core as mx
@@ -82,12 +81,11 @@ def digest_stored(file: BinaryIO, header: Mapping[str, Stored]) -> str:
 # ---- writing and reading
 
 
-def save_tensors(path: Path, tensors: Mapping[str, mx.array]) -> tuple[str, int]:
+def save_tensors(file: BinaryIO, tensors: Mapping[str, mx.array]) -> tuple[str, int]:
     """Write a safetensors file and return its checksum and its size in bytes. Raises OSError."""
-    with path.open("wb") as file:
-        writer = _DigestingWriter(file)
-        mx.save_safetensors(writer, host_copies(tensors))  # type: ignore[arg-type]
-        return writer.digest.hexdigest(), file.tell()
+    writer = _DigestingWriter(file)
+    mx.save_safetensors(writer, host_copies(tensors))  # type: ignore[arg-type]
+    return writer.digest.hexdigest(), file.tell()
 
 
 class _DigestingWriter:

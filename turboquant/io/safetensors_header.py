@@ -16,6 +16,7 @@ from turboquant.io.json_file import parse_json
 _DTYPES_BY_BYTES = {1: "BOOL U8 I8", 2: "U16 I16 F16 BF16", 4: "U32 I32 F32", 8: "U64 I64"}
 DTYPE_BYTES = {dtype: size for size, dtypes in _DTYPES_BY_BYTES.items() for dtype in dtypes.split()}
 LARGEST_HEADER = 16 << 20
+MOST_OF_EMPTY = 1 << 24  # elements that an empty tensor would have if its dimensions of 0 were 1
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ def _parse_entry(name: str, entry: Any, data: int, any_dtype: bool) -> Stored:
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not _are_sizes(shape) or len(shape) > 8 or not _are_sizes(offsets) or len(offsets) != 2:
         raise ValueError(f"tensor {name!r} has no valid shape or offsets")
+    if 0 in shape and math.prod(filter(None, shape)) > MOST_OF_EMPTY:
+        raise ValueError(f"tensor {name!r} is empty, and its other dimensions are too large")
     if offsets[1] < offsets[0]:
         raise ValueError(f"tensor {name!r} ends before it begins")
     if not any_dtype:

@@ -5,14 +5,17 @@ Spoilt cache files: test_mutations.py. Hostile tensors: turboquant/io/test_segme
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import shutil
+import sqlite3
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
-from pipeline.cache.pins import Pins
+from pipeline.cache.pins import Pins, output_digest
 from pipeline.cache.store import Store
 from pipeline.cli import app
 from pipeline.run.fingerprint import MEMO
@@ -95,3 +98,100 @@ def test_control_characters_in_names_are_not_sent_to_the_terminal(workplace: Wor
     assert "d3\ufffd]0;owned\ufffd" in shown[0][2] + shown[0][1]
     for _, out, error in shown:
         assert not {"\x1b", "\x07"} & set(out + error)
+
+
+@pytest.mark.parametrize("name", ["locks", "jobs", "rejected"])
+def test_a_link_in_the_place_of_a_folder_is_refused(name: str, workplace: Workplace, tmp_path: Path) -> None:
+    (victim := tmp_path / "elsewhere").mkdir()
+    (victim / "letter.txt").write_text("mine")
+    workplace.cache.mkdir()
+    (workplace.cache / name).symlink_to(victim)
+    code, _, error = invoke("run", workplace.job_file)
+    assert code != 0
+    assert f"cache.dir: {workplace.cache / name} is a link, and a store may hold none; remove it" in error
+    assert [path.name for path in victim.iterdir()] == ["letter.txt"]
+
+
+def test_a_bucket_that_is_a_link_stores_nothing(
+    workplace: Workplace, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    workplace.run()
+    (victim := tmp_path / "elsewhere").mkdir()
+    bucket = workplace.segments()[0].parent
+    shutil.rmtree(bucket)
+    bucket.symlink_to(victim)
+    workplace.output.unlink()
+    assert workplace.run().rows_failed == 0
+    assert f"{bucket} is a link or a file, where a folder belongs; remove it" in caplog.text
+    assert list(victim.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "name", ["index.sqlite", "index.sqlite-journal", "locks/write.lock", "locks/name", MEMO, "jobs/{job}.json"]
+)
+def test_a_file_that_is_a_link_is_not_written_through(name: str, workplace: Workplace, tmp_path: Path) -> None:
+    """A run with a budget, which uses the index, locks, pins and the memo."""
+    (victim := tmp_path / "letter.txt").write_text("mine")
+    link = workplace.cache / name.format(job=output_digest(workplace.output))
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(victim)
+    assert workplace.run("cache.budget=10MB").rows_answered == 9
+    assert len(Store(workplace.cache).folder_id()) in (0, 32)
+    assert invoke("cache", "gc", workplace.cache, "--budget", "1kB")[0] == 0
+    assert victim.read_text() == "mine"
+
+
+def test_an_unreadable_store_is_not_called_empty(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    workplace.run()
+
+    def refuse(path: object) -> object:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    for command in ("ls", "verify", "gc"):
+        with monkeypatch.context() as patch:
+            patch.setattr("pipeline.cache.entries.os.scandir", refuse)
+            code, out, error = invoke("cache", command, workplace.cache)
+        assert (code, out) == (1, "")
+        assert "Permission denied" in error
+        assert len(error.splitlines()) == 1
+
+
+FOREIGN = "CREATE TABLE entries (key); CREATE TRIGGER t AFTER INSERT ON entries BEGIN SELECT 1; END"
+
+
+@pytest.mark.parametrize("damage", ["lost", "text", "cut off", "foreign", "flipped", "escaping", "folder"])
+def test_a_damaged_index_is_made_again(workplace: Workplace, tmp_path: Path, damage: str) -> None:
+    workplace.run("cache.budget=10MB")
+    file = workplace.cache / "index.sqlite"
+    expected = json.loads(invoke("cache", "ls", workplace.cache, "--json")[1])
+    content = bytearray(file.read_bytes())
+    if damage != "escaping":
+        file.unlink()
+    if damage == "text":
+        file.write_text("not a database" * 99)
+    elif damage == "cut off":
+        file.write_bytes(content[: len(content) // 2])
+    elif damage == "flipped":
+        for position in range(1100, len(content), 97):
+            content[position] ^= 0x55
+        file.write_bytes(content)
+    elif damage == "foreign":
+        with contextlib.closing(sqlite3.connect(file)) as database:
+            database.executescript(FOREIGN)
+    elif damage == "escaping":
+        with contextlib.closing(sqlite3.connect(file)) as database, database:
+            database.execute(
+                "UPDATE entries SET key = '../../elsewhere', bucket = '..', problem = 'bad' WHERE document = 'd0'"
+            )
+    elif damage == "folder":
+        file.mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    assert [one["key"] for one in json.loads(invoke("cache", "ls", workplace.cache, "--json")[1])] == [
+        one["key"] for one in expected
+    ]
+    workplace.output.unlink()
+    report = workplace.run("cache.budget=10MB", "cache.keep=job")
+    assert (report.rows_failed, report.prefixes_restored) == (0, 3)
+    assert invoke("cache", "gc", workplace.cache, "--budget", "1kB")[0] == 0
+    assert workplace.segments() == []
+    assert (tmp_path / "elsewhere").exists()

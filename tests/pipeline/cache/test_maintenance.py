@@ -77,7 +77,7 @@ def test_verification_sets_bad_segments_aside(workplace: Workplace) -> None:
     code, out, _ = invoke("verify", workplace.job_file)
     assert code == 1
     assert f"{first.name[:12]}  checksum" in out
-    assert f"{second.name[:12]}  the manifest is malformed" in out
+    assert f"{second.name[:12]}  the manifest cannot be read: the checksum is wrong" in out
     assert len(workplace.segments()) == 1
     assert report_of("verify", workplace.cache)["good"] == 1  # and set aside they are bad no more
     workplace.output.unlink()
@@ -179,7 +179,7 @@ def _manifest(folder: Path) -> Any:
 def test_a_segment_that_cannot_be_removed_is_an_error(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     workplace.run()
 
-    def refuse(_: object) -> None:
+    def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr("pipeline.cache.store.remove_entry", refuse)

@@ -166,7 +166,7 @@ def test_documents_queries_and_result_at_urls(workplace: Workplace, server: Serv
     assert sorted(server.files.ls("bucket/out")) == ["bucket/out/a.parquet", "bucket/out/a.parquet.run.json"]
     assert server.files.cat(URL) == expected
     assert json.loads(server.files.cat(f"{URL}.run.json"))["state"] == "finished"
-    assert not staged(workplace).exists()
+    assert not (workplace.cache / "outputs").exists()
 
     assert "9: 9 done, 0 failed, 0 left" in invoke("status", workplace.job_file).stdout
     assert len(invoke("show", workplace.job_file).stdout.splitlines()) == 9

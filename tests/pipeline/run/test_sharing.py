@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import pipeline.run.engine
-from pipeline.cache.entries import Entry, eviction_order, size_of
+from pipeline.cache.entries import size_of
 from pipeline.cache.pins import Pins
 from pipeline.cache.store import Store
 from tests import ROOT
@@ -110,26 +110,6 @@ def test_needs_survive_a_clock_that_jumps_back(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(time, "time", lambda: 0.0)
     assert other.is_pinned("one")
     assert not other.is_pinned("two")
-
-
-def entry(key: str, used: float, parent: str | None = None, start: int = 0, problem: str | None = None) -> Entry:
-    manifest = {"parent": parent, "start": start, "tokens": 10, "about": {"label": key}}
-    return Entry(Path(key), 100, used, None if problem else manifest, problem)
-
-
-def test_the_order_of_eviction() -> None:
-    found = [
-        entry("old parent", 1),
-        entry("its old child", 2, "old parent", 10),
-        entry("its new child", 9, "old parent", 10),
-        entry("recent", 5),
-        entry("oldest", 0.5),
-        entry("broken", 10, problem="written in part"),
-    ]
-    order = [entry.key for entry in eviction_order(found, lambda entry: False)]
-    assert order == ["broken", "oldest", "its old child", "recent", "its new child", "old parent"]
-    order = [entry.key for entry in eviction_order(found, lambda entry: entry.key == "its new child")]
-    assert order == ["broken", "oldest", "its old child", "recent"]
 
 
 @pytest.mark.parametrize("stamp", [0.0, 4e9], ids=["1970", "2096"])

@@ -226,7 +226,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
     path = tmp_path / "cache"
     save_prompt_cache(path, [KVCache()], {"which": "old"})
 
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: int) -> None:
         raise OSError("disk full")
 
     for name in ("os.fsync", "os.replace", "mlx.core.save_safetensors"):

@@ -137,11 +137,11 @@ def test_a_restored_segment_of_all_kinds_continues_like_the_original(folder: Pat
 
 def test_the_manifest_tells_what_the_segment_is(folder: Path) -> None:
     manifest = read_manifest(folder)
-    assert manifest["key"] == KEY
-    assert manifest["tokens"] == TOKENS
-    assert manifest["about"] == {"label": "minutes of May"}
-    assert manifest["identity"] == dataclasses.asdict(IDENTITY)
-    assert set(manifest["versions"]) == {"mlx", "mlx-lm"}
+    assert manifest.key == KEY
+    assert manifest.tokens == TOKENS
+    assert manifest.about == {"label": "minutes of May"}
+    assert manifest.identity == IDENTITY
+    assert set(manifest.versions) == {"mlx", "mlx-lm"}
 
 
 def test_layers_that_cannot_be_restored_are_not_written(tmp_path: Path, prefix: Segment) -> None:
@@ -474,10 +474,10 @@ def test_a_failure_at_any_step_leaves_nothing_half(
     real: Any = {"save": mx.save_safetensors, "os.fsync": os.fsync, "os.replace": os.replace}[where]
     calls: list[Any] = []
 
-    def fail(*args: Any) -> Any:
+    def fail(*args: Any, **folders: int) -> Any:
         calls.append(args)
         if len(calls) < call:
-            return real(*args)
+            return real(*args, **folders)
         if where == "save":
             args[0].write(b"half")
         raise error
@@ -513,10 +513,10 @@ def test_a_kill_at_any_instant_leaves_nothing_half(
         write_segment(folder, KEY, old, IDENTITY)
 
     def watched(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any) -> Any:
+        def call(*args: Any, **folders: int) -> Any:
             for moment in ("before", "after"):
                 if moment == "after":
-                    result = function(*args)
+                    result = function(*args, **folders)
                 snapshots.append(Path(shutil.copytree(folder, tmp_path / f"{len(snapshots)}")))
             return result
 
@@ -543,9 +543,9 @@ def test_data_reaches_the_disk_before_its_name_does(
         events.append("folder" if os.path.isdir(f"/proc/self/fd/{descriptor}") else "file")
         fsync(descriptor)
 
-    def record_replace(source: Any, target: Any) -> None:
+    def record_replace(source: Any, target: Any, **folders: int) -> None:
         events.append(Path(target).name)
-        replace(source, target)
+        replace(source, target, **folders)
 
     monkeypatch.setattr(os, "fsync", record_fsync)
     monkeypatch.setattr(os, "replace", record_replace)
