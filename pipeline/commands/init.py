@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,8 @@ from pipeline.files.atomic import atomic_file
 from pipeline.files.tables import first_rows
 from pipeline.inputs.documents import check_documents
 from pipeline.inputs.prompts import template_columns
-from pipeline.job.job import Job
-from pipeline.job.job_file import load_job
+from pipeline.job.job import Job, id_of
+from pipeline.job.job_file import CACHE, load_job
 from pipeline.job.job_schema import KEYS, job_schema
 
 MODEL = "mlx-community/Llama-3.2-3B-Instruct-4bit"
@@ -51,7 +50,8 @@ def guess_columns(documents: str) -> tuple[str, str]:
     """Return the columns of ids and of texts, guessed from names and first rows. Raises InputError."""
     rows = first_rows(documents, "DOCUMENTS", _ROWS)
     names = list(rows[0]) if rows else []
-    texts = [name for name in names if any(isinstance(row[name], str) for row in rows)]
+    kinds = {name: {type(row[name]) for row in rows if row[name] is not None} for name in names}
+    texts = [name for name in names if kinds[name] == {str}]
     ids = [name for name in names if _may_be_id([row[name] for row in rows])]
     named_ids = [name for wanted in _ID_NAMES for name in ids if name.lower() == wanted]
     named_texts = [name for wanted in _TEXT_NAMES for name in texts if name.lower() == wanted]
@@ -83,7 +83,7 @@ def write_job(path: Path, first_job: FirstJob, force: bool = False) -> None:
 
 def _may_be_id(values: Sequence[object]) -> bool:
     is_whole = all(isinstance(value, str | int) and not isinstance(value, bool) and value != "" for value in values)
-    return is_whole and len(set(values)) == len(values)
+    return is_whole and len(set(map(str, values))) == len(values)
 
 
 def _lines(path: Path, first_job: FirstJob) -> Iterator[str]:
@@ -124,13 +124,13 @@ def _query_lines(queries: Sequence[dict[str, str]]) -> Iterator[str]:
 def _given(path: Path, first_job: FirstJob) -> dict[str, Any]:
     ids: list[str] = []
     for text in first_job.queries:
-        name = re.sub(r"\W+", "-", text.lower())[:40].strip("-") or "query"
+        name = id_of(text)
         ids.append(f"{name}-{len(ids) + 1}" if name in ids else name)
     return {
         "model": _relative(first_job.model, path.parent) if os.path.isdir(first_job.model) else first_job.model,
         "documents": {"path": _relative(first_job.documents, path.parent), "id": first_job.id, "text": first_job.text},
         "queries": [{"id": name, "text": text} for name, text in zip(ids, first_job.queries, strict=True)],
-        "cache": {"dir": ".cache"},
+        "cache": {"dir": CACHE},
         "output": {"path": f"out/{path.stem}.parquet"},
     }
 

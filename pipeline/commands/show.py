@@ -6,6 +6,7 @@ The parts that are finished can be shown while the job runs.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -21,10 +22,21 @@ from pipeline.output.results import Results
 from pipeline.output.rows import Row
 from pipeline.printable import printable
 
+SURROUNDINGS = 160  # characters of the document that are shown on either side of a quotation
 LINES = 8  # the most lines of an answer in a table
 _LEAST_WIDTH = 24  # characters of a column of answers
 _MOST_ID_WIDTH = 24
 _GAP = 2  # characters between columns
+
+
+@dataclass(frozen=True)
+class Passage:
+    """A quotation with what stands before and behind it in the document, and how often the document has it."""
+
+    before: str
+    quote: str
+    after: str
+    occurrences: int
 
 
 class AnswerTable:
@@ -47,6 +59,7 @@ class AnswerTable:
         self._job, self._failed = job, failed
         self._inputs = Inputs(job, shard, Selection(tuple(documents), tuple(queries)))
         self.queries = self._inputs.queries
+        self._text = ""  # of the document that is being shown, if any query has evidence
         with self._results() as results:
             if not results.exist:
                 in_shards = shards_folder(job.result_file).exists()
@@ -61,13 +74,32 @@ class AnswerTable:
     def __iter__(self) -> Iterator[tuple[str, dict[str, Row | None]]]:
         """Yield each document's id and its rows by query id, in input order; None for a row that is not there yet."""
         with self._results() as results:
-            for document_id, query_ids in self._inputs.pairs():
-                known = results.rows(document_id)
+            for document_id, text, query_ids in self._documents():
+                self._text, known = text, results.rows(document_id)
                 rows = {query_id: known.get(query_id) for query_id in query_ids}
                 if self._failed:
                     rows = {query_id: row for query_id, row in rows.items() if row and row.status == "error"}
                 if rows:
                     yield document_id, rows
+
+    def passages(self, row: Row) -> list[Passage]:
+        """Return the evidence of a row of the document that iteration has reached."""
+        passages = []
+        for quotation in row.evidence or ():
+            quote, start, end = quotation["quote"], quotation["start"], quotation["end"]
+            is_there = self._text[start:end] == quote  # the document may have changed since
+            before = self._text[max(0, start - SURROUNDINGS) : start] if is_there else ""
+            after = self._text[end : end + SURROUNDINGS] if is_there else ""
+            passages.append(Passage(before, quote, after, quotation["occurrences"]))
+        return passages
+
+    def _documents(self) -> Iterator[tuple[str, str, list[str]]]:
+        """Yield each document's id, its text if any query has evidence, and the ids of its queries."""
+        if any(query.settings(self._job.generation).wants_evidence for query in self.queries):
+            for document in self._inputs.stream():
+                yield document.id, document.text, [query.id for query in document.wanted]
+        else:
+            yield from ((document_id, "", query_ids) for document_id, query_ids in self._inputs.pairs())
 
     def _results(self) -> Results:
         return Results(self._job.result_file, url=self._job.result_url, read_only=True)
@@ -76,6 +108,17 @@ class AnswerTable:
 def answer_or_error(row: Row) -> str:
     """Return a row's answer, or its error."""
     return row.answer or "" if row.status == "ok" else f"{row.error_type}: {row.error}"
+
+
+def confidence(row: Row) -> str:
+    """Return in words how sure the model was of an answer; "" if the row does not say."""
+    if row.choice_probabilities is not None and row.answer is not None:
+        return f"probability {row.choice_probabilities[row.answer]:.2f}"
+    if row.agreement is not None:
+        return f"agreement {row.agreement:.2f} of {len(row.samples or ())} samples"
+    if row.logprob_mean is None or row.logprob_min is None:
+        return ""
+    return f"log-probability {row.logprob_mean:.2f}, at least {row.logprob_min:.2f}"
 
 
 def lines(answers: AnswerTable) -> Iterator[str]:
@@ -102,7 +145,9 @@ def tables(answers: AnswerTable, console: Console, full: bool = False) -> Iterat
         heading = [Text(_printable_text(query.id), "bold") for query in band]
         yield _line([Text(""), *heading], widths)
         for document_id, rows in answers:
-            cells = [_cell(rows[query.id], console, width, full) if query.id in rows else Text() for query in band]
+            cells = [
+                _cell(answers, rows[query.id], console, width, full) if query.id in rows else Text() for query in band
+            ]
             yield _line([Text(_printable_text(document_id), "bold"), *cells], widths)
 
 
@@ -114,14 +159,30 @@ def _line(cells: Sequence[Text], widths: Sequence[int]) -> Table:
     return line
 
 
-def _cell(row: Row | None, console: Console, width: int, full: bool) -> Text:
+def _cell(answers: AnswerTable, row: Row | None, console: Console, width: int, full: bool) -> Text:
     if row is None:
         return Text("open", "dim")
     text = Text(_printable_text(answer_or_error(row)), "red" if row.status == "error" else "")
-    wrapped = text.wrap(console, width, overflow="fold")
-    if full or len(wrapped) <= LINES:
-        return Text("\n").join(wrapped)
-    return Text("\n").join([*wrapped[: LINES - 1], Text("…", "dim")])
+    wrapped = list(text.wrap(console, width, overflow="fold"))
+    if not full and len(wrapped) > LINES:
+        wrapped = [*wrapped[: LINES - 1], Text("…", "dim")]
+    for passage in answers.passages(row):
+        quoted = Text.assemble(
+            ("» ", "dim"),
+            (_last_words(_printable_text(passage.before)), "dim"),
+            (_printable_text(passage.quote), "italic"),
+            (_first_words(_printable_text(passage.after)), "dim"),
+        )
+        wrapped = [*wrapped, *quoted.wrap(console, width, overflow="fold")]
+    return Text("\n").join(wrapped)
+
+
+def _last_words(text: str) -> str:
+    return text[-40:].partition(" ")[2] if len(text) > 40 else text
+
+
+def _first_words(text: str) -> str:
+    return text[:40].rpartition(" ")[0] if len(text) > 40 else text
 
 
 def _printable_text(text: str) -> str:

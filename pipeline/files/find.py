@@ -1,80 +1,53 @@
-"""Find the files that a path, a folder, a glob or a URL names, and open them. Names tell the formats of files."""
+"""Find the files that a path, a folder, a glob or a URL names. Their suffixes tell their formats."""
 
 from __future__ import annotations
 
 import glob
-import io
 import os
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Any, BinaryIO
 
-import pyarrow as pa
-
-from pipeline.errors import InputError, suggestion
+from pipeline.errors import InputError, one_line, suggestion
 from pipeline.files import remote
-
-PARQUET, JSON, TEXT_FILE = "Parquet", "JSON Lines", "text"
-_FORMATS = {
-    ".parquet": PARQUET,
-    ".jsonl": JSON,
-    ".ndjson": JSON,
-    ".txt": TEXT_FILE,
-    ".md": TEXT_FILE,
-    ".markdown": TEXT_FILE,
-}
+from pipeline.files.conversions import what_else
+from pipeline.files.formats import Format, InputFile, beginning, listed
+from pipeline.files.paths import has_wildcards, literal
 
 
 @dataclass(frozen=True)
-class InputFile:
-    """An input file.
+class Found:
+    """The files in the order in which they are read, and in words what lies beside them and is not read, or ""."""
 
-    path: its path or URL. id: its path relative to the folder that was searched.
-    """
-
-    path: str
-    id: str
-
-    def __str__(self) -> str:
-        return self.path
-
-    @property
-    def format(self) -> str:
-        """The format that the name stands for: PARQUET, JSON or TEXT_FILE."""
-        return _FORMATS.get(_suffix(self.path), PARQUET)
-
-    def open(self) -> BinaryIO | io.BufferedReader:
-        """Open the file to be read from its beginning. Raises OSError, JobError and RemoteError."""
-        return io.BufferedReader(remote.open_remote(self.path)) if remote.is_url(self.path) else open(self.path, "rb")
-
-    def open_for_arrow(self) -> Any:
-        """Open the file to be read by pyarrow, in any order."""
-        return remote.open_remote(self.path) if remote.is_url(self.path) else pa.OSFile(self.path)
+    files: Sequence[InputFile]
+    passed_over: str = ""
 
 
-def find_files(path: str, key: str) -> list[InputFile]:
-    """Return the files in the order in which they are read.
+def find_files(path: str, key: str, formats: Sequence[Format]) -> Found:
+    """Find the files that are read.
 
-    key: the key of the job file that gives the path, for messages. Raises InputError if there are no files, or files of
-    several formats.
+    key: the key of the job file that gives the path, for messages. formats: those that may be read. Raises InputError
+    if there are no files, or files of several formats or of none.
     """
     base, is_folder, names = remote.find(path) if remote.is_url(path) else _find_here(path)
+    by_suffix = {suffix: each for each in formats for suffix in each.suffixes}
+    others: list[str] = []
     if is_folder:
-        names = [name for name in names if _suffix(name) in _FORMATS]
-    relative_names = (os.fsencode(PurePath(name).relative_to(base).as_posix()) for name in names)
+        others = [name for name in names if _suffix(name) not in by_suffix]
+        names = [name for name in names if _suffix(name) in by_suffix]
+    if not names:
+        raise InputError(_nothing_found(path, key, is_folder, others, formats))
     files = [
-        InputFile(name, key.decode("utf-8", errors="replace")) for name, key in zip(names, relative_names, strict=True)
+        InputFile(name, _id(name, base), by_suffix.get(_suffix(name)) or _sniff(name, key, formats)) for name in names
     ]
-    if not files:
-        raise InputError(_nothing_found(path, key, is_folder))
-    formats = Counter(file.format for file in files)
-    if len(formats) > 1:
-        counts = " and ".join(f"{count} {name} file{'s' * (count > 1)}" for name, count in sorted(formats.items()))
+    counts = Counter(file.format.name for file in files)
+    if len(counts) > 1:
+        told = " and ".join(f"{count} {name} file{'s' * (count > 1)}" for name, count in sorted(counts.items()))
         example = os.path.join(path if is_folder else os.path.dirname(path), f"*{_suffix(names[0])}")
-        raise InputError(f"{key}: {path} holds {counts}; name the files of one format, for example by {example}")
-    return files
+        raise InputError(f"{key}: {path} holds {told}; name the files of one format, for example by {example}")
+    return Found(files, _passed_over(path, others, _suffix(names[0])) if is_folder else "")
 
 
 def _find_here(path: str) -> tuple[str, bool, list[str]]:
@@ -86,23 +59,59 @@ def _find_here(path: str) -> tuple[str, bool, list[str]]:
     # Hidden files are left out, because they are other programs' temporary files.
     names = [name for name in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(name)]
     base = path
-    while not is_folder and glob.has_magic(base):
+    while not is_folder and has_wildcards(base):
         base = os.path.dirname(base)
-    return base, is_folder, names
+    return base if is_folder else literal(base), is_folder, names
+
+
+def _sniff(path: str, key: str, formats: Sequence[Format]) -> Format:
+    """Return the format of a file whose suffix says none. Raises InputError."""
+    try:
+        first = beginning(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {one_line(error)}") from None
+    for each in formats:
+        if each.magic and first.startswith(each.magic):
+            return each
+    what = what_else(path, first) or "has none of them, by its name and by its content"
+    raise InputError(f"{key}: the formats of files are {listed(formats)}; {path} {what}")
+
+
+def _id(name: str, base: str) -> str:
+    return os.fsencode(PurePath(name).relative_to(base).as_posix()).decode("utf-8", errors="replace")
 
 
 def _suffix(name: str) -> str:
     return PurePath(name).suffix.lower()
 
 
-def _nothing_found(path: str, key: str, is_folder: bool) -> str:
+def _passed_over(folder: str, others: Sequence[str], suffix: str) -> str:
+    """Return in words what lies in a folder and is not read, or "". suffix: of the files that are read."""
+    subfolders = 0
+    if not remote.is_url(folder):
+        with os.scandir(folder) as entries:
+            subfolders = sum(entry.is_dir() and not entry.name.startswith(".") for entry in entries)
+    told = [f"{subfolders} subfolder{'s' * (subfolders > 1)}"] * bool(subfolders)
+    if others:
+        suffixes = ", ".join(sorted({f"*{_suffix(name)}" for name in others}))
+        told.append(f"{len(others)} file{'s' * (len(others) > 1)} of other types ({suffixes})")
+    if not told:
+        return ""
+    glob_of_all = f"; {os.path.join(folder, '**', f'*{suffix}')} names the files in subfolders too"
+    return f"{folder}: passed over: {' and '.join(told)}{glob_of_all * bool(subfolders)}"
+
+
+def _nothing_found(path: str, key: str, is_folder: bool, others: Sequence[str], formats: Sequence[Format]) -> str:
     if is_folder:
-        return f"{key}: the folder {path} holds no file named {', '.join(f'*{suffix}' for suffix in _FORMATS)}"
-    if glob.has_magic(path):
-        return f"{key}: no file matches {path}"
-    if remote.is_url(path):
+        message = f"{key}: the folder {path} holds no file of the formats that are read: {listed(formats)}"
+        what = next(filter(None, (f"{name} {told}" for name in others if (told := what_else(name, b"")))), "")
+        return f"{message}{what and '; '}{what}"
+    if remote.is_url(path) and not glob.has_magic(path):
         return f"{key}: {path} does not exist: there is no such file or bucket, or none that these credentials may see"
+    if has_wildcards(path):
+        return f"{key}: no file matches {literal(path)}"
+    suffixes = {suffix for each in formats for suffix in each.suffixes}
     beside: list[str] = []
     with suppress(OSError):
-        beside += [file.name for file in Path(path).parent.glob("*") if _suffix(file.name) in _FORMATS]
+        beside += [file.name for file in Path(path).parent.glob("*") if _suffix(file.name) in suffixes]
     return f"{key}: {path} does not exist{suggestion(os.path.basename(path), beside)}"

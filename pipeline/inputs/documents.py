@@ -12,8 +12,9 @@ from hashlib import blake2b
 from itertools import islice
 
 from pipeline.errors import InputError, one_line
+from pipeline.files.columns import ANYTHING, ID, TEXT, Column
 from pipeline.files.encoding import Unreadable
-from pipeline.files.tables import ANYTHING, ID, TEXT, Column, Record, Table
+from pipeline.files.tables import Record, Table
 from pipeline.inputs.templates import Expression
 from pipeline.job.job import Documents, Query
 

@@ -12,6 +12,7 @@ from pipeline.inputs.batching import group_documents
 from pipeline.inputs.documents import Document, check_documents, document_digest, document_ids, stream_documents
 from pipeline.inputs.prompts import check_context_has_text, template_columns
 from pipeline.inputs.query_table import DocumentQueries, read_shared_queries
+from pipeline.inputs.templates import braces_of_template
 from pipeline.job.job import Job, Query, QueryTable
 from pipeline.job.selection import Selection, matches
 from pipeline.job.shards import Shard
@@ -41,6 +42,7 @@ class Inputs:
         else:
             self._document_queries = self._read_document_queries(job.queries)
             self.documents = self._document_queries.documents
+        self._tell_braces()
         self.rows = (
             self._document_queries.rows if self._document_queries else self.documents * len(self._shared_queries)
         )
@@ -163,6 +165,22 @@ class Inputs:
             queries = self._document_queries.queries_of(document.id) if self._document_queries else self._shared_queries
             if queries:
                 yield replace(document, queries=queries)
+
+    def _tell_braces(self) -> None:
+        """Warn of queries whose texts look like templates, because nothing is filled in there."""
+        if self._document_queries is not None:
+            count, first = self._document_queries.with_braces, self._document_queries.first_with_braces
+        else:
+            found = [query for query in self._shared_queries if braces_of_template(query.text)]
+            count, first = len(found), next(iter(found), None)
+        if first is not None:
+            _log.warning(
+                "queries: the text of '%s'%s has %s, which the model reads as it is: only prompt.system and "
+                "prompt.context are templates",
+                first.id,
+                f" and of {count - 1:,} more" if count > 1 else "",
+                braces_of_template(first.text),
+            )
 
     def _read_document_queries(self, source: QueryTable) -> DocumentQueries:
         queries = DocumentQueries(source, document_ids(self._job.documents))

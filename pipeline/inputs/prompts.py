@@ -30,6 +30,9 @@ SHARED_CHARACTERS = 1000  # a beginning of this length that all documents share 
 _PROBES = ("What", "1", "(x)", "\n-", " é")
 # Prompts tokenised in one call: few, to bound the tokens in memory, but enough to keep the threads busy.
 _PROMPTS_PER_GROUP = 8
+_CHARACTERS_PER_GROUP = 4 << 20  # a token takes some 200 bytes while its text is tokenised
+_SLICE = 1 << 16  # characters of a context that are counted at once; a context that has fewer is tokenised as a whole
+_SHORT = 4  # characters per token of the limit: so is one that has fewer
 
 
 @dataclass(frozen=True)
@@ -135,13 +138,20 @@ class PromptTokenizer:
         self.folds_system = self._has_template and not self._takes_system_role()
         self._encode = _find_encoder(tokenizer, add_special_tokens=not self._has_template)
 
-    def tokenise(self, rendered: Rendered, query_texts: Sequence[str]) -> TokenisedDocument:
-        """Tokenise each query's whole prompt, and split it at the end of the context. Raises PromptFailed."""
+    def tokenise(
+        self, rendered: Rendered, query_texts: Sequence[str], check: Callable[[], None] = lambda: None
+    ) -> TokenisedDocument:
+        """Tokenise each query's whole prompt, and split it at the end of the context. Raises PromptFailed.
+
+        check: is called between the parts of the work, and may raise an exception to end it.
+        """
         first: list[int] = []
         tails: list[tuple[int, list[int]]] = []  # the number of tokens shared with the first prompt, and the others
         texts = [*query_texts, *_PROBES]
-        for start in range(0, len(texts), _PROMPTS_PER_GROUP):
-            group = texts[start : start + _PROMPTS_PER_GROUP]
+        size = max(1, min(_PROMPTS_PER_GROUP, _CHARACTERS_PER_GROUP // max(len(rendered.context), 1)))
+        for start in range(0, len(texts), size):
+            check()
+            group = texts[start : start + size]
             for tokens in self._encode([self.prompt_text(rendered, text) for text in group]):
                 first = first or tokens
                 # The last token is never part of the context: decoding starts from at least one token of a suffix.
@@ -156,6 +166,21 @@ class PromptTokenizer:
     def count(self, prompts: Sequence[str]) -> list[int]:
         """Return the number of tokens of each whole prompt. Many prompts at once are faster."""
         return [len(tokens) for tokens in self._encode(list(prompts))]
+
+    def estimate_beyond(self, context: str, limit: int) -> int | None:
+        """Return about how many tokens a context has if these are certainly more than `limit`, otherwise None.
+
+        It is counted in slices, and only until the limit is passed: a context of any length takes as long as one of
+        `limit` tokens. Where a slice ends, tokens may be cut in two, for which the count has a reserve.
+        """
+        if len(context) <= max(_SHORT * limit, _SLICE):
+            return None
+        tokens = 0
+        for start in range(0, len(context), _SLICE):
+            tokens += self.count([context[start : start + _SLICE]])[0]
+            if tokens > limit * 17 // 16 + 64:
+                return round(tokens * len(context) / min(start + _SLICE, len(context)))
+        return None
 
     def shared_tokens(self, shared: Rendered) -> list[int]:
         """Return the tokens with which every document's context begins. Raises PromptFailed."""

@@ -15,9 +15,12 @@ from typing import Any
 from pydantic import ValidationError
 
 from pipeline.errors import InputError
-from pipeline.files.tables import ID, TEXT, Column, Record, Table
+from pipeline.files.columns import ID, TEXT, Column
+from pipeline.files.tables import QUERIES, Record, Table
 from pipeline.files.temporary_database import spill_errors, temporary_database
-from pipeline.job.job import Query, QueryTable, check_unique
+from pipeline.files.text_files import TextLines
+from pipeline.inputs.templates import braces_of_template
+from pipeline.job.job import Query, QueryTable, check_unique, id_of
 from pipeline.job.validation_errors import explain
 
 _SETTINGS = ("max_tokens", "temperature", "top_p", "seed", "stop", "json_schema", "choices", "evidence", "samples")
@@ -44,13 +47,16 @@ class DocumentQueries:
     """Queries that each belong to one document, by that document's id. Raises InputError if one of them is wrong.
 
     document_ids: the ids of all documents. documents: how many of them have queries. rows: how many queries they have.
-    unknown_documents: how many ids in the table belong to no document, and the first of these ids.
+    unknown_documents: how many ids in the table belong to no document, and the first of these ids. with_braces,
+    first_with_braces: how many queries have the braces of a template in their text, and the first of them.
 
     All methods may be called from any thread.
     """
 
     def __init__(self, source: QueryTable, document_ids: Iterable[str]) -> None:
         self._lock = Lock()
+        self.with_braces = 0
+        self.first_with_braces: Query | None = None
         with spill_errors("queries"):
             self._database = temporary_database(self, _TABLES)
             self._insert_queries(source)
@@ -97,6 +103,8 @@ class DocumentQueries:
         assert source.document_id is not None
         for record in _records(source):
             query, document_id = _query(record, source), _id(record, source.document_id, "document_id")
+            if braces_of_template(query.text):
+                self.with_braces, self.first_with_braces = self.with_braces + 1, self.first_with_braces or query
             row = document_id, query.id, query.model_dump_json(exclude_none=True)
             try:
                 self._database.execute("INSERT INTO queries VALUES (?, ?, ?)", row)
@@ -112,7 +120,7 @@ def _records(source: QueryTable) -> Iterator[Record]:
     names = {"id": source.id, "text": source.text, "document_id": source.document_id}
     kinds = {"id": ID, "text": TEXT, "document_id": ID}
     columns = [Column(name, f"queries.{key} names", kinds[key]) for key, name in names.items() if name is not None]
-    table = Table(source.path, "queries.path", columns, source.encoding)
+    table = Table(source.path, "queries.path", columns, source.encoding, QUERIES)
     table.check()
     return table.records({column.name for column in columns} | set(_SETTINGS), _ROWS_PER_BATCH)
 
@@ -121,7 +129,9 @@ def _query(record: Record, source: QueryTable) -> Query:
     for column in (source.id, source.text, *_SETTINGS):
         if reason := record.unreadable(column):
             raise InputError(f"queries: {reason}")
-    values = {"id": _id(record, source.id, "id"), "text": record.values[source.text] or ""}
+    text = record.values[source.text] or ""
+    is_line = isinstance(record.file.format, TextLines)
+    values = {"id": id_of(text) if is_line else _id(record, source.id, "id"), "text": text}
     for name in _SETTINGS:
         value = record.values[name]
         if isinstance(value, float) and value.is_integer():

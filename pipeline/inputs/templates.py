@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,8 @@ from jinja2 import StrictUndefined, TemplateSyntaxError, meta, nodes
 from jinja2.sandbox import SandboxedEnvironment
 
 from pipeline.errors import JobError
+
+_PLACE = re.compile(r"\{\{.*?\}\}|\{%.*?%\}|\{[A-Za-z_]\w*\}", re.DOTALL)
 
 
 def environment() -> SandboxedEnvironment:
@@ -27,6 +30,16 @@ def checked(key: str, source: str) -> str:
     except TemplateSyntaxError as error:
         raise JobError(f"{key}: line {error.lineno} of the template: {error.message}") from None
     return source
+
+
+def braces_of_template(text: str) -> str | None:
+    """Return the first part of a text that looks like a place in a template, or None.
+
+    >>> braces_of_template("When did {{ party }} sign?"), braces_of_template('Answer as {"year": 2020}.')
+    ('{{ party }}', None)
+    """
+    match = _PLACE.search(text)
+    return match and match[0]
 
 
 @dataclass(frozen=True)

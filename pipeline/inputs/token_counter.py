@@ -74,6 +74,8 @@ class TokenCounter:
             is_near = _is_near(lengths, rooms, round(_ESTIMATE_ERROR * lengths.context))
             if not is_near or not self._spend_near_limit(len(prompt)):
                 return lengths
+        if rooms and (beyond := self._prompts.estimate_beyond(rendered.context, max(rooms))):
+            return Lengths(beyond, suffixes, estimated=True)
         tokens = self._prompts.count([prompt])[0]
         self._sampled_tokens += tokens
         self._sampled_characters += len(prompt)

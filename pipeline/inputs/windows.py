@@ -58,12 +58,18 @@ class WindowCutter:
         return f"{self._policy} {tokens}"
 
     def windows(
-        self, document: Document, rendered: Rendered, tokenizer: PromptTokenizer, limit: int | None
+        self,
+        document: Document,
+        rendered: Rendered,
+        tokenizer: PromptTokenizer,
+        limit: int | None,
+        check: Callable[[], None] = lambda: None,
     ) -> list[Rendered]:
         """Return the parts of a document that a model reads, each rendered as a context.
 
         limit: the most tokens that the model reads at once, or None. The whole document is returned if it fits, and
-        also if not even one character of it fits. Raises PromptFailed.
+        also if not even one character of it fits. check: is called between windows, and may raise an exception to end
+        the work. Raises PromptFailed.
         """
         if limit is None or self.mark(rendered, document.queries) is None:
             return [rendered]
@@ -72,6 +78,7 @@ class WindowCutter:
         windows: list[Rendered] = []
         start = end = 0
         while end < characters and (not windows or self._policy == "split"):
+            check()
 
             def tokens(count: int, start: int = start) -> int:
                 window = self._rendered(document, start, start + count)

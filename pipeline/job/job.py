@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,11 +31,13 @@ from pydantic import (
 
 from pipeline.errors import JobError, one_line
 from pipeline.files.encoding import checked_encoding
+from pipeline.files.paths import literal
 from pipeline.job.budget import checked_budget
 
 _LARGEST_INT = (1 << 63) - 1
 _RESULT_SUFFIXES = (".parquet", ".pq", "")  # a name without a suffix promises no other format
 _MOST_QUOTATIONS = 10
+_LONGEST_ID = 40  # characters of an id that is made from a query's text
 _RAY_RESOURCES = ("CPU", "GPU", "memory", "object_store_memory")
 _Value = TypeVar("_Value")
 _PathOrText = TypeVar("_PathOrText", str, Path)
@@ -116,6 +119,24 @@ def _custom_resources(resources: dict[str, float]) -> dict[str, float]:
 
 def _whole_number(value: Any) -> Any:
     return int(value) if isinstance(value, bool) else value
+
+
+def id_of(text: str) -> str:
+    """Return an id for a query that has none, made from its text alone, so that it is the same in every job.
+
+    >>> id_of("Who are the parties?"), id_of("Who are the parties, and where does each of them live?")
+    ('who-are-the-parties', 'who-are-the-parties-and-where-doe-ddf475')
+    """
+    name = re.sub(r"\W+", "-", text.lower()).strip("-")
+    if name and len(name) <= _LONGEST_ID:
+        return name
+    digest = hashlib.sha256(text.encode(errors="replace")).hexdigest()[:6]
+    return f"{name[: _LONGEST_ID - 7].strip('-') or 'query'}-{digest}"
+
+
+def _query_of_text(query: Any) -> Any:
+    """Return a query that is written as its text alone with an id."""
+    return {"id": id_of(query), "text": query} if isinstance(query, str) and query.strip() else query
 
 
 def _schema_text(value: Any) -> str | None:
@@ -331,7 +352,11 @@ class Job(_Section):
     documents: Documents
     prompt: Prompt = Prompt()
     queries: Annotated[
-        Annotated[tuple[Query, ...], Field(min_length=1, strict=False), Tag("<list>")]
+        Annotated[
+            tuple[Annotated[Query, BeforeValidator(_query_of_text)], ...],
+            Field(min_length=1, strict=False),
+            Tag("<list>"),
+        ]
         | Annotated[QueryTable, Tag("<table>")],
         Discriminator(_kind_of_queries),
     ]
@@ -385,6 +410,7 @@ def check_unique(queries: Sequence[Query]) -> None:
 def _is_read_from(output: Path, inputs: str) -> bool:
     """Return whether inputs, a file, a folder or a glob, include the output or the parts of it."""
     fixed, recursive, rest = inputs.partition("**")
+    fixed = literal(fixed)
     if recursive:  # the parts are in a folder beside the output, and their names end with .parquet
         names = output, output.with_suffix(".parquet")
         return output.is_relative_to(fixed) and any(path.match(f"*{rest.rpartition('/')[2]}") for path in names)

@@ -13,14 +13,18 @@ from pydantic import ValidationError
 
 from pipeline.errors import JobError, one_line, suggestion
 from pipeline.files.encoding import NotText, decode
+from pipeline.files.paths import absolute
 from pipeline.job.job import QUERIES, Job, Output
 from pipeline.job.shards import Shard
 from pipeline.job.validation_errors import describe, explain_job
 from turboquant.mlx_lm.loading import is_repo_id
 
+CACHE = ".cache"  # beside the job file: the folder of the store, unless the job names another
 MAX_VALUES = 1_000_000  # of a job file; the values of an alias count wherever it stands
 _UPLOADS = ("s3", "s3a", "gs", "gcs")  # there a file appears as a whole or not at all
-_PATHS = ("adapter", "documents.path", "queries.path", "cache.dir", "output.path")
+_GLOBS = ("documents.path", "queries.path")
+_PATHS = (*_GLOBS, "adapter", "cache.dir", "output.path")
+_HALF = re.compile("[\ud800-\udfff]")  # a half of a character in UTF-16
 _SCHEMA_FILE = re.compile(r"queries\.\d+\.json_schema\.file")
 
 
@@ -43,6 +47,8 @@ def load_job(path: Path, overrides: Sequence[str] = (), shard: Shard | None = No
     if not isinstance(tree, dict):
         raise JobError(f"{path}: expected a mapping of keys, such as 'model: ...', got {describe(tree)}")
     try:
+        if isinstance(cache := tree.setdefault("cache", {}), dict):
+            cache.setdefault("dir", CACHE)
         tree = _resolve(tree, "", path.parent, str(path))
         tree.setdefault("name", path.stem)
         for override in overrides:
@@ -63,15 +69,34 @@ def load_job(path: Path, overrides: Sequence[str] = (), shard: Shard | None = No
 # PyYAML, and not ruamel.yaml: that reads YAML 1.2, in which `id: no` is a text and `seed: 010` is ten instead of eight,
 # so that job files would change their meaning. Its pure loader takes twice as long, and does not limit aliases either.
 class _Loader(yaml.SafeLoader):
-    """A loader of YAML for which a key that is given twice is an error, and 1e-3 is a number, which YAML 1.1 denies."""
+    """A loader of YAML for which a key that is given twice is an error, and 1e-3 is a number, which YAML 1.1 denies.
+
+    Two escapes of UTF-16, as JSON writes an emoji ("\\ud83d\\ude00"), are one character; one of them alone is an error.
+    """
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        scalars = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for number, key in enumerate(scalars):
-            if any(key.value == earlier.value for earlier in scalars[:number]):
-                problem = f"the key '{key.value}' is given twice"
-                raise yaml.constructor.ConstructorError(None, None, problem, key.start_mark)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise _error(f"the key {describe(key.value)} is given twice", key)
+            seen |= {key.value} if isinstance(key, yaml.ScalarNode) else set()
         return super().construct_mapping(node, deep)
+
+    def construct_scalar(self, node: yaml.ScalarNode | yaml.MappingNode) -> Any:
+        value = super().construct_scalar(node)
+        if "\0" in value:
+            raise _error("\\0 is a NUL character, which no text has", node)
+        if not _HALF.search(value):
+            return value
+        try:
+            return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le")
+        except UnicodeDecodeError as error:
+            half = int.from_bytes(error.object[error.start : error.start + 2], "little")
+            raise _error(f"\\u{half:04x} is half a character", node) from None
+
+
+def _error(problem: str, node: yaml.Node) -> yaml.MarkedYAMLError:
+    return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
 
 
 _Loader.add_implicit_resolver(
@@ -127,8 +152,8 @@ def _resolve(value: Any, key: str, base: Path, origin: str) -> Any:
         return value
     value = value.removeprefix("file://")
     if "://" not in value:
-        return _absolute(value, base)
-    if key in ("documents.path", "queries.path"):
+        return absolute(value, base) if key in _GLOBS else _absolute(value, base)
+    if key in _GLOBS:
         return value
     if key == "output.path":
         return _checked_upload(value, origin)

@@ -23,7 +23,7 @@ KEYS = {
     "prompt": "what the model reads before a query: jinja2 with {{ text }}, {{ id }}, {{ title }} or {{ row['A B'] }}",
     "prompt.system": "the system text; null for none",
     "prompt.context": "the document; it must use its text",
-    "queries": "asked of every document; each may set max_tokens, temperature, top_p, seed and stop itself",
+    "queries": "asked of every document: texts, or mappings that may set max_tokens, temperature, top_p, seed and stop",
     "queries.id": "names the query in the result",
     "queries.text": "the question",
     "queries.max_tokens": "most tokens of this answer",
@@ -34,7 +34,7 @@ KEYS = {
     "queries.json_schema": "the answer is JSON of this schema, given here or as {file: path}",
     "queries table.path": "a table of queries: a file, a folder, a glob or a URL",
     "queries table.id": "the column that names each query",
-    "queries table.text": "the column that holds the question",
+    "queries table.text": "the column that holds the question; each line of a text file is one",
     "queries table.document_id": "the column that names the document of each query; null: all documents",
     "queries table.encoding": "of a table in JSON Lines without a byte-order mark; null: utf-8",
     "generation": "settings of queries that don't set them themselves",
@@ -47,7 +47,7 @@ KEYS = {
     "generation.batch_size": "queries decoded together; documents with fewer share a batch",
     "retries": "how often a row is tried again if the model fails, for example without memory",
     "cache": "the compressed prompt caches, one for each document",
-    "cache.dir": "the store; any number of jobs may share it",
+    "cache.dir": "the store; any number of jobs may share it; .cache beside this file unless given",
     "cache.key_bits": "2, 3, 4, 5, 6 or 8; 16, for both, compresses nothing",
     "cache.value_bits": "2, 3, 4, 5, 6 or 8",
     "cache.layer_bits": "bits of single layers, counted from the end if negative, as {0: 8, -1: 8}",
@@ -73,8 +73,12 @@ KEYS = {
 def job_schema() -> dict[str, Any]:
     """Return the JSON Schema of a job file."""
     schema = Job.model_json_schema()
-    schema["required"].remove("name")
     _describe(schema, "", schema["$defs"])
+    for key in ("name", "cache"):
+        schema["required"].remove(key)
+    del schema["$defs"]["Cache"]["required"]
+    a_list = schema["properties"]["queries"]["oneOf"][0]
+    a_list["items"] = {"anyOf": [{"type": "string"}, a_list["items"]]}
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
 
 

@@ -177,7 +177,9 @@ class Engine:
         if task.rendered is None or not task.open_queries:
             return prepared
         try:
-            windows = self._window_cutter.windows(task.document, task.rendered, self._tokenizer, self._limit)
+            windows = self._window_cutter.windows(
+                task.document, task.rendered, self._tokenizer, self._limit, self._context.check
+            )
         except RowError as error:
             prepared.rows |= task.failures(error)
             return prepared
@@ -191,8 +193,13 @@ class Engine:
 
     def _tokenise(self, task: DocumentTask, rendered: Rendered, queries: Sequence[Query]) -> PreparedPrompt:
         prompt, document = PreparedPrompt(task, queries, rendered=rendered), task.document
+        self._context.check()
+        limit = self._limit
+        if limit is not None and (beyond := self._tokenizer.estimate_beyond(rendered.context, limit)):
+            prompt.fail(ContextTooLong(f"about {beyond:,} tokens of context; the model reads {limit:,}"))
+            return prompt
         try:
-            tokens = self._tokenizer.tokenise(rendered, [query.text for query in document.queries])
+            tokens = self._tokenizer.tokenise(rendered, [query.text for query in document.queries], self._context.check)
         except RowError as error:
             prompt.fail(error)
             return prompt

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import glob
+import os
 import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +38,29 @@ def load_lazily(
     """
     from turboquant.mlx_lm.internals import load
 
-    model, tokenizer, config = load(
-        str(name),
-        tokenizer_config={"trust_remote_code": trust_remote_code},
-        adapter_path=None if adapter is None else str(adapter),
-        lazy=True,
-        return_config=True,
-        trust_remote_code=trust_remote_code,
-    )
+    with _without_wildcards(name) as path:
+        model, tokenizer, config = load(
+            path,
+            tokenizer_config={"trust_remote_code": trust_remote_code},
+            adapter_path=None if adapter is None else str(adapter),
+            lazy=True,
+            return_config=True,
+            trust_remote_code=trust_remote_code,
+        )
     return model, tokenizer, config
+
+
+@contextmanager
+def _without_wildcards(name: str | Path) -> Iterator[str]:
+    """Yield a path or a repo id. mlx-lm looks for weights with a glob that begins with the folder's path.
+
+    A folder with brackets, * or ? in its path is therefore reached by a temporary link. The weights can be read when
+    the link is gone, because MLX has opened their files.
+    """
+    if not glob.has_magic(str(name)) or not os.path.isdir(name):
+        yield str(name)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        link = os.path.join(folder, "model")
+        os.symlink(os.path.abspath(name), link)
+        yield link

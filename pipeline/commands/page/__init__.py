@@ -14,7 +14,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from pipeline.commands.show import AnswerTable, answer_or_error
+from pipeline.commands.show import AnswerTable, answer_or_error, confidence
 from pipeline.files.atomic import atomic_file
 
 
@@ -28,6 +28,7 @@ def write_page(path: Path, name: str, answers: AnswerTable) -> None:
         queries=answers.queries,
         answers=answers,
         answer_or_error=answer_or_error,
+        confidence=confidence,
         style=style,
         script=script,
         digest=_digest,

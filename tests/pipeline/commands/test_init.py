@@ -51,6 +51,17 @@ def test_columns_of_json_lines_are_guessed(tmp_path: Path) -> None:
     assert guess_columns(str(tmp_path / "papers.jsonl")) == ("key", "body")
 
 
+def test_ids_of_mixed_types_are_ids_and_no_texts(tmp_path: Path) -> None:
+    lines = [{"id": each, "body": text} for each, text in zip(["a", 1, 2], LONG, strict=True)]
+    (tmp_path / "papers.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    result = invoke("init", tmp_path / "papers.jsonl", tmp_path / "job.yaml", "--query", "Who?", "--model", "a/b")
+    assert result.exit_code == 0, result.output
+    job = load_job(tmp_path / "job.yaml")
+    assert (job.documents.id, job.documents.text) == ("id", "body")
+    (tmp_path / "papers.jsonl").write_text('{"id": "1", "no": 1, "body": "x"}\n{"id": 1, "no": 2, "body": "y"}\n')
+    assert guess_columns(str(tmp_path / "papers.jsonl")) == ("no", "body")
+
+
 @pytest.mark.parametrize(
     ("columns", "words"),
     [
@@ -79,7 +90,7 @@ def test_the_written_job_can_be_run(workplace: Workplace, monkeypatch: pytest.Mo
         str(workplace.folder / "docs.parquet"),
         str(workplace.folder / "model"),
     )
-    assert [query.id for query in job.queries] == ["what-did-the-board-decide", "who-signed-and-when-1", "query"]
+    assert [query.id for query in job.queries] == ["what-did-the-board-decide", "who-signed-and-when-1", "query-a03b22"]
     assert [query.text for query in job.queries] == questions[1::2]
     assert invoke("run", "jobs/first.yaml", "--quiet", "--set", "generation.max_tokens=3").exit_code == 0
     assert pq.read_table("jobs/out/first.parquet").num_rows == 9

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from pipeline.models.quotations import located
 from pipeline.output.results import Results
 from pipeline.output.rows import Row
 from tests.pipeline.command_line import ROOT, error_of, in_terminal, invoke
@@ -250,3 +253,56 @@ def test_a_page_is_whole_or_not_there(answered: Workplace, monkeypatch: pytest.M
     assert invoke("show", answered.job_file, "--html", file).exit_code == 1
     assert file.read_text() == "before"
     assert not list(answered.folder.glob(".tmp-*"))
+
+
+# ---- evidence
+
+
+@pytest.fixture
+def with_evidence(workplace: Workplace) -> Workplace:
+    """One document whose hostile text is quoted, and a choice with its probability."""
+    workplace.documents = {"d0": f"It began well.  {HOSTILE} It ended on 3 May 2021. It ended on 3 May 2021."}
+    workplace.queries = [
+        {"id": "when", "text": "When did it end?", "evidence": 2},
+        {"id": "well", "text": "Did it begin well?", "choices": ["yes", "no"]},
+    ]
+    workplace.save()
+    text = workplace.documents["d0"]
+    quotes = [located("It ended on 3 May 2021.", text), located("<script>document.title", text)]
+    rows = [
+        replace(ok("d0", "when", "On 3 May."), evidence=quotes, logprob_mean=-0.25, logprob_min=-1.5),
+        replace(ok("d0", "well", "yes"), choice_probabilities={"yes": 0.9375, "no": 0.0625}, logprob_mean=-0.1),
+    ]
+    with Results(workplace.output) as results:
+        results.commit({"d0": rows})
+    return workplace
+
+
+def test_evidence_is_shown_in_its_surroundings(with_evidence: Workplace) -> None:
+    lines = " ".join(in_terminal(100, "show", with_evidence.job_file))
+    shown = " ".join(re.sub("\x1b\\[[0-9;]*m", "", lines).split())
+    assert '» & "so" on It ended on 3 May 2021.' in shown
+    assert "It ended on 3 May 2021. It ended on" in shown
+
+
+def test_a_page_shows_evidence_one_click_away(browser: Any, with_evidence: Workplace) -> None:
+    file = with_evidence.folder / "page.html"
+    invoke("show", with_evidence.job_file, "--html", file)
+    page = browser.new_page()
+    page.goto(file.as_uri())
+    assert page.title() == "job"  # nothing of the document ran
+    assert visible(page, "summary") == ["evidence, 2 times in the document", "evidence"]
+    assert visible(page, "mark") == []
+    page.click("summary")
+    assert visible(page, "mark") == ["It ended on 3 May 2021."]
+    assert 'so" on It ended on 3 May 2021. It ended' in page.query_selector("details").inner_text()
+    assert visible(page, "small") == ["log-probability -0.25, at least -1.50", "probability 0.94"]
+    page.close()
+
+
+def test_a_document_that_changed_since_is_not_quoted_around(with_evidence: Workplace) -> None:
+    with_evidence.documents["d0"] = "Another text."
+    with_evidence.save()
+    file = with_evidence.folder / "page.html"
+    invoke("show", with_evidence.job_file, "--html", file)
+    assert "</summary><mark>It ended on 3 May 2021.</mark></details>" in file.read_text()

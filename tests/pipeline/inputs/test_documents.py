@@ -12,6 +12,7 @@ import pytest
 
 from pipeline.errors import InputError
 from pipeline.files.find import find_files
+from pipeline.files.tables import DOCUMENTS
 from pipeline.inputs.documents import Document, check_documents, stream_documents
 from pipeline.job.job import Documents
 
@@ -42,7 +43,7 @@ def test_documents_come_in_the_order_of_files_and_rows(tmp_path: Path) -> None:
     (tmp_path / "d" / "notes.html").write_text("no")
     for path in (tmp_path / "d", tmp_path / "d" / "*.parquet", tmp_path / "**" / "*.parquet"):
         assert check_documents(source(path)) == 3
-        files = find_files(str(path), "documents.path")
+        files = find_files(str(path), "documents.path", DOCUMENTS).files
         assert [file.id.rpartition("/")[2] for file in files] == ["a.parquet", "b.parquet"]
         assert [(d.id, d.text) for d in stream_documents(source(path))] == [("2", "A"), ("1", "B"), ("3", "C")]
 
@@ -95,7 +96,9 @@ def test_a_missing_file_names_its_neighbour(tmp_path: Path) -> None:
 
 def test_nothing_to_read(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    assert "holds no file named *.parquet" in message(tmp_path / "empty")
+    assert "holds no file of the formats that are read: Parquet (*.parquet), JSON Lines (" in message(
+        tmp_path / "empty"
+    )
     assert "no file matches" in message(tmp_path / "x*.parquet")
     path = write(tmp_path / "a.parquet", id=pa.array([], pa.string()), text=pa.array([], pa.string()))
     assert "no documents: 1 file at" in message(path)

@@ -51,6 +51,54 @@ def pairs(workplace: Workplace) -> list[tuple[str, str]]:
 # ---- what is asked
 
 
+def test_each_line_of_a_text_file_is_a_question(workplace: Workplace, caplog: pytest.LogCaptureFixture) -> None:
+    file = workplace.folder / "questions.txt"
+    file.write_bytes("\ufeffWho signed?\r\n\n  Wann läuft es ab?  \nWhat of {{ title }}?".encode())
+    workplace.table = {"path": "questions.txt"}
+    workplace.documents = {"d0": "The board met."}
+    assert invoke("run", workplace.save(), "--quiet").exit_code == 0
+    assert pairs(workplace) == [("d0", "who-signed"), ("d0", "wann-läuft-es-ab"), ("d0", "what-of-title")]
+    (told,) = caplog.messages
+    assert told.startswith("queries: the text of 'what-of-title' has {{ title }}, which the model reads as it is: ")
+    file.write_text("Who?\n")
+    workplace.queries, workplace.table = [{"id": "who", "text": "Who?"}], None
+    fingerprints = []
+    for table in (None, {"path": "questions.txt"}):
+        workplace.table = table
+        workplace.run()
+        fingerprints.append(workplace.rows()["d0", "who"]["fingerprint"])
+    assert fingerprints[0] == fingerprints[1]
+    for content, words in ((b"\n \n", "no queries: "), (b"Who?\nwho\n", "'who' is given 2 times"), (b"\xff", "line")):
+        file.write_bytes(content)
+        expected = "is not text in UTF-8: the byte 0xff at offset 0" if words == "line" else words
+        assert expected in error_of(invoke("plan", workplace.job_file))
+    assert "lacks; there are: id, text" in error_of(invoke("plan", workplace.job_file, "--set", "queries.text=q"))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("Who is {{ name }}?", "{{ name }}"),
+        ("Who is {name}?", "{name}"),
+        ("{% if x %}Who?{% endif %}", "{% if x %}"),
+        ('Answer as {"name": "A", "years": {"from": 1}}.', None),
+        ("Is {} or {0} or { x } a set?", None),
+    ],
+)
+def test_braces_that_look_like_a_template_are_told(
+    workplace: Workplace, caplog: pytest.LogCaptureFixture, text: str, told: str | None
+) -> None:
+    asked = [{"document": "d2", "id": "a", "text": text}, {"document": "d1", "id": "b", "text": text}]
+    workplace.queries = [{"id": "a", "text": text}, {"id": "b", "text": text}, {"id": "c", "text": "Why?"}]
+    for make in (workplace.save, lambda: own(workplace, asked)):
+        caplog.clear()
+        assert invoke("plan", make()).exit_code == 0
+        found = [line for line in caplog.messages if "which the model reads as it is" in line]
+        beginnings = [f"queries: the text of 'a' and of 1 more has {told}, "] if told else []
+        assert len(found) == len(beginnings)
+        assert all(line.startswith(start) for line, start in zip(found, beginnings, strict=True))
+
+
 def test_shared_queries_are_those_of_a_job_file(workplace: Workplace) -> None:
     workplace.queries = SHARED
     workplace.run()

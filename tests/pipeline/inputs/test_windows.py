@@ -9,10 +9,12 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import pipeline.run.engine
+from benches import tiny
+from pipeline.errors import Interrupted
 from pipeline.inputs.documents import Document
 from pipeline.inputs.prompts import PromptTokenizer, Rendered, Renderer
 from pipeline.inputs.windows import WindowCutter, combined, longest_fitting
@@ -53,6 +55,71 @@ def test_what_is_too_long_is_cut_off_and_answered(long: Workplace) -> None:
     long.output.unlink()
     assert json.loads(invoke("run", long.job_file, "--json").stdout)["prefixes_restored"] == 3
     assert long.output.read_bytes() == before
+
+
+# ---- far longer
+
+
+class Counting:
+    """A tokenizer without a chat template that counts the characters that it is given."""
+
+    chat_template = None
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer, self.characters = tokenizer, 0
+
+    def encode(self, text: str, **options: Any) -> Any:
+        self.characters += len(text)
+        return self._tokenizer.encode(text, **options)
+
+
+def test_a_document_far_too_long_is_an_error_that_says_about_how_long_it_is(long: Workplace) -> None:
+    long.documents["a"] = LONG * 2_000
+    long.save(documents={"path": "docs.parquet"})
+    assert "3 (about " in invoke("plan", long.job_file).stdout
+    result = invoke("run", long.job_file)
+    assert result.exit_code == 3
+    assert "6 ContextTooLong" in result.stdout
+    row = long.rows()["a", "what"]
+    assert (row["context_tokens"], row["query_tokens"]) == (None, None)
+    tokens = int(row["error"].removeprefix("about ").partition(" ")[0].replace(",", ""))
+    assert row["error"] == f"about {tokens:,} tokens of context; the model reads 2,048"
+    tokenizer = PromptTokenizer(tiny.make_tokenizer())
+    assert tokens == pytest.approx(tokenizer.count([LONG * 2_000])[0], rel=0.02)
+    assert long.rows()["b", "what"]["context_tokens"] > 2048
+
+
+@pytest.mark.parametrize("text", [LONG, "a", "ab é", "日本", "\n"])
+def test_nothing_is_tokenised_far_beyond_the_limit(text: str) -> None:
+    tokenizer = Counting(tiny.make_tokenizer())
+    prompts = PromptTokenizer(tokenizer)
+    context = text * (400_000 // len(text))
+    tokenizer.characters = 0
+    about = prompts.estimate_beyond(context, 2048)
+    assert about is not None
+    assert tokenizer.characters <= 1 << 16
+    assert about == pytest.approx(prompts.count([context])[0], rel=0.02)
+
+
+@settings(max_examples=25)
+@given(st.text(max_size=60), st.integers(1, 80_000), st.integers(1, 30_000))
+def test_a_document_that_fits_is_never_far_too_long(text: str, times: int, limit: int) -> None:
+    prompts = PromptTokenizer(tiny.make_tokenizer())
+    context = (text * times)[:80_000]
+    if prompts.estimate_beyond(context, limit) is not None:
+        assert prompts.count([context])[0] > limit
+
+
+def test_ctrl_c_is_heard_while_a_long_document_is_tokenised(tokenizer: Any) -> None:
+    heard: list[int] = []
+
+    def check() -> None:
+        heard.append(1)
+        if len(heard) == 2:
+            raise Interrupted("interrupted")
+
+    with pytest.raises(Interrupted):
+        PromptTokenizer(tokenizer).tokenise(Rendered(None, LONG * 20_000), ["Who?", "When?"], check)
 
 
 def test_what_is_too_long_is_read_in_windows(long: Workplace) -> None:

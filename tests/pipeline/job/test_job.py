@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from contextlib import suppress
@@ -124,13 +125,13 @@ def test_a_query_overrides_the_defaults() -> None:
         ("cache.dir=s3://bucket/x", "cache.dir: expected a path on this machine, got the URL"),
         ("queries=[]", "queries: expected at least one, got an empty list"),
         ("queries=all", "queries: expected a list, got 'all'"),
-        ("queries.0=ask", "queries.0: expected a mapping of keys, got 'ask'"),
+        ("queries.0=3", "queries.0: expected a mapping of keys, got 3"),
         ("queries={path: q.parquet, txt: x}", "unknown key 'queries.txt'; did you mean 'text'?"),
         ("queries={id: x}", "the required key 'queries.path' is missing"),
         ("documents.too_long=cut", "documents.too_long: expected 'error', 'truncate' or 'split', got 'cut'"),
         ("output.path=' '", "output.path is empty"),
         ("output.path=" + "a" * 300, "output.path is not a valid path: [Errno 36] File name too long"),
-        ('cache.dir="a\\0"', "cache.dir is not a valid path: embedded null byte"),
+        ('cache.dir="a\\0"', "line 1, column 1: \\0 is a NUL character, which no text has"),
         (
             "generation.seed=0x" + "f" * 6000,
             "generation.seed: expected at most 9.22337e+18, got a number of",
@@ -176,7 +177,7 @@ def test_the_last_override_of_a_key_wins(job_file: Path) -> None:
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
-        ("cache: {dir: .cache}\n", "", "the required key 'cache' is missing"),
+        ("output: {path: ../out/answers.parquet}\n", "", "the required key 'output' is missing"),
         ("{id: summary, text: Summarize.}", "{id: summary}", "the required key 'queries.0.text' is missing"),
         # Misspelt and so missing: what was written is named.
         ("documents:", "document:", "unknown key 'document'; did you mean 'documents'?"),
@@ -185,6 +186,10 @@ def test_the_last_override_of_a_key_wins(job_file: Path) -> None:
         ("{dir: .cache}", "{dir: {{ x }}}", "put a value that starts with {{ or * in quotes"),
         ("model: owner/name", "model: 2024-13-45", "not YAML"),
         ("model: owner/name", '"mo\\ndel": x', "unknown key 'mo del'"),
+        ("Summarize.", '"\\n\\ud83d"', "line 4, column 25: \\ud83d is half a character"),
+        ("Summarize.", '"\\ude00\\ud83d"', "line 4, column 25: \\ude00 is half a character"),
+        ("Summarize.", r'"a\0b"', r"line 4, column 25: \0 is a NUL character"),
+        ("cache: ", '"\\udc80": ', "line 5, column 1: \\udc80 is half a character"),
         ("{dir: .cache}", "&a {dir: .cache, x: *a}", "a mapping contains itself"),
         ("{dir: .cache}", "{dir: .cache, 1: 2}", "cache.1: expected text as a key, got 1"),
     ],
@@ -233,6 +238,35 @@ def test_a_result_that_would_become_input_is_refused(
         assert "would be read as documents" in message(job_file, *overrides)
     else:
         load_job(job_file, overrides)
+
+
+def test_an_emoji_as_json_writes_it_is_one_character(job_file: Path) -> None:
+    queries = [{"id": "😀", "text": "What does 😀 mean?"}]
+    job_file.write_text(json.dumps(yaml.safe_load(MINIMAL) | {"queries": queries}))
+    assert "\\ud83d\\ude00" in job_file.read_text()
+    assert [(query.id, query.text) for query in load_job(job_file).queries] == [("😀", "What does 😀 mean?")]
+
+
+def test_a_plain_text_is_a_query_with_an_id_made_of_it(job_file: Path) -> None:
+    long = "Who are the parties, and where does each of them live?"
+    texts = ["Who signed?", long, "契約の期間は?", "???", {"id": "own", "text": "Why?", "seed": 3}]
+    job_file.write_text(yaml.safe_dump(yaml.safe_load(MINIMAL) | {"queries": texts}, allow_unicode=True))
+    queries = {query.id: query.text for query in load_job(job_file).queries}
+    ids = ["who-signed", "who-are-the-parties-and-where-doe-ddf475", "契約の期間は", "query-a03b22", "own"]
+    assert list(queries) == ids
+    assert list(queries.values()) == [*texts[:4], "Why?"]
+    assert load_job(job_file, ['queries=["Who signed?"]']).queries[0].id == "who-signed"
+    assert "the id 'who-signed' is given 2 times" in message(job_file, 'queries=["Who signed?", who signed]')
+    assert "queries.0: expected" in message(job_file, "queries=[3]")
+    assert "queries.0: expected" in message(job_file, "queries=[' ']")
+
+
+def test_a_store_is_beside_the_job_file_unless_the_job_names_another(job_file: Path) -> None:
+    default = job_file.parent / ".cache"
+    for old, new in (("cache: {dir: .cache}\n", ""), ("{dir: .cache}", "{key_bits: 3}")):
+        job_file.write_text(MINIMAL.replace(old, new))
+        assert load_job(job_file).cache.dir == default
+    assert load_job(job_file, ["cache.value_bits=2"]).cache.dir == default
 
 
 def test_scientific_notation_is_a_number(job_file: Path) -> None:

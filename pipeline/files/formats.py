@@ -1,0 +1,88 @@
+"""An input file and its format: what each format must be able to do."""
+
+from __future__ import annotations
+
+import io
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+
+from pipeline.files import remote
+from pipeline.files.columns import Needs
+from pipeline.files.conversions import BEGINNING
+
+Rows = Iterable[tuple[int, dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """An input file.
+
+    path: its path or URL. id: its path relative to the folder that was searched.
+    """
+
+    path: str
+    id: str
+    format: Format
+
+    def __str__(self) -> str:
+        return self.path
+
+    def open(self) -> BinaryIO | io.BufferedReader:
+        """Open the file to be read from its beginning. Raises OSError, JobError and RemoteError."""
+        return _open(self.path)
+
+    def open_for_arrow(self) -> Any:
+        """Open the file to be read by pyarrow, in any order."""
+        return remote.open_remote(self.path) if remote.is_url(self.path) else pa.OSFile(self.path)
+
+
+class Format(ABC):
+    """A format of input files.
+
+    name: in messages. suffixes: of the names of its files, in lower case. magic: the bytes with which every file of the
+    format begins, whatever its name is; b"" if there are none.
+    """
+
+    name: str
+    suffixes: tuple[str, ...]
+    magic = b""
+
+    @abstractmethod
+    def check(self, file: InputFile, needs: Needs) -> None:
+        """Raise InputError if a file lacks a column that is needed, or has it in another type."""
+
+    @abstractmethod
+    def rows(self, file: InputFile, needs: Needs, names: Collection[str] | None, rows_per_batch: int) -> Rows:
+        """Return the number and the values of each row.
+
+        names: of the columns to read; None for all that may hold texts or whole numbers. A format whose rows are read
+        as a whole may return more columns. A value that is not text, though its column is, is `Unreadable`. Raises
+        InputError.
+        """
+
+    @abstractmethod
+    def place(self, file: InputFile, number: int) -> str:
+        """Return the place of a row, for messages."""
+
+    def unreadable(self, place: str, name: str, reason: str) -> str:
+        """Return a message about the value of the column `name` in a row. reason: begins with a verb."""
+        return f"the column '{name}' in {place} {reason}"
+
+
+def beginning(path: str) -> bytes:
+    """Return the first BEGINNING bytes of a file or URL. Raises OSError, JobError and RemoteError."""
+    with _open(path) as content:
+        return content.read(BEGINNING)
+
+
+def listed(formats: Sequence[Format]) -> str:
+    """Return the names and the suffixes of formats, for messages."""
+    return ", ".join(f"{each.name} ({', '.join(f'*{suffix}' for suffix in each.suffixes)})" for each in formats)
+
+
+def _open(path: str) -> BinaryIO | io.BufferedReader:
+    return io.BufferedReader(remote.open_remote(path)) if remote.is_url(path) else open(path, "rb")

@@ -1,0 +1,94 @@
+"""Rows of JSON Lines: a key that a line lacks is null; a key that no line of a file has is an error."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator
+from typing import Any
+
+from pipeline.errors import InputError, one_line
+from pipeline.files.columns import Needs
+from pipeline.files.conversions import BEGINNING, what_else
+from pipeline.files.encoding import Unreadable, describe, find_encoding, split_lines, wrong_character
+from pipeline.files.formats import Format, InputFile, Rows
+
+
+class JsonLines(Format):
+    """Files with a JSON object on each line that is not blank."""
+
+    name = "JSON Lines"
+    suffixes = (".jsonl", ".ndjson")
+
+    def check(self, file: InputFile, needs: Needs) -> None:
+        """Raise InputError if a line is wrong, or if no line of a file has a key that is needed."""
+        keys = {key for _, values in _rows(file, needs) for key in values}
+        if keys:
+            needs.check_presence(file, sorted(keys))
+
+    def rows(self, file: InputFile, needs: Needs, names: Collection[str] | None, rows_per_batch: int) -> Rows:
+        """Return the number and the object of each line that is not blank."""
+        return _rows(file, needs)
+
+    def place(self, file: InputFile, number: int) -> str:
+        """Return the place of a row, for messages."""
+        return f"line {number} of {file}"
+
+
+def _rows(file: InputFile, needs: Needs) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        with file.open() as content:
+            beginning = content.read(BEGINNING)
+            if what := what_else(file.path, beginning):
+                raise InputError(f"{file}: is not JSON Lines: it {what}")
+            encoding, offset = find_encoding(beginning, needs.encoding)
+            content.seek(offset)
+            for number, line in enumerate(split_lines(content, "\n".encode(encoding)), start=1):
+                values = _parse(line, encoding, offset, f"line {number} of {file}", needs)
+                if values is not None:
+                    yield number, values
+                offset += len(line)
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {one_line(error)}") from None
+
+
+def _parse(line: bytes, encoding: str, offset: int, place: str, needs: Needs) -> dict[str, Any] | None:
+    """Return the object of a line, or None if the line is blank. offset: bytes of the file before the line."""
+    text, undecoded = _decode(line, encoding, offset, place, needs.remedy)
+    text = text.removeprefix("\ufeff")
+    if not text.strip():
+        return None
+    try:
+        values = json.loads(text, strict="\0" not in text)  # one NUL byte costs one row
+        if undecoded or "\\u" in text or "\0" in text:
+            pairs = values.items() if isinstance(values, dict) else ()
+            reasons = {name: reason for name, value in pairs if (reason := wrong_character(value, undecoded))}
+            values = values | {name: Unreadable(reason) for name, reason in reasons.items()} if reasons else values
+    except (ValueError, RecursionError) as error:
+        remedy = f"; it has NUL bytes{needs.remedy}" if "\0" in text else ""
+        raise InputError(f"{place} is not JSON: {one_line(error)}{remedy}") from None
+    if not isinstance(values, dict):
+        raise InputError(f'{place} is no JSON object, such as {{"id": "a", "text": "…"}}')
+    for column in needs.columns:
+        value = values.get(column.name)
+        if value is not None and not isinstance(value, Unreadable) and not column.kind.fits_value(value):
+            shown = json.dumps(value, ensure_ascii=False)
+            shown = shown if len(shown) <= 40 else f"{shown[:39]}…"
+            raise InputError(
+                f"{column.user} the column '{column.name}', which in {place} is {shown}; expected {column.kind.words}"
+            )
+    return values
+
+
+def _decode(line: bytes, encoding: str, offset: int, place: str, remedy: str) -> tuple[str, str]:
+    """Return a line in which half characters stand for what does not decode, and the reason, or "".
+
+    Raises InputError if nothing can stand for it.
+    """
+    try:
+        return line.decode(encoding), ""
+    except UnicodeDecodeError as error:
+        reason = describe(error, encoding, offset) + remedy
+    try:
+        return line.decode(encoding, "surrogatepass" if encoding.startswith("utf-16") else "surrogateescape"), reason
+    except UnicodeError:
+        raise InputError(f"{place} {reason}") from None
