@@ -256,6 +256,7 @@ def status(
     """Count a job's rows: done, failed, left; and those of each shard, as its run last wrote them."""
     with errors_explained(debug):
         from pipeline.commands.plan import job_status
+        from pipeline.commands.summary import cut_answers
         from pipeline.job.shards import shard_statuses
 
         job, shard = load(job_file, set_, one_shard)
@@ -266,7 +267,7 @@ def status(
             print(json.dumps({**asdict(counted), "left": counted.left, **of_shards}, indent=1))
             return
         counts = f"{counted.rows:,}: {counted.done:,} done, {counted.failed:,} failed, {counted.left:,} left"
-        print(table([("documents", f"{counted.documents:,}"), ("rows", counts)]))
+        print(table([("documents", f"{counted.documents:,}"), ("rows", counts), *cut_answers(job, counted.cut)]))
         if shards:
             heading = ("shard", "state", "rows", "done", "failed", "left", "updated")
             rows = [tuple(str(value) for value in vars(each).values()) for each in shards]
@@ -280,6 +281,7 @@ def show(
     document: SomeDocuments = None,
     query: SomeQueries = None,
     failed: Annotated[bool, typer.Option("--failed", help="Failed rows only.")] = False,
+    cut: Annotated[bool, typer.Option("--cut", help="Answers that max_tokens cut off only.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Don't cut long answers on a terminal.")] = False,
     html: Annotated[
         Path | None, typer.Option("--html", metavar="FILE", help="Write a page with filters instead.")
@@ -295,10 +297,11 @@ def show(
     """
     with errors_explained(debug, computes=False):
         from pipeline.commands.show import AnswerTable, lines, tables
+        from pipeline.commands.summary import cut_answers
 
         job, shard = load(job_file, set_, one_shard)
         commands = command_line(context, "run"), command_line(context, "merge")
-        answers = AnswerTable(job, document or (), query or (), failed, shard, commands)
+        answers = AnswerTable(job, document or (), query or (), failed, shard, commands, cut)
         if html:
             from pipeline.commands.page import write_page
 
@@ -317,6 +320,8 @@ def show(
         else:
             for line in lines(answers):
                 print(line)
+        if told := cut_answers(job, answers.cut):
+            print(table(told), file=sys.stderr)
 
 
 @app.command()

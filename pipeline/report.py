@@ -1,4 +1,4 @@
-"""The numbers of a run: rows, prefixes, tokens, bytes and seconds. This module imports nothing of the project."""
+"""The numbers of a run: rows, prefixes, tokens, bytes and seconds."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+if TYPE_CHECKING:
+    from pipeline.output.rows import Row
+
+MOST_CUT_QUERIES = 100
 Stage = Literal["prefill", "restore", "answer"]
 
 
@@ -66,6 +70,27 @@ class WorkStats:
 
 
 @dataclass
+class CutAnswers:
+    """Answers that `max_tokens` cut off.
+
+    rows: how many they are. queries: how many of each query. max_tokens: the largest limit that cut one of a query's
+    answers. Of many queries, the first are named.
+    """
+
+    rows: int = 0
+    queries: dict[str, int] = field(default_factory=dict)
+    max_tokens: dict[str, int] = field(default_factory=dict)
+
+    def add(self, row: Row) -> None:
+        """Count the row of such an answer."""
+        query_id, tokens = row.query_id, row.answer_tokens or 0
+        self.rows += 1
+        if query_id in self.queries or len(self.queries) < MOST_CUT_QUERIES:
+            self.queries[query_id] = self.queries.get(query_id, 0) + 1
+            self.max_tokens[query_id] = max(self.max_tokens.get(query_id, 0), tokens)
+
+
+@dataclass
 class Report:
     """Numbers of a run. They are written to ``<output>.run.json``."""
 
@@ -78,6 +103,7 @@ class Report:
     rows_beside: int = 0  # rows of the result that this run, of a part of the job, left as they were
     failures: dict[str, int] = field(default_factory=dict)  # by error_type; asdict cannot copy a Counter
     first_failures: dict[str, str] = field(default_factory=dict)  # the first failed row of each error_type, and why
+    cut: CutAnswers = field(default_factory=CutAnswers)  # among the rows that were answered, kept or failed
     documents_truncated: int = 0
     documents_split: int = 0
     prefixes_built: int = 0
@@ -105,6 +131,7 @@ class Report:
             self,
             failures=dict(self.failures),
             first_failures=dict(self.first_failures),
+            cut=replace(self.cut, queries=dict(self.cut.queries), max_tokens=dict(self.cut.max_tokens)),
             resident=dict(self.resident),
             workers=dict(self.workers),
         )

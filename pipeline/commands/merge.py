@@ -128,6 +128,8 @@ class _Merge:
                 self._report.documents_done += 1
                 self._report.rows_kept += sum(row.status == "ok" for row in rows)
                 for row in rows:
+                    if row.is_cut:
+                        self._report.cut.add(row)
                     if row.status == "error":
                         self._report.add_failure(str(row.error_type), row.failure)
                 yield rows

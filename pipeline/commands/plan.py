@@ -26,21 +26,28 @@ from pipeline.job.shards import Shard
 from pipeline.models.constraints import check_schemas
 from pipeline.models.loading import load_tokenizer, max_context, prefix_bytes, read_config, resolve_model
 from pipeline.output.results import Results
+from pipeline.output.rows import Row
 from pipeline.progress import with_progress_bar
+from pipeline.report import CutAnswers
 from pipeline.run.fingerprint import job_identity
 from pipeline.run.pruning import Surplus, find_surplus
 from pipeline.run.task import TaskPlanner
 from turboquant.io.identity import Identity
 
 
-@dataclass(frozen=True)
+@dataclass
 class Status:
-    """Numbers of documents and rows. failed: rows that the last run could not answer; they are not done."""
+    """Numbers of documents and rows.
+
+    failed: rows that the last run could not answer; they are not done. cut: answers, done or failed, that `max_tokens`
+    cut off.
+    """
 
     documents: int = 0
     rows: int = 0
     done: int = 0
     failed: int = 0
+    cut: CutAnswers = field(default_factory=CutAnswers)
 
     @property
     def left(self) -> int:
@@ -87,7 +94,7 @@ def job_status(job: Job, quiet: bool = True, shard: Shard | None = None) -> Stat
     for document in with_progress_bar(
         _documents(job, inputs, job_identity(job, remember=False)), inputs.documents, quiet
     ):
-        status = document.added_to(status)
+        document.add_to(status)
     return status
 
 
@@ -126,7 +133,7 @@ class _Document:
     """One document.
 
     queries: all of its queries. wanted: ids of those that the run answers. open: ids of those without a valid row.
-    rendered: None if the template fails. failed: failed rows.
+    rendered: None if the template fails. failed: failed rows. cut: rows whose answers were cut off.
     """
 
     queries: Sequence[Query]
@@ -134,13 +141,17 @@ class _Document:
     rendered: Rendered | None
     open: frozenset[str]
     failed: int
+    cut: Sequence[Row]
     label: str
 
-    def added_to(self, status: Status) -> Status:
-        """Return the status with this document's rows."""
-        rows = len(self.wanted)
-        done = status.done + rows - len(self.open)
-        return Status(status.documents + 1, status.rows + rows, done, status.failed + self.failed)
+    def add_to(self, status: Status) -> None:
+        """Count this document's rows."""
+        status.documents += 1
+        status.rows += len(self.wanted)
+        status.done += len(self.wanted) - len(self.open)
+        status.failed += self.failed
+        for row in self.cut:
+            status.cut.add(row)
 
 
 def _documents(job: Job, inputs: Inputs, identity: Identity) -> Iterator[_Document]:
@@ -149,10 +160,11 @@ def _documents(job: Job, inputs: Inputs, identity: Identity) -> Iterator[_Docume
         for document in inputs.stream():
             wanted = frozenset(query.id for query in document.wanted)
             rows = results.rows(document.id)
-            failed = sum(row.status == "error" for query_id, row in rows.items() if query_id in wanted)
+            failed = [row for query_id, row in rows.items() if query_id in wanted and row.status == "error"]
             task = planner.plan(document, rows)
             open_ = frozenset(query.id for query in task.queries)
-            yield _Document(document.queries, wanted, task.rendered, open_, failed, task.label)
+            cut = [row for row in [*task.kept, *failed] if row.is_cut]
+            yield _Document(document.queries, wanted, task.rendered, open_, len(failed), cut, task.label)
 
 
 def _results(job: Job) -> Results:
@@ -179,7 +191,7 @@ class _Planner:
     def add(self, document: _Document) -> None:
         """Add one document."""
         plan = self.plan
-        plan.status = document.added_to(plan.status)
+        document.add_to(plan.status)
         settings = [query.settings(self._job.generation) for query in document.queries]
         rooms = [] if self._limit is None else [self._limit - each.max_tokens for each in settings]
         label = label_number(document.label)

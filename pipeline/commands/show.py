@@ -21,6 +21,7 @@ from pipeline.job.shards import Shard, shards_folder
 from pipeline.output.results import Results
 from pipeline.output.rows import Row
 from pipeline.printable import printable
+from pipeline.report import CutAnswers
 
 SURROUNDINGS = 160  # characters of the document that are shown on either side of a quotation
 LINES = 8  # the most lines of an answer in a table
@@ -43,8 +44,10 @@ class AnswerTable:
     """A job's answers by document and query, read from disk each time that they are iterated.
 
     documents, queries: ids to show, or patterns of ids; empty for all. failed: show failed rows only. commands: the
-    commands that run and merge the job, which an error names. Raises JobError for unknown ids and OutputError if there
-    is no result yet.
+    commands that run and merge the job, which an error names. cut_only: show answers that `max_tokens` cut off only.
+    Raises JobError for unknown ids and OutputError if there is no result yet.
+
+    cut: counts the answers cut off, of the rows that were iterated last.
     """
 
     def __init__(
@@ -55,8 +58,10 @@ class AnswerTable:
         failed: bool = False,
         shard: Shard | None = None,
         commands: tuple[str, str] = ("pipeline run", "pipeline merge"),
+        cut_only: bool = False,
     ) -> None:
-        self._job, self._failed = job, failed
+        self._job, self._failed, self._cut_only = job, failed, cut_only
+        self.cut = CutAnswers()
         self._inputs = Inputs(job, shard, Selection(tuple(documents), tuple(queries)))
         self.queries = self._inputs.queries
         self._text = ""  # of the document that is being shown, if any query has evidence
@@ -73,12 +78,18 @@ class AnswerTable:
 
     def __iter__(self) -> Iterator[tuple[str, dict[str, Row | None]]]:
         """Yield each document's id and its rows by query id, in input order; None for a row that is not there yet."""
+        self.cut = CutAnswers()
         with self._results() as results:
             for document_id, text, query_ids in self._documents():
                 self._text, known = text, results.rows(document_id)
                 rows = {query_id: known.get(query_id) for query_id in query_ids}
                 if self._failed:
                     rows = {query_id: row for query_id, row in rows.items() if row and row.status == "error"}
+                if self._cut_only:
+                    rows = {query_id: row for query_id, row in rows.items() if row and row.is_cut}
+                for row in rows.values():
+                    if row and row.is_cut:
+                        self.cut.add(row)
                 if rows:
                     yield document_id, rows
 
@@ -163,6 +174,8 @@ def _cell(answers: AnswerTable, row: Row | None, console: Console, width: int, f
     if row is None:
         return Text("open", "dim")
     text = Text(_printable_text(answer_or_error(row)), "red" if row.status == "error" else "")
+    if row.is_cut and row.status == "ok":
+        text.append(f" [cut off at {row.answer_tokens} tokens]", "dim")
     wrapped = list(text.wrap(console, width, overflow="fold"))
     if not full and len(wrapped) > LINES:
         wrapped = [*wrapped[: LINES - 1], Text("…", "dim")]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pipeline.commands.console import size
-from pipeline.job.job import Job
-from pipeline.report import Report
+from pipeline.job.job import Job, QueryTable
+from pipeline.report import CutAnswers, Report
+
+_MOST_QUERIES = 5  # of which a line is printed
 
 
 def summary(job: Job, show_command: str, report: Report) -> list[tuple[str, str]]:
     """Return the lines of the table. show_command: the command that shows the answers."""
-    rows = _rows(show_command, report)
+    rows = _rows(job, show_command, report)
     rows += cut_documents(report.documents_truncated, report.documents_split)
     if prefixes := report.prefixes_built + report.prefixes_restored:
         built = f"{report.prefixes_built:,} built, {report.prefixes_restored:,} restored"
@@ -31,7 +33,7 @@ def summary(job: Job, show_command: str, report: Report) -> list[tuple[str, str]
     return rows
 
 
-def _rows(show_command: str, report: Report) -> list[tuple[str, str]]:
+def _rows(job: Job, show_command: str, report: Report) -> list[tuple[str, str]]:
     """Return the lines about rows."""
     answered = f"{report.rows_answered:,} answered, {report.rows_kept:,} kept, {report.rows_failed:,} failed"
     rows = [("rows", f"{answered} of {report.rows:,} ({report.documents:,} documents)")]
@@ -39,6 +41,9 @@ def _rows(show_command: str, report: Report) -> list[tuple[str, str]]:
         rows.append(("failures", f"{count:,} {kind}, first {report.first_failures[kind]}"))
     if report.failures:
         rows.append(("", f"to see them: {show_command} --failed"))
+    rows += cut_answers(job, report.cut)
+    if report.cut.rows:
+        rows.append(("", f"to look at them: {show_command} --cut"))
     if report.rows_beside:
         rows.append(("others", f"{report.rows_beside:,} rows left as they were"))
     return rows
@@ -48,6 +53,27 @@ def cut_documents(truncated: int, split: int) -> list[tuple[str, str]]:
     """Return the lines about documents that are too long for the model."""
     counts = ("truncated", truncated), ("split", split)
     return [(name, f"{count:,} documents, too long for the model") for name, count in counts if count]
+
+
+def cut_answers(job: Job, cut: CutAnswers) -> list[tuple[str, str]]:
+    """Return the lines about answers that `max_tokens` cut off, with advice for each query."""
+    if not cut.rows:
+        return []
+    lines = [("cut off", f"{cut.rows:,} answers, by max_tokens; with more, only these are answered again")]
+    for query_id, count in list(cut.queries.items())[:_MOST_QUERIES]:
+        limit = cut.max_tokens[query_id]
+        lines.append(("", f"{count:,} of query '{query_id}' at {limit:,}: {_more_tokens(job, query_id, 2 * limit)}"))
+    if len(cut.queries) > _MOST_QUERIES:
+        lines.append(("", f"and of {len(cut.queries) - _MOST_QUERIES:,} queries more"))
+    return lines
+
+
+def _more_tokens(job: Job, query_id: str, limit: int) -> str:
+    """Return how to give a query more tokens."""
+    if isinstance(job.queries, QueryTable):
+        return f"set its max_tokens to {limit:,} in the table of queries"
+    number = next(number for number, query in enumerate(job.queries) if query.id == query_id)
+    return f"--set queries.{number}.max_tokens={limit}"
 
 
 def _rate(tokens: int, seconds: float) -> str:

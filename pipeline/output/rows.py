@@ -95,6 +95,11 @@ class Row:
     evidence: Sequence[Quotation] | None = None
 
     @property
+    def is_cut(self) -> bool:
+        """Whether `max_tokens` cut the answer off."""
+        return self.finish_reason == "length"
+
+    @property
     def failure(self) -> str:
         """The row's document and query, and the reason why it failed."""
         return f"document '{self.document_id}', query '{self.query_id}': {self.error}"

@@ -64,6 +64,9 @@ class Committer:
         report.rows_answered += len(rows) - len(failed)
         for row in [*failed, *(row for row in kept if row.status == "error")]:
             report.add_failure(str(row.error_type), row.failure)
+        for row in [*rows, *kept]:
+            if row.is_cut:
+                report.cut.add(row)
         report.answer_tokens += sum(row.answer_tokens or 0 for row in rows)
         report.documents_done += len(group.tasks)
         report.documents_truncated += sum(result.truncated for result in group.results)
@@ -79,7 +82,8 @@ class Committer:
             raise StoppedAtFailure(failed[0].failure)
 
     def _write(self, group: GroupResult, report: Report) -> None:
-        changed = [(task, result) for task, result in zip(group.tasks, group.results, strict=True) if task.queries]
+        both = zip(group.tasks, group.results, strict=True)
+        changed = [(task, result) for task, result in both if task.queries or task.rewritten]
         if changed:
             self._results.commit(
                 {

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from pipeline.cache.codec import job_codec
 from pipeline.cache.store import Store
-from pipeline.errors import ContextTooLong, GenerationFailed, RowError, one_line
+from pipeline.errors import AnswerCutOff, ContextTooLong, GenerationFailed, RowError, one_line
 from pipeline.inputs.prompts import PromptTokenizer, Rendered, Renderer
 from pipeline.inputs.windows import WindowCutter, combined
 from pipeline.job.job import Query
@@ -82,11 +82,11 @@ class PreparedPrompt:
 
     def accept(self, query: Query, answer: Answer) -> None:
         """Make the row of a query from its answer."""
-        if answer.failure is not None:
+        if answer.failure is not None and not isinstance(answer.failure, AnswerCutOff):
             self.fail(answer.failure, [query])
             return
         start = self.rendered.start if self.rendered else 0
-        self.rows[query.id] = replace(
+        row = replace(
             self.row(query),
             answer=answer.text,
             answer_json=answer.text if query.json_schema else None,
@@ -100,6 +100,9 @@ class PreparedPrompt:
             agreement=answer.agreement,
             evidence=[located(quote, self.task.document.text, start) for quote in answer.quotes or ()] or None,
         )
+        if answer.failure is not None:  # the text so far is of use to the user
+            row = error_row(replace(row, answer=answer.text or None, answer_json=None), answer.failure)
+        self.rows[query.id] = row
 
 
 @dataclass

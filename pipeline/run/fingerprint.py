@@ -3,20 +3,23 @@
 A row's fingerprint covers the weights, the tokenizer and its chat template, the codec, the prefill mode, the
 rendered prompt and the settings: change any and the row is answered again. It is taken from text, not tokens, so
 that a finished job is recognised without loading a model.
+
+`max_tokens` is compared apart (`is_within`): it decides only answers that it cuts off. Where a document may be read in
+windows, it decides the answers on windows too, and is part of the fingerprint.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.cache.codec import job_codec
 from pipeline.inputs.prompts import Rendered, Renderer
-from pipeline.job.job import Generation, Job, Query
+from pipeline.job.job import Generation, Job, Query, Settings
 from pipeline.job.shards import Shard
 from pipeline.models.fingerprints import tokenizer_fingerprint, weights_fingerprint
 from pipeline.models.loading import resolve_model
@@ -67,11 +70,13 @@ def row_fingerprints(
     queries: Iterable[Query],
     generation: Generation,
     cut: str | None = None,
+    with_max_tokens: bool = False,
 ) -> dict[str, str]:
     """Return the fingerprints of a document's rows, by query id: 32 hexadecimal digits each.
 
-    cut: the result of WindowCutter.mark. A fingerprint is the digest of a JSON list of everything that decides the
-    answer. The beginning of the list is long and the same for all queries, so it is hashed only once.
+    cut: the result of WindowCutter.mark. with_max_tokens: return the fingerprints that former releases wrote. A
+    fingerprint is the digest of a JSON list of everything that decides the answer. The beginning of the list is long
+    and the same for all queries, so it is hashed only once.
     """
     shared = _json(["row", asdict(identity), rendered.system, rendered.context])
     beginning = hashlib.sha256(shared.removesuffix("]").encode())
@@ -79,23 +84,29 @@ def row_fingerprints(
     for query in queries:
         digest = beginning.copy()
         settings = query.settings(generation)
+        deciding = settings.deciding
+        # A choice has its own length, and each of several samples may be cut off.
+        if cut is None and not settings.choices and settings.samples == 1 and not with_max_tokens:
+            del deciding["max_tokens"]
         asked = [QUESTION, NEXT_QUESTION, SLOT_QUESTION] if settings.wants_evidence else []
-        own = _json([query.text, settings.deciding, *([] if cut is None else [cut]), *asked])
+        own = _json([query.text, deciding, *([] if cut is None else [cut]), *asked])
         digest.update(f", {own.removeprefix('[')}".encode())
         fingerprints[query.id] = digest.hexdigest()[:32]
     return fingerprints
 
 
-def kept_rows(known: Mapping[str, Row], fingerprints: Mapping[str, str], keep_failed: bool = False) -> dict[str, Row]:
-    """Return the known rows of a document that need no new answer, in the order of the fingerprints.
+def is_within(row: Row, settings: Settings) -> bool:
+    """Return whether a row's answer is the one that the model would give with the `max_tokens` of these settings.
 
-    keep_failed: also keep failed rows; otherwise they are answered again.
+    An answer that ended by itself is, if the limit leaves room for it; one that was cut off, only at the same limit.
     """
-    return {
-        query_id: row
-        for query_id, fingerprint in fingerprints.items()
-        if (row := known.get(query_id)) and (keep_failed or row.status == "ok") and row.fingerprint == fingerprint
-    }
+    if row.answer_tokens is None:  # it failed before there was an answer
+        return True
+    if row.is_cut:
+        return row.answer_tokens == settings.max_tokens
+    # The token that stops a model is not counted, but the end of a JSON answer and stop texts are.
+    stop_token = not settings.stop and settings.json_schema is None
+    return row.answer_tokens + stop_token <= settings.max_tokens
 
 
 def _digest(kind: str, *fields: object) -> str:

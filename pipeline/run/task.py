@@ -15,7 +15,7 @@ from pipeline.inputs.prompts import Rendered, Renderer
 from pipeline.inputs.windows import WindowCutter
 from pipeline.job.job import Job, Query
 from pipeline.output.rows import Row
-from pipeline.run.fingerprint import context_label, kept_rows, row_fingerprints
+from pipeline.run.fingerprint import context_label, is_within, row_fingerprints
 
 if TYPE_CHECKING:
     from turboquant.io.identity import Identity
@@ -25,10 +25,11 @@ if TYPE_CHECKING:
 class DocumentTask:
     """One document and what is left to do for it.
 
-    rendered: the rendered prompt, or None if the template fails. queries: those of the document's queries without a
-    kept row. kept: rows of an earlier run that are still valid. others: rows that this run is not asked for,
-    which stay as they are. failed: rows, by query id, that failed before the model
-    saw them. fingerprints: of all rows, by query id. label: digest of the context's text.
+    rendered: the rendered prompt, or None if the template fails. queries: those of the wanted queries without a kept
+    row. kept: rows of an earlier run that are still valid. others: rows that this run is not asked for, which stay as
+    they are. failed: rows, by query id, that failed before the model saw them. fingerprints: of all wanted rows, by
+    query id. label: digest of the context's text. rewritten: whether kept rows got other fingerprints than a former
+    release gave them.
     """
 
     document: Document
@@ -39,6 +40,7 @@ class DocumentTask:
     failed: Mapping[str, Row] = field(default_factory=dict)
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     label: str = ""
+    rewritten: bool = False
 
     @property
     def document_id(self) -> str:
@@ -111,11 +113,25 @@ class TaskPlanner:
             task = DocumentTask(document, None, wanted, others=others)
             return replace(task, failed=task.failures(error))
         cut = self._window_cutter.mark(rendered, document.queries)
-        fingerprints = row_fingerprints(self._identity, rendered, wanted, self._generation, cut)
-        kept = kept_rows(known, fingerprints, self._keep_failed)
-        queries = [query for query in wanted if query.id not in kept]
+        arguments = (self._identity, rendered, wanted, self._generation, cut)
+        fingerprints = row_fingerprints(*arguments)
+        former = row_fingerprints(*arguments, with_max_tokens=True)
+        found = {query.id: known[query.id] for query in wanted if query.id in known}
+        settings = {query.id: query.settings(self._generation) for query in wanted}
+        kept = [
+            replace(row, fingerprint=fingerprints[query_id])
+            for query_id, row in found.items()
+            if (self._keep_failed or row.status == "ok")
+            and (
+                row.fingerprint == former[query_id]
+                or (row.fingerprint == fingerprints[query_id] and is_within(row, settings[query_id]))
+            )
+        ]
+        kept_ids = {row.query_id for row in kept}
+        queries = [query for query in wanted if query.id not in kept_ids]
+        rewritten = any(row != found[row.query_id] for row in kept)
         label = context_label(rendered)
-        task = DocumentTask(document, rendered, queries, list(kept.values()), others, {}, fingerprints, label)
+        task = DocumentTask(document, rendered, queries, kept, others, {}, fingerprints, label, rewritten)
         if document.id in self._quarantined:
             return replace(task, failed=task.failures(ModelProcessDied(self._quarantined[document.id])))
         return task

@@ -234,7 +234,8 @@ def test_plan_and_status_print_tables_or_json(workplace: Workplace) -> None:
     planned = json.loads(invoke("plan", workplace.job_file, "--json").stdout)
     assert (planned["misses"], planned["status"]["rows"]) == (3, 12)
     counted = json.loads(invoke("status", workplace.job_file, "--json").stdout)
-    assert counted == {"documents": 4, "rows": 12, "done": 0, "failed": 0, "left": 12}
+    cut = {"rows": 0, "queries": {}, "max_tokens": {}}
+    assert counted == {"documents": 4, "rows": 12, "done": 0, "failed": 0, "cut": cut, "left": 12}
 
 
 def test_an_estimated_plan_says_so(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -269,7 +269,8 @@ def test_an_answer_that_is_cut_off_is_an_error(workplace: Workplace) -> None:
     assert result.exit_code == 3
     assert "3 AnswerCutOff" in result.stdout
     row = workplace.rows()["d0", "when"]
-    assert (row["answer"], row["answer_json"]) == (None, None)
+    assert (row["answer"][0], row["answer_json"]) == ("{", None)
+    assert (row["finish_reason"], row["answer_tokens"]) == ("length", 4)
     assert row["error"].startswith("the JSON is not complete after 4 tokens; raise max_tokens, or ")
     assert workplace.rows()["d0", "who"]["status"] == "ok"
     assert invoke("run", workplace.job_file, "--set", "queries.1.max_tokens=60").exit_code == 0

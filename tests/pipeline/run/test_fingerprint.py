@@ -17,12 +17,18 @@ from turboquant.io.identity import Identity
 
 @pytest.mark.parametrize("system", [None, 'Été ["]'])
 @pytest.mark.parametrize("context", ["", "a]", '日本 \ud800 "]\n['])
-def test_a_rows_fingerprint_digests_one_json_list(workplace: Workplace, system: str | None, context: str) -> None:
+@pytest.mark.parametrize("former", [False, True])
+def test_a_rows_fingerprint_digests_one_json_list(
+    workplace: Workplace, system: str | None, context: str, former: bool
+) -> None:
     workplace.queries.append({"id": "odd", "text": "[é]?", "temperature": 0.5, "seed": 7})
     job, identity = load_job(workplace.save(), []), Identity("w", "t", "c", "exact 512")
-    found = row_fingerprints(identity, Rendered(system, context), job.queries, job.generation)
+    rendered = Rendered(system, context)
+    found = row_fingerprints(identity, rendered, job.queries, job.generation, with_max_tokens=former)
     for query in job.queries:
         settings = query.settings(job.generation).deciding
+        if not former:
+            del settings["max_tokens"]
         fields = ["row", asdict(identity), system, context, query.text, settings]
         whole = json.dumps(fields, sort_keys=True).encode()
         assert found[query.id] == hashlib.sha256(whole).hexdigest()[:32]
