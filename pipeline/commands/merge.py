@@ -56,11 +56,12 @@ def merge_shards(job: Job, quiet: bool, prune: bool, command: str, run_command: 
     report = Report(documents=inputs.documents, rows=inputs.rows)
     try:
         files = _done_shards(shards_folder(job.result_file), identity)
-        with Results(job.result_file, result_metadata(job, identity), url=job.result_url) as results:
+        metadata = result_metadata(job, identity, inputs.shared_queries)
+        with Results(job.result_file, metadata, url=job.result_url) as results:
             if not prune:
                 find_surplus(results, inputs).refuse(job.output.path)
             merged = _Merge(job, inputs, identity, files, report)
-            with RunFile(job, identity, report, started, command=command):
+            with RunFile(job, identity, report, started, inputs.shared_queries, command=command):
                 results.replace(with_progress_bar(merged.documents(), inputs.documents, quiet))
     except _ShardsToRun as error:
         commands = " && ".join(f"{run_command} --shard {shard}" for shard in error.shards)

@@ -28,7 +28,7 @@ from pipeline.distributed.ray_worker import WorkerReply
 from pipeline.errors import Interrupted, JobError, PipelineError, one_line
 from pipeline.inputs.batching import ahead
 from pipeline.inputs.inputs import Inputs
-from pipeline.output.run_file import versions
+from pipeline.output.provenance import versions
 from pipeline.report import WorkerReport, WorkStats
 from pipeline.run.context import RunContext
 from pipeline.run.executor import Executor, drop_segments

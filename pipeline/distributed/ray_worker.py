@@ -141,7 +141,7 @@ class RayWorker:
         return WorkerInfo(socket.gethostname(), os.getpid(), log, store.folder_id(), device)
 
     def _check_equal(self, identity: Identity, driver_versions: Mapping[str, str]) -> None:
-        from pipeline.output.run_file import versions
+        from pipeline.output.provenance import versions
         from pipeline.run.fingerprint import job_identity
 
         for name, version in versions().items():

@@ -25,7 +25,7 @@ class Inputs:
 
     selection: the part of the job that is wanted; JobError is raised if it names what the job does not have.
     documents: the number of wanted documents that have queries. rows: the number of wanted pairs of document and query.
-    is_part: whether the job has other pairs.
+    is_part: whether the job has other pairs. shared_queries: the job's queries, unless each belongs to a document.
     """
 
     def __init__(self, job: Job, shard: Shard | None = None, selection: Selection | None = None) -> None:
@@ -34,18 +34,16 @@ class Inputs:
         self.documents = check_documents(job.documents, self._columns)
         check_context_has_text(job.prompt, job.documents)
         self._document_queries: DocumentQueries | None = None
-        self._shared_queries: tuple[Query, ...] = ()
+        self.shared_queries: tuple[Query, ...] = ()
         if not isinstance(job.queries, QueryTable):
-            self._shared_queries = job.queries
+            self.shared_queries = job.queries
         elif job.queries.document_id is None:
-            self._shared_queries = read_shared_queries(job.queries)
+            self.shared_queries = read_shared_queries(job.queries)
         else:
             self._document_queries = self._read_document_queries(job.queries)
             self.documents = self._document_queries.documents
         self._tell_braces()
-        self.rows = (
-            self._document_queries.rows if self._document_queries else self.documents * len(self._shared_queries)
-        )
+        self.rows = self._document_queries.rows if self._document_queries else self.documents * len(self.shared_queries)
         self._wanted: Collection[bytes] | None = None  # digests of the documents' ids; None for all
         self.is_part = False
         if self._selection:
@@ -53,7 +51,7 @@ class Inputs:
             self._wanted, self.rows = self._select()
             self.documents, self.is_part = len(self._wanted), self.rows < all_rows
         # Queries that stand for all settings that there are.
-        self._kinds = self._document_queries.first_of_each_kind() if self._document_queries else self._shared_queries
+        self._kinds = self._document_queries.first_of_each_kind() if self._document_queries else self.shared_queries
         for query in self._kinds:
             query.check(job.generation)
         if shard is not None:  # the documents must be read, because groups depend on the length of texts
@@ -123,7 +121,7 @@ class Inputs:
         """Return the ids of all queries that are asked of a document of the job, in order."""
         if self._document_queries:
             return self._document_queries.ids_of(document_id)
-        return [query.id for query in self._shared_queries]
+        return [query.id for query in self.shared_queries]
 
     def _wants(self, document_id: str) -> bool:
         return self._wanted is None or document_digest(document_id) in self._wanted
@@ -154,7 +152,7 @@ class Inputs:
         return wanted, rows
 
     def _all_queries(self) -> Sequence[Query]:
-        return self._document_queries.first_of_each_id() if self._document_queries else self._shared_queries
+        return self._document_queries.first_of_each_id() if self._document_queries else self.shared_queries
 
     def _all_groups(self, alone: Collection[str] = ()) -> Iterator[list[Document]]:
         return group_documents(self._all_documents(), self._job.generation.batch_size, alone, self._shard)
@@ -162,7 +160,7 @@ class Inputs:
     def _all_documents(self) -> Iterator[Document]:
         """Yield the documents of all shards that have queries."""
         for document in stream_documents(self._job.documents, self._columns):
-            queries = self._document_queries.queries_of(document.id) if self._document_queries else self._shared_queries
+            queries = self._document_queries.queries_of(document.id) if self._document_queries else self.shared_queries
             if queries:
                 yield replace(document, queries=queries)
 
@@ -171,7 +169,7 @@ class Inputs:
         if self._document_queries is not None:
             count, first = self._document_queries.with_braces, self._document_queries.first_with_braces
         else:
-            found = [query for query in self._shared_queries if braces_of_template(query.text)]
+            found = [query for query in self.shared_queries if braces_of_template(query.text)]
             count, first = len(found), next(iter(found), None)
         if first is not None:
             _log.warning(

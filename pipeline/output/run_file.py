@@ -8,21 +8,20 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, replace
-from datetime import datetime, timezone
-from importlib import metadata
+from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline import __version__
 from pipeline.errors import PipelineError, one_line
 from pipeline.files.atomic import atomic_file
 from pipeline.files.remote import RETRIES, upload
-from pipeline.job.job import Job
+from pipeline.job.job import Job, Query
 from pipeline.job.selection import Selection
+from pipeline.output.provenance import provenance
 from pipeline.report import Report
 
 if TYPE_CHECKING:
@@ -35,9 +34,10 @@ State = Literal["running", "finished", "interrupted", "failed"]
 class RunFile:
     """The run file of one run; a context manager, at whose end the file is complete.
 
-    report: the run's report, whose seconds are set at the end. started: start of the run on the monotonic clock. part:
-    the part of the job that is answered; None for all of it. command: the command that does this again from any folder,
-    for readers of the file.
+    report: the run's report, whose seconds are set at the end. started: start of the run on the monotonic clock.
+    queries: those that all documents share. part: the part of the job that is answered; None for all of it. command:
+    the command that does this again from any folder, for readers of the file.
+
     Raises OutputError if the disk refuses, and the errors of `upload`.
     """
 
@@ -47,6 +47,7 @@ class RunFile:
         identity: Identity,
         report: Report,
         started: float,
+        queries: Sequence[Query] = (),
         part: Selection | None = None,
         command: str | None = None,
     ) -> None:
@@ -54,6 +55,9 @@ class RunFile:
         self._job, self._identity, self._report, self._started = job, identity, report, started
         self._part, self._command = asdict(part) if part else None, command
         self._last_write = float("-inf")
+        self._provenance = provenance(job, queries)
+        began = datetime.now(timezone.utc) - timedelta(seconds=time.monotonic() - started)
+        self._start = began.isoformat(timespec="seconds")
 
     def __enter__(self) -> RunFile:
         self.update(self._report)
@@ -87,17 +91,13 @@ class RunFile:
             "command": self._command,
             "state": state,
             "error": error,
+            "started": self._start,
             "updated": _now(),
             **asdict(report),
             "identity": asdict(self._identity),
-            "versions": versions(),
+            **self._provenance,
         }
         _replace(self._path, content)
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the packages that decide the answers of a model."""
-    return {name: metadata.version(name) for name in ("mlx", "mlx-lm")} | {"turboquant-pipeline": __version__}
 
 
 def mark_ended(job: Job, error: BaseException) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +24,7 @@ from pipeline.job.shards import Shard
 from pipeline.models.fingerprints import tokenizer_fingerprint, weights_fingerprint
 from pipeline.models.loading import resolve_model
 from pipeline.models.quotations import NEXT_QUESTION, QUESTION, SLOT_QUESTION
+from pipeline.output.provenance import provenance
 from turboquant.io.identity import Identity
 
 if TYPE_CHECKING:
@@ -53,10 +54,17 @@ def job_identity(job: Job, remember: bool = True) -> Identity:
     )
 
 
-def result_metadata(job: Job, identity: Identity, shard: Shard | None = None) -> dict[str, str]:
-    """Return the metadata of a result file: the job's name, its identity and, for a shard, which one it is."""
-    described = {"job": job.name, **asdict(identity)} | ({"shard": str(shard)} if shard else {})
-    return {f"pipeline.{name}": value for name, value in described.items()}
+def result_metadata(
+    job: Job, identity: Identity, queries: Sequence[Query], shard: Shard | None = None
+) -> dict[str, str]:
+    """Return the metadata of a result file: job, identity, what made it and, for a shard, which one it is.
+
+    queries: those that all documents share. Values that are not text are JSON.
+    """
+    described = {"job": job.name, **asdict(identity), **provenance(job, queries)}
+    described |= {"shard": str(shard)} if shard else {}
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in described.items()}
+    return {f"pipeline.{name}": text for name, text in texts.items()}
 
 
 def context_label(rendered: Rendered) -> str:

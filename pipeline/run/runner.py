@@ -74,16 +74,15 @@ class Runner:
         check_schemas(inputs.schemas, inputs.query_with_evidence)
         identity = job_identity(job)
         report.documents, report.rows = inputs.documents, inputs.rows
-        metadata = result_metadata(job, identity, self._shard)
+        metadata = result_metadata(job, identity, inputs.shared_queries, self._shard)
         with Results(job.result_file, metadata, url=job.result_url) as results:
             if not options.selection and not options.prune:
                 find_surplus(results, inputs).refuse(job.output.path)
             observer.run_started(report.rows)
             try:
-                with (
-                    self._interrupt.listening(),
-                    RunFile(job, identity, report, started, options.selection, options.command) as run_file,
-                ):
+                part = options.selection, options.command
+                run_file = RunFile(job, identity, report, started, inputs.shared_queries, *part)
+                with self._interrupt.listening(), run_file:
                     context = RunContext(job, identity, inputs.schemas, observer, self._interrupt.check, self._ranks)
                     executor = self._make_executor(context, inputs, report.documents_done)
                     planner = TaskPlanner(job, identity, options.keep_failed, self._quarantined)

@@ -332,7 +332,7 @@ def test_a_machine_without_the_model_is_named(place: Workplace, monkeypatch: pyt
 
 @pytest.mark.parametrize("package", ["mlx", "mlx-lm", "turboquant-pipeline"])
 def test_other_versions_are_refused(place: Workplace, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
-    from pipeline.output.run_file import versions
+    from pipeline.output.provenance import versions
 
     monkeypatch.setattr("pipeline.distributed.ray_executor.versions", lambda: versions() | {package: "9.9"})
     error = error_of(invoke("run", place.job_file, "--on", "ray", "--quiet"))

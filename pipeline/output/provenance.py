@@ -1,0 +1,42 @@
+"""What made a result: model, prompt, questions and versions. It is in the result's metadata and in run.json.
+
+A result's bytes must not depend on when a run was interrupted, so the start of the run is in run.json alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from pipeline import __version__
+from pipeline.job.job import Job, Query
+from pipeline.models.loading import resolve_model
+
+
+def provenance(job: Job, queries: Sequence[Query]) -> dict[str, Any]:
+    """Return what decides the answers of a job besides the documents and the identity, as values of JSON.
+
+    queries: those that all documents share, with their texts and settings; none if each belongs to a document.
+    """
+    return {
+        "model": job.model,
+        "revision": _revision(job),
+        "adapter": None if job.adapter is None else str(job.adapter),
+        "prompt": job.prompt.model_dump(mode="json"),
+        "queries": [{"id": query.id, "text": query.text, **vars(query.settings(job.generation))} for query in queries],
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of the packages that decide the answers of a model."""
+    return {name: metadata.version(name) for name in ("mlx", "mlx-lm")} | {"turboquant-pipeline": __version__}
+
+
+def _revision(job: Job) -> str | None:
+    """Return the commit of a model from the Hugging Face Hub, or None for a folder."""
+    if Path(job.model).is_dir():
+        return None
+    return resolve_model(job.model, job.revision).name
