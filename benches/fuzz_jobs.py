@@ -72,7 +72,7 @@ def fuzz(mutations: int, seed: int, folder: Path) -> Counter[str]:
     return counts
 
 
-def not_here(repo: str) -> Path:
+def not_here(repo: str, revision: str | None) -> Path:
     """What becomes of a model that would have to be downloaded."""
     raise ModelError(f"model {repo}: there is no network")
 
@@ -136,14 +136,21 @@ def outcome(content: bytes, job: Path, number: int) -> str:
 
 
 def run(job: Path) -> str:
-    """What comes of running a job that was planned, if it writes here."""
+    """What comes of running a job that was planned, if it writes here.
+
+    What it wrote is removed: a plan refuses a job that asks for less than an earlier result has.
+    """
     loaded = load_job(job)
     if not all(path.is_relative_to(job.parent) for path in (loaded.result_file, loaded.cache.dir)):
         return "planned"
+    before = listing(job.parent)
     try:
         Runner(loaded, RunObserver()).run()
     except Exception as error:
         return f"run, and {type(error).__name__}: {error}"
+    finally:
+        for path in sorted(map(Path, listing(job.parent) - before), reverse=True):
+            path.rmdir() if path.is_dir() else path.unlink()
     return "run"
 
 
