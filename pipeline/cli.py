@@ -1,8 +1,8 @@
 """The command line: the arguments of each command, and the text that it prints.
 
 The work of a command is in `pipeline.commands` and is imported when the command runs, so that ``--help`` is fast.
-Exit codes: 0 all rows answered; 2 the job or the command line is wrong; 3 finished, some rows failed; 130
-interrupted, resumable; 1 anything else.
+Exit codes: 0 all rows answered; 2 the job or the command line is wrong; 3 finished, some rows failed, or a score is
+below its minimum; 130 interrupted, resumable; 1 anything else.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from pipeline.commands.console import (
     size,
     table,
 )
+from pipeline.commands.evaluate import compare, score
 from pipeline.logs import LogFormat, tell
 
 if TYPE_CHECKING:
@@ -51,7 +52,8 @@ app = typer.Typer(
     help="Answer many queries on each of many long documents, on MLX.\n\n"
     "Each document is prefilled once into a compressed prompt cache that is kept on disk; every query is "
     "answered from it. Exit codes: 0 all rows answered, 2 the job or the command line is wrong, 3 finished "
-    "but some rows failed, 130 interrupted (the same command resumes), 1 anything else.",
+    "but some rows failed or a score is below its minimum, 130 interrupted (the same command resumes), 1 anything "
+    "else.",
     cls=CommandGroup,
     no_args_is_help=True,
     add_completion=True,
@@ -358,6 +360,10 @@ def init(
         )
         write_job(job_file, first_job, force)
         print(f"{job_file}\nnext: {command_line(context, 'plan')}")
+
+
+app.command()(score)
+app.command()(compare)
 
 
 @app.command()

@@ -34,7 +34,7 @@ class Needs:
     """What a reader must know of a job.
 
     columns: all columns that are needed. encoding: of files without a byte-order mark; None for UTF-8. section: of the
-    job file, whose `encoding` a message may suggest.
+    job file, whose `encoding` a message may suggest; "" if the files are named elsewhere.
     """
 
     columns: Sequence[Column] = ()
@@ -44,7 +44,8 @@ class Needs:
     @property
     def remedy(self) -> str:
         """The end of a message about bytes that are not text."""
-        return f"; save it as UTF-8, or set {self.section}.encoding, for example to cp1252 or utf-16-le"
+        key = f", or set {self.section}.encoding, for example to cp1252 or utf-16-le" if self.section else ""
+        return f"; save it as UTF-8{key}"
 
     def check_presence(self, file: object, names: Sequence[str]) -> None:
         """Raise InputError if a file whose columns have these names lacks a column, or has it twice."""

@@ -63,7 +63,7 @@ class Table:
     ) -> None:
         found = find_files(path, key, formats)
         self.files, self._passed_over = found.files, found.passed_over
-        self.needs = Needs(columns, encoding, key.rpartition(".")[0] or "documents")
+        self.needs = Needs(columns, encoding, "" if key.startswith("--") else key.rpartition(".")[0] or "documents")
 
     def check(self) -> None:
         """Raise InputError if a file lacks a column or has it in another type. Tell what is passed over."""

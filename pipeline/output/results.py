@@ -193,6 +193,11 @@ class Results:
         """Whether any row was ever written."""
         return self._finished is not None or self.parts.exists()
 
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The facts about the job in the finished file; empty if there is none yet."""
+        return {} if self._finished is None else self._finished.metadata
+
     def _publish(self) -> None:
         if self._url is None:
             return

@@ -139,6 +139,12 @@ class FinishedFile:
         """Close the file."""
         self._file.close(force=True)
 
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The facts about the job that were written to the file."""
+        entries = self._file.metadata.metadata or {}
+        return {key.decode(): value.decode() for key, value in entries.items() if key != b"ARROW:schema"}
+
     def rows(self, document_id: str) -> list[Row]:
         """Return a document's rows; an empty list if it has none. Raises an error of BROKEN."""
         if self._first_rows is None:

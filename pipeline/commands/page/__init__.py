@@ -1,4 +1,4 @@
-"""``pipeline show --html``: a job's answers as one HTML file with filters, which loads no other file.
+"""Pages for a browser, each one HTML file that loads no other: a job's answers with filters, and titled tables.
 
 The texts are untrusted, so all of them are escaped, and the page's security policy allows no script or style but its
 own.
@@ -19,20 +19,24 @@ from pipeline.files.atomic import atomic_file
 
 
 def write_page(path: Path, name: str, answers: AnswerTable) -> None:
-    """Write the page, one document after the other. Raises OutputError if the file cannot be written."""
-    environment = Environment(loader=PackageLoader(__name__, ""), autoescape=True, undefined=StrictUndefined)
-    files = resources.files(__name__)
-    style, script = (Markup((files / f"page.{kind}").read_text(encoding="utf-8")) for kind in ("css", "js"))
-    chunks = environment.get_template("page.html").generate(
+    """Write the page of a job's answers, one document after the other. Raises OutputError as `write_template` does."""
+    write_template(
+        path,
+        "page.html",
         name=name,
         queries=answers.queries,
         answers=answers,
         answer_or_error=answer_or_error,
         confidence=confidence,
-        style=style,
-        script=script,
-        digest=_digest,
     )
+
+
+def write_template(path: Path, template: str, **values: object) -> None:
+    """Write a page from a template of this folder. Raises OutputError if the file cannot be written."""
+    environment = Environment(loader=PackageLoader(__name__, ""), autoescape=True, undefined=StrictUndefined)
+    files = resources.files(__name__)
+    style, script = (Markup((files / f"page.{kind}").read_text(encoding="utf-8")) for kind in ("css", "js"))
+    chunks = environment.get_template(template).generate(values, style=style, script=script, digest=_digest)
     with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8", errors="replace") as file:
         file.writelines(chunks)
 

@@ -1,0 +1,1 @@
+"""How good a result is: against gold answers, and beside another result."""
