@@ -18,13 +18,12 @@ from pipeline.cache.store import open_store
 from pipeline.errors import Interrupted, JobError
 from pipeline.inputs.prompts import Renderer
 from pipeline.job.job import Job, Settings
-from pipeline.models.loading import load_model
 from pipeline.models.output_parser import OutputParser
 from pipeline.models.quotations import Passages
 from pipeline.models.ranks import RankGroup, common_values, join_ranks
 from pipeline.run.context import RunContext
 from pipeline.run.decode import Request, generate_answers
-from pipeline.run.fingerprint import context_label, job_identity
+from pipeline.run.fingerprint import context_label, job_identity, load_identified
 from pipeline.run.prefixes import PrefixProvider
 from turboquant import Prefix
 from turboquant.caches.prefix import make_resident
@@ -64,7 +63,7 @@ class RankWorker:
                 )
         own_identity = replace(identity, prefill=f"{identity.prefill} rank={ranks.rank}")
         self._context = RunContext(job, own_identity, schemas, ranks=ranks)
-        self._model = load_model(job.model, job.revision, trust_remote_code=job.trust_remote_code, ranks=ranks)
+        self._model = load_identified(job, identity, ranks)
         self._parser = OutputParser(self._model.tokenizer, schemas)
         store = open_store(job.cache, Pins(job.cache.dir).is_pinned)
         shared = Renderer(job.prompt, job.documents).shared

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import StringConstraints, TypeAdapter
 
-from pipeline.models.loading import adapter_files, weight_files
+from pipeline.models.loading import WEIGHTS, adapter_files, weight_files
 from turboquant.io.atomic import open_folder, open_regular, remove_leftovers
 from turboquant.io.json_file import read_json, sealed
 
@@ -31,9 +33,14 @@ _TOKENIZER_FILES = (
     "merges.txt",
     "*.model",
     "*.tiktoken",
+    "additional_chat_templates/*.jinja",
 )
 _CONFIGS = ("config.json", "generation_config.json", "hf_quant_config.json")  # generation_config.json has stop tokens
 _CHECKSUM = "checksum"
+# A file system notes times in steps of up to ten milliseconds, so two changes within a step may leave the same state.
+_TIME_STEP = 0.02
+
+FileState = tuple[int, int, int, int]  # size, inode, mtime and ctime in nanoseconds
 
 
 @dataclass(frozen=True)
@@ -73,7 +80,7 @@ def weights_fingerprint(
     small = [file for name in _CONFIGS if (file := path / name).exists()]
     large = weight_files(path)
     if trust_remote_code:
-        small += sorted(path.glob("*.py"))
+        small += sorted(path.rglob("*.py"))
     if adapter is not None:
         config, weights = adapter_files(adapter)
         small, large = [*small, config], [*large, weights]
@@ -81,7 +88,7 @@ def weights_fingerprint(
     digests = {file: _content_digest(file, remembered) for file in large}
     if remember and any(remembered.get(key) != value for key, value in digests.values()):
         _write_memo(memo, {**remembered, **dict(digests.values())})
-    parts = [(file.name, file.read_bytes()) for file in small]
+    parts = [(_name_in(path, file), file.read_bytes()) for file in small]
     parts += [(file.name, bytes.fromhex(value.sha256)) for file, (_, value) in digests.items()]
     return _digest("weights", parts)
 
@@ -89,9 +96,44 @@ def weights_fingerprint(
 def tokenizer_fingerprint(path: Path) -> str:
     """Return the SHA-256 of the files that decide how text becomes tokens: the vocabulary and the chat template."""
     files = sorted({file for pattern in _TOKENIZER_FILES for file in path.glob(pattern)})
-    parts = [(file.name, file.read_bytes()) for file in files]
+    parts = [(_name_in(path, file), file.read_bytes()) for file in files]
     # The last part is what a release hashed that also took arguments of the template; stores carry its fingerprint.
     return _digest("tokenizer", [*parts, ("template arguments", b"{}")])
+
+
+def files_state(path: Path, adapter: Path | None = None, trust_remote_code: bool = False) -> dict[Path, FileState]:
+    """Return size, inode and times of every file that counts in the fingerprints, and of the folders that hold them.
+
+    If two looks return the same, all that was read between them had the same content: a file that was replaced and put
+    back has another ctime, and a file that was added and removed changed its folder. The arguments are those of
+    `weights_fingerprint`.
+    """
+    patterns = [*_CONFIGS, WEIGHTS, *_TOKENIZER_FILES, *(["**/*.py"] if trust_remote_code else [])]
+    places = {path, *(file for pattern in patterns for file in path.glob(pattern))}
+    if adapter is not None:
+        places |= {adapter, *adapter.glob("*")}
+    places |= {place.parent for place in places - {path, adapter}}
+    states: dict[Path, FileState] = {}
+    for place in places:
+        with suppress(FileNotFoundError):
+            states[place] = _file_state(place)
+    return states
+
+
+def _file_state(file: Path) -> FileState:
+    """Return what tells whether a file has changed.
+
+    Programs that copy or touch a file can set its mtime back, but not its ctime.
+    """
+    state = file.stat()
+    if 0 <= time.time_ns() - state.st_ctime_ns < _TIME_STEP * 1e9:  # the next change could have the same time
+        time.sleep(_TIME_STEP)
+        state = file.stat()
+    return state.st_size, state.st_ino, state.st_mtime_ns, state.st_ctime_ns
+
+
+def _name_in(folder: Path, file: Path) -> str:
+    return file.relative_to(folder).as_posix() if file.is_relative_to(folder) else file.name
 
 
 def _digest(kind: str, parts: Iterable[tuple[str, bytes]]) -> str:
@@ -105,14 +147,18 @@ def _digest(kind: str, parts: Iterable[tuple[str, bytes]]) -> str:
 
 def _content_digest(file: Path, remembered: Mapping[str, _HashedFile]) -> tuple[str, _HashedFile]:
     """Return a file's resolved path, and its entry in the memo: its state and the SHA-256 of its content."""
-    real = file.resolve()
-    state = real.stat()  # before hashing: if the file changes meanwhile, the entry is stale, but not wrong
-    known = remembered.get(str(real))
-    # Programs that copy or touch a file can set its mtime back, but not its ctime.
-    numbers = (state.st_size, state.st_ino, state.st_mtime_ns, state.st_ctime_ns)
-    if known is not None and known == _HashedFile(*numbers, known.sha256):
-        return str(real), known
-    return str(real), _HashedFile(*numbers, _hash_file(real))
+    real = str(file.resolve())
+    state = _file_state(Path(real))  # before hashing: if the file changes meanwhile, the entry is stale, but not wrong
+    known = remembered.get(real)
+    if known is not None and known == _HashedFile(*state, known.sha256):
+        return real, known
+    return real, _HashedFile(*state, _hash_once(real, state))
+
+
+@lru_cache
+def _hash_once(file: str, state: FileState) -> str:
+    """Hash a file of this state, once for all identities that this process computes."""
+    return _hash_file(Path(file))
 
 
 def _hash_file(file: Path) -> str:

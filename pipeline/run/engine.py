@@ -10,13 +10,12 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-from pipeline.cache.codec import job_codec
 from pipeline.cache.store import Store
 from pipeline.errors import AnswerCutOff, ContextTooLong, GenerationFailed, RowError, one_line
 from pipeline.inputs.prompts import PromptTokenizer, Rendered, Renderer
 from pipeline.inputs.windows import WindowCutter, combined
 from pipeline.job.job import Query
-from pipeline.models.loading import LoadedModel, load_model, max_context
+from pipeline.models.loading import LoadedModel, max_context
 from pipeline.models.output_parser import Answer, OutputParser
 from pipeline.models.quotations import Passages, located
 from pipeline.models.ranks import common_values
@@ -25,7 +24,7 @@ from pipeline.report import WorkStats
 from pipeline.retry import attempts
 from pipeline.run.context import RunContext
 from pipeline.run.decode import Request, generate_answers, row_name
-from pipeline.run.fingerprint import context_label
+from pipeline.run.fingerprint import context_label, load_identified
 from pipeline.run.prefixes import Piece, PrefixProvider, Restored
 from pipeline.run.task import DocumentTask, TaskResult, error_row
 from turboquant import Prefix
@@ -147,9 +146,7 @@ class Engine:
         self._context, self._job, self._ranks = context, job, context.ranks
         begin = {"common": common_values(context.identity), "schemas": sorted(context.schemas)}
         with self._ranks.step("begin", begin):
-            self._model: LoadedModel = load_model(
-                job.model, job.revision, job.adapter, job.trust_remote_code, self._ranks, job_codec(job.cache)
-            )
+            self._model: LoadedModel = load_identified(job, context.identity, self._ranks)
         self._window_cutter = WindowCutter(job)
         self._tokenizer = PromptTokenizer(self._model.tokenizer, bool(job.generation.thinking))
         self._parser = OutputParser(self._model.tokenizer, context.schemas)

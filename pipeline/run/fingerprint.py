@@ -12,18 +12,21 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.cache.codec import job_codec
+from pipeline.errors import ModelError, PipelineError
 from pipeline.inputs.prompts import Rendered, Renderer
 from pipeline.job.job import Generation, Job, Query, Settings
 from pipeline.job.shards import Shard
-from pipeline.models.fingerprints import tokenizer_fingerprint, weights_fingerprint
-from pipeline.models.loading import resolve_model
+from pipeline.models.fingerprints import files_state, tokenizer_fingerprint, weights_fingerprint
+from pipeline.models.loading import LoadedModel, load_model, resolve_model
 from pipeline.models.quotations import NEXT_QUESTION, QUESTION, SLOT_QUESTION
+from pipeline.models.ranks import SINGLE, RankGroup
 from pipeline.output.provenance import provenance
 from turboquant.io.identity import Identity
 
@@ -31,14 +34,18 @@ if TYPE_CHECKING:
     from pipeline.output.rows import Row
 
 MEMO = "fingerprints.json"
+_MOST_LOADS = 3
+_REMEDY = "nothing was stored that comes from it; leave the model's folder alone, and run the same command again"
+_log = logging.getLogger(__name__)
 
 
-def job_identity(job: Job, remember: bool = True) -> Identity:
+def job_identity(job: Job, remember: bool = True, path: Path | None = None) -> Identity:
     """Return the identity of all segments of a job. Raises ModelError if the model is not found.
 
-    remember: write the digests of weight files to the cache folder, so that each file is hashed only once.
+    remember: write the digests of weight files to the cache folder, so that each file is hashed only once. path: the
+    model's folder, if it is known.
     """
-    path: Path = resolve_model(job.model, job.revision)
+    path = path or resolve_model(job.model, job.revision)
     prefill: str = job.cache.prefill
     if job.cache.prefill == "streaming":
         prefill += f" {job.cache.segment}"
@@ -51,6 +58,34 @@ def job_identity(job: Job, remember: bool = True) -> Identity:
         tokenizer=tokenizer_fingerprint(path),
         codec=job_codec(job.cache).identity,
         prefill=prefill,
+    )
+
+
+def load_identified(job: Job, identity: Identity, ranks: RankGroup = SINGLE) -> LoadedModel:
+    """Load a job's model from files that have the given identity, from the first byte that is read to the last.
+
+    identity: as `job_identity` returned it when the run started. If the files change while they are read, they are read
+    again. Raises PipelineError if they are not, or do not stay, what they were; ModelError as `load_model` does.
+    """
+    for _ in range(_MOST_LOADS):
+        path = resolve_model(job.model, job.revision)
+        adapter = None if job.adapter is None else job.adapter.resolve()
+        before = files_state(path, adapter, job.trust_remote_code)
+        now = asdict(job_identity(job, path=path))
+        if changed := [name for name, value in asdict(identity).items() if now[name] != value]:
+            what = " and ".join(changed)
+            raise PipelineError(f"model {job.model}: its {what} changed since the run started; {_REMEDY}")
+        try:
+            loaded = load_model(path, None, adapter, job.trust_remote_code, ranks, job_codec(job.cache))
+        except ModelError:  # perhaps because a file was replaced
+            if files_state(path, adapter, job.trust_remote_code) == before:
+                raise
+        else:
+            if files_state(path, adapter, job.trust_remote_code) == before:
+                return loaded
+        _log.warning("model %s: its files changed while they were read; they are read again", job.model)
+    raise PipelineError(
+        f"model {job.model}: its files changed each of the {_MOST_LOADS} times that they were read; {_REMEDY}"
     )
 
 

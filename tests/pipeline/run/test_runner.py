@@ -102,7 +102,7 @@ def test_restored_prefixes_give_the_same_bytes(workplace: Workplace, prefilled: 
 def test_nothing_is_computed_twice(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     workplace.run()
     before = workplace.output.read_bytes()
-    monkeypatch.setattr("pipeline.run.engine.load_model", None)
+    monkeypatch.setattr("pipeline.run.engine.load_identified", None)
     assert counts(workplace.run()) == (9, 0, 0, 0, 0)
     assert workplace.output.read_bytes() == before
 
@@ -137,7 +137,7 @@ def test_removed_queries_and_documents_disappear(workplace: Workplace, monkeypat
     workplace.run()
     old = workplace.rows()
     del workplace.documents["d1"], workplace.queries[0]
-    monkeypatch.setattr("pipeline.run.engine.load_model", None)
+    monkeypatch.setattr("pipeline.run.engine.load_identified", None)
     assert counts(workplace.run()) == (4, 0, 0, 0, 0)
     left = [("d0", "when"), ("d0", "who"), ("d2", "when"), ("d2", "who")]
     assert workplace.rows() == {pair: old[pair] for pair in left}

@@ -154,7 +154,7 @@ def killed(tmp_path: Path, tiny_model: Path) -> Supervised:
             "d0 d1 d2 d2",
             "was killed by signal 6 (SIGABRT)",
         ),
-        ("leave", "pipeline.run.engine:load_model", "1", "d0 d1 d2", "ended with exit status 3"),
+        ("leave", "pipeline.run.engine:load_identified", "1", "d0 d1 d2", "ended with exit status 3"),
         ("kill", "pipeline.output.results:Results.finish", "1", "d0 d1 d2", "was killed by signal 9 (SIGKILL)"),
     ],
 )
@@ -256,7 +256,7 @@ def test_every_document_has_its_own_deaths(killed: Supervised) -> None:
 @pytest.mark.parametrize(
     ("target", "where", "begun"),
     [
-        ("pipeline.run.engine:load_model", "before a document was in hand", True),
+        ("pipeline.run.engine:load_identified", "before a document was in hand", True),
         ("pipeline.run.runner:Inputs", "before a document was in hand", False),
         ("pipeline.output.results:Results.finish", "while the result was written", True),
     ],
