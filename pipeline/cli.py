@@ -171,6 +171,7 @@ def run(
                 raise typer.Exit(error.exit_code) from None
             report = start(replace(options, prune=True))
         _print_report(job, command_line(context, "show"), report, quiet, as_json)
+        _check_job_file(report, job, job_file, set_, one_shard)
         resume = RESUME_HINT if job.scale.ranks > 1 else f"to resume: {again}"  # mlx.launch may have options of its own
         if report.stopped_at:
             tell(f"stopped at the first failure: {report.stopped_at}; {resume}", exit_code=1)
@@ -460,6 +461,21 @@ def _ask_questions(default: str) -> list[str]:
     while sys.stdin.isatty() and (question := typer.prompt("Another one, or Enter", "", show_default=False, err=True)):
         questions.append(question)
     return questions
+
+
+def _check_job_file(report: Report, job: Job, job_file: Path, overrides: list[str] | None, shard: str | None) -> None:
+    """Raise PipelineError if the job file of a finished run describes another job now; one that is gone does not."""
+    from pipeline.errors import JobError, PipelineError
+
+    try:
+        has_changed = job_file.is_file() and load(job_file, overrides, shard)[0] != job
+    except JobError:
+        has_changed = True
+    if has_changed and not report.interrupted:
+        raise PipelineError(
+            f"{job_file}: changed while the job ran, and the result is of the job as it was; the same command answers "
+            "what that changes"
+        )
 
 
 def _print_report(job: Job, show_command: str, report: Report, quiet: bool, as_json: bool) -> None:

@@ -7,6 +7,7 @@ is, is `Unreadable`.
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -18,6 +19,7 @@ from pipeline.files.find import find_files
 from pipeline.files.formats import Format, InputFile
 from pipeline.files.json_lines import JsonLines
 from pipeline.files.parquet import Parquet
+from pipeline.files.remote import is_url
 from pipeline.files.text_files import TextLines, WholeText
 
 _log = logging.getLogger(__name__)
@@ -64,6 +66,14 @@ class Table:
         found = find_files(path, key, formats)
         self.files, self._passed_over = found.files, found.passed_over
         self.needs = Needs(columns, encoding, "" if key.startswith("--") else key.rpartition(".")[0] or "documents")
+
+    def state(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Return what tells whether files have changed: their names and, of those here, sizes, inodes and times."""
+        states: list[tuple[str, tuple[int, ...]]] = []
+        for file in self.files:
+            state = None if is_url(file.path) else os.stat(file.path)
+            states.append((file.path, () if state is None else (state.st_size, state.st_ino, state.st_mtime_ns)))
+        return states
 
     def check(self) -> None:
         """Raise InputError if a file lacks a column or has it in another type. Tell what is passed over."""

@@ -11,7 +11,7 @@ from pipeline.errors import JobError, suggestion
 from pipeline.inputs.batching import group_documents
 from pipeline.inputs.documents import Document, check_documents, document_digest, document_ids, stream_documents
 from pipeline.inputs.prompts import check_context_has_text, template_columns
-from pipeline.inputs.query_table import DocumentQueries, read_shared_queries
+from pipeline.inputs.query_table import DocumentQueries, read_shared_queries, table_state
 from pipeline.inputs.templates import braces_of_template
 from pipeline.job.job import Job, Query, QueryTable
 from pipeline.job.selection import Selection, matches
@@ -37,11 +37,13 @@ class Inputs:
         self.shared_queries: tuple[Query, ...] = ()
         if not isinstance(job.queries, QueryTable):
             self.shared_queries = job.queries
-        elif job.queries.document_id is None:
-            self.shared_queries = read_shared_queries(job.queries)
         else:
-            self._document_queries = self._read_document_queries(job.queries)
-            self.documents = self._document_queries.documents
+            self._table_state = table_state(job.queries)
+            if job.queries.document_id is None:
+                self.shared_queries = read_shared_queries(job.queries)
+            else:
+                self._document_queries = self._read_document_queries(job.queries)
+                self.documents = self._document_queries.documents
         self._tell_braces()
         self.rows = self._document_queries.rows if self._document_queries else self.documents * len(self.shared_queries)
         self._wanted: Collection[bytes] | None = None  # digests of the documents' ids; None for all
@@ -74,6 +76,11 @@ class Inputs:
     def query_with_evidence(self) -> str | None:
         """The id of a query that wants evidence, or None."""
         return next((query.id for query in self._kinds if query.evidence), None)
+
+    def queries_changed(self) -> bool:
+        """Return whether the table of queries has changed since it was read."""
+        table = self._job.queries
+        return isinstance(table, QueryTable) and table_state(table) != self._table_state
 
     def stream(self) -> Iterator[Document]:
         """Yield the wanted documents in order, each with its queries."""

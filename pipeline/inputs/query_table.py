@@ -43,6 +43,11 @@ def read_shared_queries(source: QueryTable) -> tuple[Query, ...]:
     return queries
 
 
+def table_state(source: QueryTable) -> list[tuple[str, tuple[int, ...]]]:
+    """Return what tells whether the files of a table of queries have changed."""
+    return Table(source.path, "queries.path", formats=QUERIES).state()
+
+
 class DocumentQueries:
     """Queries that each belong to one document, by that document's id. Raises InputError if one of them is wrong.
 

@@ -10,8 +10,8 @@ A result that belongs at a URL is written here first. It is uploaded when it is 
 A part holds every row of its document and is replaced whole, so each pair is there exactly once after any crash.
 Documents that are committed together survive together or not at all: after a crash, the next writer distributes the
 group file to the parts. A part has precedence over the finished file, whose rows were answered by an earlier run. A
-part that cannot be read, or that holds another document, is set aside, and its rows count as not done. The same rows
-give the same bytes.
+part that was read and is wrong, or that holds another document, is set aside, and its rows count as not done; a part
+that cannot be read at the moment ends the run. The same rows give the same bytes.
 
 How rows are written and read is in rows.py. Which rows are still valid is decided by the caller.
 """
@@ -21,7 +21,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from hashlib import sha256
 from itertools import groupby
@@ -43,6 +43,7 @@ from pipeline.output.rows import (
     Row,
     open_finished,
     read_rows,
+    reading,
     to_table,
     write_rows,
 )
@@ -120,7 +121,8 @@ class Results:
         rows = self._part_rows(document_id)
         if rows is None and self._finished is not None:
             try:
-                rows = self._finished.rows(document_id)
+                with reading(self.output):
+                    rows = self._finished.rows(document_id)
             except BROKEN as error:
                 self._give_up_finished(error)
         return {row.query_id: row for row in rows or ()}
@@ -147,9 +149,10 @@ class Results:
         parts = {file.name: file for file in sorted(self.parts.glob("??/*.parquet")) if not file.name.startswith(".")}
         if self._finished is not None:
             try:
-                for document_id, query_ids in self._finished.pairs():
-                    in_part = parts.pop(_part_name(document_id), None)
-                    yield document_id, query_ids if in_part is None else list(self.rows(document_id))
+                with reading(self.output):
+                    for document_id, query_ids in self._finished.pairs():
+                        in_part = parts.pop(_part_name(document_id), None)
+                        yield document_id, query_ids if in_part is None else list(self.rows(document_id))
             except BROKEN as error:
                 self._give_up_finished(error)
         for name, file in parts.items():
@@ -158,13 +161,16 @@ class Results:
                 yield rows[0].document_id, [row.query_id for row in rows]
 
     def finish(
-        self, documents: Iterable[tuple[str, Sequence[str]]], every: Iterable[tuple[str, Sequence[str]]] | None = None
+        self,
+        documents: Iterable[tuple[str, Collection[str]]],
+        every: Iterable[tuple[str, Sequence[str]]] | None = None,
     ) -> int:
         """Write the finished file with the rows of the given pairs, in the given order; return how many rows it has.
 
-        documents: each document's id and query ids. every: None drops all other rows. Else all other rows stay, and
-        these pairs, of which `documents` is a part in the same order, say in which order. Raises OutputError, and
-        changes nothing, if a row of `documents` is missing.
+        documents: each document's id and query ids; a mapping gives the fingerprints that the rows must have. every:
+        None drops all other rows. Else all other rows stay, and these pairs, of which `documents` is a part in the same
+        order, say in which order. Raises OutputError, and changes nothing, if a row of `documents` is missing or has
+        another fingerprint.
         """
         return self.replace(self._expected_rows(documents) if every is None else self._with_others(documents, every))
 
@@ -295,7 +301,7 @@ class Results:
             with disk_errors(part, "cannot be set aside"):
                 os.replace(part, part.with_name(_SET_ASIDE + part.name))
 
-    def _expected_rows(self, documents: Iterable[tuple[str, Sequence[str]]]) -> Iterator[list[Row]]:
+    def _expected_rows(self, documents: Iterable[tuple[str, Collection[str]]]) -> Iterator[list[Row]]:
         seen: set[bytes] = set()
         for document_id, query_ids in documents:
             digest = document_digest(document_id)
@@ -307,7 +313,7 @@ class Results:
             yield [rows[query_id] for query_id in query_ids]
 
     def _with_others(
-        self, documents: Iterable[tuple[str, Sequence[str]]], every: Iterable[tuple[str, Sequence[str]]]
+        self, documents: Iterable[tuple[str, Collection[str]]], every: Iterable[tuple[str, Sequence[str]]]
     ) -> Iterator[list[Row]]:
         """Yield all rows that there are: those of `every` in its order, then the others in the order that they have."""
         required, seen = iter(documents), set()
@@ -324,12 +330,22 @@ class Results:
             if document_digest(document_id) not in seen:
                 yield list(self.rows(document_id).values())
 
-    def _require_rows(self, document_id: str, query_ids: Iterable[str], rows: Mapping[str, Row]) -> None:
+    def _require_rows(self, document_id: str, query_ids: Collection[str], rows: Mapping[str, Row]) -> None:
         missing = next((query_id for query_id in query_ids if query_id not in rows), None)
         if missing is not None:
             raise OutputError(
                 f"{self.output}: document '{document_id}' has no row for query '{missing}'; run the job again"
             )
+        for query_id, fingerprint in query_ids.items() if isinstance(query_ids, Mapping) else ():
+            if rows[query_id].fingerprint != fingerprint:
+                if self._part(document_id).exists():
+                    reason = "the document, the query or the prompt changed while the job ran"
+                else:
+                    reason = "its new row is gone, and the one of an earlier run is of another job"
+                raise OutputError(
+                    f"{self.output}: document '{document_id}', query '{query_id}': {reason}; no result is written; "
+                    "the same command answers it again"
+                )
 
 
 def _part_name(document_id: str) -> str:

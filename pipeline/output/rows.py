@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.errors import JobError, one_line
+from pipeline.errors import JobError, OutputError, one_line
 from pipeline.files.atomic import atomic_file
 from pipeline.files.remote import open_remote
 from pipeline.inputs.documents import document_digest
+from turboquant.io.atomic import may_pass, open_followed
 
 if TYPE_CHECKING:
     from pipeline.models.quotations import Quotation
@@ -105,10 +106,27 @@ class Row:
         return f"document '{self.document_id}', query '{self.query_id}': {self.error}"
 
 
+@contextmanager
+def reading(path: Path | str) -> Iterator[None]:
+    """Raise OutputError if the block cannot read a file for a reason that may pass: then the file is not to blame."""
+    try:
+        yield
+    except (OSError, MemoryError) as error:
+        if not may_pass(error):
+            raise
+        raise OutputError(
+            f"{path}: cannot be read at the moment: {one_line(error)}; nothing of it is thrown away, and when that is "
+            "put right the same command goes on"
+        ) from error
+
+
 def read_rows(path: Path) -> list[Row]:
-    """Return all rows of a file. Raises an error of BROKEN."""
-    with _open(path) as file:
-        return _to_rows(file.read(use_threads=False))
+    """Return all rows of a file, which is read whole before it is judged. Raises OutputError or an error of BROKEN."""
+    with reading(path):
+        with open_followed(path) as file:
+            content = file.read()
+        with _open(pa.BufferReader(content)) as rows:
+            return _to_rows(rows.read(use_threads=False))
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
@@ -184,7 +202,8 @@ class FinishedFile:
 def open_finished(path: Path | str) -> FinishedFile | None:
     """Open the finished file at a path or a URL. Return None if there is no file. Raises JobError for other files."""
     try:
-        return FinishedFile(path if isinstance(path, Path) else open_remote(path))
+        with reading(path):
+            return FinishedFile(path if isinstance(path, Path) else open_remote(path))
     except FileNotFoundError:
         return None
     except BROKEN as error:
@@ -212,21 +231,29 @@ def read_documents(path: Path) -> Iterator[list[Row]]:
 @contextmanager
 def _finished_file(path: Path) -> Iterator[Any]:
     try:
-        with _open(path) as file:
-            yield file
+        with reading(path):
+            file = _open(path)
+            try:
+                yield file
+            finally:
+                file.close(force=True)
     except BROKEN as error:
         raise JobError(
             f"{path}: is not a result that can be read ({one_line(error)}); move it away, and run it again"
         ) from None
 
 
-def _open(source: Path | RawIOBase) -> Any:
+def _open(source: Path | RawIOBase | pa.NativeFile) -> Any:
     """Open a file of rows. The checksums of pages are verified when they are read."""
-    file = pq.ParquetFile(source, page_checksum_verification=True)
-    columns = list(file.schema_arrow.remove_metadata())
-    if len(columns) < _OLDEST_COLUMNS or columns != list(SCHEMA)[: len(columns)]:
-        file.close(force=True)
-        raise ValueError("its columns are not those of a result")
+    opened = open_followed(source) if isinstance(source, Path) else source  # a pipe would be waited for
+    try:
+        file = pq.ParquetFile(opened, page_checksum_verification=True)
+        columns = list(file.schema_arrow.remove_metadata())
+        if len(columns) < _OLDEST_COLUMNS or columns != list(SCHEMA)[: len(columns)]:
+            raise ValueError("its columns are not those of a result")
+    except BaseException:
+        opened.close()
+        raise
     return file
 
 

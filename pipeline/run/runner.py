@@ -24,6 +24,7 @@ from pipeline.output.run_file import RunFile
 from pipeline.progress import Progress, RunObserver
 from pipeline.report import Report
 from pipeline.run.commit import Committer
+from pipeline.run.confirmation import current_fingerprints
 from pipeline.run.context import RunContext, RunOptions
 from pipeline.run.executor import Executor, LocalExecutor
 from pipeline.run.fingerprint import job_identity, result_metadata
@@ -96,7 +97,8 @@ class Runner:
                             for group in answered:
                                 committer.commit(group)
                         every = inputs.all_pairs() if options.selection else None
-                        report.rows_beside = results.finish(inputs.pairs(), every) - report.rows
+                        wanted = current_fingerprints(job, inputs, identity, planner)
+                        report.rows_beside = results.finish(wanted, every) - report.rows
                         executor.finish(done=not inputs.is_part)
                     except Interrupted as error:
                         report.interrupted = True

@@ -136,6 +136,11 @@ class TaskPlanner:
             return replace(task, failed=task.failures(ModelProcessDied(self._quarantined[document.id])))
         return task
 
+    def fingerprints(self, document: Document) -> dict[str, str]:
+        """Return the fingerprints of a document's wanted rows, by query id; "" for rows that cannot be rendered."""
+        found = self.plan(document, {}).fingerprints
+        return {query.id: found.get(query.id, "") for query in document.wanted}
+
 
 def error_row(row: Row, error: RowError) -> Row:
     """Return the row with an error in place of an answer."""

@@ -110,6 +110,9 @@ def open_folder(path: Path, root: Path | None = None, make: bool = False) -> Ite
         yield folder
 
 
+_NO_FILE = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.ENXIO)  # there is something else, or nothing
+
+
 @contextlib.contextmanager
 def replacing(path: Path, ending: str = "") -> Iterator[Path]:
     """Yield the path of a temporary file to write; when the block ends without an error, rename it to ``path``.
@@ -157,3 +160,26 @@ def open_regular(path: Path) -> BinaryIO:
     """Open a file for reading, as ``Folder.open`` does."""
     with open_folder(path.parent) as folder:
         return folder.open(path.name)
+
+
+def open_followed(path: Path) -> BinaryIO:
+    """Open a file for reading, also through a link. Raises IrregularFile for a pipe or a device."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise IrregularFile("it is not a regular file")
+    return open(descriptor, "rb")
+
+
+def may_pass(error: BaseException) -> bool:
+    """Return whether a file could not be read for a reason that says nothing about its content.
+
+    Such as a disk or a server that fails, a missing right, too many open files, or want of memory. An error about the
+    content has no number, whoever raises it: this package, Python or pyarrow.
+
+    >>> may_pass(OSError(errno.EIO, "Input/output error")), may_pass(OSError("Corrupt snappy compressed data."))
+    (True, False)
+    """
+    if isinstance(error, OSError):
+        return error.errno is not None and error.errno not in _NO_FILE
+    return isinstance(error, MemoryError)

@@ -1,12 +1,14 @@
 from __future__ import annotations
 
+import errno
+import io
 import logging
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -23,7 +25,7 @@ from hypothesis import strategies as st
 
 from pipeline.errors import JobError, OutputError
 from pipeline.output.results import Results
-from pipeline.output.rows import SCHEMA, Row
+from pipeline.output.rows import SCHEMA, Row, read_metadata
 
 QUERIES = ["a", "b"]
 
@@ -241,6 +243,77 @@ def test_a_bad_part_is_set_aside_and_not_done(output: Path, caplog: pytest.LogCa
         assert set(results.rows("1")) == {"a", "b"}
         results.finish(expected("1"))
     assert not Path(f"{output}.parts").exists()
+
+
+REASONS_THAT_PASS = [
+    *(OSError(number, os.strerror(number)) for number in (errno.EIO, errno.ESTALE, errno.EMFILE, errno.EACCES)),
+    OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)),
+    MemoryError("out of memory"),
+    pa.ArrowMemoryError("malloc of size 64 failed"),
+]
+
+
+@pytest.mark.parametrize("several", [False, True], ids=["part", "group"])
+@pytest.mark.parametrize("reason", REASONS_THAT_PASS, ids=repr)
+def test_a_part_that_cannot_be_read_at_the_moment_is_not_set_aside(
+    output: Path, reason: Exception, several: bool
+) -> None:
+    with Results(output) as results:
+        results.commit({"1": rows("1")})
+    (part,) = output.parent.glob("answers.parquet.parts/*/*.parquet")
+    if several:
+        part = part.rename(part.parents[1] / ".group")
+    fails = mock.patch("pipeline.output.rows.open_followed", side_effect=reason)
+    told = pytest.raises(OutputError, match=f"{part}: cannot be read at the moment: .*; nothing of it is thrown away")
+    if several:
+        with fails, told, Results(output):
+            pass
+    else:
+        with Results(output) as results, fails, told:
+            results.rows("1")
+    with Results(output) as results:
+        assert set(results.rows("1")) == {"a", "b"}
+
+
+def test_a_finished_file_that_cannot_be_read_at_the_moment_is_not_answered_again(output: Path) -> None:
+    run(output, ["1"])
+    before = output.read_bytes()
+
+    class FailingDisk(io.BytesIO):
+        may_fail = False
+
+        def read(self, size: int | None = -1) -> bytes:
+            if self.may_fail:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return super().read(size)
+
+    disk = FailingDisk(before)
+    with (
+        mock.patch("pipeline.output.rows.open_followed", side_effect=[FileNotFoundError, disk, FileNotFoundError]),
+        Results(output) as results,
+    ):
+        disk.may_fail = True
+        with pytest.raises(OutputError, match=f"{output}: cannot be read at the moment: .*Input/output error"):
+            results.rows("1")
+    assert output.read_bytes() == before
+
+
+def test_a_pipe_in_place_of_a_part_is_set_aside(output: Path) -> None:
+    with Results(output) as results:
+        results.commit({"1": rows("1")})
+        (part,) = output.parent.glob("answers.parquet.parts/*/*.parquet")
+        part.unlink()
+        os.mkfifo(part)
+        assert results.rows("1") == {}
+        assert [path.name for path in part.parent.iterdir()] == [f".bad-{part.name}"]
+
+
+@pytest.mark.parametrize("read", [lambda output: Results(output).__enter__(), read_metadata], ids=["run", "merge"])
+def test_a_pipe_in_place_of_a_result_is_no_result(output: Path, read: Callable[[Path], object]) -> None:
+    output.parent.mkdir()
+    os.mkfifo(output)
+    with pytest.raises(JobError, match=f"{output}: .*not a result that can be .*it is not a regular file"):
+        read(output)
 
 
 def test_no_flipped_bit_gives_a_wrong_row(output: Path, caplog: pytest.LogCaptureFixture) -> None:
