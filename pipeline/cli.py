@@ -38,6 +38,7 @@ from pipeline.commands.console import (
 )
 from pipeline.commands.evaluate import compare, score
 from pipeline.logs import LogFormat, tell
+from pipeline.standard_streams import make_streams_safe, print_if_possible
 
 if TYPE_CHECKING:
     from pipeline.job.job import Job
@@ -447,6 +448,7 @@ def doctor(as_json: AsJson = False, debug: Debug = False) -> None:
 
 def main() -> None:
     """The console script."""
+    make_streams_safe()
     app(prog_name="pipeline")
 
 
@@ -481,12 +483,12 @@ def _check_job_file(report: Report, job: Job, job_file: Path, overrides: list[st
 def _print_report(job: Job, show_command: str, report: Report, quiet: bool, as_json: bool) -> None:
     """Print the report of a run. show_command: the command that shows its answers."""
     if as_json:
-        print(json.dumps(asdict(report), indent=1))
+        print_if_possible(json.dumps(asdict(report), indent=1))
     if as_json or quiet:
         return
     from pipeline.commands.summary import summary
 
-    print(table(summary(job, show_command, report)))
+    print_if_possible(table(summary(job, show_command, report)))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import turboquant.mlx_lm.imported  # noqa: F401, before mlx-lm's own modules
+
+# isort: split
 from mlx_lm.generate import BatchGenerator, batch_generate, generate_step, stream_generate
 from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache
 from mlx_lm.sample_utils import apply_top_p, greedy_sampler

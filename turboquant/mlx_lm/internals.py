@@ -12,6 +12,9 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
+import turboquant.mlx_lm.imported  # noqa: F401, before mlx-lm's own modules
+
+# isort: split
 import mlx.core as mx
 from mlx_lm import load
 from mlx_lm.models import base
