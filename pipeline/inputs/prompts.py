@@ -14,6 +14,7 @@ a job rarely changes the context. If it does, it shortens the context, and the o
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from jinja2.sandbox import SandboxedEnvironment
 from pipeline.errors import EmptyDocument, JobError, ModelError, PromptFailed, UnreadableText, one_line
 from pipeline.inputs.documents import Document
 from pipeline.inputs.templates import UsedNames, checked, environment, used_names
+from pipeline.inputs.time_limit import TimeLimit
 from pipeline.job.job import Documents, Prompt
 
 SHARED_CHARACTERS = 1000  # a beginning of this length that all documents share is prefilled once, by itself
@@ -91,12 +93,12 @@ class Renderer:
     """
 
     def __init__(self, prompt: Prompt, documents: Documents) -> None:
-        self._documents, sandbox = documents, environment()
+        self._documents, sandbox, self._limit = documents, environment(), TimeLimit()
         self._context = sandbox.from_string(checked("prompt.context", prompt.context))
         self._system = sandbox.from_string(checked("prompt.system", prompt.system or ""))
         self._used_by_context = used_names("prompt.context", prompt.context)
         self._used_by_system = used_names("prompt.system", prompt.system or "")
-        self.shared = _shared(sandbox, prompt)
+        self.shared = _shared(sandbox, prompt, self._limit)
 
     def render(self, document: Document) -> Rendered:
         """Render a document.
@@ -115,7 +117,8 @@ class Renderer:
         columns = document.columns
         meanings = {name: columns[column] for name, column in _meanings(self._documents).items()}
         try:
-            return template.render(used.variables(columns) | meanings)
+            with self._limit.limited():
+                return template.render(used.variables(columns) | meanings)
         except Exception as error:
             raise PromptFailed(f"{key}: {one_line(error)}") from error
 
@@ -134,6 +137,9 @@ class PromptTokenizer:
         from pipeline.models.mlx_lm_internals import can_use_chat_template
 
         self._has_template = can_use_chat_template(tokenizer)
+        if re.search(r"\|\s*random\b", str(getattr(tokenizer, "chat_template", None))):
+            raise ModelError("the model's chat template uses the filter random: its prompts would never be the same")
+        self._limit = TimeLimit()
         self._template_options = {"enable_thinking": thinks, **_template_options(tokenizer)}
         self.folds_system = self._has_template and not self._takes_system_role()
         self._encode = _find_encoder(tokenizer, add_special_tokens=not self._has_template)
@@ -203,9 +209,10 @@ class PromptTokenizer:
     def _apply(self, system: str | None, user: str) -> str:
         messages = [] if system is None else [{"role": "system", "content": system}]
         messages.append({"role": "user", "content": user})
-        text: str = self._tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=True, **self._template_options
-        )
+        with self._limit.limited():
+            text: str = self._tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, **self._template_options
+            )
         return text
 
     def _takes_system_role(self) -> bool:
@@ -232,7 +239,7 @@ def _columns(key: str, source: str, documents: Documents) -> set[str]:
     return {meanings.get(name, name) for name in used.names} | used.in_row
 
 
-def _shared(sandbox: SandboxedEnvironment, prompt: Prompt) -> Rendered | None:
+def _shared(sandbox: SandboxedEnvironment, prompt: Prompt, limit: TimeLimit) -> Rendered | None:
     """Return the system text and the beginning of the context if neither uses a column and they are long."""
     system = prompt.system or ""
     if meta.find_undeclared_variables(sandbox.parse(system)):
@@ -242,7 +249,8 @@ def _shared(sandbox: SandboxedEnvironment, prompt: Prompt) -> Rendered | None:
     if isinstance(first, nodes.Output) and isinstance(first.nodes[0], nodes.TemplateData):
         literal = first.nodes[0].data
     try:
-        system = sandbox.from_string(system).render()
+        with limit.limited():
+            system = sandbox.from_string(system).render()
     except Exception:  # it fails for every document too, and each of their rows then has the error
         return None
     return Rendered(system or None, literal) if len(system) + len(literal) >= SHARED_CHARACTERS else None

@@ -3,24 +3,58 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jinja2 import StrictUndefined, TemplateSyntaxError, meta, nodes
+from jinja2 import StrictUndefined, TemplateSyntaxError, Undefined, meta, nodes
 from jinja2.sandbox import SandboxedEnvironment
 
 from pipeline.errors import JobError
+from pipeline.inputs.time_limit import TimeLimit
 
 _PLACE = re.compile(r"\{\{.*?\}\}|\{%.*?%\}|\{[A-Za-z_]\w*\}", re.DOTALL)
+_MOST_BITS, _MOST_ITEMS = 1 << 20, 1 << 26  # of a number that is computed, and of a text or a list that is multiplied
+
+
+class _Sandbox(SandboxedEnvironment):
+    """jinja2's sandbox, without computations that cannot be ended since they are a single operation."""
+
+    intercepted_binops = frozenset(["*", "**"])
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """Compute ``left * right`` or ``left ** right``. Raises OverflowError if the result would be too large."""
+        if isinstance(left, int) and isinstance(right, int):
+            bits = left.bit_length() * abs(right) if operator == "**" else left.bit_length() + right.bit_length()
+            is_large = bits > _MOST_BITS
+        else:
+            sizes = [len(x) if hasattr(x, "__len__") else x for x in (left, right)]
+            is_large = operator == "*" and all(isinstance(n, int) for n in sizes) and sizes[0] * sizes[1] > _MOST_ITEMS
+        if is_large:
+            raise OverflowError(f"the result of {operator} would be too large")
+        return super().call_binop(context, operator, left, right)
 
 
 def environment() -> SandboxedEnvironment:
-    """Return a sandbox in which every name is a variable, and null is written as an empty text."""
-    sandbox = SandboxedEnvironment(undefined=StrictUndefined, finalize=lambda value: "" if value is None else value)
+    """Return a sandbox in which every name is a variable, null is written as an empty text, and nothing is random."""
+    sandbox = _Sandbox(undefined=StrictUndefined, finalize=_written)
     # Every name in a template may be a column, even one called `range` or `dict`.
     sandbox.globals.clear()
+    del sandbox.filters["random"]  # the same row must always give the same text
     return sandbox
+
+
+def _written(value: Any) -> Any:
+    if value is None:
+        return ""
+    if not isinstance(value, Undefined) and (callable(value) or isinstance(value, Iterator)):
+        raise TypeError(f"a {type(value).__name__} has no text; call it, or write | list or | join behind it")
+    return value
+
+
+def _explained(error: TemplateSyntaxError) -> str:
+    why = "; a template must always give the same text for a row" if "'random'" in str(error.message) else ""
+    return f"{error.message}{why}"
 
 
 def checked(key: str, source: str) -> str:
@@ -28,7 +62,7 @@ def checked(key: str, source: str) -> str:
     try:
         environment().from_string(source)
     except TemplateSyntaxError as error:
-        raise JobError(f"{key}: line {error.lineno} of the template: {error.message}") from None
+        raise JobError(f"{key}: line {error.lineno} of the template: {_explained(error)}") from None
     return source
 
 
@@ -94,12 +128,14 @@ class Expression:
         try:
             self._evaluate = sandbox.compile_expression(source, undefined_to_none=False)
         except TemplateSyntaxError as error:
-            raise JobError(f"{key}: {error.message}: {source}") from None
+            raise JobError(f"{key}: {_explained(error)}: {source}") from None
+        self._limit = TimeLimit()
         self._used = used_names(key, f"{{{{ ({source}) }}}}")
         self.columns = self._used.names | self._used.in_row
         if not self.columns:
             raise JobError(f"{key} uses no column: {source}; write a condition such as year >= 2020 and lang == 'en'")
 
     def __call__(self, values: Mapping[str, Any]) -> Any:
-        """Return the value for a row. Raises whatever the expression raises."""
-        return self._evaluate(self._used.variables(values))
+        """Return the value for a row. Raises whatever the expression raises, and TookTooLong."""
+        with self._limit.limited():
+            return self._evaluate(self._used.variables(values))
