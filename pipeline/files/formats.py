@@ -85,4 +85,6 @@ def listed(formats: Sequence[Format]) -> str:
 
 
 def _open(path: str) -> BinaryIO | io.BufferedReader:
-    return io.BufferedReader(remote.open_remote(path)) if remote.is_url(path) else open(path, "rb")
+    if remote.is_url(path):
+        return io.BufferedReader(remote.open_remote(path), remote.BUFFER_BYTES)
+    return open(path, "rb")

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import glob
 import io
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from posixpath import dirname
+from threading import Timer
 from typing import Any, TypeVar
 
 import fsspec
@@ -19,10 +22,13 @@ from pipeline.errors import JobError, PipelineError, RemoteError, one_line
 from pipeline.retry import attempts
 
 RETRIES = 3
+SECONDS_UNTIL_TOLD = 20.0  # that a server has not answered
+BUFFER_BYTES = 1 << 20  # of a remote file that is read line by line
 _BLOCK_BYTES, _BLOCKS = 4 << 20, 8  # of a file that is read, in memory
 _PART_BYTES = 8 << 20  # of a file that is written
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}  # the extra of this project by the scheme of URLs
 _Result = TypeVar("_Result")
+_log = logging.getLogger(__name__)
 
 
 def is_url(path: str) -> bool:
@@ -134,7 +140,8 @@ def _patiently(url: str, call: Callable[[], _Result], retries: int = RETRIES) ->
     for attempt in attempts(retries, lambda: None):
         with attempt:
             try:
-                return call()
+                with _pause_told(url):
+                    return call()
             except (FileNotFoundError, ImportError, PipelineError):
                 raise
             except Exception as error:
@@ -147,6 +154,18 @@ def _patiently(url: str, call: Callable[[], _Result], retries: int = RETRIES) ->
                     f"{url}: cannot be reached: {one_line(error)}; when the network is back, the same command goes on"
                 ) from error
     raise AssertionError("the last attempt returns or raises")
+
+
+@contextmanager
+def _pause_told(url: str) -> Iterator[None]:
+    """Log a line if the block waits long for a server: otherwise nobody would know why a run stands still."""
+    timer = Timer(SECONDS_UNTIL_TOLD, _log.warning, ["%s: no answer for %g s; waiting for it", url, SECONDS_UNTIL_TOLD])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def _is_refusal(error: Exception) -> bool:

@@ -12,6 +12,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -354,3 +356,25 @@ def test_a_first_job_file_for_documents_at_a_url(workplace: Workplace, server: S
     result = invoke("init", url, job_file, "--model", workplace.model)
     assert result.exit_code == 0, result.output
     assert f"path: {url} " in job_file.read_text()
+
+
+def test_a_server_that_pauses_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Slow(SimpleHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            time.sleep(0.5)
+            super().do_HEAD()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    (tmp_path / "docs.jsonl").write_text('{"id": "a", "text": "b"}')
+    monkeypatch.setattr(remote, "SECONDS_UNTIL_TOLD", 0.1)
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Slow, directory=str(tmp_path))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/docs.jsonl"
+        assert remote.find(url)[2] == [url]
+        server.shutdown()
+    assert f"{url}: no answer for 0.1 s; waiting for it" in caplog.text
+    assert caplog.text.count("waiting for it") <= 2
