@@ -76,6 +76,7 @@ ALL = (
     Figures("memory", "measured.md", ("benches.memory",)),
     Figures("plan", "performance.md", ("benches.plan",)),
     Figures("kills", "measured.md", ("benches.kills",)),
+    Figures("swaps", "running.md", ("benches.swaps",)),
     Figures("spoilt-stores", "measured.md", ("benches.mutate_store", "benches.mutate_store_files")),
     Figures("many-segments", "performance.md", ("benches.many_segments",)),
     Figures("spoilt-files", "measured.md", ("benches.fuzz_files",)),
