@@ -71,8 +71,13 @@ def list_buckets(store: Path) -> Iterator[tuple[str, int]]:
     """
     with suppress(FileNotFoundError), os.scandir(store) as items:
         for item in items:
-            if (_BUCKET.fullmatch(item.name) or item.name == REJECTED) and item.is_dir(follow_symlinks=False):
+            if is_bucket(item.name) and item.is_dir(follow_symlinks=False):
                 yield item.name, item.stat(follow_symlinks=False).st_mtime_ns
+
+
+def is_bucket(name: str) -> bool:
+    """Return whether a folder of this name in a store holds segments."""
+    return name == REJECTED or _BUCKET.fullmatch(name) is not None
 
 
 def list_keys(store: Path, bucket: str) -> Iterator[str]:

@@ -91,12 +91,13 @@ class Index:
             folder.remove(INDEX)
 
     def sync(self, thorough: bool = False) -> None:
-        """Bring the index up to date with the store.
+        """Bring the index up to date with the store. It is kept so by `commit`.
 
         thorough: also look at all folders and manifests, which finds segments that were changed or used since.
         """
         run = self._database.execute
-        run("BEGIN IMMEDIATE")
+        if not self._database.in_transaction:
+            run("BEGIN IMMEDIATE")
         known = dict(run("SELECT name, changed FROM buckets").fetchall())
         found = dict(list_buckets(self._store))
         for name in known.keys() - found.keys():
@@ -114,7 +115,11 @@ class Index:
             for bucket, key, used in rows:
                 if self._time_of_use(bucket, key) != used:
                     self._read(bucket, key)
-        run("COMMIT")
+
+    def commit(self) -> None:
+        """Keep all changes since `sync` began."""
+        if self._database.in_transaction:
+            self._database.execute("COMMIT")
 
     def segment_bytes(self) -> int:
         """Return the bytes of all entries."""

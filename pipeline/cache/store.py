@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import TypeVar
 from uuid import uuid4
 
-from pipeline.cache.entries import REJECTED, Entry, list_buckets, remove_entry, size_of
+from pipeline.cache.entries import REJECTED, Entry, is_bucket, remove_entry, size_of
 from pipeline.cache.index import DAMAGED, INDEX, Index, IndexMode
 from pipeline.cache.locks import LOCKS, Lock
 from pipeline.cache.pins import JOBS
@@ -341,9 +341,11 @@ class Store:
                 try:
                     index = index or Index(self._folder, mode)
                     index.sync(thorough)
-                    result = task(index)
-                    self._index = None if mode == "keep" else index
-                    return result
+                    try:
+                        return task(index)
+                    finally:
+                        index.commit()
+                        self._index = None if mode == "keep" else index
                 except DAMAGED as error:
                     _log.info("%s: the index is made again: %s", self._folder, one_line(error))
                     self._index = None
@@ -364,10 +366,9 @@ class Store:
         measured, took, others = self._others
         started = time.monotonic()
         if started - measured > 20 * took:
-            buckets = {name for name, _ in list_buckets(self._folder)}
             paths: list[Path] = []
             with suppress(FileNotFoundError), os.scandir(self._folder) as items:
-                paths += [Path(item.path) for item in items if item.name not in buckets and not item.is_symlink()]
+                paths += [Path(item.path) for item in items if not is_bucket(item.name) and not item.is_symlink()]
             others = sum(map(size_of, paths))
             self._others = started, time.monotonic() - started, others
         return others
