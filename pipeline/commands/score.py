@@ -74,17 +74,16 @@ def sections(scores: ResultScores) -> list[Section]:
             NOTE,
         ),
     ]
-    for name, own in named.items():
-        parts += _choices(name, own)
+    have_choices = [name for name, own in named.items() if own.calibration]
+    for name in have_choices[1:] if len(have_choices) == 2 else have_choices:  # of one query, "all" says nothing more
+        parts += _choices(name, named[name])
     return parts
 
 
 def _choices(name: str, scores: Scores) -> list[Section]:
     parts = []
     if scores.confusion:
-        rows = [
-            (each.gold, "(none)" if each.answer is None else each.answer, f"{each.rows:,}") for each in scores.confusion
-        ]
+        rows = [(each.gold, each.answer or "(none)", f"{each.rows:,}") for each in scores.confusion]
         parts.append(Section(f"Choices, {name}", ("gold", "answer", "rows"), rows))
     if scores.calibration:
         bins = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,9 +31,9 @@ def open_result(source: Path, overrides: Sequence[str] = ()) -> Iterator[Results
     job = load_job(source, overrides)
     with Results(job.result_file, url=job.result_url, read_only=True) as results:
         if not results.exist:
-            in_shards = shards_folder(job.result_file).exists()
-            cure = "pipeline merge takes them from the shards" if in_shards else "pipeline run makes them"
-            raise OutputError(f"{job.output.path}: there are no answers yet; {cure}")
+            command = "merge" if shards_folder(job.result_file).exists() else "run"
+            again = shlex.join(["pipeline", command, str(source), *(f"--set={each}" for each in overrides)])
+            raise OutputError(f"{job.output.path}: there are no answers yet; to get them: {again}")
         yield results
 
 

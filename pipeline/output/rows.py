@@ -161,7 +161,8 @@ class FinishedFile:
     def metadata(self) -> dict[str, str]:
         """The facts about the job that were written to the file."""
         entries = self._file.metadata.metadata or {}
-        return {key.decode(): value.decode() for key, value in entries.items() if key != b"ARROW:schema"}
+        texts = {key.decode(errors="replace"): value.decode(errors="replace") for key, value in entries.items()}
+        return {key: text for key, text in texts.items() if key != "ARROW:schema"}
 
     def rows(self, document_id: str) -> list[Row]:
         """Return a document's rows; an empty list if it has none. Raises an error of BROKEN."""

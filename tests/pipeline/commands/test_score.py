@@ -125,7 +125,8 @@ def test_options_that_mean_nothing_are_named(result: Path, gold: Path, options: 
 
 
 def test_a_job_is_scored_while_it_runs(workplace: Workplace, gold: Path) -> None:
-    assert "there are no answers yet" in invoke("score", workplace.job_file, "--gold", gold).stderr
+    none = invoke("score", workplace.job_file, "--gold", gold)
+    assert none.stderr.endswith(f"there are no answers yet; to get them: pipeline run {workplace.job_file}\n")
     with Results(workplace.output) as results:
         results.commit({"a": [ok("a", "term", "2029-05-03")]})
     for source in (workplace.job_file, workplace.output):
