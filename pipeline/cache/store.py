@@ -163,8 +163,9 @@ class Store:
                     if folder.is_symlink():
                         bucket.remove(key)
                     with bucket.folder(key, make=True) as own:
-                        for leftover in os.listdir(own.descriptor):  # by a run that was killed while it wrote
-                            if leftover.startswith("."):
+                        for leftover in os.listdir(own.descriptor):
+                            # By a run that was killed while it wrote, or a folder in the place of a file.
+                            if leftover.startswith(".") or (folder / leftover).is_dir():
                                 own.remove(leftover)
                 return write_segment(folder, key, segment, identity, parent, metadata, self._folder)
         except OSError as error:
