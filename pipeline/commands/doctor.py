@@ -22,6 +22,8 @@ from turboquant.runtime.blas import Blas, blas_in_use, measure_gflops, usable_cp
 DISTRIBUTION = "turboquant-pipeline"
 PACKAGES = ("pipeline", "turboquant")  # other distributions on PyPI have packages of these names
 DEPENDENCIES = ("mlx", "mlx-lm", "numpy", "pyarrow")
+# The versions that the tests of every architecture passed with. Other versions of mlx-lm may work otherwise inside.
+TESTED = {"mlx": "0.32.4", "mlx-lm": "0.32.2"}
 # Netlib's BLAS has 2 to 5 GFLOP/s a core, a tuned BLAS 35 (AVX2) to 100 (AVX-512).
 LEAST_GFLOPS_A_CORE = 20
 LEAST_FREE_DISK = 10e9
@@ -132,7 +134,8 @@ def check_version(name: str) -> Check:
     from packaging.specifiers import SpecifierSet
 
     ok = SpecifierSet(supported).contains(version, prereleases=True)
-    return Check(name, f"{version} (supported: {supported})", ok, None if ok else install)
+    tested = f"; tested with {TESTED[name]}" if name in TESTED else ""
+    return Check(name, f"{version} (supported: {supported}{tested})", ok, None if ok else install)
 
 
 def supported_range(name: str) -> str | None:

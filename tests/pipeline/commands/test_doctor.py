@@ -64,6 +64,11 @@ def test_a_missing_package_is_to_be_installed(monkeypatch):
     assert (check.ok, check.fix) == (False, "pip install 'no-such-distribution>=1'")
 
 
+def test_the_version_of_mlx_lm_that_was_tested_is_named(monkeypatch):
+    monkeypatch.setattr(doctor, "supported_range", lambda name: ">=0.32.2")
+    assert "; tested with 0.32.2)" in doctor.check_version("mlx-lm").value
+
+
 def test_supported_range_comes_from_the_metadata(monkeypatch):
     stated = ["mlx>=0.3; sys_platform == 'darwin'", "mlx-lm<2,>=1", "mlx[cpu]>=0.3; extra == 'cpu'"]
     monkeypatch.setattr(doctor.metadata, "requires", lambda name: stated)
