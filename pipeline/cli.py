@@ -240,6 +240,8 @@ def plan(
             *([("removes", f"{planned.surplus.rows:,} rows: {planned.surplus}")] if planned.surplus.rows else []),
             ("will fail", f"documents: {failing}" if failing else "nothing known beforehand"),
             *cut_documents(planned.truncated, planned.split),
+            *([("batches", planned.batching)] if planned.batching else []),
+            ("weights", f"{size(planned.weights_bytes)} of memory"),
             ("prefixes", f"{planned.hits:,} in the store, {planned.misses:,} to build"),
             ("prefill", f"{about}{planned.tokens_to_prefill:,} tokens"),
             ("disk", f"{about}{to_store} to store, {free} free at {job.cache.dir}{budget}"),

@@ -121,6 +121,10 @@ class PromptFailed(RowError):
     """The prompt's template or the model's chat template fails on this row."""
 
 
+class UnknownToken(RowError):
+    """The prompt has a token that the model has no vector for: its tokenizer has more tokens than its embedding."""
+
+
 class GenerationFailed(RowError):
     """The model failed. ``may_pass``: whether another attempt may succeed, for example after a lack of memory."""
 

@@ -45,6 +45,7 @@ class WorkStats:
     restore_seconds: float = 0.0
     answer_seconds: float = 0.0
     attention: str | None = None
+    batching: str | None = None
     kernels: str | None = None
     resident: dict[str, int] = field(default_factory=dict)
     restarts: int = 0
@@ -112,6 +113,7 @@ class Report:
     prefilled_tokens: int = 0
     answer_tokens: int = 0
     attention: str | None = None  # the implementation of attention over prefixes: "NumPy", "kernel" (GPU) or "MLX"
+    batching: str | None = None  # the rows that share a batch: decoded "together", of "equal lengths", or "one by one"
     kernels: str | None = None  # of a CUDA GPU: how many came from the cache and how many were compiled
     resident: dict[str, int] = field(default_factory=dict)  # prefixes by how they were attended: "packed" or "dense"
     prefix_bytes: int = 0
@@ -159,6 +161,7 @@ class Report:
         for how, count in stats.resident.items():
             self.resident[how] = self.resident.get(how, 0) + count
         self.attention = stats.attention or self.attention
+        self.batching = stats.batching or self.batching
         self.kernels = stats.kernels or self.kernels
         self.restarts += stats.restarts
         self.workers |= stats.workers

@@ -67,6 +67,19 @@ def test_a_folder_imports_only_those_above_it_in_the_table(module: str) -> None:
         assert there is None or there <= here, f"{module} imports {name}, which is below it in CONTRIBUTING's table"
 
 
+def test_one_module_of_each_package_imports_mlx_lm() -> None:
+    """A new mlx-lm is met there; what its modules rely on is in their contract tests."""
+    own = {"pipeline.models.mlx_lm_internals", "turboquant.mlx_lm.internals"}
+    users = {
+        module
+        for module, tree in MODULES.items()
+        for node in ast.walk(tree)
+        if (isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "mlx_lm")
+        or (isinstance(node, ast.Import) and any(alias.name.split(".")[0] == "mlx_lm" for alias in node.names))
+    }
+    assert users == own
+
+
 def test_turboquant_does_not_know_the_pipeline() -> None:
     users = {module for module in MODULES if module.startswith("turboquant")}
     assert not [name for module in users for name in imported(module) if name.startswith("pipeline")]

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from turboquant.eval import plot
 from turboquant.eval.columns import aligned
-from turboquant.mlx_lm.loading import is_repo_id, load_lazily
+from turboquant.mlx_lm.loading import is_repo_id, load_lazily, prepare_weights
 from turboquant.quant import SUPPORTED_BITS
 from turboquant.runtime.blas import load_tuned_blas
 
@@ -66,8 +66,6 @@ def load_model(name: str) -> tuple[Any, Any]:
     if not Path(name).is_dir() and (Path(name).exists() or not is_repo_id(name)):
         raise UsageError(f"--model {name}: neither a model's folder nor a Hugging Face repo id (owner/name)")
     model, tokenizer, _ = load_lazily(name)
-
-    from turboquant.runtime.device import prepare_weights
 
     prepare_weights(model)
     return model, tokenizer

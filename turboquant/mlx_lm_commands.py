@@ -16,10 +16,10 @@ from typing import Any
 from turboquant.io.prompt_cache import make_prompt_cache
 from turboquant.mlx_lm.families import explain
 from turboquant.mlx_lm.internals import LOADERS, command_modules
+from turboquant.mlx_lm.loading import prepare_weights
 from turboquant.mlx_lm.patch import enabled, replaced
 from turboquant.quant import SUPPORTED_BITS
 from turboquant.quant.cache_codec import CacheCodec
-from turboquant.runtime.device import prepare_weights
 
 DEFAULT_BITS = 4
 

@@ -24,7 +24,14 @@ from pipeline.job.job import Job, Query
 from pipeline.job.selection import Selection
 from pipeline.job.shards import Shard
 from pipeline.models.constraints import check_schemas
-from pipeline.models.loading import load_tokenizer, max_context, prefix_bytes, read_config, resolve_model
+from pipeline.models.loading import (
+    load_tokenizer,
+    max_context,
+    prefix_bytes,
+    read_config,
+    resolve_model,
+    weights_bytes,
+)
 from pipeline.output.results import Results
 from pipeline.output.rows import Row
 from pipeline.progress import with_progress_bar
@@ -86,6 +93,8 @@ class Plan:
     free_bytes: int = 0
     budget_bytes: int | None = None
     estimated: bool = False
+    batching: str | None = None
+    weights_bytes: int = 0
 
 
 def job_status(job: Job, quiet: bool = True, shard: Shard | None = None) -> Status:
@@ -110,6 +119,8 @@ def plan_job(
     selection: the part of the job that is answered.
     """
     from pipeline.cache.store import Store
+    from pipeline.models.mlx_lm_internals import model_batching
+    from turboquant.mlx_lm.families import BATCHING_MESSAGES
 
     inputs = Inputs(job, shard, selection)
     check_schemas(inputs.schemas, inputs.query_with_evidence)
@@ -122,6 +133,8 @@ def plan_job(
     planner = _Planner(job, config, max_context(config, tokenizer), counter, hit_index)
     for document in with_progress_bar(_documents(job, inputs, identity), inputs.documents, quiet):
         planner.add(document)
+    planner.plan.batching = BATCHING_MESSAGES[model_batching(config)] or None
+    planner.plan.weights_bytes = weights_bytes(path, config)
     if not selection:
         with _results(job) as results:
             planner.plan.surplus = find_surplus(results, inputs)

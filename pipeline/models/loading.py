@@ -7,6 +7,7 @@ functions that load something.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,9 +18,10 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import ModelError, one_line
 from pipeline.models.ranks import SINGLE, RankGroup
 from turboquant.io.safetensors_header import read_header
-from turboquant.mlx_lm.loading import is_repo_id, load_lazily
+from turboquant.mlx_lm.loading import is_repo_id, load_lazily, prepare_weights
 
 if TYPE_CHECKING:
+    from turboquant.mlx_lm.families import Batching
     from turboquant.quant.cache_codec import CacheCodec
 
 WEIGHTS = "model*.safetensors"  # the files that mlx-lm loads; a folder may hold other copies of the weights
@@ -33,11 +35,17 @@ _TRUST_HINT = "; if you trust the code that comes with it, set `trust_remote_cod
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """An mlx-lm model that is ready to run, its tokenizer (mlx-lm's wrapper) and its config.json."""
+    """An mlx-lm model that is ready to run, its tokenizer (mlx-lm's wrapper) and its config.json.
+
+    batching: which rows can be decoded together. token_ids: how many token ids the model knows; None if its tokenizer
+    makes no others, or if that is not known.
+    """
 
     model: Any
     tokenizer: Any
     config: dict[str, Any]
+    batching: Batching = "together"
+    token_ids: int | None = None
 
 
 def load_model(
@@ -72,11 +80,16 @@ def load_model(
     if ranks.count > 1:
         _require_whole_heads(path, model, config, ranks.count)
 
-    from turboquant.runtime.device import prepare_weights
+    from pipeline.models.batch_trial import find_batching
+    from pipeline.models.mlx_lm_internals import embedding_rows, hugging_face_tokenizer
 
     with _explained_failure(path):
         prepare_weights(model, ranks.group)
-    return LoadedModel(model, tokenizer, config)
+        token_ids, used = embedding_rows(model), 1 + max(hugging_face_tokenizer(tokenizer).get_vocab().values())
+        batching = find_batching(model, min(token_ids or used, used))
+    return LoadedModel(
+        model, tokenizer, config, batching, None if token_ids is None or used <= token_ids else token_ids
+    )
 
 
 def _prepare_kernels(config: Mapping[str, Any], codec: CacheCodec | None) -> None:
@@ -279,3 +292,25 @@ def prefix_bytes(codec: CacheCodec, config: Mapping[str, Any], tokens: int) -> i
     kv_heads = int(text.get("num_key_value_heads") or heads)
     head_dim = int(text.get("head_dim") or text["hidden_size"] // heads)
     return layers * kv_heads * codec.nbytes(tokens, head_dim)
+
+
+def weights_bytes(path: Path, config: Mapping[str, Any]) -> int:
+    """Return how much memory the weights of a model take here: in float32 on a CPU, as they are stored on a GPU."""
+    from turboquant.runtime.device import on_cpu
+
+    quantization = config.get("quantization") or {}
+    total = 0
+    for file in weight_files(path):
+        with file.open("rb") as stream:
+            tensors, _ = read_header(stream, any_dtype=True)
+        for name, tensor in tensors.items():
+            layer, _, kind = name.rpartition(".")
+            if not on_cpu():
+                total += tensor.stop - tensor.start
+            elif f"{layer}.scales" not in tensors or kind not in ("weight", "scales", "biases"):
+                total += 4 * math.prod(tensor.shape)
+            elif kind == "scales":  # of a quantised layer: one for each group of weights
+                own = quantization.get(layer)
+                group = (own if isinstance(own, dict) else quantization).get("group_size", 64)
+                total += 4 * math.prod(tensor.shape) * int(group)
+    return total

@@ -10,17 +10,19 @@ import it inside functions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import turboquant.mlx_lm.imported  # noqa: F401, before mlx-lm's own modules
 
 # isort: split
-from mlx_lm.generate import BatchGenerator, batch_generate, generate_step, stream_generate
+from mlx_lm.generate import BatchGenerator, batch_generate, generate_step, generation_stream, stream_generate
 from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache, save_prompt_cache
 from mlx_lm.sample_utils import apply_top_p, greedy_sampler
-from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, load_tokenizer
+from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS, MODEL_REMAPPING, load_tokenizer
+
+from turboquant.mlx_lm.families import BATCHING, Batching
 
 __all__ = [
     "DEFAULT_ALLOW_PATTERNS",
@@ -28,17 +30,42 @@ __all__ = [
     "apply_top_p",
     "batch_generate",
     "can_use_chat_template",
+    "embedding_rows",
     "generate_step",
+    "generation_stream",
     "greedy_sampler",
     "hugging_face_tokenizer",
     "load_prompt_cache",
     "load_tokenizer_only",
     "make_prompt_cache",
+    "model_batching",
     "save_prompt_cache",
     "stop_token_ids",
     "stream_generate",
     "thinking_marks",
 ]
+
+
+# The names that mlx-lm's models give to the table that turns token ids into vectors.
+_EMBEDDINGS = """
+embed embed_in embed_tokens embedding embeddings tok_embeddings token_embeddings word_embeddings wte
+"""
+
+
+def embedding_rows(model: Any) -> int | None:
+    """Return how many token ids a model has vectors for; None if its embedding has a name that is not known.
+
+    Reading beyond the table would return foreign memory, or end the process.
+    """
+    tables = [part for name, part in model.named_modules() if name.rpartition(".")[2] in _EMBEDDINGS.split()]
+    return min((int(table.weight.shape[0]) for table in tables if "weight" in table), default=None)
+
+
+def model_batching(config: Mapping[str, Any]) -> Batching:
+    """Return which rows of a model with this config.json may share a batch, as far as is known of its architecture."""
+    kinds = [part.get("model_type", "") for part in (config, config.get("text_config") or {})]
+    files = [MODEL_REMAPPING.get(kind, kind) for kind in kinds]
+    return next((BATCHING[file] for file in files if file in BATCHING), "together")
 
 
 def thinking_marks(tokenizer: Any) -> tuple[list[int], list[int], str]:

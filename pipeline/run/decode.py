@@ -18,16 +18,14 @@ from pipeline.job.job import Settings
 from pipeline.models.choices import probabilities
 from pipeline.models.constraints import log_softmax
 from pipeline.models.loading import LoadedModel
-from pipeline.models.mlx_lm_internals import BatchGenerator, apply_top_p, greedy_sampler
+from pipeline.models.mlx_lm_internals import apply_top_p, greedy_sampler
 from pipeline.models.normalise import normalised
 from pipeline.models.output_parser import Answer, ChoiceParser, OutputParser, RowParser
 from pipeline.models.quotations import QUOTATION_TOKENS, Passages
 from pipeline.models.ranks import SINGLE, RankGroup
+from pipeline.models.row_generator import Response, Row, RowGenerator, Sampler
 from pipeline.run.evidence import Evidence, Turn
 from turboquant import Prefix, enabled
-from turboquant.runtime.device import wait_on_gpu
-
-Sampler = Callable[[mx.array], mx.array]
 
 
 @dataclass(frozen=True)
@@ -55,8 +53,8 @@ def generate_answers(
     """Decode all requests and return their answers in the same order.
 
     A request is one row, or one for each of its choices or samples; its evidence is decoded when all answers are there.
-    batch_size: rows decoded together; a row joins as another leaves. on_answer: called for each finished answer.
-    ranks: the processes that hold the model together; all of them call this at the same time.
+    batch_size: rows decoded together, as far as the model can; a row joins as another leaves. on_answer: called for
+    each finished answer. ranks: the processes that hold the model together; all of them call this at the same time.
     """
     decoder = _Decoder(loaded, batch_size, ranks)
     rows = [_rows(request, parser) for request in requests]
@@ -102,51 +100,44 @@ class _Decoder:
         group_of = [number for number, group in enumerate(groups) for _ in group]
         left = [len(group) for group in groups]
         ranks, loaded = self._ranks, self._loaded
-        with enabled(loaded.model):
-            generator = BatchGenerator(
-                loaded.model,
-                stop_tokens=[[token] for token in sorted(loaded.tokenizer.eos_token_ids)],
-                sampler=ranks.first_ranks_sampler(greedy_sampler),
-                completion_batch_size=self._batch_size,
-                prefill_batch_size=self._batch_size,
+        given = [
+            Row(
+                row.prefix,
+                row.tokens,
+                row.max_tokens,
+                row.sampler and ranks.first_ranks_sampler(row.sampler),
+                [row.parser.constraint] if row.parser.constraint else [],
             )
-            try:
-                uids = generator.insert(
-                    [list(row.tokens) for row in rows],
-                    max_tokens=[row.max_tokens for row in rows],
-                    caches=[row.prefix.fork() for row in rows],
-                    samplers=[row.sampler and ranks.first_ranks_sampler(row.sampler) for row in rows],
-                    logits_processors=[[row.parser.constraint] if row.parser.constraint else [] for row in rows],
-                )
-                number_by_uid = {uid: number for number, uid in enumerate(uids)}
-                answers: dict[int, Answer] = {}
-                while len(answers) < len(uids):
-                    responses = generator.next_generated()
-                    parsers = [rows[number_by_uid[response.uid]].parser for response in responses]
-                    for response, parser, logprob in zip(
-                        responses, parsers, _chosen_logprobs(responses, parsers), strict=True
-                    ):
-                        uid, reason = response.uid, response.finish_reason
-                        if reason != "stop" and parser.add(response.token, logprob):
-                            if reason is None:
-                                with mx.stream(generator.stream):
-                                    generator.remove([uid])
-                            reason = "stop"
-                        if reason is not None:
-                            number = number_by_uid[uid]
-                            answers[number] = parser.answer(reason)
-                            left[group_of[number]] -= 1
-                            if not left[group_of[number]]:
-                                on_group(group_of[number])
-                ranks.synchronize(generator.stream)  # a step that no row needs may still be running
-            finally:
-                wait_on_gpu(generator.stream)
-                generator.close()
+            for row in rows
+        ]
+        stop_tokens = sorted(loaded.tokenizer.eos_token_ids)
+        greedy = ranks.first_ranks_sampler(greedy_sampler)
+        answers: dict[int, Answer] = {}
+        with (
+            enabled(loaded.model),
+            RowGenerator(loaded.model, loaded.batching, given, self._batch_size, stop_tokens, greedy) as generator,
+        ):
+            while responses := generator.next_generated():
+                parsers = [rows[response.row].parser for response in responses]
+                for response, parser, logprob in zip(
+                    responses, parsers, _chosen_logprobs(responses, parsers), strict=True
+                ):
+                    number, reason = response.row, response.finish_reason
+                    if reason != "stop" and parser.add(response.token, logprob):
+                        if reason is None:
+                            generator.remove(number)
+                        reason = "stop"
+                    if reason is not None:
+                        answers[number] = parser.answer(reason)
+                        left[group_of[number]] -= 1
+                        if not left[group_of[number]]:
+                            on_group(group_of[number])
+            ranks.synchronize(generator.stream)  # a step that no row needs may still be running
         in_order = iter(range(len(rows)))
         return [[answers[next(in_order)] for _ in group] for group in groups]
 
 
-def _chosen_logprobs(responses: Sequence[Any], parsers: Sequence[RowParser | ChoiceParser]) -> list[float]:
+def _chosen_logprobs(responses: Sequence[Response], parsers: Sequence[RowParser | ChoiceParser]) -> list[float]:
     """Return the log-probability of each response's token, as the model gave it before anything was masked."""
     chosen = []
     for response, parser in zip(responses, parsers, strict=True):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from pipeline.cache.store import Store
-from pipeline.errors import AnswerCutOff, ContextTooLong, GenerationFailed, RowError, one_line
+from pipeline.errors import AnswerCutOff, ContextTooLong, GenerationFailed, RowError, UnknownToken, one_line
 from pipeline.inputs.prompts import PromptTokenizer, Rendered, Renderer
 from pipeline.inputs.windows import WindowCutter, combined
 from pipeline.job.job import Query
@@ -30,7 +30,7 @@ from pipeline.run.task import DocumentTask, TaskResult, error_row
 from turboquant import Prefix
 from turboquant.caches.prefix import make_resident
 from turboquant.kernels.programs import summary as kernel_origins
-from turboquant.mlx_lm.families import explain
+from turboquant.mlx_lm.families import BATCHING_MESSAGES, explain
 from turboquant.runtime.blas import blas_in_use
 
 _log = logging.getLogger(__name__)
@@ -153,8 +153,13 @@ class Engine:
         self._limit = max_context(self._model.config, self._model.tokenizer)
         if job.prompt.system and self._tokenizer.folds_system:
             _log.warning("the chat template takes no system text: it is put before the document in the user's message")
-        if message := explain(self._model.model).message:
-            _log.warning("%s", message)
+        if (token_ids := self._model.token_ids) is not None:
+            _log.warning(
+                "the tokenizer has more tokens than the %d of the model's embedding: rows with them fail", token_ids
+            )
+        for message in (explain(self._model.model).message, BATCHING_MESSAGES[self._model.batching]):
+            if message:
+                _log.warning("%s", message)
         shared = Renderer(job.prompt, job.documents).shared
         self._shared_tokens = self._tokenizer.shared_tokens(shared) if shared else []
         self.store = store
@@ -207,10 +212,24 @@ class Engine:
         prompt.suffixes = dict(zip([query.id for query in document.queries], tokens.suffixes, strict=True))
         prompt.pieces = self._prefixes.cut(document.id, tokens.context, self._shared_length(tokens.context), task.label)
         for query in prompt.open_queries:
+            if unknown := self._unknown_token([*tokens.context, *prompt.suffixes[query.id]]):
+                prompt.fail(unknown, [query])
+                continue
             suffix, longest = prompt.suffixes[query.id], query.settings(self._job.generation).longest
             if refusal := too_long(len(tokens.context), len(suffix), longest, self._limit):
                 prompt.fail(refusal, [query])
         return prompt
+
+    def _unknown_token(self, tokens: Sequence[int]) -> UnknownToken | None:
+        """Return an error if the model has no vector for a token: it would compute with foreign memory, or crash."""
+        limit = self._model.token_ids
+        if limit is None or max(tokens) < limit:
+            return None
+        text = self._model.tokenizer.decode([max(tokens)])
+        return UnknownToken(
+            f"token {max(tokens)} ({text!r}): the model's embedding ends at {limit - 1:,}; "
+            "use the tokenizer that the model was trained with, or a model whose embedding was resized"
+        )
 
     def _shared_length(self, context: Sequence[int]) -> int:
         """Return how many of a context's first tokens all documents have."""
@@ -333,6 +352,7 @@ class Engine:
             self._rows_shown = shown
             may_pass = not isinstance(error, ValueError)
             raise GenerationFailed(f"the model failed: {one_line(error)}", may_pass) from error
+        stats.batching = self._model.batching
         stats.attention, stats.kernels = prefixes[0].attended_by, kernel_origins()
         for prefix in prefixes:
             how = "dense" if prefix.is_dense else "packed"

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import ast
 import functools
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import mlx_lm.models
 from mlx_lm.utils import MODEL_REMAPPING
 
-from turboquant.mlx_lm.families import COMPRESSIBLE, reason
+from tests.turboquant.tiny_models import NOT_BUILT
+from turboquant.mlx_lm.families import BATCHING, COMPRESSIBLE, reason
 from turboquant.mlx_lm.internals import MODELS
 
 FOLDER = Path(mlx_lm.models.__path__[0])
@@ -32,6 +34,18 @@ fails where they no longer agree.
   any (most llamas have none).
 - **none**: everything stays as it is. The model runs with mlx-lm's own caches, and they take what they take there.
 
+The column **in batches** says which queries share a batch with mlx-lm's code for this architecture:
+
+- **together**: all, whatever their lengths.
+- **equal lengths**: only queries of equal length on one document; with others, mlx-lm computes with their padding.
+- **one by one**: none. mlx-lm's batches fail, or mix up rows and heads.
+
+A run does so by itself, and says it in a warning, in `plan` and in its report. Architectures that are not compressed
+whole are also tried when they are loaded. A test builds a tiny model of every architecture that can be built, and
+compares its answers alone and in batches, fresh and restored, prefilled exactly and in segments.
+
+COUNTS
+
 A model held by another, such as a vision model's language model, is treated as it would be by itself.
 `turboquant.mlx_lm.families.explain(model)` says the same of a loaded model, layer by layer.
 
@@ -45,10 +59,13 @@ What mlx-lm can split over processes that hold the model between them (`scale.ra
 
 def document() -> str:
     """The whole of docs/models.md."""
-    lines = ["| model type | status | kept as it is, and why |", "| --- | --- | --- |"]
-    lines += [f"| {' | '.join(row(file))} |" for file in model_files()]
+    rows = [row(file) for file in model_files()]
+    lines = ["| model type | status | in batches | kept as it is, and why |", "| --- | --- | --- | --- |"]
+    lines += [f"| {' | '.join(each)} |" for each in rows]
+    lines += ["", *(f"[^{file}]: {why}." for file, why in NOT_BUILT.items())]
+    introduction = INTRODUCTION.replace("COUNTS", counts(rows))
     split = [file for file in model_files() if functions(file, "shard")]
-    return INTRODUCTION + "\n".join(lines) + "\n" + SPLIT + ", ".join(split) + ".\n"
+    return introduction + "\n".join(lines) + "\n" + SPLIT + ", ".join(split) + ".\n"
 
 
 def model_files() -> list[str]:
@@ -57,18 +74,31 @@ def model_files() -> list[str]:
     return [file for file in files if model_class(file) is not None or "Model" in imported(file)]
 
 
-def row(file: str) -> tuple[str, str, str]:
-    """Model type, status, and what is kept as it is."""
+def counts(rows: Sequence[tuple[str, str, str, str]]) -> str:
+    """How many architectures there are of each kind, and that none is answered otherwise in a batch."""
+    status, batching = (Counter(each[column] for each in rows) for column in (1, 2))
+    return (
+        f"Of {len(rows)} architectures, {status['compressed']} are compressed whole, {status['partial']} in part, "
+        f"{status['none']} not at all, and {status['as its language model']} as\nits language model is. In batches, "
+        f"{batching['together']} are right together, {batching['equal lengths']} in rows of equal length, and "
+        f"{batching['one by one']} one by one. None of these\n{len(rows) - len(NOT_BUILT)} differs."
+    )
+
+
+def row(file: str) -> tuple[str, str, str, str]:
+    """Model type, status, which rows share a batch, and what is kept as it is."""
     others = sorted(name for name, home in MODEL_REMAPPING.items() if home == file)
     name = f"{file} ({', '.join(others)})" if others else file
     homes = attention_files(file)
+    known: str = next((BATCHING[each] for each in (file, *homes) if each in BATCHING), "together")
+    batching = f"not tested[^{file}]" if file in NOT_BUILT else known
     if len(homes) > 1:
-        return name, "as its language model", ", ".join(homes)
+        return name, "as its language model", batching, ", ".join(homes)
     (home,), kinds = homes, caches(file)
     can = f"{MODELS}.{home}" in COMPRESSIBLE and "KVCache" in kinds
     kept = [kind for kind in kinds if not can or kind != "KVCache"]
     reasons = ", ".join(f"{reason(home, kind)} ({kind})" for kind in kept)
-    return name, "none" if not can else "partial" if kept else "compressed", reasons
+    return name, "none" if not can else "partial" if kept else "compressed", batching, reasons
 
 
 @functools.cache

@@ -277,7 +277,8 @@ def _encode(
             release(cache)
         else:
             layers.append(concatenate_caches([cache]))
-    mx.eval([layer.tensors() for layer in layers if isinstance(layer, EncodedLayer)])
+    # Another thread will store the layers, and MLX evaluates an array only in the thread that asked for it.
+    mx.eval([layer.tensors() if isinstance(layer, EncodedLayer) else layer.state for layer in layers])
     return tuple(layers)
 
 

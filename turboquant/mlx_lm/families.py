@@ -57,6 +57,25 @@ KINDS = {
 }
 
 
+Batching = Literal["together", "equal lengths", "one by one"]
+# Files of mlx-lm whose rows do not answer in a batch as alone. Some compute with the padding of shorter rows, so that
+# only rows of equal length can share a batch; others fail in any batch, or mix up rows and heads.
+BATCHING: dict[str, Batching] = {
+    **dict.fromkeys(("afm7", "bailing_moe_linear", "jamba", "longcat_flash_ngram", "mamba"), "equal lengths"),
+    **dict.fromkeys(("nemotron_h", "olmo_hybrid"), "equal lengths"),
+    **dict.fromkeys(("deepseek_v41", "gemma2", "gpt_bigcode", "llama4", "phi3small"), "one by one"),
+}
+# What users are told, from the best to the worst.
+BATCHING_MESSAGES: dict[Batching, str] = {
+    "together": "",
+    "equal lengths": (
+        "only rows of equal length on one document share a batch: "
+        "mlx-lm's batches of other rows change this model's answers"
+    ),
+    "one by one": "rows are decoded one by one: mlx-lm's batches change this model's answers, or fail",
+}
+
+
 @dataclass(frozen=True)
 class Support:
     """Which layers of a model can be kept compressed, and why the others cannot.
@@ -95,10 +114,27 @@ def explain(model: Module) -> Support:
     """
     module = _attention_module(model)
     caches = make_prompt_cache(model)
-    layers = tuple(module in COMPRESSIBLE and type(cache) is KVCache for cache in caches)
-    kept = Counter(type(cache).__name__ for cache, yes in zip(caches, layers, strict=True) if not yes)
+    # Some wrappers of mlx-lm's give the sliding-window layers of their language model plain caches, with a mask.
+    slides = [bool(getattr(layer, "use_sliding", False)) for layer in model.layers]
+    slides = slides if len(slides) == len(caches) else [False] * len(caches)
+    layers = tuple(
+        module in COMPRESSIBLE and type(cache) is KVCache and not sliding
+        for cache, sliding in zip(caches, slides, strict=True)
+    )
     file = module.removeprefix(f"{MODELS}.")
-    return Support(layers, tuple(f"{reason(file, kind)} ({count} {kind})" for kind, count in kept.items()))
+    kept = Counter(
+        (KINDS["RotatingKVCache"] if sliding else reason(file, type(cache).__name__), type(cache).__name__)
+        for cache, yes, sliding in zip(caches, layers, slides, strict=True)
+        if not yes
+    )
+    return Support(layers, tuple(f"{why} ({count} {kind})" for (why, kind), count in kept.items()))
+
+
+def known_batching(model: Module) -> Batching:
+    """Return which rows of a model loaded by mlx-lm may share a batch, as far as is known of its architecture."""
+    parts: list[Module] = model.modules()  # type: ignore[no-untyped-call]
+    files = {type(part).__module__.removeprefix(f"{MODELS}.") for part in parts}
+    return max((BATCHING.get(file, "together") for file in files), key=list(BATCHING_MESSAGES).index)
 
 
 def reason(file: str, kind: str) -> str:

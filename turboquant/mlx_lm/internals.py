@@ -21,6 +21,7 @@ from mlx_lm.models import base
 from mlx_lm.models import cache as cache_module
 from mlx_lm.models.base import quantized_scaled_dot_product_attention
 from mlx_lm.models.cache import ArraysCache, BatchKVCache, CacheList, KVCache, QuantizedKVCache, make_prompt_cache
+from mlx_lm.utils import dequantize_model
 
 __all__ = [
     "ATTENTION",
@@ -36,6 +37,7 @@ __all__ = [
     "allocate_once",
     "cache_from_state",
     "command_modules",
+    "dequantize_model",
     "drop_oldest",
     "generate_is_verbose",
     "kv_cache",

@@ -76,21 +76,3 @@ def fused(f: Callable[..., mx.array]) -> Callable[..., mx.array]:
     """Compile elementwise operations into few kernels for a GPU, where each start of a kernel takes time."""
     compiled: Callable[..., mx.array] = mx.compile(f, shapeless=True)
     return lambda *arrays: f(*arrays) if on_cpu() else compiled(*arrays)
-
-
-def prepare_weights(model: Any, group: mx.distributed.Group | None = None) -> None:
-    """Read a lazily loaded model's weights from disk; on a CPU convert all of them to float32, quantised ones too.
-
-    On a CPU MLX computes half precision at 2 to 5 GFLOP/s, quantised layers at 2, and float32 at the speed of the BLAS.
-
-    group: the processes that share the model; each of them keeps its part of the weights.
-    """
-    from mlx_lm.utils import dequantize_model
-
-    if on_cpu():
-        model.set_dtype(mx.float32)  # scales before weights: dequantising in half precision would round
-        dequantize_model(model)
-        model.set_dtype(mx.float32)  # some formats dequantise to bfloat16 whatever their scales
-    if group is not None:
-        model.shard(group)
-    mx.eval(model.parameters())

@@ -234,6 +234,37 @@ def test_generate_step_prefills_a_cache_without_generating(loaded: LoadedModel) 
     assert {layer.offset for layer in cache} == {len(PROMPTS[2])}
 
 
+def test_generate_step_decodes_a_row_as_batch_generator_does(loaded: LoadedModel) -> None:
+    """`generate_step` gives a sampler and logits processors what BatchGenerator gives them, on the same stream."""
+    seen: list[int] = []
+
+    def processor(tokens: mx.array, logits: mx.array) -> mx.array:
+        seen.append(tokens.size)
+        return mx.where(mx.arange(logits.shape[-1]) == 11, logits, -mx.inf)
+
+    steps = mlx_lm_internals.generate_step(
+        mx.array(PROMPTS[0]), loaded.model, max_tokens=3, logits_processors=[processor]
+    )
+    tokens, logprobs = zip(*steps, strict=True)
+    assert tokens == (11, 11, 11)
+    assert {each.shape for each in logprobs} == {(loaded.config["vocab_size"],)}
+    assert [size - seen[0] for size in seen[:3]] == [0, 1, 2]
+    generator = generator_of(loaded, rows=1)
+    assert generator.stream is mlx_lm_internals.generation_stream
+    generator.close()
+
+
+def test_the_embedding_of_a_model_has_a_known_name(loaded: LoadedModel) -> None:
+    """Models call the table of their tokens' vectors by a few names; its `weight` has a row for each token id."""
+    assert mlx_lm_internals.embedding_rows(loaded.model) == loaded.config["vocab_size"]
+
+
+def test_a_model_type_may_be_loaded_by_another_s_file() -> None:
+    """MODEL_REMAPPING names the file of a model type that has none: falcon_mamba is loaded by mamba's."""
+    assert mlx_lm_internals.model_batching({"model_type": "falcon_mamba"}) == "equal lengths"
+    assert mlx_lm_internals.model_batching({"model_type": "llama"}) == "together"
+
+
 def test_a_prompt_cache_is_saved_and_loaded(loaded: LoadedModel, tmp_path: Path) -> None:
     """`save_prompt_cache` and `load_prompt_cache` take the name of a file and keep each layer's state."""
     cache = mlx_lm_internals.make_prompt_cache(loaded.model)
