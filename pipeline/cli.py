@@ -38,6 +38,7 @@ from pipeline.commands.console import (
 )
 from pipeline.commands.evaluate import compare, score
 from pipeline.logs import LogFormat, tell
+from pipeline.printable import printable
 from pipeline.standard_streams import make_streams_safe, print_if_possible
 
 if TYPE_CHECKING:
@@ -216,17 +217,23 @@ def plan(
     query: SomeQueries = None,
     limit: FirstDocuments = None,
     prune: Prune = False,
+    prompt: Annotated[
+        bool, typer.Option("--prompt", help="Print the first document's first prompt, as the model reads it, instead.")
+    ] = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
     """Check everything and say what a run would cost, without loading weights."""
     with errors_explained(debug):
-        from pipeline.commands.plan import plan_job
+        from pipeline.commands.plan import first_prompt, plan_job
         from pipeline.commands.summary import cut_documents
         from pipeline.job.selection import Selection
 
         job, shard = load(job_file, set_, one_shard)
         selection = Selection(tuple(document or ()), tuple(query or ()), limit)
+        if prompt:
+            print(printable(first_prompt(job, shard, selection)))
+            return
         planned = plan_job(job, quiet=as_json, shard=shard, selection=selection)
         status, about = planned.status, "about " if planned.estimated else ""
         reasons = (planned.too_long, "too long for the model"), (planned.unreadable, "blank or not fit for the prompt")

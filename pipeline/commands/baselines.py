@@ -167,7 +167,7 @@ class _StockModel:
         """Yield each document's context and the questions that fit into the model, in the job's order."""
         job, loaded = self._job, self._loaded
         renderer, cutter = Renderer(job.prompt, job.documents), WindowCutter(job)
-        tokenizer = PromptTokenizer(loaded.tokenizer, bool(job.generation.thinking))
+        tokenizer = PromptTokenizer(loaded.tokenizer, bool(job.generation.thinking), job.prompt.special_tokens)
         limit = max_context(loaded.config, loaded.tokenizer)
         for document in self._inputs.stream():
             questions: list[_Question] = []

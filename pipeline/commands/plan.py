@@ -14,9 +14,9 @@ from typing import Any
 
 from pipeline.cache.codec import job_codec
 from pipeline.cache.hit_index import HitIndex, label_number
-from pipeline.errors import RowError
+from pipeline.errors import JobError, RowError
 from pipeline.inputs.inputs import Inputs
-from pipeline.inputs.prompts import PromptTokenizer, Rendered
+from pipeline.inputs.prompts import PromptTokenizer, Rendered, Renderer
 from pipeline.inputs.token_counter import Effort, Lengths, TokenCounter
 from pipeline.inputs.windows import OVERLAP, reserved_tokens
 from pipeline.job.budget import budget_bytes, existing
@@ -27,11 +27,12 @@ from pipeline.models.constraints import check_schemas
 from pipeline.models.loading import (
     load_tokenizer,
     max_context,
+    model_folder,
     prefix_bytes,
     read_config,
-    resolve_model,
     weights_bytes,
 )
+from pipeline.models.special_tokens import BREAK
 from pipeline.output.results import Results
 from pipeline.output.rows import Row
 from pipeline.progress import with_progress_bar
@@ -124,10 +125,10 @@ def plan_job(
 
     inputs = Inputs(job, shard, selection)
     check_schemas(inputs.schemas, inputs.query_with_evidence)
-    path = resolve_model(job.model, job.revision)
+    path = model_folder(job)
     config, identity = read_config(path), job_identity(job, remember=False)
     tokenizer = load_tokenizer(path, job.trust_remote_code)
-    prompts = PromptTokenizer(tokenizer, bool(job.generation.thinking))
+    prompts = PromptTokenizer(tokenizer, bool(job.generation.thinking), job.prompt.special_tokens)
     counter = TokenCounter(prompts, inputs.documents, effort or Effort())
     hit_index = HitIndex(Store(job.cache.dir, read_only=True).contexts(identity))
     planner = _Planner(job, config, max_context(config, tokenizer), counter, hit_index)
@@ -139,6 +140,23 @@ def plan_job(
         with _results(job) as results:
             planner.plan.surplus = find_surplus(results, inputs)
     return planner.plan
+
+
+def first_prompt(job: Job, shard: Shard | None = None, selection: Selection | None = None) -> str:
+    """Return the prompt of the first query on the first document, as the model reads it.
+
+    selection: the part of the job in which they are the first. Raises JobError for errors in the job, and RowError if
+    this document has no prompt.
+    """
+    part = selection or Selection()
+    document = next((each for each in Inputs(job, shard).stream() if part.has_document(each.id)), None)
+    query = next((query for query in document.queries if part.has_query(query.id)), None) if document else None
+    if document is None or query is None:
+        raise JobError("plan --prompt: there is no such document, or nothing is asked of it")
+    tokenizer = load_tokenizer(model_folder(job), job.trust_remote_code)
+    prompts = PromptTokenizer(tokenizer, bool(job.generation.thinking), job.prompt.special_tokens)
+    rendered = Renderer(job.prompt, job.documents).render(document)
+    return prompts.prompt_text(rendered, query.text).replace(BREAK, "")
 
 
 @dataclass(frozen=True)

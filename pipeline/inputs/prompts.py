@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import Any
 
 from jinja2 import Template, meta, nodes
@@ -26,7 +27,8 @@ from pipeline.errors import EmptyDocument, JobError, ModelError, PromptFailed, U
 from pipeline.inputs.documents import Document
 from pipeline.inputs.templates import UsedNames, checked, environment, used_names
 from pipeline.inputs.time_limit import TimeLimit
-from pipeline.job.job import Documents, Prompt
+from pipeline.job.job import Documents, Prompt, SpecialTokensMode
+from pipeline.models.special_tokens import BREAK, BreakingTokenizer, SpecialTokens
 
 SHARED_CHARACTERS = 1000  # a beginning of this length that all documents share is prefilled once, by itself
 _PROBES = ("What", "1", "(x)", "\n-", " é")
@@ -35,6 +37,15 @@ _PROMPTS_PER_GROUP = 8
 _CHARACTERS_PER_GROUP = 4 << 20  # a token takes some 200 bytes while its text is tokenised
 _SLICE = 1 << 16  # characters of a context that are counted at once; a context that has fewer is tokenised as a whole
 _SHORT = 4  # characters per token of the limit: so is one that has fewer
+
+
+# What a template must write once and unchanged: with cases, quotes, marks of HTML, line breaks, and long.
+_PROBE_SYSTEM = "Probe of the System: <b>Aa</b> & 'b' \"C\"\n\n\t- {1} É ß."
+_PROBE_USER = "Probe of a Document, <i>Aa</i> & b.\n\n- " * 2000 + "\n\nProbe of a Query?"
+
+
+class _TextLost(Exception):
+    """A chat template does not write the text that it was given."""
 
 
 @dataclass(frozen=True)
@@ -127,22 +138,28 @@ class PromptTokenizer:
     """Tokenises rendered documents with their queries, through the model's chat template if it has one.
 
     tokenizer: mlx-lm's TokenizerWrapper or a Hugging Face tokenizer. thinks: whether the template shall make the model
-    think before it answers, if the model can. Raises ModelError if the chat template cannot be used at all.
+    think before it answers, if the model can. special_tokens: `text` if special tokens in texts are read as ordinary
+    text, `allow` if they are special tokens there too. Raises ModelError if the chat template cannot be used at all.
 
     folds_system: whether the system text is put before the context, because the template takes none.
     """
 
-    def __init__(self, tokenizer: Any, thinks: bool = False) -> None:
+    def __init__(self, tokenizer: Any, thinks: bool = False, special_tokens: SpecialTokensMode = "text") -> None:
         self._tokenizer = tokenizer
-        from pipeline.models.mlx_lm_internals import can_use_chat_template
+        from pipeline.models.mlx_lm_internals import can_use_chat_template, hugging_face_tokenizer
 
+        self._plain = hugging_face_tokenizer(tokenizer)
+        self._special = SpecialTokens.of_tokenizer(self._plain) if special_tokens == "text" else SpecialTokens([], "")
         self._has_template = can_use_chat_template(tokenizer)
         if re.search(r"\|\s*random\b", str(getattr(tokenizer, "chat_template", None))):
             raise ModelError("the model's chat template uses the filter random: its prompts would never be the same")
         self._limit = TimeLimit()
         self._template_options = {"enable_thinking": thinks, **_template_options(tokenizer)}
-        self.folds_system = self._has_template and not self._takes_system_role()
-        self._encode = _find_encoder(tokenizer, add_special_tokens=not self._has_template)
+        self.folds_system = self._in_parts = False
+        if self._has_template:
+            self._find_form()
+        self._find_encoder = partial(_find_encoder, add_special_tokens=not self._has_template)
+        self._encode_unbroken = self._find_encoder(tokenizer)
 
     def tokenise(
         self, rendered: Rendered, query_texts: Sequence[str], check: Callable[[], None] = lambda: None
@@ -195,37 +212,81 @@ class PromptTokenizer:
         return prompts[0][: min(_shared_length(prompts[0], other) for other in prompts[1:])]
 
     def prompt_text(self, rendered: Rendered, query_text: str) -> str:
-        """Return the whole prompt of one query, as the model reads it. Raises PromptFailed."""
-        system, user = rendered.system, f"{rendered.context}\n\n{query_text}"
-        if system is not None and (self.folds_system or not self._has_template):
-            system, user = None, f"{system}\n\n{user}"
+        """Return the whole prompt of one query, as the model reads it, with BREAK in special tokens of its texts.
+
+        Raises PromptFailed.
+        """
+        system = None if rendered.system is None else self._special.broken(rendered.system)
+        user = self._special.broken(f"{rendered.context}\n\n{query_text}")
         if not self._has_template:
-            return f"{user}\n\n"
+            return f"{user}\n\n" if system is None else f"{system}\n\n{user}\n\n"
         try:
             return self._apply(system, user)
+        except _TextLost as error:
+            raise PromptFailed(str(error)) from None
         except Exception as error:
             raise PromptFailed(f"the model's chat template fails: {one_line(error)}") from error
 
     def _apply(self, system: str | None, user: str) -> str:
-        messages = [] if system is None else [{"role": "system", "content": system}]
-        messages.append({"role": "user", "content": user})
+        """Return the chat template's text. Raises what the template raises, and _TextLost."""
+        if system is not None and self.folds_system:
+            system, user = None, f"{system}\n\n{user}"
+        texts = [("user", user)] if system is None else [("system", system), ("user", user)]
+        messages = [
+            {"role": role, "content": [{"type": "text", "text": text}] if self._in_parts else text}
+            for role, text in texts
+        ]
         with self._limit.limited():
-            text: str = self._tokenizer.apply_chat_template(
+            prompt: str = self._tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True, **self._template_options
             )
-        return text
+        end = 0
+        for role, text in texts:  # many templates trim texts, which is harmless
+            start = prompt.find(text.strip(), end)
+            if start < 0:
+                raise _TextLost(f"the model's chat template leaves out or changes text of the {role}'s message")
+            end = start + len(text.strip())
+        return prompt
 
-    def _takes_system_role(self) -> bool:
-        """Return whether the system text reaches the model: some templates refuse the role, some leave the text out."""
-        try:
-            return "probe-of-system" in self._apply("probe-of-system", "probe-of-user")
-        except Exception:
-            pass
-        try:
-            self._apply(None, "probe-of-user")
-        except Exception as error:
-            raise ModelError(f"the model's chat template fails on a user message: {one_line(error)}") from error
-        return False
+    def _find_form(self) -> None:
+        """Choose how messages are given to the chat template, so that all of their text comes out, in order.
+
+        Some templates refuse the role of the system or leave its text out; some take the content of a message in parts
+        only. Raises ModelError if nothing helps.
+        """
+        problems: list[str] = []
+        for self._in_parts, self.folds_system in ((False, False), (False, True), (True, False), (True, True)):
+            try:
+                prompt = self._apply(_PROBE_SYSTEM, _PROBE_USER)
+            except Exception as error:
+                problems.append(one_line(error))
+                continue
+            if prompt.count(_PROBE_SYSTEM) == prompt.count(_PROBE_USER) == 1:
+                return
+            problems.append("it writes the text of a message twice")
+        raise ModelError(
+            f"the model's chat template cannot be used: {problems[1]}; put another one in its place "
+            "(chat_template.jinja in the model's folder)"
+        )
+
+    def _encode(self, prompts: list[str]) -> list[list[int]]:
+        """Return the tokens of whole prompts. Raises PromptFailed if special tokens cannot be kept out of a text."""
+        if not any(BREAK in prompt for prompt in prompts):
+            return self._encode_unbroken(prompts)
+        return [self._encode_broken(text) if BREAK in text else self._encode_unbroken([text])[0] for text in prompts]
+
+    def _encode_broken(self, prompt: str) -> list[int]:
+        tokens = self._breaking_tokenizer.encode(prompt)
+        if tokens is None:
+            raise PromptFailed(
+                "the text holds a special token of the model that its tokenizer cannot read as ordinary text; "
+                "take it out of the text, or set prompt.special_tokens: allow"
+            )
+        return tokens
+
+    @cached_property
+    def _breaking_tokenizer(self) -> BreakingTokenizer:
+        return BreakingTokenizer(self._plain, self._special, self._find_encoder)
 
 
 def _meanings(documents: Documents) -> dict[str, str]:

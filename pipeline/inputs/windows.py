@@ -13,7 +13,7 @@ from dataclasses import replace
 from pipeline.inputs.documents import Document
 from pipeline.inputs.prompts import PromptTokenizer, Rendered, Renderer
 from pipeline.job.job import Generation, Job, Query
-from pipeline.models.loading import max_context, read_config, resolve_model
+from pipeline.models.loading import max_context, model_folder, read_config
 
 OVERLAP = 16  # a window shares 1/16 of its text with the next one
 _PROBE = "What"
@@ -45,7 +45,7 @@ class WindowCutter:
         self._job = job
         self._renderer = Renderer(job.prompt, job.documents)
         self._policy = job.documents.too_long
-        self._stated_limit = None if self._policy == "error" else max_context(read_config(resolve_model(job.model)))
+        self._stated_limit = None if self._policy == "error" else max_context(read_config(model_folder(job)))
 
     def mark(self, rendered: Rendered, queries: Sequence[Query]) -> str | None:
         """Return what a row's fingerprint must cover of the cuts, or None if the document is certainly not cut."""

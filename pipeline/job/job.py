@@ -44,6 +44,7 @@ _PathOrText = TypeVar("_PathOrText", str, Path)
 ThinkingMode = Literal[False, "drop", "keep"]
 EVIDENCE_KEY = "x-evidence"  # in a JSON schema: this field is a quotation
 EVIDENCE_TURN_TOKENS = 256  # the most tokens of a turn in which the model quotes, with the question before it
+SpecialTokensMode = Literal["text", "allow"]
 DEFAULT_SYSTEM = "Answer from the document only. If the document does not say, say so."
 
 
@@ -197,10 +198,14 @@ class Documents(_Section):
 
 
 class Prompt(_Section):
-    """Jinja templates over the columns of a document's row. A job has no system text if `system` is null."""
+    """Jinja templates over the columns of a document's row. A job has no system text if `system` is null.
+
+    special_tokens: whether special tokens of the model in the texts of a prompt are read as ordinary text.
+    """
 
     system: str | None = DEFAULT_SYSTEM
     context: _Text = "{{ text }}"
+    special_tokens: SpecialTokensMode = "text"
 
 
 class Generation(_Section):

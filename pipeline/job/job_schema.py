@@ -23,6 +23,7 @@ KEYS = {
     "prompt": "what the model reads before a query: jinja2 with {{ text }}, {{ id }}, {{ title }} or {{ row['A B'] }}",
     "prompt.system": "the system text; null for none",
     "prompt.context": "the document; it must use its text",
+    "prompt.special_tokens": "marks such as <|im_end|> in texts: text reads them as text, allow obeys them",
     "queries": "asked of every document: texts, or mappings that may set max_tokens, temperature, top_p, seed and stop",
     "queries.id": "names the query in the result",
     "queries.text": "the question",

@@ -21,6 +21,7 @@ from turboquant.io.safetensors_header import read_header
 from turboquant.mlx_lm.loading import is_repo_id, load_lazily, prepare_weights
 
 if TYPE_CHECKING:
+    from pipeline.job.job import Job
     from turboquant.mlx_lm.families import Batching
     from turboquant.quant.cache_codec import CacheCodec
 
@@ -135,6 +136,11 @@ def resolve_model(name: str | Path, revision: str | None = None) -> Path:
             "a relative path starts at the job file's folder"
         )
     return _snapshot(name, revision)
+
+
+def model_folder(job: Job) -> Path:
+    """Return the folder of a job's model, at the job's revision. Raises ModelError."""
+    return resolve_model(job.model, job.revision)
 
 
 def adapter_files(adapter: Path) -> tuple[Path, Path]:

@@ -148,7 +148,9 @@ class Engine:
         with self._ranks.step("begin", begin):
             self._model: LoadedModel = load_identified(job, context.identity, self._ranks)
         self._window_cutter = WindowCutter(job)
-        self._tokenizer = PromptTokenizer(self._model.tokenizer, bool(job.generation.thinking))
+        self._tokenizer = PromptTokenizer(
+            self._model.tokenizer, bool(job.generation.thinking), job.prompt.special_tokens
+        )
         self._parser = OutputParser(self._model.tokenizer, context.schemas)
         self._limit = max_context(self._model.config, self._model.tokenizer)
         if job.prompt.system and self._tokenizer.folds_system:

@@ -24,9 +24,10 @@ from pipeline.inputs.prompts import Rendered, Renderer
 from pipeline.job.job import Generation, Job, Query, Settings
 from pipeline.job.shards import Shard
 from pipeline.models.fingerprints import files_state, tokenizer_fingerprint, weights_fingerprint
-from pipeline.models.loading import LoadedModel, load_model, resolve_model
+from pipeline.models.loading import LoadedModel, load_model, model_folder
 from pipeline.models.quotations import NEXT_QUESTION, QUESTION, SLOT_QUESTION
 from pipeline.models.ranks import SINGLE, RankGroup
+from pipeline.models.special_tokens import SpecialTokens
 from pipeline.output.provenance import provenance
 from turboquant.io.identity import Identity
 
@@ -45,7 +46,7 @@ def job_identity(job: Job, remember: bool = True, path: Path | None = None) -> I
     remember: write the digests of weight files to the cache folder, so that each file is hashed only once. path: the
     model's folder, if it is known.
     """
-    path = path or resolve_model(job.model, job.revision)
+    path = path or model_folder(job)
     prefill: str = job.cache.prefill
     if job.cache.prefill == "streaming":
         prefill += f" {job.cache.segment}"
@@ -113,17 +114,20 @@ def row_fingerprints(
     queries: Iterable[Query],
     generation: Generation,
     cut: str | None = None,
+    special: SpecialTokens | None = None,
     with_max_tokens: bool = False,
 ) -> dict[str, str]:
     """Return the fingerprints of a document's rows, by query id: 32 hexadecimal digits each.
 
-    cut: the result of WindowCutter.mark. with_max_tokens: return the fingerprints that former releases wrote. A
-    fingerprint is the digest of a JSON list of everything that decides the answer. The beginning of the list is long
-    and the same for all queries, so it is hashed only once.
+    cut: the result of WindowCutter.mark. special: the special tokens that are read as ordinary text in texts, or None
+    if none are; a row whose texts have none has the same fingerprint in both cases. with_max_tokens: return the
+    fingerprints that former releases wrote. A fingerprint is the digest of a JSON list of everything that decides the
+    answer. The beginning of the list is long and the same for all queries, so it is hashed only once.
     """
     shared = _json(["row", asdict(identity), rendered.system, rendered.context])
     beginning = hashlib.sha256(shared.removesuffix("]").encode())
     fingerprints: dict[str, str] = {}
+    has_special = special is not None and (special.are_in(rendered.system) or special.are_in(rendered.context))
     for query in queries:
         digest = beginning.copy()
         settings = query.settings(generation)
@@ -132,7 +136,9 @@ def row_fingerprints(
         if cut is None and not settings.choices and settings.samples == 1 and not with_max_tokens:
             del deciding["max_tokens"]
         asked = [QUESTION, NEXT_QUESTION, SLOT_QUESTION] if settings.wants_evidence else []
-        own = _json([query.text, deciding, *([] if cut is None else [cut]), *asked])
+        marked = has_special or (special is not None and special.are_in(query.text))
+        as_text = ["special tokens: text"] if marked else []
+        own = _json([query.text, deciding, *([] if cut is None else [cut]), *asked, *as_text])
         digest.update(f", {own.removeprefix('[')}".encode())
         fingerprints[query.id] = digest.hexdigest()[:32]
     return fingerprints

@@ -14,6 +14,8 @@ from pipeline.inputs.documents import Document
 from pipeline.inputs.prompts import Rendered, Renderer
 from pipeline.inputs.windows import WindowCutter
 from pipeline.job.job import Job, Query
+from pipeline.models.loading import model_folder
+from pipeline.models.special_tokens import SpecialTokens
 from pipeline.output.rows import Row
 from pipeline.run.fingerprint import context_label, is_within, row_fingerprints
 
@@ -101,6 +103,9 @@ class TaskPlanner:
         self._generation, self._identity = job.generation, identity
         self._keep_failed, self._quarantined = keep_failed, quarantined or {}
         self._renderer, self._window_cutter = Renderer(job.prompt, job.documents), WindowCutter(job)
+        self._special = None
+        if job.prompt.special_tokens == "text":
+            self._special = SpecialTokens.of_folder(model_folder(job))
 
     def plan(self, document: Document, known: Mapping[str, Row]) -> DocumentTask:
         """Return the task of a document. known: its rows of earlier runs, by query id."""
@@ -113,7 +118,7 @@ class TaskPlanner:
             task = DocumentTask(document, None, wanted, others=others)
             return replace(task, failed=task.failures(error))
         cut = self._window_cutter.mark(rendered, document.queries)
-        arguments = (self._identity, rendered, wanted, self._generation, cut)
+        arguments = (self._identity, rendered, wanted, self._generation, cut, self._special)
         fingerprints = row_fingerprints(*arguments)
         former = row_fingerprints(*arguments, with_max_tokens=True)
         found = {query.id: known[query.id] for query in wanted if query.id in known}

@@ -117,10 +117,9 @@ def test_one_query_does_not_swallow_the_question(tokenizer: Any) -> None:
     assert tokenizer.decode(tokenised.suffixes[0]).strip().startswith("What did the board decide?")
 
 
-def test_a_suffix_has_a_token_even_where_prompts_are_the_same(make_tokenizer: Callable[..., Any]) -> None:
-    prompts = PromptTokenizer(make_tokenizer(chat_template="always the same"))
-    tokenised = prompts.tokenise(Rendered(None, "C"), ["Q", "R"])
-    assert [len(suffix) for suffix in tokenised.suffixes] == [1, 1]
+def test_a_suffix_has_a_token_even_where_prompts_are_the_same(tokenizer: Any) -> None:
+    tokenised = PromptTokenizer(tokenizer).tokenise(Rendered(None, "C"), ["What", "What"])
+    assert all(tokenised.suffixes)
 
 
 def test_the_chat_template_writes_system_context_and_query(tokenizer: Any) -> None:
@@ -157,7 +156,7 @@ def test_the_prompt_does_not_change_with_the_day(make_tokenizer: Callable[..., A
 
 
 def test_a_chat_template_that_never_works_is_the_models_fault(make_tokenizer: Callable[..., Any]) -> None:
-    with pytest.raises(ModelError, match="fails on a user message: only tools"):
+    with pytest.raises(ModelError, match="cannot be used: only tools"):
         PromptTokenizer(make_tokenizer(chat_template="{{ raise_exception('only tools') }}"))
 
 

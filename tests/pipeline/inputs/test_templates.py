@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from pipeline.cli import app
 from pipeline.inputs.prompts import PromptTokenizer, Rendered
-from tests.pipeline.command_line import invoke
-from tests.pipeline.inputs.templates import FAMILIES
+from tests.pipeline.command_line import error_of, invoke
+from tests.pipeline.inputs.templates import FAMILIES, PROMPTS, REFUSED
 from tests.pipeline.workplace import Workplace
 
 pytestmark = pytest.mark.usefixtures("here")
@@ -51,7 +51,7 @@ each_family = pytest.mark.parametrize("name", FAMILIES)
 def test_context_and_suffix_are_the_tokens_of_the_whole_prompt(
     tokenizers: dict[str, Any], name: str, system: str | None, context: str, queries: list[str], thinks: bool
 ) -> None:
-    prompts = PromptTokenizer(tokenizers[name], thinks)
+    prompts = PromptTokenizer(tokenizers[name], thinks, special_tokens="allow")
     rendered = Rendered(system, context)
     document = prompts.tokenise(rendered, queries)
     for query, suffix in zip(queries, document.suffixes, strict=True):
@@ -105,6 +105,44 @@ def test_a_run(
     assert caplog.text.count(FOLDED) == (0 if FAMILIES[name].has_system else 1)
     assert len(workplace.segments()) == 3
     assert all(row["query_tokens"] < row["context_tokens"] for row in workplace.rows().values())
+
+
+@each_family
+def test_plan_shows_the_exact_prompt(workplace: Workplace, make_tokenizer: Callable[..., Any], name: str) -> None:
+    model = shutil.copytree(workplace.model, workplace.folder / "model")
+    make_tokenizer(chat_template=FAMILIES[name].template).save_pretrained(model)
+    workplace.documents = {"d0": "  The lease ends\nin <May>."}
+    workplace.queries[0]["text"] = "When?"
+    job = workplace.save(model="model", prompt={"system": "Be brief."})
+    result = invoke("plan", job, "--prompt")
+    assert result.exit_code == 0, result.output
+    assert result.stdout == PROMPTS[name] + "\n"
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_template_that_loses_text_is_refused_before_anything_is_run(
+    workplace: Workplace, make_tokenizer: Callable[..., Any], name: str
+) -> None:
+    template, reason = REFUSED[name]
+    model = shutil.copytree(workplace.model, workplace.folder / "model")
+    make_tokenizer(chat_template=template).save_pretrained(model)
+    job = workplace.save(model="model")
+    for command in ("plan", "run"):
+        assert reason in error_of(invoke(command, job))
+    assert not workplace.output.exists()
+
+
+def test_a_template_that_loses_the_text_of_some_documents_fails_their_rows(
+    workplace: Workplace, make_tokenizer: Callable[..., Any]
+) -> None:
+    template = "{% if 'confidential' not in messages[-1].content %}{{ messages[-1].content }}{% endif %}{{ 9 * '.' }}"
+    model = shutil.copytree(workplace.model, workplace.folder / "model")
+    make_tokenizer(chat_template=template).save_pretrained(model)
+    workplace.documents["d1"] += "confidential"
+    assert invoke("run", workplace.save(model="model"), "--quiet").exit_code == 3
+    failed = {pair: row["error"] for pair, row in workplace.rows().items() if row["status"] == "error"}
+    assert {document for document, _ in failed} == {"d1"}
+    assert all("leaves out or changes text" in error for error in failed.values())
 
 
 def test_a_template_that_fails_on_one_document_fails_its_rows(
