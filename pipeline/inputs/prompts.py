@@ -332,7 +332,10 @@ def _template_options(tokenizer: Any) -> dict[str, str]:
 
 
 def _find_encoder(tokenizer: Any, add_special_tokens: bool) -> Callable[[list[str]], list[list[int]]]:
-    """Return the fastest function that tokenises several texts and gives the same tokens as `tokenizer.encode`."""
+    """Return the fastest function that tokenises several texts and gives the same tokens as `tokenizer.encode`.
+
+    Tokens that the tokenizer puts behind every text are left out: behind the token that ends an answer, none begins.
+    """
     from pipeline.models.mlx_lm_internals import hugging_face_tokenizer
 
     # With `verbose`, there is a warning for each text that is longer than the model's training length.
@@ -342,8 +345,6 @@ def _find_encoder(tokenizer: Any, add_special_tokens: bool) -> Callable[[list[st
         return [list(tokenizer.encode(text, **options)) for text in texts]
 
     call = hugging_face_tokenizer(tokenizer)
-    if not callable(call):
-        return one_by_one
 
     def together(texts: list[str]) -> list[list[int]]:
         ids: list[list[int]] = call(texts, return_attention_mask=False, **options)["input_ids"]
@@ -351,7 +352,17 @@ def _find_encoder(tokenizer: Any, add_special_tokens: bool) -> Callable[[list[st
 
     # Some classes override `encode` only, for example mlx-lm's NewlineTokenizer.
     sample = ["one\ntwo  three\r\n\té <n> 42"]
-    return together if together(sample) == one_by_one(sample) else one_by_one
+    encode = together if callable(call) and together(sample) == one_by_one(sample) else one_by_one
+    appended = (
+        _count_appended(encode(sample)[0], _find_encoder(tokenizer, False)(sample)[0]) if add_special_tokens else 0
+    )
+    return (lambda texts: [tokens[:-appended] for tokens in encode(texts)]) if appended else encode
+
+
+def _count_appended(whole: Sequence[int], text: Sequence[int]) -> int:
+    """Return how many tokens follow those of a text; 0 if the text's tokens are not found."""
+    starts = (start for start in range(len(whole)) if whole[start : start + len(text)] == text)
+    return len(whole) - next(starts, len(whole) - len(text)) - len(text)
 
 
 def _shared_length(a: Sequence[int], b: Sequence[int]) -> int:

@@ -70,7 +70,8 @@ def load_model(
     Raises ModelError if the model cannot be found, read or loaded.
     """
     path = resolve_model(name, revision)
-    _prepare_kernels(read_config(path), codec)
+    stated = read_config(path)
+    _prepare_kernels(stated, codec)
     _require_vocabulary(path)
     for file in weight_files(path):
         _require_whole(file)
@@ -78,6 +79,8 @@ def load_model(
         _require_whole(adapter_files(adapter)[1])
     with _explained_failure(path):
         model, tokenizer, config = load_lazily(path, adapter, trust_remote_code)
+    for token in stated["eos_token_id"]:  # mlx-lm takes those of one file only
+        tokenizer.add_eos_token(str(token))
     if ranks.count > 1:
         _require_whole_heads(path, model, config, ranks.count)
 
@@ -155,14 +158,16 @@ def adapter_files(adapter: Path) -> tuple[Path, Path]:
 
 
 def read_config(path: Path) -> dict[str, Any]:
-    """Return a model's config.json, with the stop tokens of generation_config.json if that file names any.
+    """Return a model's config.json, with the stop tokens of all configs as a list in `eos_token_id`.
 
     Raises ModelError if one of the files cannot be read.
     """
     config = _read_object(path / "config.json")
     generation = path / "generation_config.json"
-    if generation.exists() and (stop := _read_object(generation).get("eos_token_id")):
-        config["eos_token_id"] = stop
+    parts = [config, config.get("text_config") or {}, _read_object(generation) if generation.exists() else {}]
+    stated = [part.get("eos_token_id") for part in parts if isinstance(part, dict)]
+    tokens = [token for stop in stated for token in (stop if isinstance(stop, list) else [stop])]
+    config["eos_token_id"] = sorted({token for token in tokens if type(token) is int})
     return config
 
 

@@ -85,7 +85,7 @@ def test_context_and_suffix_are_the_tokens_of_the_whole_prompt(
     make_tokenizer: Callable[..., Any], system: str | None, context: str, queries: list[str], chat: bool
 ) -> None:
     tokenizer = make_tokenizer() if chat else make_tokenizer(chat_template=None)
-    prompts = PromptTokenizer(tokenizer)
+    prompts = PromptTokenizer(tokenizer, special_tokens="allow")
     rendered = Rendered(system, context)
     document = prompts.tokenise(rendered, queries)
     assert len(document.suffixes) == len(queries)
@@ -175,6 +175,21 @@ def test_mlx_lms_wrapper_gives_the_same_tokens(tokenizer: Any) -> None:
     queries = ["What?", "When does the lease end?"]
     expected = PromptTokenizer(tokenizer).tokenise(rendered, queries)
     assert PromptTokenizer(TokenizerWrapper(tokenizer)).tokenise(rendered, queries) == expected
+
+
+@pytest.mark.parametrize("template", ["$A <|end|>", "<|bos|> $A <|end|> <|end|>", "<|bos|> $A"])
+def test_an_end_that_the_tokenizer_puts_behind_every_text_is_taken_off(
+    make_tokenizer: Callable[..., Any], template: str
+) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = make_tokenizer(chat_template=None)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=template, special_tokens=[("<|bos|>", 0), ("<|end|>", 1)]
+    )
+    tokenised = PromptTokenizer(tokenizer).tokenise(Rendered(None, MINUTES), ["Who?"])
+    text = tokenizer.encode(f"{MINUTES}\n\nWho?\n\n", add_special_tokens=False)
+    assert tokenised.context + tokenised.suffixes[0] == [0] * template.count("bos") + text
 
 
 def test_a_tokenizer_that_overrides_encode_alone_is_respected(tokenizer: Any) -> None:

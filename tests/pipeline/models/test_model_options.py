@@ -149,6 +149,23 @@ def test_a_revision_is_the_one_that_is_asked_for(workplace: Workplace, write_mod
     assert line.startswith("error: model owner/name at revision v3: neither a folder here nor a repo that ")
 
 
+@pytest.mark.parametrize("policy", ["truncate", "split"])
+def test_documents_are_cut_for_the_revision_that_is_asked_for(
+    workplace: Workplace, write_model: Callable[..., Path], policy: str
+) -> None:
+    """The main branch is not here, so whoever asks for it fails."""
+    repo = workplace.folder / "hub" / "models--owner--name"
+    write_model(repo / "snapshots" / f"{'c' * 40}", max_position_embeddings=256)
+    (repo / "refs").mkdir()
+    (repo / "refs" / "v1").write_text("c" * 40)
+    hub = {"HF_HUB_CACHE": str(workplace.folder / "hub"), "HF_HUB_OFFLINE": "1"}
+    workplace.documents["d0"] *= 6
+    job = workplace.save(model="owner/name", revision="v1", documents={"path": "docs.parquet", "too_long": policy})
+    done = command("run", job, **hub)
+    assert done.returncode == 0, done.stderr
+    assert workplace.report()["documents_truncated" if policy == "truncate" else "documents_split"] > 0
+
+
 def test_a_folder_has_no_revisions(workplace: Workplace) -> None:
     with pytest.raises(
         ModelError, match=r"^revision v1: a revision is for models from Hugging Face, and .* is a folder$"
