@@ -19,6 +19,7 @@ from pipeline.models.quotations import Passages, check_evidence_fields, grammar,
 if TYPE_CHECKING:
     import mlx.core as mx
 
+    from pipeline.models.channels import ChannelParser
     from pipeline.models.thinking import ThinkingParser
 
 # JSON on one line: a model that has nothing to say could otherwise write spaces without end.
@@ -84,11 +85,11 @@ class Grammars:
         limits = LLParserLimits(initial_lexer_fuel=10**10, step_lexer_fuel=10**9, max_lexer_states=10**7)
         return LLMatcher(self._tokenizer, text, log_level=0, limits=limits)
 
-    def constraint(self, schema: str, thinking: ThinkingParser) -> Constraint:
+    def constraint(self, schema: str, thinking: ThinkingParser | ChannelParser) -> Constraint:
         """Return the constraint that holds one answer to a schema, beginning where its thinking ends."""
         return Constraint(self._matchers[schema].deep_copy(), self._tokenizer, thinking)
 
-    def quotation(self, passages: Passages, thinking: ThinkingParser) -> Constraint:
+    def quotation(self, passages: Passages, thinking: ThinkingParser | ChannelParser) -> Constraint:
         """Return the constraint that holds one turn to a quotation from the passages."""
         if self._last_passages[0] != passages:
             self._last_passages = (passages, self._compile(grammar(passages)))
@@ -102,7 +103,7 @@ class Constraint:
     model gave to all tokens, before the grammar excluded any.
     """
 
-    def __init__(self, matcher: Any, tokenizer: Any, thinking: ThinkingParser) -> None:
+    def __init__(self, matcher: Any, tokenizer: Any, thinking: ThinkingParser | ChannelParser) -> None:
         self._matcher, self._tokenizer, self._thinking = matcher, tokenizer, thinking
         self.logprobs: deque[mx.array] = deque()
         self._tokens_read: int | None = None  # of the prompt and the answer

@@ -40,9 +40,11 @@ __all__ = [
     "make_prompt_cache",
     "model_batching",
     "save_prompt_cache",
+    "special_token_ids",
     "stop_token_ids",
     "stream_generate",
     "thinking_marks",
+    "tool_call_marks",
 ]
 
 
@@ -75,6 +77,19 @@ def thinking_marks(tokenizer: Any) -> tuple[list[int], list[int], str]:
     """
     start, end = tokenizer.think_start_tokens, tokenizer.think_end_tokens
     return list(start or ()), list(end or ()), tokenizer.think_start or ""
+
+
+def tool_call_marks(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """Return the tokens with which a model begins and ends a call of a tool; empty if the tokenizer has none.
+
+    The end is also empty if a call goes on to the end of the answer.
+    """
+    return list(tokenizer.tool_call_start_tokens or ()), list(tokenizer.tool_call_end_tokens or ())
+
+
+def special_token_ids(tokenizer: Any) -> dict[int, str]:
+    """Return the text of each token that decoding leaves out with `skip_special_tokens`, of a tokenizer's wrapper."""
+    return {token: added.content for token, added in tokenizer.added_tokens_decoder.items() if added.special}
 
 
 def stop_token_ids(tokenizer: Any) -> list[int]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.errors import AnswerCutOff, GenerationFailed, RowError
 from pipeline.job.job import Settings
+from pipeline.models.channels import ChannelMarks, ChannelParser
 from pipeline.models.choices import ForcedTokens, choice_tokens
 from pipeline.models.constraints import Constraint, Grammars
 from pipeline.models.quotations import QUOTATION_TOKENS, Passages, turn_tokens
@@ -52,7 +53,8 @@ class OutputParser:
     """
 
     def __init__(self, tokenizer: Any, schemas: Collection[str] = ()) -> None:
-        self._tokenizer, self._marks = tokenizer, ThinkingMarks(tokenizer)
+        channels = ChannelMarks(tokenizer)
+        self._tokenizer, self._marks = tokenizer, channels if channels.exist else ThinkingMarks(tokenizer)
         self._grammars = Grammars(tokenizer, schemas)
         self.turn_tokens = functools.cache(lambda question: turn_tokens(tokenizer, question))
 
@@ -63,7 +65,7 @@ class OutputParser:
             # A parser of the constraint's own: mlx-lm shows a token to the constraint before the row is given it.
             thinking = self._marks.parser(prompt, may_think=bool(settings.thinking))
             constraint = self._grammars.constraint(settings.json_schema, thinking)
-        return RowParser(self._tokenizer, self._marks, self._marks.parser(prompt), settings, constraint)
+        return RowParser(self._tokenizer, self._marks.parser(prompt), settings, constraint)
 
     def start_choice(self, prompt: Sequence[int], choice: str) -> ChoiceParser:
         """Return the parser of a row that writes one choice, in order to score it."""
@@ -73,7 +75,7 @@ class OutputParser:
         """Return the parser of a turn in which the model quotes from passages."""
         constraint = self._grammars.quotation(passages, self._marks.parser(prompt, may_think=False))
         own = replace(settings, max_tokens=QUOTATION_TOKENS, temperature=0.0, json_schema=None, thinking=False)
-        return RowParser(self._tokenizer, self._marks, self._marks.parser(prompt), own, constraint)
+        return RowParser(self._tokenizer, self._marks.parser(prompt), own, constraint)
 
 
 class RowParser:
@@ -82,22 +84,31 @@ class RowParser:
     def __init__(
         self,
         tokenizer: Any,
-        marks: ThinkingMarks,
-        thinking: ThinkingParser,
+        thinking: ThinkingParser | ChannelParser,
         settings: Settings,
         constraint: Constraint | None,
     ) -> None:
-        self._tokenizer, self._marks, self._thinking, self._settings = tokenizer, marks, thinking, settings
+        from pipeline.models.mlx_lm_internals import special_token_ids, tool_call_marks
+
+        self._tokenizer, self._thinking, self._settings = tokenizer, thinking, settings
         self.constraint = constraint
         self._answer_tokens: list[int] = []
         self._generated: list[int] = []
-        self._logprobs: list[float] = []
+        self._logprobs: list[float] = []  # of the answer's tokens
+        self._held_back: list[float] = []  # of tokens after them, which may belong to the answer too
+        self._tool_calls = tool_call_marks(tokenizer)
+        special = special_token_ids(tokenizer) if settings.stop else {}
+        # Decoding leaves special tokens out, so a stop string with one of their texts is looked for with them.
+        self._special = special if any(text in stop for text in special.values() for stop in settings.stop) else {}
 
     def add(self, token: int, logprob: float) -> bool:
         """Add a generated token and its log-probability; return whether the answer ends with it."""
-        self._answer_tokens += self._thinking.add(token)
         self._generated.append(token)
-        self._logprobs.append(logprob)
+        self._held_back.append(logprob)
+        if known := self._thinking.add(token):
+            self._answer_tokens += known
+            self._logprobs += self._held_back[-len(known) :]
+            self._held_back.clear()
         if self.constraint is not None:
             return self.constraint.is_complete
         if not self._settings.stop:
@@ -110,28 +121,56 @@ class RowParser:
     def answer(self, finish_reason: str) -> Answer:
         """Return the answer that the tokens make, after generation has ended for `finish_reason`."""
         count = len(self._thinking.tokens) + len(self._answer_tokens)
-        kept = self._thinking.tokens if self._settings.thinking == "keep" else []
-        thinking = self._marks.text(kept) or None
+        thinking = (self._thinking.text() or None) if self._settings.thinking == "keep" else None
         if self._thinking.is_open:
             cut_off = AnswerCutOff(f"the model had not ended its thinking after {count:,} tokens; raise max_tokens")
             return Answer("", finish_reason, count, thinking, cut_off)
-        # The answer follows the thinking, so its tokens are the last ones.
-        logprobs = self._logprobs[len(self._logprobs) - len(self._answer_tokens) :]
+        kept = self._outside_tool_calls()
+        tokens, logprobs = ([values[index] for index in kept] for values in (self._answer_tokens, self._logprobs))
         if any(map(math.isnan, logprobs)):
             failure = GenerationFailed("the model computed probabilities that are not numbers")
             return Answer("", finish_reason, count, thinking, failure)
         if self.constraint is not None:
             text, incomplete = self.constraint.text(self._answer_tokens), self.constraint.failure(count)
             return Answer(text, finish_reason, count, thinking, incomplete, self._generated, logprobs)
-        text, has_stop = self._before_stop(self._answer_tokens)
+        text, has_stop = self._before_stop(tokens)
+        if len(kept) < len(self._answer_tokens) and not text.strip():
+            called = GenerationFailed("the model called a tool in place of an answer", may_pass=False)
+            return Answer("", finish_reason, count, thinking, called)
         reason = "stop" if has_stop else finish_reason
         return Answer(text.strip(), reason, count, thinking, None, self._generated, logprobs)
 
+    def _outside_tool_calls(self) -> list[int]:
+        """Return the places of the answer's tokens that do not belong to the call of a tool."""
+        (start, end), tokens, kept, position = self._tool_calls, self._answer_tokens, list[int](), 0
+        while start and (begin := _find(tokens, start, position)) >= 0:
+            kept += range(position, begin)
+            stop = _find(tokens, end, begin + len(start)) if end else -1
+            position = stop + len(end) if stop >= 0 else len(tokens)
+        return [*kept, *range(position, len(tokens))]
+
     def _before_stop(self, tokens: Sequence[int]) -> tuple[str, bool]:
         """Return the text before the first stop string, and whether there is one."""
-        text: str = self._tokenizer.decode(tokens, skip_special_tokens=True)
+        pieces = self._pieces(tokens)
+        text = "".join(piece for piece, _ in pieces)
         starts = [start for stop in self._settings.stop if (start := text.find(stop)) >= 0]
-        return (text[: min(starts)], True) if starts else (text, False)
+        end, answer = min(starts, default=len(text)), ""
+        for piece, is_special in pieces:
+            answer += "" if is_special else piece[: max(end, 0)]
+            end -= len(piece)
+        return answer, bool(starts)
+
+    def _pieces(self, tokens: Sequence[int]) -> list[tuple[str, bool]]:
+        """Return the text of tokens in pieces, and whether each is that of a special token in which a stop may be."""
+        pieces: list[tuple[str, bool]] = []
+        start = 0
+        for index, token in enumerate([*tokens, None]):
+            if token is None or token in self._special:
+                pieces.append((self._tokenizer.decode(tokens[start:index], skip_special_tokens=True), False))
+                start = index + 1
+                if token is not None:
+                    pieces.append((self._special[token], True))
+        return pieces
 
 
 class ChoiceParser:
@@ -150,3 +189,9 @@ class ChoiceParser:
     def answer(self, finish_reason: str) -> Answer:
         """Return the choice with the log-probabilities of its tokens."""
         return Answer(self._choice, "stop", len(self.tokens), generated=self.tokens, logprobs=self._logprobs)
+
+
+def _find(tokens: Sequence[int], part: Sequence[int], start: int) -> int:
+    """Return where a part begins in tokens from a place on, or -1."""
+    places = range(start, len(tokens) - len(part) + 1)
+    return next((place for place in places if tokens[place : place + len(part)] == part), -1)

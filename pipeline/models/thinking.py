@@ -46,7 +46,7 @@ class ThinkingMarks:
 
 
 class ThinkingParser:
-    """Separates one row's thinking from its answer, token by token.
+    """Separates one row's thinking from its answer, token by token. `ChannelParser` does it for models with channels.
 
     tokens: the tokens of the thinking so far, with its marks. is_open: whether the thinking has begun and not ended.
     """
@@ -60,6 +60,10 @@ class ThinkingParser:
     def next_start_token(self) -> int | None:
         """The next token of the mark that begins the thinking; None if the thinking has begun or will not begin."""
         return None if self.is_open or self._is_over else self._marks.start[len(self.tokens)]
+
+    def text(self) -> str:
+        """Return the text of the thinking so far, without its marks."""
+        return self._marks.text(self.tokens)
 
     def add(self, token: int) -> list[int]:
         """Add a generated token; return the tokens that are now known to belong to the answer."""
