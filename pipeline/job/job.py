@@ -33,6 +33,7 @@ from pipeline.errors import JobError, one_line
 from pipeline.files.encoding import checked_encoding
 from pipeline.files.paths import literal
 from pipeline.job.budget import checked_budget
+from turboquant.io.json_file import parse_json
 
 _LARGEST_INT = (1 << 63) - 1
 _RESULT_SUFFIXES = (".parquet", ".pq", "")  # a name without a suffix promises no other format
@@ -150,8 +151,10 @@ def _schema_text(value: Any) -> str | None:
         except OSError as error:
             raise ValueError(f"cannot be read from {file}: {error.strerror}") from None
     try:
-        schema = json.loads(value) if isinstance(value, str | bytes) else value
-        text = json.dumps(schema, allow_nan=False)
+        if isinstance(value, bytes):
+            value = value.decode(json.detect_encoding(value))
+        schema = parse_json((value if isinstance(value, str) else json.dumps(value, allow_nan=False)).encode())
+        text = json.dumps(schema)
     except TypeError as error:
         raise ValueError(f"has a value that JSON lacks ({one_line(error)}); put dates and the like in quotes") from None
     except (ValueError, RecursionError) as error:

@@ -8,13 +8,15 @@ from __future__ import annotations
 import functools
 import json
 from collections import deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote
 
 import numpy as np
 
 from pipeline.errors import AnswerCutOff, GenerationFailed, JobError, ModelError, RowError, one_line
 from pipeline.models.quotations import Passages, check_evidence_fields, grammar, without_evidence_fields
+from turboquant.io.json_file import parse_json
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 # JSON on one line: a model that has nothing to say could otherwise write spaces without end.
 _FORM = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?", "lenient": False}
 
-_SCHEMA_KEYS = {"items", "prefixItems", "additionalProperties", "anyOf", "oneOf"}
+_SCHEMA_KEYS = {"items", "prefixItems", "additionalProperties", "anyOf", "oneOf", "allOf"}
 _MAPPING_KEYS = {"properties", "patternProperties", "$defs", "definitions"}
 _OPEN_KEYS = {"additionalProperties", "patternProperties", "unevaluatedProperties", "anyOf", "oneOf", "$ref"}
 
@@ -162,28 +164,67 @@ def log_softmax(logits: mx.array) -> mx.array:
     return logprobs
 
 
+def check_json(text: str) -> RowError | None:
+    """Return the error of JSON that readers take differently: a grammar cannot forbid the same key twice, or 1e999."""
+    try:
+        parse_json(text.encode())
+    except ValueError as error:
+        return GenerationFailed(f"the answer is no JSON for every reader: {one_line(error)}", may_pass=False)
+    return None
+
+
 def _grammar(schema: str) -> str:
     from llguidance import LLMatcher
 
-    is_merged = '"allOf"' in schema  # each part of `allOf` must accept the properties of the others
-    tree = without_evidence_fields(json.loads(schema))
-    grammar: str = LLMatcher.grammar_from_json_schema(tree if is_merged else _closed(tree), overrides=_FORM)
+    tree = _closed(without_evidence_fields(json.loads(schema)))
+    grammar: str = LLMatcher.grammar_from_json_schema(tree, overrides=_FORM)
     return grammar
 
 
-def _closed(schema: Any) -> Any:
+def _closed(root: Any) -> Any:
     """Return the schema with objects closed to properties that it does not name, unless it describes those too.
 
     Everything that the result accepts, the schema accepts. A model that may add any property does not come to an end.
+    If parts of a schema describe one object together, each of them must accept the properties of the others, and
+    nothing is closed.
     """
-    if isinstance(schema, list):
-        return [_closed(each) for each in schema]
-    if not isinstance(schema, dict):
-        return schema
-    closed = {key: _closed(value) if key in _SCHEMA_KEYS else value for key, value in schema.items()}
-    for key in _MAPPING_KEYS & schema.keys():
-        if isinstance(schema[key], dict):
-            closed[key] = {name: _closed(value) for name, value in schema[key].items()}
-    if "properties" in schema and not _OPEN_KEYS & schema.keys():
-        closed["additionalProperties"] = False
-    return closed
+    root = json.loads(json.dumps(root))
+    schemas = list(_schemas(root))
+    if not any("allOf" in schema or schema.keys() >= {"$ref", "properties"} for schema in schemas):
+        for schema in schemas:
+            if "properties" in schema and not _OPEN_KEYS & schema.keys():
+                schema["additionalProperties"] = False
+    return root
+
+
+def _schemas(root: Any) -> Iterator[dict[str, Any]]:
+    """Yield the schema and all schemas in it, by the keywords that hold them, wherever its references point."""
+    open_, seen = [root], set[int]()
+    while open_:
+        schema = open_.pop()
+        if isinstance(schema, list):
+            open_ += schema
+        if not isinstance(schema, dict) or id(schema) in seen:
+            continue
+        seen.add(id(schema))
+        yield schema
+        open_ += [schema[key] for key in _SCHEMA_KEYS & schema.keys()]
+        mappings = [schema[key] for key in _MAPPING_KEYS & schema.keys()]
+        open_ += [each for mapping in mappings if isinstance(mapping, dict) for each in mapping.values()]
+        open_.append(_referenced(root, schema.get("$ref")))
+
+
+def _referenced(root: Any, reference: Any) -> Any:
+    """Return what a JSON pointer in a schema, such as `#/components/schemas/P`, points to, or None."""
+    if not isinstance(reference, str) or not reference.startswith("#/"):
+        return None
+    found = root
+    for part in unquote(reference[2:]).split("/"):
+        name = part.replace("~1", "/").replace("~0", "~")
+        if isinstance(found, list) and name.isdecimal() and int(name) < len(found):
+            found = found[int(name)]
+        elif isinstance(found, dict):
+            found = found.get(name)
+        else:
+            return None
+    return found

@@ -12,7 +12,7 @@ from pipeline.errors import AnswerCutOff, GenerationFailed, RowError
 from pipeline.job.job import Settings
 from pipeline.models.channels import ChannelMarks, ChannelParser
 from pipeline.models.choices import ForcedTokens, choice_tokens
-from pipeline.models.constraints import Constraint, Grammars
+from pipeline.models.constraints import Constraint, Grammars, check_json
 from pipeline.models.quotations import QUOTATION_TOKENS, Passages, turn_tokens
 from pipeline.models.thinking import ThinkingMarks, ThinkingParser
 
@@ -125,14 +125,16 @@ class RowParser:
         if self._thinking.is_open:
             cut_off = AnswerCutOff(f"the model had not ended its thinking after {count:,} tokens; raise max_tokens")
             return Answer("", finish_reason, count, thinking, cut_off)
-        kept = self._outside_tool_calls()
-        tokens, logprobs = ([values[index] for index in kept] for values in (self._answer_tokens, self._logprobs))
-        if any(map(math.isnan, logprobs)):
+        if any(map(math.isnan, self._logprobs)):
             failure = GenerationFailed("the model computed probabilities that are not numbers")
             return Answer("", finish_reason, count, thinking, failure)
         if self.constraint is not None:
             text, incomplete = self.constraint.text(self._answer_tokens), self.constraint.failure(count)
-            return Answer(text, finish_reason, count, thinking, incomplete, self._generated, logprobs)
+            if incomplete is None and self._settings.json_schema is not None:
+                incomplete = check_json(text)
+            return Answer(text, finish_reason, count, thinking, incomplete, self._generated, self._logprobs)
+        kept = self._outside_tool_calls()
+        tokens, logprobs = [self._answer_tokens[place] for place in kept], [self._logprobs[place] for place in kept]
         text, has_stop = self._before_stop(tokens)
         if len(kept) < len(self._answer_tokens) and not text.strip():
             called = GenerationFailed("the model called a tool in place of an answer", may_pass=False)

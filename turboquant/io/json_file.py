@@ -6,6 +6,7 @@ This module imports neither MLX nor NumPy, so that a caller who checks files onl
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any, BinaryIO, NoReturn, TypeVar
 
@@ -29,11 +30,17 @@ def parse_json(text: bytes) -> Any:
             raise ValueError("a mapping has a key twice")
         return parsed
 
+    def number(digits: str) -> float:
+        value = float(digits)
+        if math.isinf(value):
+            raise ValueError(f"{digits} is too large for a number")
+        return value
+
     def refuse(constant: str) -> NoReturn:
         raise ValueError(f"{constant} is not a number of JSON")
 
     try:
-        content = json.loads(text.decode("utf-8"), object_pairs_hook=mapping, parse_constant=refuse)
+        content = json.loads(text.decode("utf-8"), object_pairs_hook=mapping, parse_float=number, parse_constant=refuse)
         _check_depth(content)
     except RecursionError:
         raise ValueError("the JSON is nested too deeply") from None

@@ -11,6 +11,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -21,6 +22,7 @@ from pipeline.cli import app
 from pipeline.errors import ModelError
 from pipeline.job.job import Query, Settings
 from pipeline.job.job_file import load_job
+from pipeline.models.output_parser import OutputParser
 from tests import ROOT
 from tests.pipeline.workplace import Workplace
 
@@ -137,6 +139,10 @@ def _write(workplace: Workplace, text: str) -> dict[str, str]:
             "(Object of type date is not JSON serializable); put dates and the like in quotes",
         ),
         ({"maximum": float("nan")}, "queries.0.json_schema is not JSON (Out of range float values"),
+        ('{"maximum": 1e999}', "queries.0.json_schema is not JSON (1e999 is too large for a number)"),
+        ('{"type": "object", "type": "array"}', "queries.0.json_schema is not JSON (a mapping has a key twice)"),
+        ('{"items":' * 99 + "{}" + "}" * 99, "queries.0.json_schema is not JSON (the JSON is nested too deeply)"),
+        ('{"items":' * 99_999 + "{}" + "}" * 99_999, "queries.0.json_schema is not JSON (the JSON is nested too"),
     ],
 )
 def test_a_schema_that_is_none(workplace: Workplace, schema: Any, words: str) -> None:
@@ -343,6 +349,9 @@ def test_a_pydantic_model_s_schema_in_a_file_beside_the_job(workplace: Workplace
     assert workplace.run("generation.max_tokens=80").rows_kept == 0
 
 
+ONE_AMOUNT = {"type": "object", "properties": {"a": AMOUNT}, "required": ["a"]}
+
+
 @pytest.mark.parametrize(
     ("schema", "has_others"),
     [
@@ -350,6 +359,12 @@ def test_a_pydantic_model_s_schema_in_a_file_beside_the_job(workplace: Workplace
         ({"anyOf": [{"type": "object", "properties": {"properties": {"properties": {"a": AMOUNT}}}}]}, False),
         ({"type": "object", "properties": {"a": AMOUNT}, "additionalProperties": AMOUNT}, True),
         ({"type": "object", "allOf": [{"properties": {"a": AMOUNT}}, {"properties": {"b": AMOUNT}}]}, True),
+        ({"$ref": "#/components/schemas/P", "components": {"schemas": {"P": ONE_AMOUNT}}}, False),
+        ({"$ref": "#/x~1y/0/a%20b", "x/y": [{"a b": ONE_AMOUNT}]}, False),
+        ({"anyOf": [{"$ref": "#/anyOf/1"}, ONE_AMOUNT]}, False),
+        ({**ONE_AMOUNT, "properties": {"a": AMOUNT, "allOf": {"type": "boolean"}}}, False),
+        ({**ONE_AMOUNT, "properties": {"a": AMOUNT, "$ref": {"enum": ["allOf"]}}, "title": "allOf"}, False),
+        ({"$defs": {"P": {"type": "object", "properties": {"b": AMOUNT}}}, "$ref": "#/$defs/P", **ONE_AMOUNT}, True),
     ],
 )
 def test_an_object_has_no_other_properties_unless_its_schema_speaks_of_them(
@@ -409,3 +424,41 @@ def test_the_ready_job(tmp_path: Path) -> None:
 def test_the_result_s_column_is_text_for_any_reader(structured: Workplace) -> None:
     structured.run()
     assert str(pq.read_schema(structured.output).field("answer_json").type) == "string"
+
+
+@pytest.mark.parametrize(
+    ("schema", "answer", "reason"),
+    [
+        ({"type": "object"}, '{"a":1, "a":2}', "a mapping has a key twice"),
+        ({"type": "object"}, '{"a":{"b":1, "b":1}}', "a mapping has a key twice"),
+        ({"type": "number"}, "1e999", "1e999 is too large for a number"),
+        ({"type": "object"}, '{"a":1, "b":2}', None),
+        ({"type": "number"}, "-1.5e30", None),
+    ],
+)
+def test_an_answer_that_readers_take_differently_is_an_error(
+    tokenizer: Any, schema: dict[str, Any], answer: str, reason: str | None
+) -> None:
+    pytest.importorskip("llguidance")
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+    wrapped, text = TokenizerWrapper(tokenizer), json.dumps(schema)
+    row = OutputParser(wrapped, [text]).start_row([0], Settings(99, 0.0, 1.0, 0, json_schema=text))
+    assert row.constraint is not None
+    tokens = mx.array([0])
+    row.constraint(tokens, mx.zeros((1, 600)))
+    for token in wrapped.encode(answer, add_special_tokens=False):
+        row.add(token)
+        tokens = mx.concatenate([tokens, mx.array([token])])
+        row.constraint(tokens, mx.zeros((1, 600)))
+    if not row.constraint.is_complete:  # a number may go on until the stop token
+        row.constraint(mx.concatenate([tokens, mx.array([wrapped.eos_token_id])]), mx.zeros((1, 600)))
+    failure = row.answer("stop").failure
+    assert failure is None if reason is None else reason in str(failure)
+
+
+def test_a_reference_to_itself_comes_to_an_end() -> None:
+    pytest.importorskip("llguidance")
+    from pipeline.models.constraints import check_schemas
+
+    check_schemas({json.dumps({"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}): "q"})
