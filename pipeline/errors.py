@@ -30,14 +30,24 @@ from __future__ import annotations
 
 import difflib
 import errno
+import re
 from collections.abc import Collection
 from typing import ClassVar
 
+_URL = re.compile(r"[A-Za-z][\w+.-]*://[^\s'\"<>]+")
+_USER = re.compile(r"://[^/?#]+@")
+_SECRET_VALUE = re.compile(
+    r"([?&;][^=&;]*(?:key|token|secret|sig|pass|pwd|auth|cred)[^=&;]*=)[^&;#]*", flags=re.IGNORECASE
+)
+
 
 class PipelineError(Exception):
-    """An error with a message meant for the user."""
+    """An error with a message meant for the user, without the secrets of the URLs in it."""
 
     exit_code: ClassVar[int] = 1
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(redact(message))
 
 
 class JobError(PipelineError):
@@ -141,6 +151,15 @@ class ModelProcessDied(RowError):
     """The model's process died twice while it worked on this row's document."""
 
 
+def redact(text: str) -> str:
+    """Return a text without the user, the password and the secret parameters of the URLs in it.
+
+    >>> redact("https://ada:pw@host/a.parquet?X-Amz-Signature=1f&part=2: is not there")
+    'https://***@host/a.parquet?X-Amz-Signature=***&part=2: is not there'
+    """
+    return _URL.sub(lambda url: _SECRET_VALUE.sub(r"\1***", _USER.sub("://***@", url[0])), text)
+
+
 def suggestion(word: str, choices: Collection[str]) -> str:
     """Return the end of a message about an unknown word: the most similar choice, or else all choices.
 
@@ -162,5 +181,5 @@ def is_disk_full(error: OSError) -> bool:
 
 def one_line(error: BaseException) -> str:
     """Return the message of an exception on one line, cut to 300 characters."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = redact(" ".join(str(error).split())) or type(error).__name__
     return text if len(text) <= 300 else text[:299] + "…"

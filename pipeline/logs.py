@@ -9,6 +9,7 @@ from datetime import datetime, timezone
 from enum import Enum
 from typing import Any
 
+from pipeline.errors import redact
 from pipeline.printable import printable
 
 _log = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ def are_json() -> bool:
 def tell(text: str, level: int = logging.WARNING, **fields: Any) -> None:
     """Write a line to stderr at any level of the log. fields: more keys of the line if the log is JSON."""
     if not are_json():
-        print(printable(text), file=sys.stderr, flush=True)
+        print(printable(redact(text)), file=sys.stderr, flush=True)
         return
     record = _log.makeRecord(_log.name, level, __file__, 0, text, (), None, extra={"fields": fields})
     logging.getLogger().handle(record)
@@ -45,7 +46,7 @@ def tell(text: str, level: int = logging.WARNING, **fields: Any) -> None:
 
 class _Lines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
+        return printable(redact(super().format(record)))
 
 
 class _JsonLines(logging.Formatter):
@@ -54,9 +55,9 @@ class _JsonLines(logging.Formatter):
             "time": datetime.fromtimestamp(record.created, timezone.utc).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
             "logger": record.name,
-            "message": record.getMessage(),
+            "message": redact(record.getMessage()),
             **getattr(record, "fields", {}),
         }
         if record.exc_info:
-            content["trace"] = self.formatException(record.exc_info)
+            content["trace"] = redact(self.formatException(record.exc_info))
         return json.dumps(content)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pipeline.commands.console import size
+from pipeline.errors import redact
 from pipeline.job.job import Job, QueryTable
 from pipeline.report import CutAnswers, Report
 
@@ -28,7 +29,7 @@ def summary(job: Job, show_command: str, report: Report) -> list[tuple[str, str]
     elif report.restarts:
         rows.append(("restarts", f"{report.restarts:,} of the model's process, which had died"))
     rows.append(("seconds", f"{report.seconds:.1f}"))
-    rows.append(("result", f"{job.result_file}.parts" if report.interrupted else job.output.path))
+    rows.append(("result", f"{job.result_file}.parts" if report.interrupted else redact(job.output.path)))
     rows.append(("next", show_command))
     return rows
 

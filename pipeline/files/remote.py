@@ -25,6 +25,7 @@ RETRIES = 3
 SECONDS_UNTIL_TOLD = 20.0  # that a server has not answered
 BUFFER_BYTES = 1 << 20  # of a remote file that is read line by line
 _BLOCK_BYTES, _BLOCKS = 4 << 20, 8  # of a file that is read, in memory
+_SERVER_FAILS = (429, *range(500, 600))  # statuses of HTTP that may pass
 _PART_BYTES = 8 << 20  # of a file that is written
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gs", "gcs": "gs"}  # the extra of this project by the scheme of URLs
 _Result = TypeVar("_Result")
@@ -126,7 +127,9 @@ def _kind(filesystem: Any, path: str) -> str | None:
     """Return `file`, `directory`, or None if there is nothing."""
     try:
         return str(filesystem.info(path)["type"])
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        if _reason(error) is not error:
+            raise
         return None
 
 
@@ -142,9 +145,17 @@ def _patiently(url: str, call: Callable[[], _Result], retries: int = RETRIES) ->
             try:
                 with _pause_told(url):
                     return call()
-            except (FileNotFoundError, ImportError, PipelineError):
+            except (ImportError, PipelineError):
                 raise
-            except Exception as error:
+            except Exception as caught:
+                error = _reason(caught)
+                if isinstance(error, FileNotFoundError):
+                    raise
+                if (status := _status(error)) in _SERVER_FAILS:
+                    raise RemoteError(
+                        f"{url}: the server fails with HTTP status {status}; when it works again, the same command "
+                        "goes on"
+                    ) from error
                 if _is_refusal(error):
                     message = f"{url}: access is refused: {one_line(error)}"
                     raise JobError(f"{message}; set credentials, as for the other tools of where it is") from error
@@ -168,9 +179,24 @@ def _pause_told(url: str) -> Iterator[None]:
         timer.cancel()
 
 
+def _reason(error: Exception) -> Exception:
+    """Return the reason why a file is not found: fsspec says so of every failure of a server of HTTP."""
+    cause = error.__cause__
+    if not isinstance(error, FileNotFoundError) or not isinstance(cause, Exception):
+        return error
+    is_unreachable = isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError)
+    return cause if is_unreachable or _status(cause) not in (None, 404, 410) else error
+
+
+def _status(error: Exception) -> int | None:
+    """Return the HTTP status with which a server answered, or None."""
+    for owner, name in ((error, "status"), (getattr(error, "response", None), "status_code"), (error, "code")):
+        if isinstance(status := getattr(owner, name, None), int):
+            return status
+    return None
+
+
 def _is_refusal(error: Exception) -> bool:
     name = type(error).__name__
-    response = getattr(error, "response", None)
-    codes = {getattr(error, "code", None), getattr(response, "status_code", None)}
     is_stated = isinstance(error, PermissionError) or str(error).startswith("Forbidden")
-    return is_stated or "Credentials" in name or "Token" in name or not codes.isdisjoint((401, 403))
+    return is_stated or "Credentials" in name or "Token" in name or _status(error) in (401, 403)

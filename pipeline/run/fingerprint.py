@@ -69,7 +69,7 @@ def load_identified(job: Job, identity: Identity, ranks: RankGroup = SINGLE) -> 
     again. Raises PipelineError if they are not, or do not stay, what they were; ModelError as `load_model` does.
     """
     for _ in range(_MOST_LOADS):
-        path = resolve_model(job.model, job.revision)
+        path = model_folder(job)
         adapter = None if job.adapter is None else job.adapter.resolve()
         before = files_state(path, adapter, job.trust_remote_code)
         now = asdict(job_identity(job, path=path))

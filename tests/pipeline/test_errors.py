@@ -32,6 +32,26 @@ def test_suggestions_name_the_nearest_choice_or_all_of_them() -> None:
     assert errors.suggestion("zzz", []) == ""
 
 
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("s3://bucket/a.parquet: gone", "s3://bucket/a.parquet: gone"),
+        ("https://ada:p@ss@host:80/a?x=1: gone", "https://***@host:80/a?x=1: gone"),
+        ("hf://hf_token@datasets/a/b.parquet", "hf://***@datasets/a/b.parquet"),
+        ("'http://h/a?X-Amz-Credential=A%2F&X-Amz-Signature=1f' fails", None),
+        ("see <https://h/?sv=1&sig=ab%3D&se=2>, then https://h/#key", None),
+        ("mail ada@host or a key=1", "mail ada@host or a key=1"),
+    ],
+)
+def test_secrets_of_urls_are_left_out(text: str, shown: str | None) -> None:
+    expected = {
+        None: text.replace("A%2F", "***").replace("1f", "***").replace("ab%3D", "***"),
+    }.get(shown, shown)
+    assert errors.redact(text) == expected
+    assert str(errors.JobError(text)) == expected
+    assert errors.one_line(OSError(text)) == expected
+
+
 def test_other_libraries_messages_become_one_line() -> None:
     assert errors.one_line(ValueError("a\n  b")) == "a b"
     assert errors.one_line(ValueError()) == "ValueError"
