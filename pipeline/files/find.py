@@ -25,13 +25,16 @@ class Found:
     passed_over: str = ""
 
 
-def find_files(path: str, key: str, formats: Sequence[Format]) -> Found:
+def find_files(path: str, key: str, formats: Sequence[Format], follow_links: bool = True) -> Found:
     """Find the files that are read.
 
-    key: the key of the job file that gives the path, for messages. formats: those that may be read. Raises InputError
-    if there are no files, or files of several formats or of none.
+    key: the key of the job file that gives the path, for messages. formats: those that may be read. follow_links:
+    whether files are read that a folder or a glob reaches through symbolic links only. Raises InputError if there are
+    no files, or files of several formats or of none.
     """
     base, is_folder, names = remote.find(path) if remote.is_url(path) else _find_here(path)
+    if not follow_links and not remote.is_url(path):
+        names = [name for name in names if name == path or not _is_behind_link(base, name)]
     by_suffix = {suffix: each for each in formats for suffix in each.suffixes}
     others: list[str] = []
     if is_folder:
@@ -79,6 +82,12 @@ def _sniff(path: str, key: str, formats: Sequence[Format]) -> Format:
 
 def _id(name: str, base: str) -> str:
     return os.fsencode(PurePath(name).relative_to(base).as_posix()).decode("utf-8", errors="replace")
+
+
+def _is_behind_link(base: str, name: str) -> bool:
+    """Return whether a file is a link, or is in a folder below the base that is one."""
+    below = PurePath(name).relative_to(base)
+    return any(os.path.islink(os.path.join(base, part)) for part in (below, *below.parents[:-1]))
 
 
 def _suffix(name: str) -> str:

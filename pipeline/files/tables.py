@@ -51,8 +51,8 @@ class Table:
     """The rows of the files that a path, a folder, a glob or a URL names: files sorted by name, rows in their order.
 
     key: the key of the job file that gives the path, for messages. columns: all columns that are needed. formats: those
-    that may be read. encoding: of files without a byte-order mark; None for UTF-8. Raises InputError if there are no
-    files, or files of several formats or of none.
+    that may be read. encoding: of files without a byte-order mark; None for UTF-8. follow_links: as `find_files` has
+    it. Raises InputError if there are no files, or files of several formats or of none.
     """
 
     def __init__(
@@ -62,8 +62,9 @@ class Table:
         columns: Sequence[Column] = (),
         encoding: str | None = None,
         formats: Sequence[Format] = DOCUMENTS,
+        follow_links: bool = True,
     ) -> None:
-        found = find_files(path, key, formats)
+        found = find_files(path, key, formats, follow_links)
         self.files, self._passed_over = found.files, found.passed_over
         self.needs = Needs(columns, encoding, "" if key.startswith("--") else key.rpartition(".")[0] or "documents")
 

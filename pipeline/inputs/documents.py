@@ -101,7 +101,7 @@ class _DocumentRows:
         users |= dict.fromkeys(columns, "the prompt uses")
         needed = [Column(source.id, "documents.id names", ID), Column(source.text, "documents.text names", TEXT)]
         needed += [Column(name, user, ANYTHING) for name, user in sorted(users.items())]
-        self.table = Table(source.path, "documents.path", needed, source.encoding)
+        self.table = Table(source.path, "documents.path", needed, source.encoding, follow_links=source.follow_links)
 
     def ids(self) -> Iterator[tuple[str, Record]]:
         """Yield each document's id and row."""

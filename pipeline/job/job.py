@@ -188,12 +188,14 @@ _Amount = Annotated[float, Field(gt=0), AfterValidator(_whole_above_one)]
 class Documents(_Section):
     """The documents: a file, a folder or a glob, the columns of ids and texts, and which rows are used.
 
-    encoding: of text and JSON Lines files without a byte-order mark; None for UTF-8.
+    follow_links: whether symbolic links in a folder, or that a glob matches, are followed. encoding: of text and JSON
+    Lines files without a byte-order mark; None for UTF-8.
     """
 
     path: _Text
     id: _Text = "id"
     text: _Text = "text"
+    follow_links: bool = True
     encoding: _Encoding | None = None
     where: _Text | None = None
     limit: Annotated[int, Field(ge=1, le=_LARGEST_INT)] | None = None

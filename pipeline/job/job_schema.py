@@ -16,6 +16,7 @@ KEYS = {
     "documents.path": "a file, a folder or a glob; may be a URL, as s3://, gs:// or hf://",
     "documents.id": "the column that holds each document's id; {{ id }} in templates",
     "documents.text": "the column that holds its text; {{ text }} in templates",
+    "documents.follow_links": "false: leave out files that are symbolic links, or in folders that are",
     "documents.encoding": "of texts and JSON Lines without a byte-order mark, such as cp1252; null: utf-8",
     "documents.where": "a condition on columns, such as year > 2020 or row['Pages'] < 9; null for all rows",
     "documents.limit": "the most documents that are used",

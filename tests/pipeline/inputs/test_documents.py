@@ -188,3 +188,28 @@ def test_memory_does_not_grow_with_the_row_group(tmp_path: Path) -> None:
     characters, peak = map(int, result.stdout.split())
     assert characters == count * length
     assert peak < 150_000_000
+
+
+@pytest.mark.parametrize("pattern", ["", "/*.txt", "/**/*.txt"])
+def test_links_in_a_folder_are_followed_unless_the_job_says_no(tmp_path: Path, pattern: str) -> None:
+    folder, outside = tmp_path / "linked", tmp_path / "outside"
+    for place in (tmp_path / "real", outside, tmp_path / "real" / "sub"):
+        place.mkdir()
+        (place / f"{place.name}.txt").write_text("A text.")
+    folder.symlink_to(tmp_path / "real")  # the user names this link
+    (folder / "secret.txt").symlink_to(outside / "outside.txt")
+    (folder / "away").symlink_to(outside)
+    found = {"real.txt", "secret.txt"} | ({"sub/sub.txt", "away/outside.txt"} if "**" in pattern else set())
+    path = f"{folder}{pattern}"
+    assert {document.id for document in stream_documents(Documents(path=path))} == found
+    kept = {document.id for document in stream_documents(Documents(path=path, follow_links=False))}
+    assert kept == found - {"secret.txt", "away/outside.txt"}
+    named = Documents(path=str(folder / "secret.txt"), follow_links=False)
+    assert [document.id for document in stream_documents(named)] == ["secret.txt"]
+
+
+def test_a_folder_of_links_only_is_empty_without_them(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").symlink_to(tmp_path / "b.md")
+    (tmp_path / "b.md").write_text("A text.")
+    with pytest.raises(InputError, match="no file matches"):
+        check_documents(Documents(path=str(tmp_path / "*.txt"), follow_links=False))
