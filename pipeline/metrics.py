@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.files.atomic import atomic_file
+from pipeline.files.atomic import output_file
 from pipeline.progress import Pace
 from pipeline.report import Report
 
@@ -29,7 +29,7 @@ def write_metrics(path: Path, job: str, pace: Pace, report: Report, running: boo
 
     registry = CollectorRegistry()
     registry.register(RunCollector())
-    with atomic_file(path, ending=".part") as temporary:  # the collector also reads hidden files that end in .prom
+    with output_file(path, ending=".part") as temporary:  # the collector also reads hidden files that end in .prom
         temporary.write_bytes(generate_latest(registry))
 
 

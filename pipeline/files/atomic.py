@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from pipeline.errors import OutputError, is_disk_full, one_line
 from turboquant.io.atomic import flush, remove_leftovers, replacing
@@ -27,6 +31,33 @@ def atomic_file(path: Path, ending: str = "", clear: bool = True) -> Iterator[Pa
             remove_leftovers(path)
         with replacing(path, ending) as temporary:
             yield temporary
+
+
+@contextmanager
+def output_file(path: Path, ending: str = "") -> Iterator[Path]:
+    """Do what `atomic_file` does, for a file that the user names.
+
+    A link stays a link, and the file that it points to is replaced. What is no file, such as `/dev/stdout` or a named
+    pipe, gets the bytes at the end of the block.
+    """
+    if not _is_device(path):
+        with atomic_file(Path(os.path.realpath(path)), ending) as temporary:
+            yield temporary
+        return
+    with disk_errors(path, "cannot be written"), TemporaryDirectory() as folder:
+        temporary = Path(folder) / f"output{ending}"
+        yield temporary
+        with temporary.open("rb") as content, path.open("ab") as device:
+            shutil.copyfileobj(content, device)
+
+
+def _is_device(path: Path) -> bool:
+    """Return whether a path is something that cannot be replaced by a file; the output of a shell may be a file."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:  # there is nothing yet, or the disk will say why it cannot be written
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)) or path.absolute().is_relative_to("/dev")
 
 
 @contextmanager

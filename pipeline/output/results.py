@@ -32,7 +32,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock, Timeout
 
 from pipeline.errors import JobError, OutputError, RemoteError, one_line
-from pipeline.files.atomic import atomic_file, disk_errors, make_folder
+from pipeline.files.atomic import atomic_file, disk_errors, make_folder, output_file
 from pipeline.files.remote import upload
 from pipeline.inputs.documents import document_digest
 from pipeline.output.rows import (
@@ -92,8 +92,9 @@ class Results:
         self._listed: frozenset[int] | None = None  # hashes of the names of all parts, if read-only
 
     def __enter__(self) -> Results:
-        if self.output.is_dir():
-            raise JobError(f"{self.output}: is a folder; output.path must name a file")
+        if self.output.exists() and not self.output.is_file():
+            kind = "is a folder" if self.output.is_dir() else "is a device or a pipe"
+            raise JobError(f"{self.output}: {kind}; output.path must name a file")
         try:
             if self._read_only:
                 # The parts are listed before the finished file is opened, because a run that ends now moves them there.
@@ -179,7 +180,7 @@ class Results:
         self._require_writable()
         count = 0
         with (
-            atomic_file(self.output) as temporary,
+            (output_file if self._url is None else atomic_file)(self.output) as temporary,  # no links in the store
             pq.ParquetWriter(temporary, self._schema, **FORMAT) as file,
         ):
             for group in _row_groups(documents):

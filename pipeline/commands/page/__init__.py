@@ -15,7 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from pipeline.commands.show import AnswerTable, answer_or_error, confidence
-from pipeline.files.atomic import atomic_file
+from pipeline.files.atomic import output_file
 
 
 def write_page(path: Path, name: str, answers: AnswerTable) -> None:
@@ -37,7 +37,7 @@ def write_template(path: Path, template: str, **values: object) -> None:
     files = resources.files(__name__)
     style, script = (Markup((files / f"page.{kind}").read_text(encoding="utf-8")) for kind in ("css", "js"))
     chunks = environment.get_template(template).generate(values, style=style, script=script, digest=_digest)
-    with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8", errors="replace") as file:
+    with output_file(path) as temporary, temporary.open("w", encoding="utf-8", errors="replace") as file:
         file.writelines(chunks)
 
 
