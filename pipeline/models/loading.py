@@ -7,6 +7,7 @@ functions that load something.
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = "model*.safetensors"  # the files that mlx-lm loads; a folder may hold other copies of the weights
 
+_log = logging.getLogger(__name__)
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model", "*.tiktoken")
 _CONTEXT_KEYS = ("max_position_embeddings", "max_sequence_length", "n_positions", "n_ctx", "seq_length")
 _NO_LIMIT = 10**9  # transformers writes 1e30 if a tokenizer states no limit
@@ -188,23 +190,41 @@ def max_context(config: Mapping[str, Any], tokenizer: Any = None) -> int | None:
 
 
 def _snapshot(repo: str, revision: str | None) -> Path:
-    """Return the folder of a repo's snapshot, downloaded only if there is none.
+    """Return the folder of a repo's snapshot, of which only what is missing is downloaded.
 
-    A job must give the same answers tomorrow, even if the repo has changed on the hub since.
+    A job must give the same answers tomorrow, even if the repo has changed on the hub since. Another program may have
+    fetched a few files of the snapshot only, for example the config and the tokenizer.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     from pipeline.models.mlx_lm_internals import DEFAULT_ALLOW_PATTERNS
 
-    download = partial(snapshot_download, repo, revision=revision, allow_patterns=DEFAULT_ALLOW_PATTERNS)
+    download = partial(snapshot_download, repo, allow_patterns=DEFAULT_ALLOW_PATTERNS)
+    missing: list[str] = []
     try:
-        return Path(download(local_files_only=True))
+        path = Path(download(revision=revision, local_files_only=True))
+        missing = _missing_files(path)
+        if not missing and (_has_chat_template(path) or (path.parent.parent / "trees" / f"{path.name}.json").exists()):
+            return path  # the last is the hub's list of all files, with which the snapshot was compared
+        revision = path.name
     except (LocalEntryNotFoundError, HFValidationError):
-        pass
+        path = None
     try:
-        return Path(download())
+        return Path(download(revision=revision))
     except (OSError, ValueError, HfHubHTTPError) as error:
+        if path is not None and not missing:
+            _log.warning(
+                "model %s: its snapshot has no chat template, and Hugging Face cannot be asked whether the model has "
+                "one; if not, this is right: prompts are plain text",
+                repo,
+            )
+            return path
+        if path is not None:
+            raise ModelError(
+                f"model {repo}: its snapshot {path} lacks {', '.join(missing)}, and Hugging Face cannot be reached "
+                f"({one_line(error)}); run it again with a network, and the rest is downloaded"
+            ) from error
         at = f" at revision {revision}" if revision else ""
         raise ModelError(
             f"model {repo}{at}: neither a folder here nor a repo that Hugging Face provides ({one_line(error)}); "
@@ -212,8 +232,31 @@ def _snapshot(repo: str, revision: str | None) -> Path:
         ) from error
 
 
+def _missing_files(path: Path) -> list[str]:
+    """Return the names of the files that a snapshot lacks, as far as its other files tell."""
+    missing = [] if (path / "config.json").is_file() else ["config.json"]
+    if not _has_vocabulary(path):
+        missing.append("tokenizer.json")
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        shards = set(_read_object(index).get("weight_map", {}).values())
+        return missing + sorted(name for name in shards if not (path / name).is_file())
+    return missing if any(file.is_file() for file in path.glob(WEIGHTS)) else [*missing, WEIGHTS]
+
+
+def _has_chat_template(path: Path) -> bool:
+    config = path / "tokenizer_config.json"
+    return any((path / name).is_file() for name in ("chat_template.jinja", "chat_template.json")) or (
+        config.is_file() and "chat_template" in _read_object(config)
+    )
+
+
+def _has_vocabulary(path: Path) -> bool:
+    return any(file.is_file() for pattern in _VOCABULARIES for file in path.glob(pattern))
+
+
 def _require_vocabulary(path: Path) -> None:
-    if not any(any(path.glob(pattern)) for pattern in _VOCABULARIES):
+    if not _has_vocabulary(path):
         raise ModelError(f"model {path}: no tokenizer (tokenizer.json); copy it from the original model")
 
 
@@ -222,7 +265,7 @@ def weight_files(path: Path) -> list[Path]:
 
     Raises ModelError if there are none, or if the index names a file that is missing.
     """
-    files = sorted(path.glob(WEIGHTS))
+    files = sorted(file for file in path.glob(WEIGHTS) if file.is_file())  # not what an incomplete snapshot links to
     index = path / "model.safetensors.index.json"
     named = set(_read_object(index).get("weight_map", {}).values()) if index.exists() else set()
     if missing := sorted(named - {file.name for file in files}):
