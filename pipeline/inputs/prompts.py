@@ -17,7 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from typing import Any
 
 from jinja2 import Template, meta, nodes
@@ -150,6 +150,7 @@ class PromptTokenizer:
 
         self._plain = hugging_face_tokenizer(tokenizer)
         self._special = SpecialTokens.of_tokenizer(self._plain) if special_tokens == "text" else SpecialTokens([], "")
+        self._broken = lru_cache(maxsize=2)(self._special.broken)  # of a document and its system text
         self._has_template = can_use_chat_template(tokenizer)
         if re.search(r"\|\s*random\b", str(getattr(tokenizer, "chat_template", None))):
             raise ModelError("the model's chat template uses the filter random: its prompts would never be the same")
@@ -216,8 +217,8 @@ class PromptTokenizer:
 
         Raises PromptFailed.
         """
-        system = None if rendered.system is None else self._special.broken(rendered.system)
-        user = self._special.broken(f"{rendered.context}\n\n{query_text}")
+        system = None if rendered.system is None else self._broken(rendered.system)
+        user = f"{self._broken(rendered.context)}\n\n{self._special.broken(query_text)}"
         if not self._has_template:
             return f"{user}\n\n" if system is None else f"{system}\n\n{user}\n\n"
         try:
@@ -324,6 +325,8 @@ _DATE = {"%Y": "2024", "%y": "24", "%m": "07", "%B": "July", "%b": "Jul", "%d": 
 def _template_options(tokenizer: Any) -> dict[str, str]:
     """Return options that make a chat template write a fixed date: with today's, contexts would change every day."""
     template = getattr(tokenizer, "chat_template", None)
+    if isinstance(template, dict):  # several by name, of which this one is meant if no tools are given
+        template = template.get("default")
     if not isinstance(template, str) or "strftime_now" not in template:
         return {}
     date = "".join(f" | replace('{directive}', '{value}')" for directive, value in _DATE.items())

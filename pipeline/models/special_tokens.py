@@ -36,8 +36,11 @@ class SpecialTokens:
             if is_special or _CERTAIN_MARK.fullmatch(text) or (_MARK.fullmatch(text) and text in template)
         }
         self.texts = frozenset(texts)
-        longest_first = sorted(texts, key=lambda text: (-len(text), text))
-        any_of_them = "|".join(map(re.escape, longest_first)) or r"(?!)"
+        by_first: dict[str, list[str]] = {}  # so that a search looks at few characters of a text
+        for text in sorted(texts, key=lambda text: (-len(text), text)):
+            by_first.setdefault(text[0], []).append(re.escape(text[1:]))
+        branches = (f"{re.escape(first)}(?:{'|'.join(rest)})" for first, rest in by_first.items())
+        any_of_them = "|".join(branches) or r"(?!)"
         self._pattern = re.compile(any_of_them)
         self._starts = re.compile(f"(?=(?:{any_of_them}))(.)", re.DOTALL)  # those that overlap too
 

@@ -151,8 +151,9 @@ def test_a_template_without_a_system_role_gets_the_system_text_in_the_user_messa
 
 def test_the_prompt_does_not_change_with_the_day(make_tokenizer: Callable[..., Any]) -> None:
     template = "\n{{ strftime_now('%d %b %Y') }}, {{ strftime_now('%Y-%m-%d') }}: {{ messages[-1].content }}"
-    prompts = PromptTokenizer(make_tokenizer(chat_template=template))
-    assert prompts.prompt_text(Rendered(None, "C"), "Q") == "\n26 Jul 2024, 2024-07-26: C\n\nQ"
+    for written in (template, {"default": template, "tool_use": "{{ tools }}"}):
+        prompts = PromptTokenizer(make_tokenizer(chat_template=written))
+        assert prompts.prompt_text(Rendered(None, "C"), "Q") == "\n26 Jul 2024, 2024-07-26: C\n\nQ"
 
 
 def test_a_chat_template_that_never_works_is_the_models_fault(make_tokenizer: Callable[..., Any]) -> None:
