@@ -10,7 +10,7 @@ import json
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -201,35 +201,40 @@ def _snapshot(repo: str, revision: str | None) -> Path:
     from pipeline.models.mlx_lm_internals import DEFAULT_ALLOW_PATTERNS
 
     download = partial(snapshot_download, repo, allow_patterns=DEFAULT_ALLOW_PATTERNS)
-    missing: list[str] = []
-    try:
+    path = None
+    with suppress(LocalEntryNotFoundError, HFValidationError):
         path = Path(download(revision=revision, local_files_only=True))
-        missing = _missing_files(path)
-        if not missing and (_has_chat_template(path) or (path.parent.parent / "trees" / f"{path.name}.json").exists()):
-            return path  # the last is the hub's list of all files, with which the snapshot was compared
-        revision = path.name
-    except (LocalEntryNotFoundError, HFValidationError):
-        path = None
+        if not _missing_files(path) and (_has_chat_template(path) or _is_compared(path)):
+            return path
+    reason = "it may not be asked"
     try:
-        return Path(download(revision=revision))
+        path = Path(download(revision=path.name if path else revision))
     except (OSError, ValueError, HfHubHTTPError) as error:
-        if path is not None and not missing:
+        reason = one_line(error)
+        if path is None:
+            at = f" at revision {revision}" if revision else ""
+            raise ModelError(
+                f"model {repo}{at}: neither a folder here nor a repo that Hugging Face provides ({reason}); "
+                "check the name and the network, log in if the repo is gated, or give a local folder"
+            ) from error
+    if not _is_compared(path):
+        if missing := _missing_files(path):
+            raise ModelError(
+                f"model {repo}: its snapshot {path} lacks {', '.join(missing)}, and Hugging Face gives nothing now "
+                f"({reason}); run it again with a network, and the rest is downloaded"
+            )
+        if not _has_chat_template(path):
             _log.warning(
-                "model %s: its snapshot has no chat template, and Hugging Face cannot be asked whether the model has "
-                "one; if not, this is right: prompts are plain text",
+                "model %s: its snapshot has no chat template, and Hugging Face cannot be asked now whether the model "
+                "has one; prompts are plain text, which is right only if it has none",
                 repo,
             )
-            return path
-        if path is not None:
-            raise ModelError(
-                f"model {repo}: its snapshot {path} lacks {', '.join(missing)}, and Hugging Face cannot be reached "
-                f"({one_line(error)}); run it again with a network, and the rest is downloaded"
-            ) from error
-        at = f" at revision {revision}" if revision else ""
-        raise ModelError(
-            f"model {repo}{at}: neither a folder here nor a repo that Hugging Face provides ({one_line(error)}); "
-            "check the name and the network, log in if the repo is gated, or give a local folder"
-        ) from error
+    return path
+
+
+def _is_compared(path: Path) -> bool:
+    """Return whether huggingface_hub has the list of all files of a snapshot, with which it compares the snapshot."""
+    return (path.parent.parent / "trees" / f"{path.name}.json").exists()
 
 
 def _missing_files(path: Path) -> list[str]:

@@ -155,11 +155,11 @@ def test_documents_are_cut_for_the_revision_that_is_asked_for(
 ) -> None:
     """The main branch is not here, so whoever asks for it fails."""
     repo = workplace.folder / "hub" / "models--owner--name"
-    write_model(repo / "snapshots" / f"{'c' * 40}", max_position_embeddings=256)
+    write_model(repo / "snapshots" / f"{'c' * 40}", max_position_embeddings=512)
     (repo / "refs").mkdir()
     (repo / "refs" / "v1").write_text("c" * 40)
     hub = {"HF_HUB_CACHE": str(workplace.folder / "hub"), "HF_HUB_OFFLINE": "1"}
-    workplace.documents["d0"] *= 6
+    workplace.documents["d0"] *= 4
     job = workplace.save(model="owner/name", revision="v1", documents={"path": "docs.parquet", "too_long": policy})
     done = command("run", job, **hub)
     assert done.returncode == 0, done.stderr
