@@ -448,7 +448,7 @@ def test_an_answer_that_readers_take_differently_is_an_error(
     tokens = mx.array([0])
     row.constraint(tokens, mx.zeros((1, 600)))
     for token in wrapped.encode(answer, add_special_tokens=False):
-        row.add(token)
+        row.add(token, -1.0)
         tokens = mx.concatenate([tokens, mx.array([token])])
         row.constraint(tokens, mx.zeros((1, 600)))
     if not row.constraint.is_complete:  # a number may go on until the stop token

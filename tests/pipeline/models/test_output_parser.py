@@ -199,3 +199,12 @@ def test_a_call_of_a_tool_is_no_answer(make_tokenizer: Callable[..., Any]) -> No
         failure = read(wrapped, encode(wrapped, written)).failure
         assert failure is not None
         assert "called a tool in place of an answer" in str(failure)
+
+
+def test_log_probabilities_are_those_of_the_answers_tokens(channels: TokenizerWrapper) -> None:
+    tokens = encode(channels, ANALYSIS + FINAL + "<|end|>" + CALL)
+    row = OutputParser(channels).start_row(encode(channels, "<|start|>assistant"), Settings(100, 0.0, 1.0, 0))
+    for place, token in enumerate(tokens):
+        row.add(token, float(place))
+    answer = row.answer("stop")
+    assert [tokens[int(place)] for place in answer.logprobs] == encode(channels, "The board met.")
