@@ -26,6 +26,7 @@ from pipeline.commands.console import (
     OneShard,
     Overrides,
     Prune,
+    ShowPrompt,
     SomeDocuments,
     SomeQueries,
     anywhere,
@@ -38,16 +39,13 @@ from pipeline.commands.console import (
 )
 from pipeline.commands.evaluate import compare, score
 from pipeline.logs import LogFormat, tell
-from pipeline.printable import printable
 from pipeline.standard_streams import make_streams_safe, print_if_possible
 
 if TYPE_CHECKING:
     from pipeline.job.job import Job
     from pipeline.report import Report
 
-CONTENDER_FAILED = 1
-SOME_ROWS_FAILED = 3
-INTERRUPTED = 130
+CONTENDER_FAILED, SOME_ROWS_FAILED, INTERRUPTED = 1, 3, 130  # exit codes
 
 app = typer.Typer(
     name="pipeline",
@@ -217,9 +215,7 @@ def plan(
     query: SomeQueries = None,
     limit: FirstDocuments = None,
     prune: Prune = False,
-    prompt: Annotated[
-        bool, typer.Option("--prompt", help="Print the first document's first prompt, as the model reads it, instead.")
-    ] = False,
+    prompt: ShowPrompt = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -232,7 +228,7 @@ def plan(
         job, shard = load(job_file, set_, one_shard)
         selection = Selection(tuple(document or ()), tuple(query or ()), limit)
         if prompt:
-            print(printable(first_prompt(job, shard, selection)))
+            print(first_prompt(job, shard, selection))
             return
         planned = plan_job(job, quiet=as_json, shard=shard, selection=selection)
         status, about = planned.status, "about " if planned.estimated else ""

@@ -67,6 +67,9 @@ SomeQueries = Annotated[
 FirstDocuments = Annotated[
     int | None, typer.Option("--limit", metavar="N", min=1, help="The first N of these documents only.")
 ]
+ShowPrompt = Annotated[
+    bool, typer.Option("--prompt", help="Print the first document's first prompt, as the model reads it, instead.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")]
 

@@ -35,6 +35,7 @@ from pipeline.models.loading import (
 from pipeline.models.special_tokens import BREAK
 from pipeline.output.results import Results
 from pipeline.output.rows import Row
+from pipeline.printable import printable
 from pipeline.progress import with_progress_bar
 from pipeline.report import CutAnswers
 from pipeline.run.fingerprint import job_identity
@@ -143,7 +144,7 @@ def plan_job(
 
 
 def first_prompt(job: Job, shard: Shard | None = None, selection: Selection | None = None) -> str:
-    """Return the prompt of the first query on the first document, as the model reads it.
+    """Return the prompt of the first query on the first document, as the model reads it, safe to show.
 
     selection: the part of the job in which they are the first. Raises JobError for errors in the job, and RowError if
     this document has no prompt.
@@ -156,7 +157,7 @@ def first_prompt(job: Job, shard: Shard | None = None, selection: Selection | No
     tokenizer = load_tokenizer(model_folder(job), job.trust_remote_code)
     prompts = PromptTokenizer(tokenizer, bool(job.generation.thinking), job.prompt.special_tokens)
     rendered = Renderer(job.prompt, job.documents).render(document)
-    return prompts.prompt_text(rendered, query.text).replace(BREAK, "")
+    return printable(prompts.prompt_text(rendered, query.text).replace(BREAK, ""))
 
 
 @dataclass(frozen=True)
