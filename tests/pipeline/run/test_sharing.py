@@ -219,6 +219,8 @@ RUN = """
 import logging, sys, time
 from pathlib import Path
 job, folder, waits = sys.argv[1], Path(sys.argv[2]), sys.argv[3] == "waits"
+from turboquant.runtime.blas import load_tuned_blas
+load_tuned_blas()  # log-probabilities are rounded alike by one BLAS only
 from pipeline.job.job_file import load_job
 from pipeline.progress import RunObserver
 from pipeline.run.runner import Runner
