@@ -36,7 +36,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Gold:
-    """What is right for a document and a query. None is unknown.
+    """The gold answers to one query about one document. None stands for what is not known.
 
     answers: each of them is right; if there are none, no answer is right. evidence: the passages that show the answer;
     empty if there are none in the document.

@@ -31,7 +31,7 @@ class Column:
 
 @dataclass(frozen=True)
 class Needs:
-    """What a reader must know of a job.
+    """The settings of a job that a reader needs.
 
     columns: all columns that are needed. encoding: of files without a byte-order mark; None for UTF-8. section: of the
     job file, whose `encoding` a message may suggest; "" if the files are named elsewhere.

@@ -1,4 +1,4 @@
-"""What made a result: model, prompt, questions and versions. It is in the result's metadata and in run.json.
+"""The provenance of a result: model, prompt, questions and versions, for the result's metadata and run.json.
 
 A result's bytes must not depend on when a run was interrupted, so the start of the run is in run.json alone.
 """

@@ -1,4 +1,4 @@
-"""What a job asks for at its end: each row of the result must have the fingerprint that the job gives it then.
+"""The check at the end of a run: each row of the result must have the fingerprint that the job gives it then.
 
 A run takes hours, and its inputs may change meanwhile. So all documents are read and rendered once more before the
 result is written.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """What a command line asks of a run besides the job.
+    """The options of a run that the command line gives besides the job.
 
     selection: the part of the job that is answered; all other rows stay as they are. keep_failed: rows that failed in
     an earlier run are not tried again. stop_at_failure: the run ends at the first new failed row. prune: a run of the
