@@ -64,6 +64,7 @@ def _metrics(job: str, pace: Pace, report: Report, running: bool) -> Iterator[Me
     sources = {"built": report.prefixes_built, "restored": report.prefixes_restored}
     yield gauges("prefixes", "Prefixes used, by source.", "source", sources)
     yield counter("prefilled_tokens", "Tokens of contexts prefilled.", pace.prefilled_tokens)
+    yield counter("restored_tokens", "Tokens of contexts restored from the store.", pace.restored_tokens)
     yield counter("answer_tokens", "Tokens of answers committed.", report.answer_tokens)
     yield counter("seconds", "Seconds since the run began.", pace.seconds)
     parts = CounterMetricFamily("pipeline_part_seconds", "Seconds of each part of the work.", labels=["job", "part"])

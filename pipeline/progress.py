@@ -53,6 +53,61 @@ class RunObserver:
     def prefill_ended(self) -> None:
         """The prefill is over, whether it succeeded or not."""
 
+    def restore_advanced(self, tokens: int) -> None:
+        """``tokens`` more tokens of contexts are restored from the store. Called from any thread."""
+
+
+class Observers(RunObserver):
+    """Passes each event on to several observers."""
+
+    def __init__(self, *observers: RunObserver) -> None:
+        self._observers = observers
+
+    def run_started(self, rows: int) -> None:
+        """Pass the event on."""
+        for observer in self._observers:
+            observer.run_started(rows)
+
+    def run_ended(self) -> None:
+        """Pass the event on."""
+        for observer in self._observers:
+            observer.run_ended()
+
+    def documents_started(self, document_ids: Sequence[str]) -> None:
+        """Pass the event on."""
+        for observer in self._observers:
+            observer.documents_started(document_ids)
+
+    def documents_done(self, document_ids: Sequence[str], report: Report) -> None:
+        """Pass the event on."""
+        for observer in self._observers:
+            observer.documents_done(document_ids, report)
+
+    def rows_done(self, count: int) -> None:
+        """Pass the event on."""
+        for observer in self._observers:
+            observer.rows_done(count)
+
+    def prefill_started(self, document_id: str, tokens: int) -> None:
+        """Pass the event on."""
+        for observer in self._observers:
+            observer.prefill_started(document_id, tokens)
+
+    def prefill_advanced(self, tokens: int) -> None:
+        """Pass the event on."""
+        for observer in self._observers:
+            observer.prefill_advanced(tokens)
+
+    def prefill_ended(self) -> None:
+        """Pass the event on."""
+        for observer in self._observers:
+            observer.prefill_ended()
+
+    def restore_advanced(self, tokens: int) -> None:
+        """Pass the event on."""
+        for observer in self._observers:
+            observer.restore_advanced(tokens)
+
 
 @dataclass(frozen=True)
 class Pace:
@@ -67,6 +122,7 @@ class Pace:
     documents: int
     documents_done: int
     prefilled_tokens: int
+    restored_tokens: int
     prefill_tokens_per_second: float | None
     answers_per_second: float | None
     hit_rate: float | None
@@ -88,20 +144,28 @@ class Pace:
             details.append(f"{self.answers_per_second:.3g} answers/s")
         if self.hit_rate is not None:
             details.append(f"{self.hit_rate:.0%} hits")
+        if self.restored_tokens:
+            details.append(f"{self.restored_tokens:,} tokens restored")
         if self.prefill_tokens_per_second:
             details.append(f"prefill {self.prefill_tokens_per_second:,.0f} tokens/s")
         return details
 
 
 class Progress(RunObserver):
-    """A RunObserver that shows bars or lines on stderr. ``quiet`` shows nothing and still counts."""
+    """A RunObserver that shows bars or lines on stderr. ``quiet`` shows nothing and still counts.
 
-    def __init__(self, quiet: bool = False) -> None:
+    report: of an earlier process of the same run, whose counts go on.
+    """
+
+    def __init__(self, quiet: bool = False, report: Report | None = None) -> None:
         self._quiet = quiet
-        self._rows = self._rows_done = self._tokens = 0
-        self._prefill_seconds = 0.0
-        self.report = Report()  # counts the documents whose rows are on disk
-        self._started = self._last_line = self._last_prefilled = time.monotonic()
+        self.report = report.copy() if report else Report()  # counts the documents whose rows are on disk
+        self._rows = self._restored = 0
+        self._rows_done = self.report.rows_kept + self.report.rows_answered + self.report.rows_failed
+        self._tokens = self.report.prefilled_tokens
+        self._prefill_seconds = self.report.prefill_seconds
+        self._last_line = self._last_prefilled = time.monotonic()
+        self._started = self._last_line - self.report.seconds
         self._bar: tqdm[Any] | None = None
         self._prefill_bar: tqdm[Any] | None = None
         self._log_redirection = ExitStack()
@@ -109,7 +173,8 @@ class Progress(RunObserver):
     def run_started(self, rows: int) -> None:
         """Show a bar of all rows."""
         self._rows = rows
-        self._started = self._last_line = self._last_prefilled = time.monotonic()
+        self._last_line = self._last_prefilled = time.monotonic()
+        self._started = self._last_line - self.report.seconds
         if not self._quiet and sys.stderr.isatty() and not are_json():
             self._bar = tqdm(total=rows, desc="rows", unit="row", dynamic_ncols=True, bar_format=_BAR)
             self._log_redirection.enter_context(logging_redirect_tqdm())  # or log lines would break the bars
@@ -163,6 +228,11 @@ class Progress(RunObserver):
             self._prefill_bar.close()
         self._prefill_bar = None
 
+    def restore_advanced(self, tokens: int) -> None:
+        """Count restored tokens."""
+        self._restored += tokens
+        self.refresh()
+
     def pace(self) -> Pace:
         """Return the state of the run now."""
         seconds, report = time.monotonic() - self._started, self.report
@@ -175,6 +245,7 @@ class Progress(RunObserver):
             documents=report.documents,
             documents_done=report.documents_done,
             prefilled_tokens=self._tokens,
+            restored_tokens=self._restored,
             prefill_tokens_per_second=self._tokens / self._prefill_seconds if self._prefill_seconds else None,
             answers_per_second=rate or None,
             hit_rate=report.prefixes_restored / prefixes if prefixes else None,

@@ -24,7 +24,7 @@ from ray.exceptions import RayError, RayTaskError
 from pipeline.cache.hit_index import label_number
 from pipeline.distributed.leases import Lease, Leases
 from pipeline.distributed.ray_pool import LEASES_PER_WORKER, WorkerHandle, WorkerPool
-from pipeline.distributed.ray_worker import WorkerReply
+from pipeline.distributed.ray_worker import TokenCounts, WorkerReply
 from pipeline.errors import Interrupted, JobError, PipelineError, one_line
 from pipeline.inputs.batching import ahead
 from pipeline.inputs.inputs import Inputs
@@ -37,6 +37,7 @@ from pipeline.run.task import DocumentTask, GroupResult, TaskResult
 
 _MOST_LABELS = 1_000_000  # labels of which it is remembered which store has them
 _SECONDS_PER_WAIT = 0.2
+_SECONDS_WITHOUT_TOKENS = 5.0  # until the workers are asked how many they have prefilled
 _SECONDS_FOR_DROPPING = 60.0
 _log = logging.getLogger(__name__)
 
@@ -54,6 +55,7 @@ class RayExecutor(Executor):
         self._store_of_label: dict[int, str] = {}  # by the label's number
         self._worker_of_document: dict[str, tuple[WorkerHandle, Collection[str]]] = {}  # and its own segments
         self._devices: set[str] = set()
+        self._last_tokens = time.monotonic()  # when workers told of tokens, or were asked
 
     def execute(self, groups: Iterator[list[DocumentTask]]) -> Generator[GroupResult]:
         """Yield the groups as they are answered."""
@@ -144,6 +146,11 @@ class RayExecutor(Executor):
         reference.future().add_done_callback(lambda future: self._events.put(partial(handler, *arguments, future)))
 
     def _next_event(self) -> Callable[[], GroupResult | None]:
+        if time.monotonic() - self._last_tokens > _SECONDS_WITHOUT_TOKENS:
+            self._last_tokens = time.monotonic()
+            for worker in self._pool.workers.values():
+                if worker.leases:
+                    self._when_done(worker.actor.token_counts.remote(), self._on_token_counts, worker)
         try:
             return self._events.get(timeout=_SECONDS_PER_WAIT)
         except Empty:
@@ -189,7 +196,7 @@ class RayExecutor(Executor):
         worker.leases.remove(lease)
         worker.count(reply)
         self._stats.append(replace(reply.stats, workers={worker.name: worker.report}))
-        self._context.observer.prefill_advanced(reply.stats.prefilled_tokens)
+        self._show_tokens(worker, reply.tokens)
         if reply.results is None:
             self._leases.lose(lease, lease.store, None)
             return None
@@ -205,6 +212,19 @@ class RayExecutor(Executor):
                 self._worker_of_document[task.document_id] = worker, result.own_keys
             results.append(result)
         return GroupResult(lease.tasks, results)
+
+    def _on_token_counts(self, worker: WorkerHandle, future: Future[TokenCounts]) -> None:
+        with suppress(RayError):  # the lease's own reply tells that the worker is lost
+            self._show_tokens(worker, future.result())
+
+    def _show_tokens(self, worker: WorkerHandle, counts: TokenCounts) -> None:
+        """Show the tokens since the counts that came last. Replies may overtake each other."""
+        shown, self._last_tokens = worker.tokens_shown, time.monotonic()
+        if prefilled := max(0, counts.prefilled - shown.prefilled):
+            self._context.observer.prefill_advanced(prefilled)
+        if restored := max(0, counts.restored - shown.restored):
+            self._context.observer.restore_advanced(restored)
+        worker.tokens_shown = TokenCounts(shown.prefilled + prefilled, shown.restored + restored)
 
     def _reply_of(self, worker: WorkerHandle, future: Future[WorkerReply]) -> WorkerReply | None:
         """Return a worker's reply and pass its log on; None if the worker is lost. Raises the error that it reports."""

@@ -18,7 +18,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline.distributed.leases import Lease
-from pipeline.distributed.ray_worker import RayWorker, WorkerReply
+from pipeline.distributed.ray_worker import RayWorker, TokenCounts, WorkerReply
 from pipeline.errors import JobError, PipelineError
 from pipeline.job.job import Job, Scale
 from pipeline.report import WorkerReport
@@ -46,7 +46,7 @@ class WorkerHandle:
 
     store: the name of its store, None until it is ready. leases: what it was given; it works on the first.
     leases_given: how many it was ever given. prefill_seconds: as far as its replies tell. ready_since: on the monotonic
-    clock.
+    clock. tokens_shown: what the observer counts already.
     """
 
     name: str
@@ -58,6 +58,7 @@ class WorkerHandle:
     report: WorkerReport = field(default_factory=lambda: WorkerReport("", 0, ""))
     prefill_seconds: float = 0.0
     ready_since: float = 0.0
+    tokens_shown: TokenCounts = field(default_factory=TokenCounts)
 
     @property
     def has_room(self) -> bool:

@@ -13,12 +13,13 @@ from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from threading import Condition
 from typing import TYPE_CHECKING
 
 from pipeline.errors import Interrupted, JobError
+from pipeline.progress import RunObserver
 from pipeline.report import WorkStats
 from pipeline.run.messages import Failed, Logged, MessageLogHandler
 
@@ -43,18 +44,39 @@ class WorkerInfo:
 
 
 @dataclass(frozen=True)
+class TokenCounts:
+    """Tokens of contexts that a worker has prefilled and restored since it started."""
+
+    prefilled: int = 0
+    restored: int = 0
+
+
+@dataclass(frozen=True)
 class WorkerReply:
     """The reply of a worker to a call.
 
-    stats: the work of a lease. lines: of the log since the last reply. info: after ``start``. results: of a
-    lease, one for each task; None if the lease was left alone. failed: the exception that the call raised.
+    stats: the work of a lease. lines: of the log since the last reply. tokens: of all leases so far. info: after
+    ``start``. results: of a lease, one for each task; None if the lease was left alone. failed: the exception that the
+    call raised.
     """
 
     stats: WorkStats
     lines: Sequence[Logged]
+    tokens: TokenCounts
     info: WorkerInfo | None = None
     results: Sequence[TaskResult] | None = None
     failed: Failed | None = None
+
+
+class _TokenCounter(RunObserver):
+    def __init__(self) -> None:
+        self.counts = TokenCounts()
+
+    def prefill_advanced(self, tokens: int) -> None:
+        self.counts = replace(self.counts, prefilled=self.counts.prefilled + tokens)
+
+    def restore_advanced(self, tokens: int) -> None:
+        self.counts = replace(self.counts, restored=self.counts.restored + tokens)
 
 
 class RayWorker:
@@ -73,6 +95,7 @@ class RayWorker:
         self._turns, self._turn = Condition(), 0
         self._queued: dict[int, Future[tuple[Sequence[TaskResult] | None, WorkStats]]] = {}
         self._is_stopping = False
+        self._tokens = _TokenCounter()
         self._engine: Engine | None = None
         for handler in (MessageLogHandler(self._keep_line), logging.StreamHandler()):
             logging.getLogger().addHandler(handler)
@@ -107,6 +130,10 @@ class RayWorker:
         """Start no more leases."""
         self._is_stopping = True
 
+    def token_counts(self) -> TokenCounts:
+        """Return what is prefilled and restored so far, in leases that are not answered yet too."""
+        return self._tokens.counts
+
     def stored_labels(self) -> bytes:
         """Return the labels of the job's contexts in the store, as an array of uint64 (see hit_index.py)."""
         from pipeline.cache.hit_index import label_number
@@ -134,7 +161,7 @@ class RayWorker:
         self._check_equal(identity, versions)
         self._identity = identity
         store = open_store(self._job.cache, Pins(self._job.cache.dir).is_pinned)
-        self._engine = Engine(RunContext(self._job, identity, schemas, check=self._check_stop), store)
+        self._engine = Engine(RunContext(self._job, identity, schemas, self._tokens, self._check_stop), store)
         device = f"a CPU, {self._blas.threads} threads" if on_cpu() else "a GPU"
         stderr = Path("/proc/self/fd/2")  # Ray has made it a file, whose name the kernel tells
         log = os.readlink(stderr) if stderr.exists() else ""
@@ -195,4 +222,4 @@ class RayWorker:
         failed: Failed | None = None,
     ) -> WorkerReply:
         lines = [self._lines.popleft() for _ in range(len(self._lines))]
-        return WorkerReply(stats or WorkStats(), lines, info, results, failed)
+        return WorkerReply(stats or WorkStats(), lines, self._tokens.counts, info, results, failed)

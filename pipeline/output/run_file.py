@@ -13,6 +13,7 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
+from threading import Event, Thread
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -22,6 +23,7 @@ from pipeline.files.remote import RETRIES, upload
 from pipeline.job.job import Job, Query
 from pipeline.job.selection import Selection
 from pipeline.output.provenance import provenance
+from pipeline.progress import Progress
 from pipeline.report import Report
 
 if TYPE_CHECKING:
@@ -36,7 +38,8 @@ class RunFile:
 
     report: the run's report, whose seconds are set at the end. started: start of the run on the monotonic clock.
     queries: those that all documents share. part: the part of the job that is answered; None for all of it. command:
-    the command that does this again from any folder, for readers of the file.
+    the command that does this again from any folder, for readers of the file. progress: counts what is done so far; a
+    thread writes it to the file every few seconds, so that the file moves while a long document is prefilled too.
 
     Raises OutputError if the disk refuses, and the errors of `upload`.
     """
@@ -50,23 +53,32 @@ class RunFile:
         queries: Sequence[Query] = (),
         part: Selection | None = None,
         command: str | None = None,
+        progress: Progress | None = None,
     ) -> None:
         self._path = _path(job)
         self._job, self._identity, self._report, self._started = job, identity, report, started
+        self._progress, self._ended = progress, Event()
+        self._writer: Thread | None = None
+        if progress is not None:
+            self._writer = Thread(target=self._keep_current, args=(progress,), name="run file", daemon=True)
         self._part, self._command = asdict(part) if part else None, command
-        self._last_write = float("-inf")
         self._provenance = provenance(job, queries)
         began = datetime.now(timezone.utc) - timedelta(seconds=time.monotonic() - started)
         self._start = began.isoformat(timespec="seconds")
 
     def __enter__(self) -> RunFile:
-        self.update(self._report)
+        self._write(self._report, "running")
         _publish(self._job)
+        if self._writer is not None:
+            self._writer.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._writer is not None:
+            self._ended.set()
+            self._writer.join()
         report = self._report
         report.seconds = time.monotonic() - self._started
         if error is None:
@@ -77,14 +89,14 @@ class RunFile:
             self._write(report, *_end(error))
             _publish(self._job, retries=0)
 
-    def update(self, report: Report) -> None:
-        """Write the numbers so far, unless the file was written a moment ago."""
-        now = time.monotonic()
-        if now - self._last_write >= SECONDS_BETWEEN_WRITES:
-            self._write(replace(report, seconds=now - self._started), "running")
+    def _keep_current(self, progress: Progress) -> None:
+        """Write the numbers so far every few seconds. A disk that refuses is an error elsewhere, or at the end."""
+        while not self._ended.wait(SECONDS_BETWEEN_WRITES):
+            with suppress(PipelineError):
+                seconds = time.monotonic() - self._started
+                self._write(replace(progress.report, seconds=seconds), "running")
 
     def _write(self, report: Report, state: State, error: str | None = None) -> None:
-        self._last_write = time.monotonic()
         content = {
             "job": self._job.name,
             "part": self._part,
@@ -94,6 +106,7 @@ class RunFile:
             "started": self._start,
             "updated": _now(),
             **asdict(report),
+            "pace": asdict(self._progress.pace()) if self._progress and state == "running" else None,
             "identity": asdict(self._identity),
             **self._provenance,
         }

@@ -6,7 +6,6 @@ share a batch wherever a run was interrupted.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
@@ -19,10 +18,7 @@ from pipeline.run.task import GroupResult
 
 
 class Committer:
-    """Commits groups in a thread of its own while the next group is computed; used as a context manager.
-
-    on_commit: called with the report of what is on disk, from any thread.
-    """
+    """Commits groups in a thread of its own while the next group is computed; used as a context manager."""
 
     def __init__(
         self,
@@ -30,11 +26,10 @@ class Committer:
         executor: Executor,
         results: Results,
         report: Report,
-        on_commit: Callable[[Report], None],
         options: RunOptions,
     ) -> None:
         self._observer, self._executor, self._results = context.observer, executor, results
-        self._report, self._on_commit, self._options = report, on_commit, options
+        self._report, self._options = report, options
         # The segments of this group may be removed when its rows are written; the next group may need their disk space.
         self._must_wait = context.job.cache.budget is not None or context.job.cache.keep == "job"
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="results")
@@ -92,7 +87,6 @@ class Committer:
                 }
             )
         self._observer.documents_done([task.document_id for task in group.tasks], report)
-        self._on_commit(report)
         self._executor.committed(group)
 
     def _wait(self) -> None:

@@ -20,6 +20,7 @@ from pipeline.run.messages import (
     PrefillAdvanced,
     PrefillEnded,
     PrefillStarted,
+    RestoreAdvanced,
     RowsDone,
     RunStarted,
 )
@@ -70,12 +71,8 @@ class RunDisplay:
         elif isinstance(message, RowsDone):
             self._rows_in_hand += message.count
             progress.rows_done(message.count)
-        elif isinstance(message, PrefillStarted):
-            progress.prefill_started(message.document_id, message.tokens)
-        elif isinstance(message, PrefillAdvanced):
-            progress.prefill_advanced(message.tokens)
-        elif isinstance(message, PrefillEnded):
-            progress.prefill_ended()
+        else:
+            _show_tokens(progress, message)
         self.refresh()
 
     def refresh(self) -> None:
@@ -105,3 +102,14 @@ class RunDisplay:
         self._last_metrics = time.monotonic()
         if self._metrics is not None:
             write_metrics(self._metrics, self._job, self._progress.pace(), self._progress.report, running)
+
+
+def _show_tokens(progress: Progress, message: Message) -> None:
+    if isinstance(message, PrefillStarted):
+        progress.prefill_started(message.document_id, message.tokens)
+    elif isinstance(message, PrefillAdvanced):
+        progress.prefill_advanced(message.tokens)
+    elif isinstance(message, PrefillEnded):
+        progress.prefill_ended()
+    elif isinstance(message, RestoreAdvanced):
+        progress.restore_advanced(message.tokens)

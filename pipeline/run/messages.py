@@ -91,6 +91,13 @@ class PrefillEnded:
 
 
 @dataclass(frozen=True)
+class RestoreAdvanced:
+    """``tokens`` more tokens are restored from the store."""
+
+    tokens: int
+
+
+@dataclass(frozen=True)
 class Logged:
     """A line of the log."""
 
@@ -143,6 +150,7 @@ Message = (
     | PrefillStarted
     | PrefillAdvanced
     | PrefillEnded
+    | RestoreAdvanced
     | Logged
     | Finished
     | Failed
@@ -182,6 +190,10 @@ class MessageObserver(RunObserver):
     def prefill_ended(self) -> None:
         """Send PrefillEnded."""
         self._send(PrefillEnded())
+
+    def restore_advanced(self, tokens: int) -> None:
+        """Send RestoreAdvanced."""
+        self._send(RestoreAdvanced(tokens))
 
 
 class Outbox:

@@ -151,7 +151,11 @@ class PrefixProvider:
         estimate = prefix_bytes(self._codec, self._model.config, len(piece.tokens))
         # More than all layers take uncompressed, so that a forged file cannot ask for any amount of memory.
         most_bytes = 64 * estimate + _SPARE_BYTES if estimate else None
-        return self._store.load(piece.key, piece.start, self._codec, self._context.identity, label, whole, most_bytes)
+        identity = self._context.identity
+        segment = self._store.load(piece.key, piece.start, self._codec, identity, label, whole, most_bytes)
+        if segment is not None:
+            self._context.observer.restore_advanced(len(piece.tokens))
+        return segment
 
     def _extend_from_store(self, piece: Piece, prefix: Prefix | None, segment: Segment | None = None) -> Prefix | None:
         """Return the prefix with a piece that is in the store or was read ahead; None if it is not there."""

@@ -21,7 +21,7 @@ from pipeline.models.constraints import check_schemas
 from pipeline.models.ranks import SINGLE, RankGroup
 from pipeline.output.results import Results
 from pipeline.output.run_file import RunFile
-from pipeline.progress import Progress, RunObserver
+from pipeline.progress import Observers, Progress, RunObserver
 from pipeline.report import Report
 from pipeline.run.commit import Committer
 from pipeline.run.confirmation import current_fingerprints
@@ -69,7 +69,7 @@ class Runner:
 
         Raises JobError for errors in the job or its inputs, OutputError if the result cannot be written.
         """
-        job, observer, report, options = self._job, self._observer, self.report, self._options
+        job, report, options = self._job, self.report, self._options
         started = time.monotonic() - report.seconds
         inputs = Inputs(job, self._shard, options.selection)
         check_schemas(inputs.schemas, inputs.query_with_evidence)
@@ -79,15 +79,17 @@ class Runner:
         with Results(job.result_file, metadata, url=job.result_url) as results:
             if not options.selection and not options.prune:
                 find_surplus(results, inputs).refuse(job.output.path)
+            progress = Progress(quiet=True, report=report)
+            observer = Observers(progress, self._observer)
             observer.run_started(report.rows)
             try:
                 part = options.selection, options.command
-                run_file = RunFile(job, identity, report, started, inputs.shared_queries, *part)
+                run_file = RunFile(job, identity, report, started, inputs.shared_queries, *part, progress)
                 with self._interrupt.listening(), run_file:
                     context = RunContext(job, identity, inputs.schemas, observer, self._interrupt.check, self._ranks)
                     executor = self._make_executor(context, inputs, report.documents_done)
                     planner = TaskPlanner(job, identity, options.keep_failed, self._quarantined)
-                    committer = Committer(context, executor, results, report, run_file.update, options)
+                    committer = Committer(context, executor, results, report, options)
                     tasks = (
                         [planner.plan(document, results.rows(document.id)) for document in group]
                         for group in self._open_groups(inputs)

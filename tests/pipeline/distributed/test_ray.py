@@ -102,6 +102,26 @@ def waiting(folder: Path) -> type[RayWorker]:
     return Waiting
 
 
+def waiting_in_prefill(folder: Path) -> type[RayWorker]:
+    """A worker that waits in the middle of each prefill until it may go on."""
+
+    class Waiting(RayWorker):
+        def _start(self, *arguments: Any) -> Any:
+            from pipeline.run import prefixes
+
+            prefixes.CPU_CHUNK, real = 16, prefixes.PrefixProvider._chunk_done
+
+            def chunk_done(self: Any, tokens: int) -> None:
+                real(self, tokens)
+                while not (folder / "go").exists():
+                    time.sleep(0.05)
+
+            prefixes.PrefixProvider._chunk_done = chunk_done
+            return super()._start(*arguments)
+
+    return Waiting
+
+
 def with_stores_of_their_own(meeting: Path) -> type[RayWorker]:
     """Workers whose nodes have a store each, and which begin when both are there."""
     meeting.mkdir()
@@ -271,6 +291,28 @@ def test_a_node_that_is_removed_costs_nothing(
     remover.join()
     assert "was lost with its machine" in caplog.text
     assert place.output.read_bytes() == alone(place)
+
+
+def test_the_run_file_moves_while_workers_prefill(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.distributed.ray_pool.RayWorker", waiting_in_prefill(place.folder))
+    monkeypatch.setattr("pipeline.distributed.ray_executor._SECONDS_WITHOUT_TOKENS", 0.5)
+    monkeypatch.setattr("pipeline.output.run_file.SECONDS_BETWEEN_WRITES", 0.01)
+    paces: list[dict[str, Any]] = []
+
+    def watch() -> None:
+        end = time.monotonic() + 120
+        while time.monotonic() < end and not (paces and paces[-1]["prefilled_tokens"]):
+            time.sleep(0.05)
+            if Path(f"{place.output}.run.json").exists() and (pace := place.report()["pace"]):
+                paces.append(pace)
+        (place.folder / "go").touch()
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    on_ray(place)
+    watcher.join()
+    assert (paces[-1]["documents_done"], paces[-1]["prefilled_tokens"] % 16) == (0, 0)
+    assert paces[-1]["prefilled_tokens"] > 0
 
 
 def start(place: Workplace) -> subprocess.Popen[str]:

@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from pipeline import logs
 from pipeline.job.job import QueryTable
 from pipeline.metrics import write_metrics
-from pipeline.progress import Progress
+from pipeline.progress import Progress, RunObserver
 from pipeline.report import Report
 from tests.pipeline.command_line import ROOT, in_terminal, invoke
 from tests.pipeline.workplace import Workplace
@@ -163,6 +163,69 @@ def test_files_are_current_while_a_run_goes_on(workplace: Workplace, numbers: An
     assert read["prefixes", "job", "built"] == 3
     assert read["prefilled_tokens_total", "job"] == told["prefilled_tokens"] > 0
     assert list(metrics.parent.iterdir()) == [metrics]
+
+
+# The same, with a model that waits behind the first tokens of a prefill.
+PREFILLING = """
+import os, sys, time
+from turboquant.runtime.blas import load_tuned_blas
+
+load_tuned_blas()
+from pipeline.output import run_file as runfile
+from pipeline.run import prefixes
+
+runfile.SECONDS_BETWEEN_WRITES = 0.01
+prefixes.CPU_CHUNK = 16
+real = prefixes.PrefixProvider._chunk_done
+
+def waiting(self, tokens):
+    real(self, tokens)
+    while not os.path.exists(sys.argv[2] + ".go"):
+        time.sleep(0.01)
+
+prefixes.PrefixProvider._chunk_done = waiting
+if __name__ == "__main__":
+    from pipeline.cli import main
+    main()
+"""
+
+
+def test_the_run_file_moves_while_a_document_is_prefilled(workplace: Workplace) -> None:
+    main = workplace.folder / "main.py"
+    main.write_text(PREFILLING)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, str(main), "run", str(workplace.job_file), "-q"], env=environment)
+    end, pace = time.monotonic() + 60, None
+    while not (pace and pace["prefilled_tokens"] and pace["seconds"] > 1):
+        assert time.monotonic() < end
+        pace = Path(f"{workplace.output}.run.json").exists() and workplace.report()["pace"]
+    told = workplace.report()
+    assert (told["state"], told["prefilled_tokens"], pace["prefilled_tokens"]) == ("running", 0, 16)
+    Path(f"{workplace.job_file}.go").touch()
+    assert process.wait() == 0
+    assert workplace.report()["pace"] is None
+
+
+def test_the_run_file_and_the_bars_move_while_prefixes_are_restored(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workplace.run()
+    workplace.output.unlink()
+    monkeypatch.setattr("pipeline.output.run_file.SECONDS_BETWEEN_WRITES", 0.01)
+    seen: list[int] = []
+
+    class Watching(RunObserver):
+        def restore_advanced(self, tokens: int) -> None:
+            seen.append(tokens)
+            end = time.monotonic() + 60
+            while workplace.report()["pace"]["restored_tokens"] < sum(seen):
+                assert time.monotonic() < end
+
+    tokens = workplace.run(observer=Watching()).context_tokens
+    assert sum(seen) == tokens
+    workplace.output.unlink()
+    screen = "\n".join(in_terminal(190, "run", workplace.save()))
+    assert f"{tokens:,} tokens restored" in screen
 
 
 def test_a_name_with_quotes_is_a_label(workplace: Workplace, numbers: Any) -> None:
