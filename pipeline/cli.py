@@ -34,7 +34,6 @@ from pipeline.commands.console import (
     errors_explained,
     load,
     quoted,
-    size,
     table,
 )
 from pipeline.commands.evaluate import compare, score
@@ -77,6 +76,9 @@ AsLog = Annotated[
 On = Annotated[
     str | None,
     typer.Option("--on", metavar="RAY", help="Run on a Ray cluster: ray, or ray://HOST:PORT with its client port."),
+]
+Measure = Annotated[
+    bool, typer.Option("--measure", help="Load the model and measure its speed, to tell how long a run would take.")
 ]
 Questions = Annotated[
     list[str] | None, typer.Option("--query", metavar="TEXT", help="Ask this of every document; may be repeated.")
@@ -215,6 +217,7 @@ def plan(
     query: SomeQueries = None,
     limit: FirstDocuments = None,
     prune: Prune = False,
+    measure: Measure = False,
     prompt: ShowPrompt = False,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -222,7 +225,7 @@ def plan(
     """Check everything and say what a run would cost, without loading weights."""
     with errors_explained(debug):
         from pipeline.commands.plan import first_prompt, plan_job
-        from pipeline.commands.summary import cut_documents
+        from pipeline.commands.summary import costs
         from pipeline.job.selection import Selection
 
         job, shard = load(job_file, set_, one_shard)
@@ -230,26 +233,12 @@ def plan(
         if prompt:
             print(first_prompt(job, shard, selection))
             return
+        if measure:
+            from pipeline.commands.measure import measure_speeds
+
+            measure_speeds(job)
         planned = plan_job(job, quiet=as_json, shard=shard, selection=selection)
-        status, about = planned.status, "about " if planned.estimated else ""
-        reasons = (planned.too_long, "too long for the model"), (planned.unreadable, "blank or not fit for the prompt")
-        failing = ", ".join(f"{count:,} {reason}" for count, reason in reasons if count)
-        to_store, free = size(planned.bytes_to_store), size(planned.free_bytes)
-        budget = f", budget {size(planned.budget_bytes)}" if planned.budget_bytes else ""
-        rows = [
-            ("documents", f"{status.documents:,} ({about}{planned.tokens:,} tokens, the longest {planned.longest:,})"),
-            ("queries", f"{status.rows / max(status.documents, 1):,.4g} a document"),
-            ("rows", f"{status.rows:,}: {status.done:,} done, {status.to_do:,} to do"),
-            *([("removes", f"{planned.surplus.rows:,} rows: {planned.surplus}")] if planned.surplus.rows else []),
-            ("will fail", f"documents: {failing}" if failing else "nothing known beforehand"),
-            *cut_documents(planned.truncated, planned.split),
-            *([("batches", planned.batching)] if planned.batching else []),
-            ("weights", f"{size(planned.weights_bytes)} of memory"),
-            ("prefixes", f"{planned.hits:,} in the store, {planned.misses:,} to build"),
-            ("prefill", f"{about}{planned.tokens_to_prefill:,} tokens"),
-            ("disk", f"{about}{to_store} to store, {free} free at {job.cache.dir}{budget}"),
-            ("next", command_line(context, "run")),
-        ]
+        rows = costs(job, planned, command_line(context, "run"))
         print(json.dumps(asdict(planned), indent=1) if as_json else table(rows))
         if not prune:
             planned.surplus.refuse(job.output.path)

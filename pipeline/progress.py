@@ -151,6 +151,16 @@ class Pace:
         return details
 
 
+@dataclass(frozen=True)
+class _Committed:
+    """What was done when documents were last committed. seconds: of work, without loading the model."""
+
+    seconds: float
+    prefill_seconds: float
+    rows: int
+    tokens: int
+
+
 class Progress(RunObserver):
     """A RunObserver that shows bars or lines on stderr. ``quiet`` shows nothing and still counts.
 
@@ -168,6 +178,9 @@ class Progress(RunObserver):
         self._started = self._last_line - self.report.seconds
         self._bar: tqdm[Any] | None = None
         self._prefill_bar: tqdm[Any] | None = None
+        self._document, self._begun, self._begun_tokens = "", 0, 0  # documents whose prefill has started
+        self._work_started: float | None = None  # the model was loaded before
+        self._committed: _Committed | None = None
         self._log_redirection = ExitStack()
 
     def run_started(self, rows: int) -> None:
@@ -190,6 +203,13 @@ class Progress(RunObserver):
     def documents_done(self, document_ids: Sequence[str], report: Report) -> None:
         """Take over the report's counts."""
         self.report = report
+        now = time.monotonic()
+        self._committed = _Committed(
+            now - (self._started if self._work_started is None else self._work_started),
+            self._prefill_seconds,
+            self._rows_done - report.rows_kept,
+            self._tokens,
+        )
         self.refresh()
 
     def rows_done(self, count: int) -> None:
@@ -202,6 +222,10 @@ class Progress(RunObserver):
     def prefill_started(self, document_id: str, tokens: int) -> None:
         """Show a bar for one prefill."""
         self._last_prefilled = time.monotonic()
+        self._work_started = self._work_started or self._last_prefilled
+        self._begun += document_id != self._document
+        self._document = document_id
+        self._begun_tokens += tokens
         if self._bar is not None:
             self._prefill_bar = tqdm(
                 total=tokens,
@@ -230,6 +254,7 @@ class Progress(RunObserver):
 
     def restore_advanced(self, tokens: int) -> None:
         """Count restored tokens."""
+        self._work_started = self._work_started or time.monotonic()
         self._restored += tokens
         self.refresh()
 
@@ -249,8 +274,25 @@ class Progress(RunObserver):
             prefill_tokens_per_second=self._tokens / self._prefill_seconds if self._prefill_seconds else None,
             answers_per_second=rate or None,
             hit_rate=report.prefixes_restored / prefixes if prefixes else None,
-            seconds_left=(self._rows - self._rows_done) / rate if rate else None,
+            seconds_left=self._seconds_left(),
         )
+
+    def _seconds_left(self) -> float | None:
+        """Return how long the rest will take, if it is like what is done; None before the first document is done.
+
+        Answers and prefill are estimated apart, by the speed of each. A document's prefill comes before all of its
+        answers, so rows per second would rise and fall with each document.
+        """
+        done, report = self._committed, self.report
+        if done is None or done.rows <= 0:
+            return None
+        seconds = (self._rows - self._rows_done) * max(0.0, done.seconds - done.prefill_seconds) / done.rows
+        if not self._tokens or not self._prefill_seconds:
+            return seconds
+        built = report.prefixes_built / max(1, report.prefixes_built + report.prefixes_restored)
+        tokens = self._begun_tokens / self._begun if self._begun else done.tokens / max(1, report.prefixes_built)
+        left = (report.documents - report.documents_done) * built * tokens - (self._tokens - done.tokens)
+        return seconds + max(0.0, left) * self._prefill_seconds / self._tokens
 
     def refresh(self) -> None:
         """Update the bar, or write a line if half a minute has passed since the last one."""

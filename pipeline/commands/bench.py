@@ -175,8 +175,11 @@ def _with_queries(
     return part.model_copy(update={"queries": QueryTable(path=str(path), document_id="document_id")})
 
 
-def warm_up_job(part: Job, folder: Path) -> Job:
-    """Return a small job that warms up a GPU: the start of the part's first document, and short answers."""
+def warm_up_job(part: Job, folder: Path, characters: int = SMALL_CHARACTERS, tokens: int = SMALL_TOKENS) -> Job:
+    """Return a small job that warms up a GPU: the start of the part's first document, and short answers.
+
+    characters, tokens: the lengths of the two.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -184,7 +187,7 @@ def warm_up_job(part: Job, folder: Path) -> Job:
 
     path, text = folder / "small.parquet", part.documents.text
     (first,) = pq.read_table(part.documents.path).slice(0, 1).to_pylist()
-    pq.write_table(pa.Table.from_pylist([{**first, text: first[text][:SMALL_CHARACTERS]}]), path)
+    pq.write_table(pa.Table.from_pylist([{**first, text: first[text][:characters]}]), path)
     documents = part.documents.model_copy(update={"path": str(path)})
     cache = part.cache.model_copy(update={"dir": folder / "small" / "cache"})
     output = part.output.model_copy(update={"path": str(folder / "small" / "answers.parquet")})
@@ -194,7 +197,7 @@ def warm_up_job(part: Job, folder: Path) -> Job:
         small,
         first_document,
         folder / "small-queries.parquet",
-        lambda queries: [query.model_copy(update={"max_tokens": SMALL_TOKENS}) for query in queries],
+        lambda queries: [query.model_copy(update={"max_tokens": tokens}) for query in queries],
     )
 
 

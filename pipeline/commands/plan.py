@@ -76,7 +76,9 @@ class Plan:
     surplus: rows that it would remove, because the job does not ask for them any more.
     unreadable, too_long: documents of which some rows will fail. truncated, split: documents that will be cut. tokens,
     longest: tokens of all contexts, and of the longest one. hits: prefixes in the store. misses: prefixes that a run
-    would build; documents of the same text share one. estimated: some tokens were estimated from characters, and with
+    would build; documents of the same text share one. seconds: how long the run would take, None if the speeds are not
+    known yet. tokens_to_answer: as many for each answer as answers had before, otherwise as many as it may have;
+    answers_at_most says that these are. estimated: some tokens were estimated from characters, and with
     them the bytes and which documents are too long.
     """
 
@@ -91,6 +93,10 @@ class Plan:
     hits: int = 0
     misses: int = 0
     tokens_to_prefill: int = 0
+    tokens_to_restore: int = 0
+    tokens_to_answer: float = 0
+    answers_at_most: bool = False
+    seconds: float | None = None
     bytes_to_store: int = 0
     free_bytes: int = 0
     budget_bytes: int | None = None
@@ -120,6 +126,7 @@ def plan_job(
 
     selection: the part of the job that is answered.
     """
+    from pipeline.cache.speeds import read_speeds
     from pipeline.cache.store import Store
     from pipeline.models.mlx_lm_internals import model_batching
     from turboquant.mlx_lm.families import BATCHING_MESSAGES
@@ -133,10 +140,14 @@ def plan_job(
     counter = TokenCounter(prompts, inputs.documents, effort or Effort())
     hit_index = HitIndex(Store(job.cache.dir, read_only=True).contexts(identity))
     planner = _Planner(job, config, max_context(config, tokenizer), counter, hit_index)
+    speeds = read_speeds(job.cache.dir, identity)
+    planner.plan.answers_at_most = speeds.answer_length is None
     for document in with_progress_bar(_documents(job, inputs, identity), inputs.documents, quiet):
-        planner.add(document)
+        planner.add(document, speeds.answer_length or float("inf"))
     planner.plan.batching = BATCHING_MESSAGES[model_batching(config)] or None
     planner.plan.weights_bytes = weights_bytes(path, config)
+    plan = planner.plan
+    plan.seconds = speeds.seconds(plan.tokens_to_prefill, plan.tokens_to_restore, plan.tokens_to_answer)
     if not selection:
         with _results(job) as results:
             planner.plan.surplus = find_surplus(results, inputs)
@@ -220,8 +231,8 @@ class _Planner:
         self._hits: set[int] = set()
         self._misses: set[int] = set()
 
-    def add(self, document: _Document) -> None:
-        """Add one document."""
+    def add(self, document: _Document, answer_length: float) -> None:
+        """Add one document. answer_length: the tokens that an answer is expected to have at most."""
         plan = self.plan
         document.add_to(plan.status)
         settings = [query.settings(self._job.generation) for query in document.queries]
@@ -244,11 +255,16 @@ class _Planner:
         plan.tokens += lengths.context
         plan.longest = max(plan.longest, lengths.context)
         plan.estimated |= lengths.estimated
+        open_settings = [
+            each
+            for query, fit, each in zip(document.queries, fits, settings, strict=True)
+            if fit and query.id in document.open
+        ]
+        plan.tokens_to_answer += sum(min(each.max_tokens, answer_length) for each in open_settings)
         if self._hit_index.contains(label, lengths.context, lengths.estimated):
             self._hits.add(label)
-        elif label not in self._misses and any(
-            fit and query.id in document.open for query, fit in zip(document.queries, fits, strict=True)
-        ):
+            plan.tokens_to_restore += lengths.context if open_settings else 0
+        elif label not in self._misses and open_settings:
             self._misses.add(label)
             plan.tokens_to_prefill += lengths.context
             plan.bytes_to_store += self._prefix_bytes(lengths.context)

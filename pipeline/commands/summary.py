@@ -1,11 +1,16 @@
-"""The table at the end of a run: its rows, what failed, and how long each part of the work took."""
+"""The tables of a plan and of a run that has ended: rows, what fails, and how long the work takes."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from pipeline.commands.console import size
 from pipeline.errors import redact
 from pipeline.job.job import Job, QueryTable
 from pipeline.report import CutAnswers, Report
+
+if TYPE_CHECKING:
+    from pipeline.commands.plan import Plan
 
 _MOST_QUERIES = 5  # of which a line is printed
 
@@ -48,6 +53,42 @@ def _rows(job: Job, show_command: str, report: Report) -> list[tuple[str, str]]:
     if report.rows_beside:
         rows.append(("others", f"{report.rows_beside:,} rows left as they were"))
     return rows
+
+
+def costs(job: Job, plan: Plan, run_command: str) -> list[tuple[str, str]]:
+    """Return the lines of the table of a plan. run_command: the command that runs it."""
+    status, about = plan.status, "about " if plan.estimated else ""
+    reasons = (plan.too_long, "too long for the model"), (plan.unreadable, "blank or not fit for the prompt")
+    failing = ", ".join(f"{count:,} {reason}" for count, reason in reasons if count)
+    to_store, free = size(plan.bytes_to_store), size(plan.free_bytes)
+    budget = f", budget {size(plan.budget_bytes)}" if plan.budget_bytes else ""
+    return [
+        ("documents", f"{status.documents:,} ({about}{plan.tokens:,} tokens, the longest {plan.longest:,})"),
+        ("queries", f"{status.rows / max(status.documents, 1):,.4g} a document"),
+        ("rows", f"{status.rows:,}: {status.done:,} done, {status.to_do:,} to do"),
+        *([("removes", f"{plan.surplus.rows:,} rows: {plan.surplus}")] if plan.surplus.rows else []),
+        ("will fail", f"documents: {failing}" if failing else "nothing known beforehand"),
+        *cut_documents(plan.truncated, plan.split),
+        *([("batches", plan.batching)] if plan.batching else []),
+        ("weights", f"{size(plan.weights_bytes)} of memory"),
+        ("prefixes", f"{plan.hits:,} in the store, {plan.misses:,} to build"),
+        ("prefill", f"{about}{plan.tokens_to_prefill:,} tokens"),
+        ("time", time_needed(plan)),
+        ("disk", f"{about}{to_store} to store, {free} free at {job.cache.dir}{budget}"),
+        ("next", run_command),
+    ]
+
+
+def time_needed(plan: Plan) -> str:
+    """Return how long a run would take."""
+    if plan.seconds is None:
+        return "not known yet: measured in the first minute, or by plan --measure"
+    minutes = plan.seconds / 60
+    how_long = (
+        f"{minutes / 60:,.1f} h" if minutes >= 120 else f"{minutes:,.0f} min" if minutes >= 1 else "1 min or less"
+    )
+    at_most = " at most" if plan.answers_at_most and plan.tokens_to_answer else ""
+    return f"about {how_long}{at_most}, at the speeds measured on this machine" if plan.seconds else "none"
 
 
 def cut_documents(truncated: int, split: int) -> list[tuple[str, str]]:

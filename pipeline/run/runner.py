@@ -109,6 +109,10 @@ class Runner:
                     finally:
                         for stats in executor.take_stats():
                             report.add_work(stats)
+                        if executor.has_started and not report.workers:
+                            from pipeline.cache.speeds import Speeds, remember_speeds  # imports MLX, as the model has
+
+                            remember_speeds(job.cache.dir, identity, Speeds.of(report))
             finally:
                 observer.run_ended()
         return report

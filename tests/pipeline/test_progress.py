@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 
 import pytest
 
@@ -73,10 +74,48 @@ def test_a_line_every_half_minute(clock: Clock, capsys: pytest.CaptureFixture[st
     assert out == ""
     assert lines.splitlines() == [
         "30 s: 0 of 12 rows, prefill 100 tokens/s",
-        "68 s: 4 of 12 rows, 2:16 left, 1/3 documents, 0.0588 answers/s, 0% hits, prefill 100 tokens/s",
-        "106 s: 8 of 12 rows, 0:53 left, 2/3 documents, 0.0755 answers/s, 50% hits, prefill 100 tokens/s",
-        "136 s: 8 of 12 rows, 1:08 left, 2/3 documents, 0.0588 answers/s, 50% hits, prefill 100 tokens/s",
+        "68 s: 4 of 12 rows, 1:16 left, 1/3 documents, 0.0588 answers/s, 0% hits, prefill 100 tokens/s",
+        "106 s: 8 of 12 rows, 0:18 left, 2/3 documents, 0.0755 answers/s, 50% hits, prefill 100 tokens/s",
+        "136 s: 8 of 12 rows, 0:08 left, 2/3 documents, 0.0588 answers/s, 50% hits, prefill 100 tokens/s",
     ]
+
+
+@pytest.mark.parametrize("sizes", [[1000, 16_000] * 10, [16_000, 1000] * 10, [4000] * 20])
+def test_the_time_left_does_not_rise_and_fall_with_each_document(clock: Clock, sizes: list[int]) -> None:
+    left: list[tuple[float, float]] = []  # the estimate, and the truth
+    report = Report(documents=20)
+    end = clock.now + sum(size / 100 for size in sizes) + 20 * 40
+    with started(20 * 10, quiet=True) as shown:
+
+        def look() -> None:
+            estimate = shown.pace().seconds_left
+            assert (estimate is None) == (report.documents_done == 0)
+            if estimate is not None:
+                left.append((estimate, end - clock.now))
+
+        for number, size in enumerate(sizes):
+            shown.prefill_started(f"d{number}", size)
+            for _ in range(size // 500):
+                clock.now += 5
+                shown.prefill_advanced(500)
+                look()
+            shown.prefill_ended()
+            clock.now += 38  # all rows of a batch end at about the same time
+            look()
+            for _ in range(10):
+                clock.now += 0.2
+                shown.rows_done(1)
+                look()
+            report.documents_done += 1
+            report.prefixes_built += 1
+            shown.documents_done([f"d{number}"], report)
+            look()
+    wrong = [estimate / truth for estimate, truth in left if truth > 200]
+    assert min(wrong) > 1 / 2.6  # the first document may be unlike the others
+    assert max(wrong) < 2
+    later = [(estimate, truth) for estimate, truth in left if 200 < truth < left[0][1] * 0.8]
+    assert all(after / before < 1.5 for (before, _), (after, _) in pairwise(later))
+    assert all(1 / 2 < estimate / truth < 2 for estimate, truth in later)
 
 
 def test_a_line_also_where_nothing_happens(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,12 +11,16 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.cache.speeds import Speeds, remember_speeds
 from pipeline.commands.plan import job_status, plan_job
 from pipeline.errors import JobError
 from pipeline.inputs.prompts import PromptTokenizer
 from pipeline.inputs.token_counter import Effort
 from pipeline.job.job import Job
 from pipeline.job.job_file import load_job
+from pipeline.report import Report
+from pipeline.run.fingerprint import job_identity
+from tests.pipeline.command_line import invoke
 from tests.pipeline.workplace import Workplace
 
 
@@ -61,6 +65,74 @@ def test_a_plan_before_and_after_a_run(workplace: Workplace, run: Callable[[], N
     grown = plan_job(job(workplace))
     assert (grown.hits, grown.misses, grown.status.left) == (3, 1, 3)
     assert grown.tokens_to_prefill == grown.tokens - plan.tokens > 0
+
+
+def speeds_known(workplace: Workplace, speeds: Speeds, *overrides: str) -> None:
+    remember_speeds(workplace.cache, job_identity(job(workplace, *overrides)), speeds)
+
+
+def seconds(workplace: Workplace, *options: str) -> float | None:
+    told: float | None = json.loads(invoke("plan", workplace.save(), "--json", *options).stdout)["seconds"]
+    return told
+
+
+def test_a_plan_tells_how_long_a_run_would_take(workplace: Workplace) -> None:
+    assert "not known yet: measured in the first minute" in invoke("plan", workplace.save()).stdout
+    tokens = plan_job(job(workplace)).tokens_to_prefill
+    speeds_known(workplace, Speeds(prefill=tokens / 600, answer=0.25))
+    assert seconds(workplace) == pytest.approx(600 + 3 * (5 + 3 + 5) / 0.25)
+    assert "about 13 min at most, at the speeds measured on this machine" in invoke("plan", workplace.save()).stdout
+    speeds_known(workplace, Speeds(answer_length=4))
+    assert seconds(workplace) == pytest.approx(600 + 3 * (4 + 3 + 4) / 0.25)
+    assert "about 12 min, at the speeds" in invoke("plan", workplace.save()).stdout
+
+
+def test_speeds_of_another_codec_or_a_damaged_file_say_nothing(workplace: Workplace) -> None:
+    speeds_known(workplace, Speeds(prefill=10, answer=10))
+    assert seconds(workplace) is not None
+    assert seconds(workplace, "--set", "cache.key_bits=3") is None
+    file = workplace.cache / "speeds.json"
+    for damaged in (file.read_text().replace("10", "99"), "{", ""):
+        file.write_text(damaged)
+        assert seconds(workplace) is None
+
+
+def test_a_run_measures_for_the_next_plan(workplace: Workplace, run: Callable[[], None]) -> None:
+    run()
+    assert seconds(workplace) == 0
+    workplace.documents["d3"] = "One more. " * 40
+    assert (seconds(workplace) or 0) > 0
+
+
+def test_a_plan_may_measure(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    workplace.documents = {"long": "A long paper. " * 10_000}
+    measured: list[Job] = []
+
+    def supervise(small: Job, quiet: bool) -> Report:
+        measured.append(small)
+        return Report(
+            prefilled_tokens=100,
+            context_tokens=100,
+            prefill_seconds=2,
+            rows_answered=3,
+            answer_tokens=9,
+            answer_seconds=3,
+        )
+
+    monkeypatch.setattr("pipeline.commands.measure.supervise", supervise)
+    before = set(workplace.folder.iterdir())
+    told = seconds(workplace, "--measure", "--set", "documents.too_long=truncate")
+    plan = plan_job(job(workplace, "documents.too_long=truncate"))
+    assert told == pytest.approx(plan.tokens_to_prefill / 50 + (5 + 3 + 5) / 3)
+    (small,) = measured
+    assert small.cache.dir != workplace.cache
+    assert set(workplace.folder.iterdir()) - before == {workplace.cache}
+
+
+def test_a_plan_that_measures_runs_the_model(workplace: Workplace) -> None:
+    told = invoke("plan", workplace.save(), "--measure")
+    assert "time       about 1 min or less at most" in told.stdout, told.output
+    assert not workplace.output.exists()
 
 
 def test_answered_documents_need_no_prefix(workplace: Workplace, run: Callable[[], None]) -> None:
