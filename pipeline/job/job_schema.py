@@ -54,7 +54,7 @@ KEYS = {
     "cache": "the compressed prompt caches, one for each document",
     "cache.dir": "the store; any number of jobs may share it; .cache beside this file unless given",
     "cache.key_bits": "2, 3, 4, 5, 6 or 8; 16, for both, compresses nothing",
-    "cache.value_bits": "2, 3, 4, 5, 6 or 8",
+    "cache.value_bits": "2, 3, 4, 5, 6 or 8; 16, for both, compresses nothing",
     "cache.layer_bits": "bits of single layers, counted from the end if negative, as {0: 8, -1: 8}",
     "cache.sinks": "first tokens kept in full precision",
     "cache.window": "most of the last tokens kept in full precision",

@@ -81,7 +81,7 @@ def test_a_wrong_command_line(arguments: list[str]) -> None:
     ("override", "words"),
     [
         ("generation.max_token=3", "--set generation.max_token=3: unknown key 'generation.max_token'; did you mean"),
-        ("cache.key_bits=7", "cache.key_bits: expected 2, 3, 4, 5, 6 or 8, got 7"),
+        ("cache.key_bits=7", "cache.key_bits: expected 2, 3, 4, 5, 6, 8 or 16, got 7"),
         ("generation.batch_size=0", "generation.batch_size: expected at least 1, got 0"),
         ("retries=-1", "retries: expected at least 0, got -1"),
         ("nonsense", "expected key.path=value, such as generation.max_tokens=64"),
