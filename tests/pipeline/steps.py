@@ -234,7 +234,7 @@ def main() -> None:
     """Kill, resume, print."""
     from pipeline.output import run_file as runfile
 
-    runfile.SECONDS_BETWEEN_WRITES = 0.0  # or the number of steps would depend on the time they take
+    runfile.SECONDS_BETWEEN_WRITES = 1e6  # or the number of steps would depend on the time they take
     model, folder, every, *overrides = sys.argv[1:]
     base, streaming = Path(folder), "cache.prefill=streaming" in overrides
     import_everything()

@@ -56,6 +56,7 @@ def test_a_token_beyond_the_embedding_fails_its_row_alone(tmp_path: Path, caplog
     grown.add_tokens(["<|grown|>"])
     grown.save_pretrained(model)
     place = Workplace(tmp_path / "work", model)
+    place.tree["prompt"] = {"special_tokens": "allow"}  # or the query's text would not become that token
     place.queries[1]["text"] = "What is <|grown|>?"
     with caplog.at_level(logging.WARNING):
         report = place.run()
