@@ -16,7 +16,7 @@ import mlx.core as mx
 from pydantic import Field, TypeAdapter
 
 from pipeline.report import Report
-from turboquant.io.atomic import open_folder, open_regular
+from turboquant.io.atomic import open_folder, open_regular, remove_leftovers
 from turboquant.io.identity import Identity
 from turboquant.io.json_file import read_json, sealed
 
@@ -84,8 +84,10 @@ def remember_speeds(folder: Path, identity: Identity, speeds: Speeds) -> None:
         return
     known[_key(identity)] = replace(known.get(_key(identity), Speeds()), **new)
     content = {"format": 1, "speeds": {key: asdict(value) for key, value in known.items()}}
-    with suppress(OSError), open_folder(folder, make=True) as opened, opened.replacing(SPEEDS) as file:
-        file.write(json.dumps(sealed(content, _CHECKSUM), indent=1).encode())
+    with suppress(OSError):
+        remove_leftovers(folder / SPEEDS)  # also of a run that writes them now, which then only fails to remember
+        with open_folder(folder, make=True) as opened, opened.replacing(SPEEDS) as file:
+            file.write(json.dumps(sealed(content, _CHECKSUM), indent=1).encode())
 
 
 def _read(folder: Path) -> dict[str, Speeds]:

@@ -33,7 +33,7 @@ def killed_at_steps(model: Path, folder: Path, every: int, overrides: list[str])
     [
         (1, [], 45, 2),
         (12, STREAMING, 80, 6),
-        (9, ["cache.budget=75000"], 45, 1),
+        (9, ["cache.budget=100000"], 45, 1),
         (13, [*STREAMING, "cache.keep=job", "cache.budget=300000", "generation.batch_size=2"], 80, 0),
     ],
     ids=["exact", "streaming", "exact in a budget", "streaming in a budget"],

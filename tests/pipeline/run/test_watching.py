@@ -240,7 +240,9 @@ def test_metrics_are_not_read_before_they_are_whole(
 ) -> None:
     names: list[str] = []
     real = os.replace
-    monkeypatch.setattr("os.replace", lambda *paths: (names.append(paths[0].name), real(*paths)))
+    monkeypatch.setattr(
+        "os.replace", lambda *paths, **folders: (names.append(os.fspath(paths[0])), real(*paths, **folders))
+    )
     progress = Progress(quiet=True)
     progress.run_started(3)
     write_metrics(tmp_path / "run.prom", "job", progress.pace(), Report(), running=True)
