@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-import mlx.core as mx
 from pydantic import Field, TypeAdapter
 
 from pipeline.report import Report
@@ -78,14 +77,14 @@ def read_speeds(folder: Path, identity: Identity) -> Speeds:
 
 def remember_speeds(folder: Path, identity: Identity, speeds: Speeds) -> None:
     """Keep speeds in place of those that were measured before. A speed that is None leaves the earlier one."""
-    known = _read(folder)
     new = {name: value for name, value in asdict(speeds).items() if value is not None}
-    if not new:
-        return
-    known[_key(identity)] = replace(known.get(_key(identity), Speeds()), **new)
-    content = {"format": 1, "speeds": {key: asdict(value) for key, value in known.items()}}
     with suppress(OSError):
         remove_leftovers(folder / SPEEDS)  # also of a run that writes them now, which then only fails to remember
+        if not new:
+            return
+        known, key = _read(folder), _key(identity)
+        known[key] = replace(known.get(key, Speeds()), **new)
+        content = {"format": 1, "speeds": {name: asdict(value) for name, value in known.items()}}
         with open_folder(folder, make=True) as opened, opened.replacing(SPEEDS) as file:
             file.write(json.dumps(sealed(content, _CHECKSUM), indent=1).encode())
 
@@ -100,5 +99,7 @@ def _read(folder: Path) -> dict[str, Speeds]:
 
 def _key(identity: Identity) -> str:
     """Return the model, the codec, and the machine with its device; a store may be on a disk of several machines."""
+    import mlx.core as mx  # a run with nothing to do does not need it
+
     device = f"{mx.default_device()} {mx.device_info().get('device_name', '')}"
     return f"{identity.weights} {identity.codec} {socket.gethostname()} {device}"

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import closing
 
+from pipeline.cache.speeds import Speeds, remember_speeds
 from pipeline.errors import Interrupted, StoppedAtFailure
 from pipeline.inputs.documents import Document
 from pipeline.inputs.inputs import Inputs
@@ -109,9 +110,7 @@ class Runner:
                     finally:
                         for stats in executor.take_stats():
                             report.add_work(stats)
-                        if executor.has_started and not report.workers:
-                            from pipeline.cache.speeds import Speeds, remember_speeds  # imports MLX, as the model has
-
+                        if not report.workers:
                             remember_speeds(job.cache.dir, identity, Speeds.of(report))
             finally:
                 observer.run_ended()
