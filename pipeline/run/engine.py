@@ -373,7 +373,7 @@ def _with_evidence(row: Row) -> str:
 
 
 def _rounded(logprob: float | None) -> float | None:
-    return None if logprob is None else round(logprob, 3)
+    return None if logprob is None else round(logprob, 3) + 0.0  # so that it is never -0.0
 
 
 def too_long(context: int, suffix: int, longest: int, limit: int | None) -> ContextTooLong | None:
