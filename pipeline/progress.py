@@ -153,7 +153,7 @@ class Pace:
 
 @dataclass(frozen=True)
 class _Committed:
-    """What was done when documents were last committed. seconds: of work, without loading the model."""
+    """The work that was done when documents were last committed. seconds: of work, without loading the model."""
 
     seconds: float
     prefill_seconds: float

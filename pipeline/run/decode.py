@@ -59,7 +59,7 @@ def generate_answers(
     decoder = _Decoder(loaded, batch_size, ranks)
     rows = [_rows(request, parser) for request in requests]
     decoded = decoder.decode(rows, lambda number: on_answer() if requests[number].passages is None else None)
-    answers = [_merged(request, own, outputs) for request, own, outputs in zip(requests, rows, decoded, strict=True)]
+    answers = [_merged(request, outputs) for request, outputs in zip(requests, decoded, strict=True)]
     evidence = {
         number: Evidence(request.tokens, request.settings, answers[number], parser)
         for number, request in enumerate(requests)
@@ -144,7 +144,7 @@ def _chosen_logprobs(responses: Sequence[Response], parsers: Sequence[RowParser 
         logprobs = response.logprobs
         if parser.constraint is not None:
             logprobs = parser.constraint.logprobs.popleft()[0]
-        elif logprobs.dtype != mx.float32:  # their sum is rounded, and so are they
+        elif logprobs.dtype != mx.float32:  # half precision rounds them, so they are normalised again
             logprobs = log_softmax(logprobs[None])[0]
         chosen.append(logprobs[response.token])
     result: Any = mx.stack(chosen).tolist() if chosen else []
@@ -175,7 +175,7 @@ def _quotation_row(request: Request, turn: Turn) -> _DecodedRow:
     return _DecodedRow(request.prefix, turn.tokens, QUOTATION_TOKENS, None, parser)
 
 
-def _merged(request: Request, rows: Sequence[_DecodedRow], outputs: Sequence[Answer]) -> Answer:
+def _merged(request: Request, outputs: Sequence[Answer]) -> Answer:
     """Return the answer that the outputs of a request's rows make."""
     settings = request.settings
     if settings.choices:
