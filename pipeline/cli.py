@@ -18,18 +18,10 @@ import typer
 from pipeline import __version__
 from pipeline.commands.cache import app as cache_app
 from pipeline.commands.console import (
-    AsJson,
     CommandGroup,
-    Debug,
-    FirstDocuments,
-    JobFile,
-    OneShard,
-    Overrides,
-    Prune,
-    ShowPrompt,
-    SomeDocuments,
-    SomeQueries,
     anywhere,
+    ask,
+    ask_questions,
     command_line,
     errors_explained,
     load,
@@ -37,6 +29,29 @@ from pipeline.commands.console import (
     table,
 )
 from pipeline.commands.evaluate import compare, score
+from pipeline.commands.options import (
+    AsJson,
+    AsLog,
+    Contenders,
+    Debug,
+    FailFast,
+    FirstDocuments,
+    FirstQueries,
+    JobFile,
+    Measure,
+    Metrics,
+    NaiveQueries,
+    On,
+    OneShard,
+    Overrides,
+    Prune,
+    Questions,
+    Quiet,
+    RetryFailed,
+    ShowPrompt,
+    SomeDocuments,
+    SomeQueries,
+)
 from pipeline.logs import LogFormat, tell
 from pipeline.standard_streams import make_streams_safe, print_if_possible
 
@@ -60,40 +75,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(cache_app)
-
-RetryFailed = Annotated[
-    bool,
-    typer.Option("--retry-failed/--keep-failed", help="Try rows that failed before again, or keep them as they are."),
-]
-FailFast = Annotated[bool, typer.Option("--fail-fast", help="Stop when a row fails, with exit code 1.")]
-Metrics = Annotated[
-    Path | None,
-    typer.Option("--metrics", metavar="FILE", help="Keep the run's numbers in this file, for Prometheus to collect."),
-]
-AsLog = Annotated[
-    LogFormat, typer.Option("--log-format", help="What is written to stderr: lines, or a JSON object a line.")
-]
-On = Annotated[
-    str | None,
-    typer.Option("--on", metavar="RAY", help="Run on a Ray cluster: ray, or ray://HOST:PORT with its client port."),
-]
-Measure = Annotated[
-    bool, typer.Option("--measure", help="Load the model and measure its speed, to tell how long a run would take.")
-]
-Questions = Annotated[
-    list[str] | None, typer.Option("--query", metavar="TEXT", help="Ask this of every document; may be repeated.")
-]
-FirstQueries = Annotated[
-    int | None, typer.Option("--queries", metavar="N", min=1, help="Ask the first N queries only.")
-]
-NaiveQueries = Annotated[
-    int | None,
-    typer.Option("--naive-queries", metavar="N", min=1, help="Have naive, which is slow, answer the first N only."),
-]
-Contenders = Annotated[
-    list[str] | None, typer.Option("--contender", metavar="NAME", help="Run this one only; may be repeated.")
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress and no summary.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -137,9 +118,9 @@ def run(
     """
     with errors_explained(debug, quiet, computes=on is not None, log_format=log_format):
         from pipeline.errors import ResultWouldShrink
+        from pipeline.run.context import RunOptions
         from pipeline.job.selection import Selection
         from pipeline.models.ranks import RESUME_HINT, is_rank_worker
-        from pipeline.run.context import RunOptions
 
         job, shard = load(job_file, set_, one_shard)
         again = command_line(context, "run")
@@ -349,10 +330,10 @@ def init(
         id_guess, text_guess = (id_, text) if id_ and text else guess_columns(documents)
         first_job = FirstJob(
             documents=documents,
-            id=id_ or _ask("Column of ids", id_guess),
-            text=text or _ask("Column of texts", text_guess),
-            model=model or _ask("Model, a folder or a Hugging Face repo id", suitable_model()),
-            queries=query or _ask_questions(QUESTION),
+            id=id_ or ask("Column of ids", id_guess),
+            text=text or ask("Column of texts", text_guess),
+            model=model or ask("Model, a folder or a Hugging Face repo id", suitable_model()),
+            queries=query or ask_questions(QUESTION),
         )
         write_job(job_file, first_job, force)
         print(f"{job_file}\nnext: {command_line(context, 'plan')}")
@@ -444,19 +425,6 @@ def main() -> None:
     """The console script."""
     make_streams_safe()
     app(prog_name="pipeline")
-
-
-def _ask(question: str, default: str) -> str:
-    """Return the user's answer, or the default if there is no terminal to ask on."""
-    return str(typer.prompt(question, default, err=True)) if sys.stdin.isatty() else default
-
-
-def _ask_questions(default: str) -> list[str]:
-    """Return the user's questions; the first empty line after the first question ends them."""
-    questions = [_ask("First question", default)]
-    while sys.stdin.isatty() and (question := typer.prompt("Another one, or Enter", "", show_default=False, err=True)):
-        questions.append(question)
-    return questions
 
 
 def _check_job_file(report: Report, job: Job, job_file: Path, overrides: list[str] | None, shard: str | None) -> None:

@@ -21,6 +21,9 @@ import pyarrow.parquet as pq
 
 from pipeline.commands.bench_result import WARM, BenchResult, Pair
 from pipeline.errors import NotApplicable, PipelineError, RowError, one_line
+from pipeline.run.decode import make_sampler, row_name
+from pipeline.run.engine import too_long
+from pipeline.run.runner import Runner
 from pipeline.inputs.inputs import Inputs
 from pipeline.inputs.prompts import PromptTokenizer, Renderer
 from pipeline.inputs.windows import WindowCutter
@@ -36,9 +39,6 @@ from pipeline.models.mlx_lm_internals import (
 )
 from pipeline.models.output_parser import OutputParser, RowParser
 from pipeline.progress import RunObserver
-from pipeline.run.decode import make_sampler, row_name
-from pipeline.run.engine import too_long
-from pipeline.run.runner import Runner
 from turboquant.eval.baselines import group_size_of
 from turboquant.eval.results import CannotRun
 from turboquant.runtime.device import on_cpu

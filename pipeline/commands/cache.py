@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.console import AsJson, CommandGroup, Debug, errors_explained, size, table
+from pipeline.commands.console import CommandGroup, errors_explained, size, table
+from pipeline.commands.options import AsJson, Debug
 
 BAD_FOUND = 1
 

@@ -1,18 +1,16 @@
-"""The parts that all commands share: options, error messages, exit codes, and the format of sizes and tables."""
+"""The parts that all commands share: error messages, exit codes, questions, and the format of sizes and tables."""
 
 from __future__ import annotations
 
-import glob
 import logging
 import os
-import re
 import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from typer.core import TyperGroup
@@ -24,54 +22,6 @@ if TYPE_CHECKING:
     from pipeline.job.job import Job
     from pipeline.job.shards import Shard
 
-
-def _job_files(incomplete: str) -> list[str]:
-    """Return the job files that a shell may complete a word to: in the folder that it names, and one below."""
-    start = glob.escape(incomplete)
-    return sorted(path for pattern in ("*.y*ml", "*/*.y*ml") for path in glob.glob(f"{start}{pattern}"))
-
-
-def _keys(incomplete: str) -> list[str]:
-    """Return the keys of a job file that a shell may complete a word to."""
-    from pipeline.job.job_schema import KEYS
-
-    keys = [key.replace("queries table.", "queries.") for key in KEYS if not re.match(r"queries\.", key)]
-    sections = {key.rpartition(".")[0] for key in keys}
-    return [f"{key}=" for key in keys if key.startswith(incomplete) and key not in sections]
-
-
-JobFile = Annotated[Path, typer.Argument(metavar="JOB", help="The job file (YAML).", autocompletion=_job_files)]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="KEY.PATH=VALUE",
-        help="Override a key of the job file; may be repeated.",
-        autocompletion=_keys,
-    ),
-]
-OneShard = Annotated[
-    str | None, typer.Option("--shard", metavar="K/N", help="Only the K-th of N shares of the documents, such as 3/16.")
-]
-Prune = Annotated[
-    bool, typer.Option("--prune", help="Remove rows of the result that the job does not ask for any more.")
-]
-SomeDocuments = Annotated[
-    list[str] | None,
-    typer.Option("--document", metavar="ID", help="This document only, or those of a pattern; may be repeated."),
-]
-SomeQueries = Annotated[
-    list[str] | None,
-    typer.Option("--query", metavar="ID", help="This query only, or those of a pattern; may be repeated."),
-]
-FirstDocuments = Annotated[
-    int | None, typer.Option("--limit", metavar="N", min=1, help="The first N of these documents only.")
-]
-ShowPrompt = Annotated[
-    bool, typer.Option("--prompt", help="Print the first document's first prompt, as the model reads it, instead.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")]
 
 _JOB = ("job_file", "one_shard", "set_")  # parameters of commands
 _PART_OF_JOB = (*_JOB, "document", "query", "limit", "prune")
@@ -218,3 +168,16 @@ def usable_memory() -> int:
     except OSError:
         return total
     return min(total, int(limit)) if limit.isdigit() else total
+
+
+def ask(question: str, default: str) -> str:
+    """Return the user's answer, or the default if there is no terminal to ask on."""
+    return str(typer.prompt(question, default, err=True)) if sys.stdin.isatty() else default
+
+
+def ask_questions(default: str) -> list[str]:
+    """Return the user's questions; the first empty line after the first question ends them."""
+    questions = [ask("First question", default)]
+    while sys.stdin.isatty() and (question := typer.prompt("Another one, or Enter", "", show_default=False, err=True)):
+        questions.append(question)
+    return questions

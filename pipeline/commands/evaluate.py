@@ -9,22 +9,16 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.console import AsJson, Debug, Overrides, errors_explained
+from pipeline.commands.console import errors_explained
+from pipeline.commands.options import GOLD, AsJson, Debug, GoldColumns, Overrides, Page, ResultOrJob
 from pipeline.logs import tell
 
 BELOW_MINIMUM = 3
 
-_GOLD = "Gold answers: Parquet, JSON Lines or CSV, with document_id, query_id, answer and perhaps evidence."
-GoldColumns = Annotated[
-    list[str] | None,
-    typer.Option("--column", metavar="NAME=COLUMN", help="A column of the gold by another name; may be repeated."),
-]
-Page = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a page, too.")]
-
 
 def score(
-    result: Annotated[Path, typer.Argument(metavar="RESULT", help="A job file or a result file.")],
-    gold: Annotated[str, typer.Option("--gold", metavar="FILE", help=_GOLD)],
+    result: ResultOrJob,
+    gold: Annotated[str, typer.Option("--gold", metavar="FILE", help=GOLD)],
     least: Annotated[
         list[str] | None,
         typer.Option(
@@ -75,7 +69,7 @@ def score(
 def compare(
     a: Annotated[Path, typer.Argument(metavar="A", help="A job file or a result file.")],
     b: Annotated[Path, typer.Argument(metavar="B", help="The other job file or result file.")],
-    gold: Annotated[str | None, typer.Option("--gold", metavar="FILE", help=_GOLD)] = None,
+    gold: Annotated[str | None, typer.Option("--gold", metavar="FILE", help=GOLD)] = None,
     column: GoldColumns = None,
     html: Page = None,
     as_json: AsJson = False,

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from pipeline.cache.speeds import Speeds, remember_speeds
 from pipeline.commands.bench import Extent, job_part, warm_up_job
-from pipeline.job.budget import existing
-from pipeline.job.job import Job
 from pipeline.run.fingerprint import job_identity
 from pipeline.run.supervisor import supervise
+from pipeline.job.budget import existing
+from pipeline.job.job import Job
 
 _CHARACTERS, _TOKENS = 8000, 16  # of the document, and of each answer
 

@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import JobError
+from pipeline.run.fingerprint import job_identity, result_metadata
+from pipeline.run.pruning import find_surplus
+from pipeline.run.task import TaskPlanner
 from pipeline.files.temporary_database import spill_errors, temporary_database
 from pipeline.inputs.documents import Document
 from pipeline.inputs.inputs import Inputs
@@ -26,9 +29,6 @@ from pipeline.output.rows import Row, read_documents, read_metadata
 from pipeline.output.run_file import RunFile
 from pipeline.progress import with_progress_bar
 from pipeline.report import Report
-from pipeline.run.fingerprint import job_identity, result_metadata
-from pipeline.run.pruning import find_surplus
-from pipeline.run.task import TaskPlanner
 
 if TYPE_CHECKING:
     from turboquant.io.identity import Identity
