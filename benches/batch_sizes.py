@@ -38,7 +38,7 @@ def answers(job: Job) -> dict[Pair, str | None]:
     """Run a job; its answers."""
     import pyarrow.parquet as pq
 
-    from pipeline.run.runner import Runner
+    from pipeline.execution.runner import Runner
 
     Runner(job, RunObserver()).run()
     rows = pq.read_table(job.result_file).to_pylist()

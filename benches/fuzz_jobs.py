@@ -30,9 +30,9 @@ from benches.fuzz_files import PIECES, change, spoil
 from benches.tiny import Place, text_of, write_model
 from pipeline.cli import app
 from pipeline.errors import ModelError
+from pipeline.execution.runner import Runner
 from pipeline.job.job_file import load_job
 from pipeline.progress import RunObserver
-from pipeline.run.runner import Runner
 
 LINES = [{"id": f"d{number}", "text": text_of(number, 3), "year": 2020 + number} for number in range(3)]
 ASKED = [{"document": f"d{number}", "id": "q", "text": "Why?", "max_tokens": 2} for number in (2, 0)]

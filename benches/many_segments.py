@@ -25,7 +25,7 @@ from mlx_lm.models.cache import KVCache
 
 from pipeline.cache.pins import output_digest
 from pipeline.cache.store import Store
-from pipeline.run.executor import drop_segments
+from pipeline.execution.executor import drop_segments
 from turboquant import CacheCodec, Prefix
 from turboquant.caches.prefix import Segment
 from turboquant.io.identity import FORMAT_VERSION, Identity

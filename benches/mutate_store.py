@@ -200,8 +200,8 @@ class Listening(logging.Handler):
 
 def run(place: Place) -> Any:
     """Run a job in this process; returns its report."""
+    from pipeline.execution.runner import Runner
     from pipeline.job.job_file import load_job
-    from pipeline.run.runner import Runner
 
     return Runner(load_job(place.folder / "job.yaml"), RunObserver()).run()
 

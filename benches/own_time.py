@@ -23,21 +23,21 @@ from typing import Any
 from pipeline.progress import RunObserver
 
 ROOT = Path(__file__).resolve().parent.parent
-GROUP = "pipeline.run.engine:Engine.answer"
+GROUP = "pipeline.execution.engine:Engine.answer"
 REST = "everything else"
 MODEL = {"prefill: the model", "prefill: encoding", "answers: the model, in BatchGenerator", "decoding prefixes once"}
 STAGES = {
     "turboquant.caches.prefix:feed": "prefill: the model",
     "turboquant.kernels.encoding:encode_layer": "prefill: encoding",
     "mlx_lm.generate:BatchGenerator.next_generated": "answers: the model, in BatchGenerator",
-    "pipeline.run.engine:make_resident": "decoding prefixes once",
+    "pipeline.execution.engine:make_resident": "decoding prefixes once",
     "mlx_lm.generate:BatchGenerator.insert": "answers: joining the batch",
     "pipeline.models.output_parser:RowParser.answer": "answers: tokens to text",
-    "pipeline.run.prefixes:PrefixProvider.wait_until_stored": "waiting for segments to be written",
+    "pipeline.execution.prefixes:PrefixProvider.wait_until_stored": "waiting for segments to be written",
     "pipeline.cache.store:Store.load": "store: reading segments, not ahead",
     "pipeline.cache.store:Store.make_room": "store: making room",
-    "pipeline.run.engine:Engine.prepare": "tokenising, not ahead",
-    "pipeline.run.commit:Committer._wait": "waiting for rows to be written",
+    "pipeline.execution.engine:Engine.prepare": "tokenising, not ahead",
+    "pipeline.execution.commit:Committer._wait": "waiting for rows to be written",
     GROUP: REST,
 }
 
@@ -100,8 +100,8 @@ def main() -> None:
     from turboquant.runtime.blas import load_tuned_blas
 
     load_tuned_blas()
+    from pipeline.execution.runner import Runner
     from pipeline.job.job_file import load_job
-    from pipeline.run.runner import Runner
 
     with tempfile.TemporaryDirectory() as folder:
         paths = [f"cache.dir={folder}/cache", f"output.path={folder}/out.parquet"]

@@ -21,7 +21,7 @@ def measure(model: Any, tokens: Sequence[int], rounds: int) -> dict[str, float]:
     """Best seconds, by what was done."""
     from mlx_lm.models.cache import make_prompt_cache
 
-    from pipeline.run.prefixes import CPU_CHUNK
+    from pipeline.execution.prefixes import CPU_CHUNK
     from turboquant import CacheCodec, enabled, prefill
     from turboquant.caches.prefix import feed, prefill_caches
     from turboquant.mlx_lm.families import explain

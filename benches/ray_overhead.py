@@ -56,8 +56,8 @@ def dummy(latency: float) -> type[Any]:
     from dataclasses import replace
 
     from pipeline.distributed.ray_worker import RayWorker, WorkerInfo
+    from pipeline.execution.task import TaskResult
     from pipeline.report import WorkStats
-    from pipeline.run.task import TaskResult
 
     class Dummy(RayWorker):
         def _start(self, *_: Any) -> WorkerInfo:
@@ -86,9 +86,9 @@ def measure(latency: float, documents: int, workers: int) -> tuple[float, float,
 
     import pipeline.distributed.ray_pool
     from pipeline.distributed.ray_executor import RayExecutor
+    from pipeline.execution.commit import Committer
+    from pipeline.execution.runner import Runner
     from pipeline.job.job_file import load_job
-    from pipeline.run.commit import Committer
-    from pipeline.run.runner import Runner
 
     moments: list[float] = []
     real = Committer.commit

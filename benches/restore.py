@@ -38,11 +38,11 @@ class Measured:
 def measure(job_file: Path, folder: Path, rounds: int, count: int | None = None) -> Iterator[Measured]:
     """Prefill, store and restore the context of every document, or of the first ``count``."""
     from pipeline.cache.codec import job_codec
+    from pipeline.execution.fingerprint import job_identity
     from pipeline.inputs.documents import stream_documents
     from pipeline.inputs.prompts import PromptTokenizer, Renderer, template_columns
     from pipeline.job.job_file import load_job
     from pipeline.models.loading import load_model
-    from pipeline.run.fingerprint import job_identity
     from turboquant.caches.prefix import prefill_segment
     from turboquant.io.segment_file import write_segment
 

@@ -99,9 +99,9 @@ def swap_at_random(folder: Path, swaps: int, seed: int) -> Counter[str]:
 def run(place: Place, then: Callable[[], None] = lambda: None) -> tuple[Place, Any]:
     """Run a place's job in this process; returns the place with what it holds, or with the error."""
     from pipeline.errors import PipelineError
+    from pipeline.execution.runner import Runner
     from pipeline.job.job_file import load_job
     from pipeline.progress import RunObserver
-    from pipeline.run.runner import Runner
 
     job = load_job(place.write(DOCUMENTS, max_tokens=4))
     try:

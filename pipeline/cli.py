@@ -118,7 +118,7 @@ def run(
     """
     with errors_explained(debug, quiet, computes=on is not None, log_format=log_format):
         from pipeline.errors import ResultWouldShrink
-        from pipeline.run.context import RunOptions
+        from pipeline.execution.context import RunOptions
         from pipeline.job.selection import Selection
         from pipeline.models.ranks import RESUME_HINT, is_rank_worker
 
@@ -138,7 +138,7 @@ def run(
 
         def start(options: RunOptions) -> Report:
             if on is None:
-                from pipeline.run.supervisor import supervise
+                from pipeline.execution.supervisor import supervise
 
                 return supervise(job, shows_nothing, options, metrics, shard)
             from pipeline.distributed.ray_cluster import run_on_ray

@@ -20,10 +20,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.execution.runner import Runner
 from pipeline.job.job_file import load_job
 from pipeline.models.loading import LoadedModel, load_model
 from pipeline.progress import RunObserver
-from pipeline.run.runner import Runner
 from tests import ROOT
 from turboquant import CacheCodec, Prefix, enabled
 from turboquant.caches.prefix import PrefillCache

@@ -21,9 +21,9 @@ import pyarrow.parquet as pq
 
 from pipeline.commands.bench_result import WARM, BenchResult, Pair
 from pipeline.errors import NotApplicable, PipelineError, RowError, one_line
-from pipeline.run.decode import make_sampler, row_name
-from pipeline.run.engine import too_long
-from pipeline.run.runner import Runner
+from pipeline.execution.decode import make_sampler, row_name
+from pipeline.execution.engine import too_long
+from pipeline.execution.runner import Runner
 from pipeline.inputs.inputs import Inputs
 from pipeline.inputs.prompts import PromptTokenizer, Renderer
 from pipeline.inputs.windows import WindowCutter

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from pipeline.cache.speeds import Speeds, remember_speeds
 from pipeline.commands.bench import Extent, job_part, warm_up_job
-from pipeline.run.fingerprint import job_identity
-from pipeline.run.supervisor import supervise
+from pipeline.execution.fingerprint import job_identity
+from pipeline.execution.supervisor import supervise
 from pipeline.job.budget import existing
 from pipeline.job.job import Job
 

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.errors import JobError
-from pipeline.run.fingerprint import job_identity, result_metadata
-from pipeline.run.pruning import find_surplus
-from pipeline.run.task import TaskPlanner
+from pipeline.execution.fingerprint import job_identity, result_metadata
+from pipeline.execution.pruning import find_surplus
+from pipeline.execution.task import TaskPlanner
 from pipeline.files.temporary_database import spill_errors, temporary_database
 from pipeline.inputs.documents import Document
 from pipeline.inputs.inputs import Inputs

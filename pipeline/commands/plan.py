@@ -15,9 +15,9 @@ from typing import Any
 from pipeline.cache.codec import job_codec
 from pipeline.cache.hit_index import HitIndex, label_number
 from pipeline.errors import JobError, RowError
-from pipeline.run.fingerprint import job_identity
-from pipeline.run.pruning import Surplus, find_surplus
-from pipeline.run.task import TaskPlanner
+from pipeline.execution.fingerprint import job_identity
+from pipeline.execution.pruning import Surplus, find_surplus
+from pipeline.execution.task import TaskPlanner
 from pipeline.inputs.inputs import Inputs
 from pipeline.inputs.prompts import PromptTokenizer, Rendered, Renderer
 from pipeline.inputs.token_counter import Effort, Lengths, TokenCounter

@@ -13,8 +13,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 from pipeline.errors import ModelProcessDied
-from pipeline.run.quarantine import Quarantine, Verdict, name_documents, quarantine_error
-from pipeline.run.task import DocumentTask
+from pipeline.execution.quarantine import Quarantine, Verdict, name_documents, quarantine_error
+from pipeline.execution.task import DocumentTask
 
 PATIENCE = 1.0  # seconds that an idle worker waits before it takes documents whose prefixes another worker has
 _LOOKAHEAD = 16  # groups from which a worker's next one is chosen

@@ -16,15 +16,15 @@ from typing import Any
 from pipeline.cache.pins import Pins
 from pipeline.cache.store import open_store
 from pipeline.errors import Interrupted, JobError
+from pipeline.execution.context import RunContext
+from pipeline.execution.decode import Request, generate_answers
+from pipeline.execution.fingerprint import context_label, job_identity, load_identified
+from pipeline.execution.prefixes import PrefixProvider
 from pipeline.inputs.prompts import Renderer
 from pipeline.job.job import Job, Settings
 from pipeline.models.output_parser import OutputParser
 from pipeline.models.quotations import Passages
 from pipeline.models.ranks import RankGroup, common_values, join_ranks
-from pipeline.run.context import RunContext
-from pipeline.run.decode import Request, generate_answers
-from pipeline.run.fingerprint import context_label, job_identity, load_identified
-from pipeline.run.prefixes import PrefixProvider
 from turboquant import Prefix
 from turboquant.caches.prefix import make_resident
 

@@ -16,11 +16,11 @@ from threading import Lock
 from typing import TYPE_CHECKING
 
 from pipeline.errors import JobError, RemoteError, one_line
+from pipeline.execution.context import RunOptions
+from pipeline.execution.display import RunDisplay
+from pipeline.execution.messages import Finished, Message, MessageObserver
 from pipeline.job.shards import Shard
 from pipeline.report import Report
-from pipeline.run.context import RunOptions
-from pipeline.run.display import RunDisplay
-from pipeline.run.messages import Finished, Message, MessageObserver
 
 if TYPE_CHECKING:
     from pipeline.job.job import Job
@@ -58,7 +58,7 @@ def run_on_ray(
     name = f"{job.name} {shard}" if shard else job.name
     with RunDisplay(name, quiet, metrics) as display, _connected(address):
         from pipeline.distributed.ray_executor import RayExecutor
-        from pipeline.run.runner import Runner
+        from pipeline.execution.runner import Runner
 
         lock = Lock()
 

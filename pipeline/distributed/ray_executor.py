@@ -26,14 +26,14 @@ from pipeline.distributed.leases import Lease, Leases
 from pipeline.distributed.ray_pool import LEASES_PER_WORKER, WorkerHandle, WorkerPool
 from pipeline.distributed.ray_worker import TokenCounts, WorkerReply
 from pipeline.errors import Interrupted, JobError, PipelineError, one_line
+from pipeline.execution.context import RunContext
+from pipeline.execution.executor import Executor, drop_segments
+from pipeline.execution.quarantine import name_documents
+from pipeline.execution.task import DocumentTask, GroupResult, TaskResult
 from pipeline.inputs.batching import ahead
 from pipeline.inputs.inputs import Inputs
 from pipeline.output.provenance import versions
 from pipeline.report import WorkerReport, WorkStats
-from pipeline.run.context import RunContext
-from pipeline.run.executor import Executor, drop_segments
-from pipeline.run.quarantine import name_documents
-from pipeline.run.task import DocumentTask, GroupResult, TaskResult
 
 _MOST_LABELS = 1_000_000  # labels of which it is remembered which store has them
 _SECONDS_PER_WAIT = 0.2

@@ -20,9 +20,9 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from pipeline.distributed.leases import Lease
 from pipeline.distributed.ray_worker import RayWorker, TokenCounts, WorkerReply
 from pipeline.errors import JobError, PipelineError
+from pipeline.execution.quarantine import MOST_DEATHS
 from pipeline.job.job import Job, Scale
 from pipeline.report import WorkerReport
-from pipeline.run.quarantine import MOST_DEATHS
 
 LEASES_PER_WORKER = 2  # one is answered while the other waits, so that the worker never waits
 _SECONDS_BETWEEN_LOOKS = 2.0

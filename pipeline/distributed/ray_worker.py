@@ -19,14 +19,14 @@ from threading import Condition
 from typing import TYPE_CHECKING
 
 from pipeline.errors import Interrupted, JobError
+from pipeline.execution.messages import Failed, Logged, MessageLogHandler
 from pipeline.progress import RunObserver
 from pipeline.report import WorkStats
-from pipeline.run.messages import Failed, Logged, MessageLogHandler
 
 if TYPE_CHECKING:
+    from pipeline.execution.engine import Engine, PreparedTask
+    from pipeline.execution.task import DocumentTask, TaskResult
     from pipeline.job.job import Job
-    from pipeline.run.engine import Engine, PreparedTask
-    from pipeline.run.task import DocumentTask, TaskResult
     from turboquant.io.identity import Identity
 
 _MOST_LINES = 1000  # of the log that are kept until the next reply
@@ -146,7 +146,7 @@ class RayWorker:
         """Remove segments that the job has built: all of them, or those with the given keys."""
         from pipeline.cache.pins import Pins
         from pipeline.cache.store import open_store
-        from pipeline.run.executor import drop_segments
+        from pipeline.execution.executor import drop_segments
 
         other_jobs = Pins(self._job.cache.dir, self._job.result_file)  # the driver knows what this job still needs
         drop_segments(open_store(self._job.cache, other_jobs.is_pinned), self._job, keys)
@@ -154,8 +154,8 @@ class RayWorker:
     def _start(self, identity: Identity, versions: Mapping[str, str], schemas: Collection[str]) -> WorkerInfo:
         from pipeline.cache.pins import Pins
         from pipeline.cache.store import open_store
-        from pipeline.run.context import RunContext
-        from pipeline.run.engine import Engine
+        from pipeline.execution.context import RunContext
+        from pipeline.execution.engine import Engine
         from turboquant.runtime.device import on_cpu
 
         self._check_equal(identity, versions)
@@ -168,8 +168,8 @@ class RayWorker:
         return WorkerInfo(socket.gethostname(), os.getpid(), log, store.folder_id(), device)
 
     def _check_equal(self, identity: Identity, driver_versions: Mapping[str, str]) -> None:
+        from pipeline.execution.fingerprint import job_identity
         from pipeline.output.provenance import versions
-        from pipeline.run.fingerprint import job_identity
 
         for name, version in versions().items():
             if version != driver_versions[name]:

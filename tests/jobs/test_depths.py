@@ -16,11 +16,11 @@ import pytest
 import yaml
 from mlx_lm.generate import generate_step
 
+from pipeline.execution.decode import Request, generate_answers
 from pipeline.inputs.prompts import PromptTokenizer, Rendered
 from pipeline.job.job import Prompt, Settings
 from pipeline.models.loading import LoadedModel, load_model
 from pipeline.models.output_parser import OutputParser
-from pipeline.run.decode import Request, generate_answers
 from tests import ROOT
 from turboquant import CacheCodec, Prefix, enabled
 from turboquant.caches.prefix import PrefillCache, Segment, feed, join

@@ -56,9 +56,9 @@ def prefilled(workplace: Workplace) -> list[int]:
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """``pipeline run`` runs in this process, which takes a tenth of the time."""
-    from pipeline.run.runner import Runner
+    from pipeline.execution.runner import Runner
 
     def run(job: Any, quiet: bool, options: Any, metrics: Any, shard: Any) -> Any:
         return Runner(job, RunObserver(), options=options, shard=shard).run()
 
-    monkeypatch.setattr("pipeline.run.supervisor.supervise", run)
+    monkeypatch.setattr("pipeline.execution.supervisor.supervise", run)

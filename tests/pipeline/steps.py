@@ -128,7 +128,7 @@ def run_watched(place: Any, overrides: list[str], step: int | None) -> tuple[lis
 @contextmanager
 def _noting_prefills(log: Path) -> Iterator[None]:
     """Every prefill that is begun, by its tokens."""
-    import pipeline.run.prefixes as module
+    import pipeline.execution.prefixes as module
 
     real = module.prefill_segment
 

@@ -102,9 +102,9 @@ class Workplace:
 
         Rows that the job does not ask for any more are removed.
         """
+        from pipeline.execution.context import RunOptions
+        from pipeline.execution.runner import Runner
         from pipeline.job.job_file import load_job
-        from pipeline.run.context import RunOptions
-        from pipeline.run.runner import Runner
 
         job = load_job(self.save(), overrides)
         return Runner(job, observer or self.observer, options=RunOptions(prune=True)).run()

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from pipeline.cache.pins import Pins, output_digest
 from pipeline.cache.store import Store
 from pipeline.cli import app
-from pipeline.run.fingerprint import MEMO
+from pipeline.execution.fingerprint import MEMO
 from tests.pipeline.workplace import Workplace
 
 ESCAPE = "\x1b]0;owned\x07"

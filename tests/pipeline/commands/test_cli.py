@@ -289,7 +289,7 @@ INTERRUPTIBLE = """
 import time
 from turboquant.runtime.blas import load_tuned_blas
 load_tuned_blas()
-from pipeline.run import engine
+from pipeline.execution import engine
 real = engine.Engine._show_row
 def slowly(self):
     real(self)

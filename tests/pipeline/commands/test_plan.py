@@ -14,12 +14,12 @@ import pytest
 from pipeline.cache.speeds import Speeds, remember_speeds
 from pipeline.commands.plan import job_status, plan_job
 from pipeline.errors import JobError
+from pipeline.execution.fingerprint import job_identity
 from pipeline.inputs.prompts import PromptTokenizer
 from pipeline.inputs.token_counter import Effort
 from pipeline.job.job import Job
 from pipeline.job.job_file import load_job
 from pipeline.report import Report
-from pipeline.run.fingerprint import job_identity
 from tests.pipeline.command_line import invoke
 from tests.pipeline.workplace import Workplace
 
@@ -299,6 +299,6 @@ def test_a_model_without_weights_is_an_error(workplace: Workplace, tmp_path: Pat
 
 def test_importing_loads_no_mlx() -> None:
     """The tuned BLAS must come before MLX, so no module may import it on the way."""
-    code = "import json, sys, pipeline.commands.plan, pipeline.run.runner; print(json.dumps(sorted(sys.modules)))"
+    code = "import json, sys, pipeline.commands.plan, pipeline.execution.runner; print(json.dumps(sorted(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert not {"mlx.core", "mlx_lm", "transformers"} & set(json.loads(done.stdout))

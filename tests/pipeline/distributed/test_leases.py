@@ -8,10 +8,10 @@ from dataclasses import replace
 import pytest
 
 from pipeline.distributed.leases import Lease, Leases
+from pipeline.execution.task import DocumentTask
 from pipeline.inputs.documents import Document
 from pipeline.inputs.prompts import Rendered
 from pipeline.job.job import Query
-from pipeline.run.task import DocumentTask
 
 QUERIES = [Query(id="who", text="Who?"), Query(id="when", text="When?")]
 

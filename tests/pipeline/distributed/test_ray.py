@@ -107,7 +107,7 @@ def waiting_in_prefill(folder: Path) -> type[RayWorker]:
 
     class Waiting(RayWorker):
         def _start(self, *arguments: Any) -> Any:
-            from pipeline.run import prefixes
+            from pipeline.execution import prefixes
 
             prefixes.CPU_CHUNK, real = 16, prefixes.PrefixProvider._chunk_done
 

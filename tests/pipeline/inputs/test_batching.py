@@ -12,8 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import pipeline.run.engine
-import pipeline.run.prefixes
+import pipeline.execution.engine
+import pipeline.execution.prefixes
 from pipeline.inputs.batching import GROUP_CHARACTERS, ahead, group_documents
 from pipeline.inputs.documents import Document
 from pipeline.job.job import Query
@@ -88,13 +88,13 @@ def test_documents_share_a_batch_and_the_answers_are_the_same(
     workplace: Workplace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batches: list[int] = []
-    real = pipeline.run.engine.generate_answers
+    real = pipeline.execution.engine.generate_answers
 
     def watching(loaded: Any, requests: Any, *rest: Any) -> Any:
         batches.append(len(requests))
         return real(loaded, requests, *rest)
 
-    monkeypatch.setattr(pipeline.run.engine, "generate_answers", watching)
+    monkeypatch.setattr(pipeline.execution.engine, "generate_answers", watching)
     workplace.documents |= {str(n): f"{n} and {n}" for n in range(4)}
     workplace.run()
     assert batches == [3] * 7
@@ -121,7 +121,7 @@ def test_how_prefixes_are_attended_is_reported(workplace: Workplace, how: str) -
 
 def test_only_one_group_s_prefixes_are_alive(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[Any] = []
-    real = pipeline.run.prefixes.prefill_segment
+    real = pipeline.execution.prefixes.prefill_segment
 
     def watching(*args: Any) -> Any:
         gc.collect()
@@ -130,7 +130,7 @@ def test_only_one_group_s_prefixes_are_alive(workplace: Workplace, monkeypatch: 
         alive.append(weakref.ref(segment.layers[0]))
         return segment
 
-    monkeypatch.setattr("pipeline.run.prefixes.prefill_segment", watching)
+    monkeypatch.setattr("pipeline.execution.prefixes.prefill_segment", watching)
     workplace.tree["generation"] = TOGETHER
     workplace.documents |= {str(n): f"{n} and {n}" for n in range(6)}
     assert workplace.run().prefixes_built == 9
@@ -164,7 +164,7 @@ def test_a_document_that_fails_in_a_group_fails_alone(
     workplace.run()
     whole = workplace.output.read_bytes()
     workplace.output.unlink()
-    real = pipeline.run.engine.generate_answers
+    real = pipeline.execution.engine.generate_answers
 
     def failing(loaded: Any, requests: Any, *rest: Any) -> Any:
         answers = real(loaded, requests, *rest)
@@ -175,7 +175,7 @@ def test_a_document_that_fails_in_a_group_fails_alone(
     done = workplace.observer.rows
     done.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.run.engine, "generate_answers", failing)
+        patch.setattr(pipeline.execution.engine, "generate_answers", failing)
         report = workplace.run("generation.batch_size=8", "retries=0")
     assert report.failures == {"GenerationFailed": 3}
     assert report.rows_answered == 6
@@ -195,13 +195,13 @@ def test_the_next_group_is_restored_ahead(workplace: Workplace, monkeypatch: pyt
     before = workplace.output.read_bytes()
     workplace.output.unlink()
     threads: list[str] = []
-    real = pipeline.run.prefixes.PrefixProvider._load
+    real = pipeline.execution.prefixes.PrefixProvider._load
 
     def loading(self: Any, piece: Any) -> Any:
         threads.append(threading.current_thread().name)
         return real(self, piece)
 
-    monkeypatch.setattr(pipeline.run.prefixes.PrefixProvider, "_load", loading)
+    monkeypatch.setattr(pipeline.execution.prefixes.PrefixProvider, "_load", loading)
     report = workplace.run()
     assert (report.prefixes_restored, report.prefixes_built) == (7, 0)
     assert len(threads) == 7

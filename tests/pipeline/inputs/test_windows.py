@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import pipeline.run.engine
+import pipeline.execution.engine
 from benches import tiny
 from pipeline.errors import Interrupted
 from pipeline.inputs.documents import Document
@@ -160,7 +160,7 @@ def test_a_document_in_windows_that_was_cut_off_is_answered_again_whole(
     whole = long.output.read_bytes()
     long.output.unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.run.engine, "generate_answers", calls_fail_at(9, KeyboardInterrupt()))
+        patch.setattr(pipeline.execution.engine, "generate_answers", calls_fail_at(9, KeyboardInterrupt()))
         with pytest.raises(KeyboardInterrupt):
             long.run()
     assert long.run().rows_kept == 3
@@ -171,7 +171,7 @@ def test_what_fails_on_one_window_fails(long: Workplace, monkeypatch: pytest.Mon
     long.save(documents={"path": "docs.parquet", "too_long": "split"}, retries=0)
     with monkeypatch.context() as patch:
         patch.setattr(
-            pipeline.run.engine, "generate_answers", calls_fail_at(2, RuntimeError("[malloc] Unable to allocate"))
+            pipeline.execution.engine, "generate_answers", calls_fail_at(2, RuntimeError("[malloc] Unable to allocate"))
         )
         report = long.run()
     assert report.failures == {"GenerationFailed": 3}
@@ -182,7 +182,7 @@ def test_what_fails_on_one_window_fails(long: Workplace, monkeypatch: pytest.Mon
 
 def calls_fail_at(number: int, error: BaseException) -> Callable[..., Any]:
     """What answers, but for one call."""
-    real, calls = pipeline.run.engine.generate_answers, iter(range(1, 1000))
+    real, calls = pipeline.execution.engine.generate_answers, iter(range(1, 1000))
 
     def answer(*arguments: Any) -> Any:
         if next(calls) == number:

@@ -291,7 +291,7 @@ def test_a_row_that_llguidance_gives_up_on_takes_no_other_along(
     workplace.run()
     before = workplace.answers()
     workplace.queries[1] |= {"json_schema": OWNER, "max_tokens": 60}
-    from pipeline.run import decode as answers
+    from pipeline.execution import decode as answers
 
     def make_sampler(settings: Settings, name: str) -> Any:
         """What the schema forbids, in place of what a limit of llguidance's would do."""

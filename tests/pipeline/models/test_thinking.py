@@ -58,7 +58,7 @@ def write(monkeypatch: pytest.MonkeyPatch) -> Callable[[Workplace, str], None]:
 
             return sample
 
-        monkeypatch.setattr("pipeline.run.decode.make_sampler", make_sampler)
+        monkeypatch.setattr("pipeline.execution.decode.make_sampler", make_sampler)
 
     return script
 

@@ -260,7 +260,7 @@ def test_only_the_entries_of_processes_load_it():
         "pipeline/commands/bench.py",  # the process of a baseline
         "pipeline/commands/console.py",
         "pipeline/distributed/ray_worker.py",
-        "pipeline/run/worker.py",
+        "pipeline/execution/worker.py",
         "turboquant/bench.py",
         "turboquant/chat.py",
         "turboquant/fidelity.py",

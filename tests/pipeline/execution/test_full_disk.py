@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import pipeline.run.commit
+import pipeline.execution.commit
 from pipeline.errors import InputError, OutputError, PipelineError
 from pipeline.progress import RunObserver
 from tests import ROOT
@@ -74,8 +74,8 @@ def whole_bytes(workplace: Workplace) -> bytes:
 
 def stop(workplace: Workplace) -> PipelineError | None:
     """Why a run stops, if it does; nothing half is left."""
+    from pipeline.execution.runner import Runner
     from pipeline.job.job_file import load_job
-    from pipeline.run.runner import Runner
 
     try:
         Runner(load_job(workplace.job_file), RunObserver()).run()
@@ -183,7 +183,7 @@ def test_a_disk_that_is_full_when_bytes_are_made_durable(workplace: Workplace, m
 
 def at_commit(monkeypatch: pytest.MonkeyPatch, number: int, happens: Callable[[], Any]) -> None:
     """Something happens before a document's rows are committed, the ``number``-th's."""
-    real, calls = pipeline.run.commit.Committer.commit, []
+    real, calls = pipeline.execution.commit.Committer.commit, []
 
     def commit(*args: Any) -> None:
         calls.append(1)
@@ -191,7 +191,7 @@ def at_commit(monkeypatch: pytest.MonkeyPatch, number: int, happens: Callable[[]
             happens()
         real(*args)
 
-    monkeypatch.setattr(pipeline.run.commit.Committer, "commit", commit)
+    monkeypatch.setattr(pipeline.execution.commit.Committer, "commit", commit)
 
 
 @pytest.mark.parametrize("override", [(), ("cache.keep=job",), ("cache.budget=120000",)])
@@ -260,8 +260,8 @@ def test_documents_that_changed_between_runs(workplace: Workplace) -> None:
 
 
 def test_a_column_that_is_gone_changes_nothing(workplace: Workplace) -> None:
+    from pipeline.execution.runner import Runner
     from pipeline.job.job_file import load_job
-    from pipeline.run.runner import Runner
 
     workplace.run()
     before = workplace.output.read_bytes()

@@ -120,16 +120,16 @@ def test_merged_shards_are_what_a_run_without_writes(
 
 @pytest.mark.usefixtures("here")
 def test_batches_are_those_of_a_run_without_shards(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
-    import pipeline.run.engine
+    import pipeline.execution.engine
 
     batches: list[set[str]] = []
-    real = pipeline.run.engine.generate_answers
+    real = pipeline.execution.engine.generate_answers
 
     def watching(loaded: Any, requests: Any, *rest: Any) -> Any:
         batches.append({request.name for request in requests})
         return real(loaded, requests, *rest)
 
-    monkeypatch.setattr("pipeline.run.engine.generate_answers", watching)
+    monkeypatch.setattr("pipeline.execution.engine.generate_answers", watching)
     place.run()
     without = list(batches)
     batches.clear()

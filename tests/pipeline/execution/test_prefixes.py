@@ -12,9 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.commands.plan import plan_job
+from pipeline.execution.prefixes import segment_ends
 from pipeline.inputs.prompts import SHARED_CHARACTERS
 from pipeline.job.job_file import load_job
-from pipeline.run.prefixes import segment_ends
 from tests.pipeline.workplace import Interrupting, Recorder, Workplace
 
 EXAMPLES = "Example. Who met? The board met. When? On the third of May. " * 30

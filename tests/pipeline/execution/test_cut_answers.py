@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from pipeline.execution.fingerprint import is_within
 from pipeline.job.job import Settings
 from pipeline.output.results import Results
 from pipeline.output.rows import Row
-from pipeline.run.fingerprint import is_within
 from tests.pipeline.command_line import in_terminal, invoke
 from tests.pipeline.workplace import Workplace
 
@@ -101,10 +101,10 @@ def test_when_an_answer_is_what_another_limit_gives(
 
 
 def test_a_result_of_a_former_release_is_kept_and_gets_new_fingerprints(place: Workplace) -> None:
+    from pipeline.execution.fingerprint import job_identity, row_fingerprints
     from pipeline.inputs.inputs import Inputs
     from pipeline.inputs.prompts import Renderer
     from pipeline.job.job_file import load_job
-    from pipeline.run.fingerprint import job_identity, row_fingerprints
 
     place.run()
     new = place.output.read_bytes()

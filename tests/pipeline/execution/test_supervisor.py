@@ -84,8 +84,8 @@ if __name__ == "__mp_main__":
         note("begun", prompt.task.document_id)
         return real(self, prompt)
 
-    patch("pipeline.run.commit:Committer.commit", committing)
-    patch("pipeline.run.engine:Engine._with_prefix", beginning)
+    patch("pipeline.execution.commit:Committer.commit", committing)
+    patch("pipeline.execution.engine:Engine._with_prefix", beginning)
     if os.environ["TARGET"]:
         patch(os.environ["TARGET"], fated)
     elif life < len(fates):
@@ -135,26 +135,26 @@ def killed(tmp_path: Path, tiny_model: Path) -> Supervised:
     [
         (
             "kill",
-            "pipeline.run.prefixes:PrefixProvider._chunk_done",
+            "pipeline.execution.prefixes:PrefixProvider._chunk_done",
             "2",
             "d0 d1 d1 d2",
             "was killed by signal 9 (SIGKILL)",
         ),
         (
             "kill",
-            "pipeline.run.engine:Engine._show_row",
+            "pipeline.execution.engine:Engine._show_row",
             "5",
             "d0 d1 d1 d2",
             "was killed by signal 9 (SIGKILL)",
         ),
         (
             "abort",
-            "pipeline.run.engine:Engine._show_row",
+            "pipeline.execution.engine:Engine._show_row",
             "7",
             "d0 d1 d2 d2",
             "was killed by signal 6 (SIGABRT)",
         ),
-        ("leave", "pipeline.run.engine:load_identified", "1", "d0 d1 d2", "ended with exit status 3"),
+        ("leave", "pipeline.execution.engine:load_identified", "1", "d0 d1 d2", "ended with exit status 3"),
         ("kill", "pipeline.output.results:Results.finish", "1", "d0 d1 d2", "was killed by signal 9 (SIGKILL)"),
     ],
 )
@@ -182,7 +182,7 @@ def test_a_process_that_dies_once_changes_nothing(
 def test_rows_that_an_earlier_run_answered_stay_kept(killed: Supervised) -> None:
     killed.run()
     killed.documents["d1"] += "And more."
-    process = killed.start("kill", "pipeline.run.engine:Engine._show_row", "2")
+    process = killed.start("kill", "pipeline.execution.engine:Engine._show_row", "2")
     _, error = process.communicate()
     assert process.returncode == 0, error
     assert [killed.report()[name] for name in ("rows_kept", "rows_answered", "restarts")] == [6, 3, 1]
@@ -199,7 +199,7 @@ def test_rows_that_an_earlier_run_answered_stay_kept(killed: Supervised) -> None
 def test_a_document_that_kills_the_process_twice_becomes_error_rows(
     workplace: Workplace, killed: Supervised, fate: str, how: str
 ) -> None:
-    process = killed.start(fate, "pipeline.run.prefixes:PrefixProvider._chunk_done", "2 1")
+    process = killed.start(fate, "pipeline.execution.prefixes:PrefixProvider._chunk_done", "2 1")
     out, error = process.communicate()
     assert process.returncode == 3, error
     assert "3 ModelProcessDied" in out
@@ -228,7 +228,7 @@ def test_documents_that_share_a_batch_are_tried_alone_before_one_is_to_blame(
 ) -> None:
     # Twice amid the answers of all three; then d1, by itself, twice.
     killed.tree["generation"] = {"max_tokens": 5, "batch_size": 9}
-    process = killed.start("kill", "pipeline.run.engine:Engine._show_row", "5 2 4 1")
+    process = killed.start("kill", "pipeline.execution.engine:Engine._show_row", "5 2 4 1")
     _, error = process.communicate()
     assert process.returncode == 3, error
     assert "with document 'd0' and 2 more in hand again; each is tried by itself" in error
@@ -244,7 +244,7 @@ def test_documents_that_share_a_batch_are_tried_alone_before_one_is_to_blame(
 
 def test_every_document_has_its_own_deaths(killed: Supervised) -> None:
     # d0 twice, d1 once, and d2 twice again.
-    process = killed.start("kill", "pipeline.run.engine:Engine._show_row", "1 1 2 4 1")
+    process = killed.start("kill", "pipeline.execution.engine:Engine._show_row", "1 1 2 4 1")
     _, error = process.communicate()
     assert process.returncode == 3, error
     failed = Counter(document for (document, _), row in killed.rows().items() if row["status"] == "error")
@@ -256,8 +256,8 @@ def test_every_document_has_its_own_deaths(killed: Supervised) -> None:
 @pytest.mark.parametrize(
     ("target", "where", "begun"),
     [
-        ("pipeline.run.engine:load_identified", "before a document was in hand", True),
-        ("pipeline.run.runner:Inputs", "before a document was in hand", False),
+        ("pipeline.execution.engine:load_identified", "before a document was in hand", True),
+        ("pipeline.execution.runner:Inputs", "before a document was in hand", False),
         ("pipeline.output.results:Results.finish", "while the result was written", True),
     ],
 )
@@ -278,14 +278,14 @@ def test_a_process_that_dies_without_a_document_is_tried_twice(
 
 
 def test_an_unforeseen_error_is_one_line_and_no_death(killed: Supervised) -> None:
-    process = killed.start("fail", "pipeline.run.runner:Inputs", "1")
+    process = killed.start("fail", "pipeline.execution.runner:Inputs", "1")
     out, error = process.communicate()
     assert (process.returncode, out) == (1, "")
     assert error == "error: LookupError: on two lines (--debug shows where)\n"
 
 
 def test_debug_shows_where_the_process_failed(killed: Supervised) -> None:
-    process = killed.start("fail", "pipeline.run.runner:Inputs", "1", "--debug")
+    process = killed.start("fail", "pipeline.execution.runner:Inputs", "1", "--debug")
     _, error = process.communicate()
     assert process.returncode == 1
     assert "in fail\n" in error
@@ -293,7 +293,7 @@ def test_debug_shows_where_the_process_failed(killed: Supervised) -> None:
 
 
 def test_a_killed_parent_takes_the_process_along(killed: Supervised) -> None:
-    process = killed.start("hang", "pipeline.run.engine:Engine._show_row", "4")
+    process = killed.start("hang", "pipeline.execution.engine:Engine._show_row", "4")
     assert process.stdout is not None
     process.stdout.readline()
     process.kill()
@@ -317,7 +317,7 @@ def stderr_until(process: subprocess.Popen[str], words: str) -> str:
 def test_the_second_signal_stops_at_once(
     killed: Supervised, send: Callable[[int, int], None], number: signal.Signals
 ) -> None:
-    process = killed.start("hang", "pipeline.run.engine:Engine._show_row", "4")
+    process = killed.start("hang", "pipeline.execution.engine:Engine._show_row", "4")
     assert process.stdout is not None
     process.stdout.readline()
     send(process.pid, number)
@@ -333,7 +333,7 @@ def test_the_second_signal_stops_at_once(
 
 
 def test_the_third_signal_stops_a_process_that_is_deaf(killed: Supervised) -> None:
-    process = killed.start("turn_deaf", "pipeline.run.engine:Engine._show_row", "4")
+    process = killed.start("turn_deaf", "pipeline.execution.engine:Engine._show_row", "4")
     assert process.stdout is not None
     process.stdout.readline()
     for _ in range(2):
@@ -358,7 +358,7 @@ def test_a_signal_that_comes_before_the_process_is_ready(killed: Supervised) -> 
 
 
 def test_a_process_that_dies_when_asked_to_stop_is_no_death(killed: Supervised) -> None:
-    process = killed.start("hang", "pipeline.run.engine:Engine._show_row", "4")
+    process = killed.start("hang", "pipeline.execution.engine:Engine._show_row", "4")
     assert process.stdout is not None
     child = int(process.stdout.readline())
     process.send_signal(signal.SIGINT)

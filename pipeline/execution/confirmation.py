@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 
 from pipeline.errors import JobError, OutputError
+from pipeline.execution.fingerprint import job_identity
+from pipeline.execution.task import TaskPlanner
 from pipeline.inputs.inputs import Inputs
 from pipeline.job.job import Job
-from pipeline.run.fingerprint import job_identity
-from pipeline.run.task import TaskPlanner
 from turboquant.io.identity import Identity
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-import pipeline.run.fingerprint
+import pipeline.execution.fingerprint
 from benches.swaps import swap_at_random
 from pipeline.errors import PipelineError
 from pipeline.progress import RunObserver
@@ -76,7 +76,7 @@ def test_weights_that_are_other_ones_only_while_they_are_loaded_are_loaded_again
     workplace.output.unlink()
     shutil.rmtree(workplace.cache)
     other = write_model(workplace.folder / "other", seed=1)
-    load, loads = pipeline.run.fingerprint.load_model, []
+    load, loads = pipeline.execution.fingerprint.load_model, []
 
     def load_swapped(*arguments: Any) -> Any:
         loads.append(1)
@@ -88,7 +88,7 @@ def test_weights_that_are_other_ones_only_while_they_are_loaded_are_loaded_again
         finally:
             exchange(model, other)
 
-    monkeypatch.setattr("pipeline.run.fingerprint.load_model", load_swapped)
+    monkeypatch.setattr("pipeline.execution.fingerprint.load_model", load_swapped)
     disturbed = 9
     with pytest.raises(PipelineError, match="its files changed each of the 3 times that they were read"):
         workplace.run()

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, NoReturn
 
 from pipeline import errors
 from pipeline.errors import PipelineError, one_line
+from pipeline.execution.context import RunOptions
 from pipeline.job.shards import Shard
 from pipeline.progress import RunObserver
 from pipeline.report import Report
-from pipeline.run.context import RunOptions
 
 if TYPE_CHECKING:
     from pipeline.job.job import Job

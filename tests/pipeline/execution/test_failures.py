@@ -24,7 +24,7 @@ from turboquant.runtime.blas import load_tuned_blas
 load_tuned_blas()
 if __name__ == "__mp_main__":
     from pipeline import retry
-    from pipeline.run import engine
+    from pipeline.execution import engine
     retry.FIRST_WAIT = 0.01
     real, left = engine.generate_answers, int(os.environ["FAILURES"])
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-import pipeline.run.engine
+import pipeline.execution.engine
 from pipeline.cache.entries import size_of
 from pipeline.cache.pins import Pins
 from pipeline.cache.store import Store
@@ -88,7 +88,9 @@ def test_what_an_interrupted_job_needs_is_kept_for_a_week(
     needed = {path.name for path in workplace.segments()}
     workplace.output.unlink()
     with monkeypatch.context() as patch:  # all are stored, and none is done
-        patch.setattr(pipeline.run.engine, "generate_answers", lambda *_: signal.raise_signal(signal.SIGINT) or [])
+        patch.setattr(
+            pipeline.execution.engine, "generate_answers", lambda *_: signal.raise_signal(signal.SIGINT) or []
+        )
         with pytest.raises(BaseException):  # noqa: B017, PT011
             workplace.run()
     other = Workplace(tmp_path / "other", workplace.model)
@@ -223,7 +225,7 @@ from turboquant.runtime.blas import load_tuned_blas
 load_tuned_blas()  # log-probabilities are rounded alike by one BLAS only
 from pipeline.job.job_file import load_job
 from pipeline.progress import RunObserver
-from pipeline.run.runner import Runner
+from pipeline.execution.runner import Runner
 
 logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(message)s")
 class Waiting(RunObserver):

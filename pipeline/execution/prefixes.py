@@ -18,9 +18,9 @@ from pipeline.cache.codec import job_codec
 from pipeline.cache.pins import output_digest
 from pipeline.cache.store import Store
 from pipeline.errors import BudgetTooSmall, DiskFull, GenerationFailed, StoreError, one_line
+from pipeline.execution.context import RunContext
 from pipeline.models.loading import LoadedModel, prefix_bytes
 from pipeline.report import WorkStats
-from pipeline.run.context import RunContext
 from turboquant import Prefix
 from turboquant.caches.prefix import Segment, join, prefill_segment
 from turboquant.runtime.device import on_cpu

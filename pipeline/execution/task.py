@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from pipeline.errors import ModelProcessDied, RowError
+from pipeline.execution.fingerprint import context_label, is_within, row_fingerprints
 from pipeline.inputs.documents import Document
 from pipeline.inputs.prompts import Rendered, Renderer
 from pipeline.inputs.windows import WindowCutter
@@ -17,7 +18,6 @@ from pipeline.job.job import Job, Query
 from pipeline.models.loading import model_folder
 from pipeline.models.special_tokens import SpecialTokens
 from pipeline.output.rows import Row
-from pipeline.run.fingerprint import context_label, is_within, row_fingerprints
 
 if TYPE_CHECKING:
     from turboquant.io.identity import Identity

@@ -12,6 +12,11 @@ from dataclasses import dataclass, field, replace
 
 from pipeline.cache.store import Store
 from pipeline.errors import AnswerCutOff, ContextTooLong, GenerationFailed, RowError, UnknownToken, one_line
+from pipeline.execution.context import RunContext
+from pipeline.execution.decode import Request, generate_answers, row_name
+from pipeline.execution.fingerprint import context_label, load_identified
+from pipeline.execution.prefixes import Piece, PrefixProvider, Restored
+from pipeline.execution.task import DocumentTask, TaskResult, error_row
 from pipeline.inputs.prompts import PromptTokenizer, Rendered, Renderer
 from pipeline.inputs.windows import WindowCutter, combined
 from pipeline.job.job import Query
@@ -22,11 +27,6 @@ from pipeline.models.ranks import common_values
 from pipeline.output.rows import Row
 from pipeline.report import WorkStats
 from pipeline.retry import attempts
-from pipeline.run.context import RunContext
-from pipeline.run.decode import Request, generate_answers, row_name
-from pipeline.run.fingerprint import context_label, load_identified
-from pipeline.run.prefixes import Piece, PrefixProvider, Restored
-from pipeline.run.task import DocumentTask, TaskResult, error_row
 from turboquant import Prefix
 from turboquant.caches.prefix import make_resident
 from turboquant.kernels.programs import summary as kernel_origins

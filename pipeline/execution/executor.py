@@ -13,20 +13,20 @@ from typing import TYPE_CHECKING
 
 from pipeline.cache.pins import Pins, output_digest
 from pipeline.errors import RowError
+from pipeline.execution.context import RunContext
+from pipeline.execution.fingerprint import context_label
+from pipeline.execution.task import DocumentTask, GroupResult, TaskResult
 from pipeline.inputs.batching import ahead
 from pipeline.inputs.inputs import Inputs
 from pipeline.inputs.prompts import Renderer
 from pipeline.job.job import Job
 from pipeline.report import WorkStats
-from pipeline.run.context import RunContext
-from pipeline.run.fingerprint import context_label
-from pipeline.run.task import DocumentTask, GroupResult, TaskResult
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
     from pipeline.cache.store import Store
-    from pipeline.run.engine import Engine, PreparedTask
+    from pipeline.execution.engine import Engine, PreparedTask
 
 
 class Executor(ABC):
@@ -136,7 +136,7 @@ class LocalExecutor(Executor):
 
     def _load_engine(self) -> Engine:
         from pipeline.cache.store import open_store  # both import MLX, which a run with nothing to do does not need
-        from pipeline.run.engine import Engine
+        from pipeline.execution.engine import Engine
 
         store = open_store(self._job.cache, self._pins.is_pinned)
         self._pins.pin(self._labels_to_come(), store.make_room)

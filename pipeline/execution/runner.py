@@ -14,6 +14,13 @@ from contextlib import closing
 
 from pipeline.cache.speeds import Speeds, remember_speeds
 from pipeline.errors import Interrupted, StoppedAtFailure
+from pipeline.execution.commit import Committer
+from pipeline.execution.confirmation import current_fingerprints
+from pipeline.execution.context import RunContext, RunOptions
+from pipeline.execution.executor import Executor, LocalExecutor
+from pipeline.execution.fingerprint import job_identity, result_metadata
+from pipeline.execution.pruning import find_surplus
+from pipeline.execution.task import TaskPlanner
 from pipeline.inputs.documents import Document
 from pipeline.inputs.inputs import Inputs
 from pipeline.job.job import Job
@@ -24,13 +31,6 @@ from pipeline.output.results import Results
 from pipeline.output.run_file import RunFile
 from pipeline.progress import Observers, Progress, RunObserver
 from pipeline.report import Report
-from pipeline.run.commit import Committer
-from pipeline.run.confirmation import current_fingerprints
-from pipeline.run.context import RunContext, RunOptions
-from pipeline.run.executor import Executor, LocalExecutor
-from pipeline.run.fingerprint import job_identity, result_metadata
-from pipeline.run.pruning import find_surplus
-from pipeline.run.task import TaskPlanner
 from pipeline.signals import InterruptFlag
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from pipeline.execution.evidence import Evidence, Turn
 from pipeline.job.job import Settings
 from pipeline.models.choices import probabilities
 from pipeline.models.constraints import log_softmax
@@ -24,7 +25,6 @@ from pipeline.models.output_parser import Answer, ChoiceParser, OutputParser, Ro
 from pipeline.models.quotations import QUOTATION_TOKENS, Passages
 from pipeline.models.ranks import SINGLE, RankGroup
 from pipeline.models.row_generator import Response, Row, RowGenerator, Sampler
-from pipeline.run.evidence import Evidence, Turn
 from turboquant import Prefix, enabled
 
 

@@ -21,15 +21,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import PipelineError
+from pipeline.execution.context import RunOptions
+from pipeline.execution.display import RunDisplay
+from pipeline.execution.messages import (
+    DocumentsDone,
+    DocumentsStarted,
+    Failed,
+    Finished,
+    RunRequest,
+    RunStarted,
+    receive,
+)
+from pipeline.execution.quarantine import Quarantine, Verdict, name_documents, quarantine_error
+from pipeline.execution.worker import run_in_process
 from pipeline.job.shards import Shard
 from pipeline.models.ranks import RESUME_HINT
 from pipeline.output.run_file import mark_ended
 from pipeline.report import Report
-from pipeline.run.context import RunOptions
-from pipeline.run.display import RunDisplay
-from pipeline.run.messages import DocumentsDone, DocumentsStarted, Failed, Finished, RunRequest, RunStarted, receive
-from pipeline.run.quarantine import Quarantine, Verdict, name_documents, quarantine_error
-from pipeline.run.worker import run_in_process
 from pipeline.signals import stops_handled, stops_held_back
 
 if TYPE_CHECKING:

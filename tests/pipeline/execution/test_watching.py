@@ -30,10 +30,10 @@ import os, sys, time
 from turboquant.runtime.blas import load_tuned_blas
 
 load_tuned_blas()
-from pipeline.run import engine
+from pipeline.execution import engine
 from pipeline.output import run_file as runfile
-from pipeline.run import messages
-from pipeline.run import display as view
+from pipeline.execution import messages
+from pipeline.execution import display as view
 
 runfile.SECONDS_BETWEEN_WRITES = view.SECONDS_BETWEEN_METRICS = messages.SECONDS_BETWEEN_POLLS = 0.01
 real = engine.Engine._show_row
@@ -172,7 +172,7 @@ from turboquant.runtime.blas import load_tuned_blas
 
 load_tuned_blas()
 from pipeline.output import run_file as runfile
-from pipeline.run import prefixes
+from pipeline.execution import prefixes
 
 runfile.SECONDS_BETWEEN_WRITES = 0.01
 prefixes.CPU_CHUNK = 16

@@ -10,11 +10,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 
 from pipeline.errors import Interrupted, StoppedAtFailure
+from pipeline.execution.context import RunContext, RunOptions
+from pipeline.execution.executor import Executor
+from pipeline.execution.task import GroupResult
 from pipeline.output.results import Results
 from pipeline.report import Report
-from pipeline.run.context import RunContext, RunOptions
-from pipeline.run.executor import Executor
-from pipeline.run.task import GroupResult
 
 
 class Committer:

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-from pipeline.run.messages import Failed, Finished, MessageLogHandler, MessageObserver, Outbox, RunRequest
+from pipeline.execution.messages import Failed, Finished, MessageLogHandler, MessageObserver, Outbox, RunRequest
 from pipeline.signals import STOP_SIGNALS
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -49,8 +49,8 @@ def _run(outbox: Outbox, request: RunRequest) -> Finished | Failed:
 
         load_tuned_blas()
 
+        from pipeline.execution.runner import Runner
         from pipeline.models.ranks import leading_ranks
-        from pipeline.run.runner import Runner
 
         with leading_ranks(request.job) as ranks:
             runner = Runner(

@@ -135,10 +135,10 @@ def test_parts_of_shards_are_parts_of_the_job(workplace: Workplace) -> None:
 
 
 def test_a_part_that_is_interrupted_is_resumed_by_a_run_of_the_whole(workplace: Workplace) -> None:
+    from pipeline.execution.context import RunOptions
+    from pipeline.execution.runner import Runner
     from pipeline.job.job_file import load_job
     from pipeline.job.selection import Selection
-    from pipeline.run.context import RunOptions
-    from pipeline.run.runner import Runner
 
     workplace.run()
     whole = workplace.output.read_bytes()

@@ -8,9 +8,9 @@ from dataclasses import asdict
 
 import pytest
 
+from pipeline.execution.fingerprint import row_fingerprints
 from pipeline.inputs.prompts import Rendered
 from pipeline.job.job_file import load_job
-from pipeline.run.fingerprint import row_fingerprints
 from tests.pipeline.workplace import Workplace
 from turboquant.io.identity import Identity
 

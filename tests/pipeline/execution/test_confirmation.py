@@ -13,11 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import OutputError
+from pipeline.execution.runner import Runner
 from pipeline.job.job_file import load_job
 from pipeline.output.results import Results
 from pipeline.progress import RunObserver
 from pipeline.report import Report
-from pipeline.run.runner import Runner
 from tests.pipeline.command_line import invoke
 from tests.pipeline.workplace import Workplace
 
@@ -134,7 +134,7 @@ def test_a_job_file_that_changes_while_the_job_runs_is_told(
         workplace.save()
         return report
 
-    monkeypatch.setattr("pipeline.run.supervisor.supervise", run)
+    monkeypatch.setattr("pipeline.execution.supervisor.supervise", run)
     result = invoke("run", workplace.job_file)
     assert result.exit_code == 1
     assert "job.yaml: changed while the job ran, and the result is of the job as it was" in result.stderr
@@ -149,5 +149,5 @@ def test_a_job_file_that_is_gone_at_the_end_is_no_other_job(
         workplace.job_file.unlink()
         return Runner(job, RunObserver()).run()
 
-    monkeypatch.setattr("pipeline.run.supervisor.supervise", run)
+    monkeypatch.setattr("pipeline.execution.supervisor.supervise", run)
     assert invoke("run", workplace.save()).exit_code == 0

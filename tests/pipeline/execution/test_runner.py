@@ -19,8 +19,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import pipeline.cache.store
-import pipeline.run.engine
-import pipeline.run.prefixes
+import pipeline.execution.engine
+import pipeline.execution.prefixes
 from pipeline.errors import ModelError, OutputError
 from tests import ROOT
 from tests.pipeline.workplace import Interrupting, Workplace
@@ -102,7 +102,7 @@ def test_restored_prefixes_give_the_same_bytes(workplace: Workplace, prefilled: 
 def test_nothing_is_computed_twice(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     workplace.run()
     before = workplace.output.read_bytes()
-    monkeypatch.setattr("pipeline.run.engine.load_identified", None)
+    monkeypatch.setattr("pipeline.execution.engine.load_identified", None)
     assert counts(workplace.run()) == (9, 0, 0, 0, 0)
     assert workplace.output.read_bytes() == before
 
@@ -137,7 +137,7 @@ def test_removed_queries_and_documents_disappear(workplace: Workplace, monkeypat
     workplace.run()
     old = workplace.rows()
     del workplace.documents["d1"], workplace.queries[0]
-    monkeypatch.setattr("pipeline.run.engine.load_identified", None)
+    monkeypatch.setattr("pipeline.execution.engine.load_identified", None)
     assert counts(workplace.run()) == (4, 0, 0, 0, 0)
     left = [("d0", "when"), ("d0", "who"), ("d2", "when"), ("d2", "who")]
     assert workplace.rows() == {pair: old[pair] for pair in left}
@@ -415,7 +415,7 @@ def test_a_model_that_fails_on_one_document(
     whole = workplace.output.read_bytes()
     workplace.output.unlink()
     shutil.rmtree(workplace.cache)
-    module = pipeline.run.prefixes if where == "prefill_segment" else pipeline.run.engine
+    module = pipeline.execution.prefixes if where == "prefill_segment" else pipeline.execution.engine
     real, calls = getattr(module, where), []
 
     def failing(*args: Any) -> Any:
@@ -439,16 +439,16 @@ def test_a_model_that_fails_on_one_document(
 def test_failures_are_counted_once_in_the_progress(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     done = workplace.observer.rows
     monkeypatch.setattr("pipeline.retry.FIRST_WAIT", 0)
-    real = pipeline.run.engine.generate_answers
+    real = pipeline.execution.engine.generate_answers
 
     def failing(*args: Any) -> Any:
         real(*args)
         raise RuntimeError("after the last answer")
 
-    monkeypatch.setattr(pipeline.run.engine, "generate_answers", failing)
+    monkeypatch.setattr(pipeline.execution.engine, "generate_answers", failing)
     assert workplace.run().rows_failed == 9
     assert sum(done) == 9
-    monkeypatch.setattr(pipeline.run.engine, "generate_answers", real)
+    monkeypatch.setattr(pipeline.execution.engine, "generate_answers", real)
     workplace.documents["d0"] = ""
     done.clear()
     workplace.run()
@@ -462,7 +462,7 @@ def test_layers_that_are_kept_uncompressed_are_logged(
     workplace: Workplace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     support = Support((True, False), ("recurrent state (1 ArraysCache)",))
-    monkeypatch.setattr("pipeline.run.engine.explain", lambda model: support)
+    monkeypatch.setattr("pipeline.execution.engine.explain", lambda model: support)
     workplace.run()
     assert "1 of 2 layers are kept uncompressed: recurrent state (1 ArraysCache)" in caplog.messages
 
@@ -472,7 +472,7 @@ def test_layers_that_are_kept_uncompressed_are_logged(
 
 def test_one_prefix_is_alive_at_a_time(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[Any] = []
-    real = pipeline.run.prefixes.prefill_segment
+    real = pipeline.execution.prefixes.prefill_segment
 
     def watching(*args: Any) -> Any:
         gc.collect()
@@ -481,7 +481,7 @@ def test_one_prefix_is_alive_at_a_time(workplace: Workplace, monkeypatch: pytest
         alive.extend([weakref.ref(prefix), *map(weakref.ref, prefix.layers)])
         return prefix
 
-    monkeypatch.setattr("pipeline.run.prefixes.prefill_segment", watching)
+    monkeypatch.setattr("pipeline.execution.prefixes.prefill_segment", watching)
     workplace.documents |= {str(n): f"{n} and {n}" for n in range(4)}
     assert workplace.run().prefixes_built == 7
     gc.collect()
@@ -497,16 +497,16 @@ from pathlib import Path
 job, log, target, when, count = sys.argv[1:]
 from turboquant.runtime.blas import load_tuned_blas
 load_tuned_blas()  # log-probabilities are rounded alike by one BLAS only
-import pipeline.run.prefixes
+import pipeline.execution.prefixes
 from pipeline.job.job_file import load_job
-from pipeline.run.runner import Runner
+from pipeline.execution.runner import Runner
 
-prefill = pipeline.run.prefixes.prefill_segment
+prefill = pipeline.execution.prefixes.prefill_segment
 def logging_prefill(model, tokens, *rest):
     with open(log, "a") as file:
         print(len(tokens), file=file)
     return prefill(model, tokens, *rest)
-pipeline.run.prefixes.prefill_segment = logging_prefill
+pipeline.execution.prefixes.prefill_segment = logging_prefill
 
 module, name = target.split(":")
 owner = importlib.import_module(module)
@@ -545,10 +545,10 @@ def run_python(*arguments: str, code: str = DIE) -> subprocess.CompletedProcess[
 @pytest.mark.parametrize(
     ("target", "when", "count"),
     [
-        ("pipeline.run.prefixes:PrefixProvider._chunk_done", "before", 2),  # amid a prefill
+        ("pipeline.execution.prefixes:PrefixProvider._chunk_done", "before", 2),  # amid a prefill
         ("mlx.core:save_safetensors", "half", 2),  # amid a segment's tensors
         ("turboquant.io.segment_file:sealed", "before", 2),  # tensors without a manifest
-        ("pipeline.run.engine:Engine._show_row", "after", 4),  # amid a document's answers
+        ("pipeline.execution.engine:Engine._show_row", "after", 4),  # amid a document's answers
         ("pipeline.output.results:Results.commit", "after", 3),  # all parts, no result
         ("shutil:rmtree", "before", 1),  # the result is in place, and the parts are
     ],
@@ -614,7 +614,7 @@ def test_a_second_interrupt_stops_at_once(workplace: Workplace) -> None:
 
 def test_two_runs_on_one_result(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     messages: list[str] = []
-    real = pipeline.run.engine.generate_answers
+    real = pipeline.execution.engine.generate_answers
 
     def meanwhile(*args: Any) -> Any:
         with pytest.raises(OutputError) as caught:
@@ -622,7 +622,7 @@ def test_two_runs_on_one_result(workplace: Workplace, monkeypatch: pytest.Monkey
         messages.append(str(caught.value))
         return real(*args)
 
-    monkeypatch.setattr(pipeline.run.engine, "generate_answers", meanwhile)
+    monkeypatch.setattr(pipeline.execution.engine, "generate_answers", meanwhile)
     monkeypatch.setattr("pipeline.output.results.SECONDS_FOR_LOCK", 0)
     assert workplace.run().rows_answered == 9
     expected = f"{workplace.output}: another run is writing this result; wait for it, or set another output.path"

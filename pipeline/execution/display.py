@@ -9,10 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import OutputError
-from pipeline.logs import are_json, tell
-from pipeline.metrics import write_metrics
-from pipeline.progress import Progress
-from pipeline.run.messages import (
+from pipeline.execution.messages import (
     DocumentsDone,
     Finished,
     Logged,
@@ -24,6 +21,9 @@ from pipeline.run.messages import (
     RowsDone,
     RunStarted,
 )
+from pipeline.logs import are_json, tell
+from pipeline.metrics import write_metrics
+from pipeline.progress import Progress
 
 SECONDS_BETWEEN_METRICS = 5.0
 _log = logging.getLogger(__name__)
