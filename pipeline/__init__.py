@@ -1,3 +1,3 @@
 """Answer many queries about each of many long documents, from one compressed prompt cache per document."""
 
-__version__ = "0.1.0"
+from turboquant.runtime.versions import __version__ as __version__

@@ -50,6 +50,8 @@ class WorkStats:
     resident: dict[str, int] = field(default_factory=dict)
     restarts: int = 0
     workers: dict[str, WorkerReport] = field(default_factory=dict)
+    segments_of_other_versions: int = 0
+    other_versions: str = ""
 
     @contextmanager
     def timed(self, stage: Stage) -> Iterator[None]:
@@ -124,6 +126,9 @@ class Report:
     answer_seconds: float = 0.0
     restarts: int = 0  # of the model's process or of workers, after deaths
     workers: dict[str, WorkerReport] = field(default_factory=dict)  # of a distributed run, by name
+    rows_of_other_versions: int = 0  # of the rows that were kept
+    segments_of_other_versions: int = 0  # of the stored segments that were used
+    other_versions: str = ""  # how the first of these differ from the versions now
     interrupted: bool = False
     stopped_at: str | None = None  # the failed row that stopped the run, with --fail-fast
 
@@ -165,3 +170,5 @@ class Report:
         self.kernels = stats.kernels or self.kernels
         self.restarts += stats.restarts
         self.workers |= stats.workers
+        self.segments_of_other_versions += stats.segments_of_other_versions
+        self.other_versions = self.other_versions or stats.other_versions

@@ -10,7 +10,7 @@ import logging
 import time
 from array import array
 from collections import Counter
-from collections.abc import Callable, Collection, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import closing, suppress
 from dataclasses import replace
@@ -32,8 +32,8 @@ from pipeline.execution.quarantine import name_documents
 from pipeline.execution.task import DocumentTask, GroupResult, TaskResult
 from pipeline.inputs.batching import ahead
 from pipeline.inputs.inputs import Inputs
-from pipeline.output.provenance import versions
 from pipeline.report import WorkerReport, WorkStats
+from turboquant.runtime.versions import package_versions
 
 _MOST_LABELS = 1_000_000  # labels of which it is remembered which store has them
 _SECONDS_PER_WAIT = 0.2
@@ -72,7 +72,7 @@ class RayExecutor(Executor):
                     raise
                 if leases.is_waiting:
                     for worker in self._pool.start_missing():
-                        reference = worker.actor.start.remote(context.identity, versions(), list(context.schemas))
+                        reference = worker.actor.start.remote(context.identity, self.versions, list(context.schemas))
                         self._when_done(reference, self._on_started, worker)
                     if not self._has_started:
                         self._has_started = True
@@ -85,6 +85,11 @@ class RayExecutor(Executor):
         """Return the statistics of the work since the last call."""
         stats, self._stats = self._stats, []
         return stats
+
+    @property
+    def versions(self) -> Mapping[str, str]:
+        """The versions of packages, which are the same on all machines; each worker has its own device."""
+        return package_versions()
 
     @property
     def has_started(self) -> bool:

@@ -169,9 +169,9 @@ class RayWorker:
 
     def _check_equal(self, identity: Identity, driver_versions: Mapping[str, str]) -> None:
         from pipeline.execution.fingerprint import job_identity
-        from pipeline.output.provenance import versions
+        from turboquant.runtime.versions import package_versions
 
-        for name, version in versions().items():
+        for name, version in package_versions().items():
             if version != driver_versions[name]:
                 raise JobError(
                     f"{name} is {version} here and {driver_versions[name]} where the run was started; answers must not "

@@ -15,6 +15,7 @@ from pipeline.execution.executor import Executor
 from pipeline.execution.task import GroupResult
 from pipeline.output.results import Results
 from pipeline.report import Report
+from turboquant.runtime.versions import describe_difference
 
 
 class Committer:
@@ -56,6 +57,10 @@ class Committer:
         kept = [row for task in group.tasks for row in task.kept]
         failed = [row for row in rows if row.status == "error"]
         report.rows_kept += sum(row.status == "ok" for row in kept)
+        for row in kept:
+            if difference := describe_difference(row.versions, self._executor.versions):
+                report.rows_of_other_versions += 1
+                report.other_versions = report.other_versions or difference
         report.rows_answered += len(rows) - len(failed)
         for row in [*failed, *(row for row in kept if row.status == "error")]:
             report.add_failure(str(row.error_type), row.failure)

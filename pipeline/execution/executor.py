@@ -6,7 +6,7 @@ An executor also pins the contexts that the job still needs, so that no other ru
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing, suppress
 from itertools import islice
 from typing import TYPE_CHECKING
@@ -21,6 +21,7 @@ from pipeline.inputs.inputs import Inputs
 from pipeline.inputs.prompts import Renderer
 from pipeline.job.job import Job
 from pipeline.report import WorkStats
+from turboquant.runtime.versions import computing_versions
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -54,6 +55,11 @@ class Executor(ABC):
     @abstractmethod
     def take_stats(self) -> list[WorkStats]:
         """Return the statistics of the work since the last call."""
+
+    @property
+    def versions(self) -> Mapping[str, str]:
+        """The versions that compute the answers, as far as they are the same for all of them."""
+        return computing_versions()
 
     @property
     @abstractmethod

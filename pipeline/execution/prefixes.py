@@ -24,6 +24,7 @@ from pipeline.report import WorkStats
 from turboquant import Prefix
 from turboquant.caches.prefix import Segment, join, prefill_segment
 from turboquant.runtime.device import on_cpu
+from turboquant.runtime.versions import computing_versions, describe_difference
 
 # Tokens a prefill step. A GPU needs a few thousand to be busy. On a CPU a step takes seconds, and Ctrl-C waits for it.
 CPU_CHUNK, GPU_CHUNK = 512, 2048
@@ -86,7 +87,7 @@ class PrefixProvider:
         self._codec = job_codec(job.cache)
         self._segment_length = job.cache.segment if job.cache.prefill == "streaming" else None
         self._about = {"model": job.model, "output": output_digest(job.result_file)}
-        self._warned_of_store = False
+        self._warned_of_store, self._redoes = False, job.versions == "redo"
         self._saver = ThreadPoolExecutor(1, thread_name_prefix="segments")
         self._saving: Future[None] | None = None
 
@@ -153,6 +154,8 @@ class PrefixProvider:
         most_bytes = 64 * estimate + _SPARE_BYTES if estimate else None
         identity = self._context.identity
         segment = self._store.load(piece.key, piece.start, self._codec, identity, label, whole, most_bytes)
+        if segment is not None and self._redoes and _of_other_versions(segment):
+            return None
         if segment is not None:
             self._context.observer.restore_advanced(len(piece.tokens))
         return segment
@@ -164,7 +167,13 @@ class PrefixProvider:
             with self.stats.timed("restore"):
                 segment = self._load(piece)
         try:
-            return None if segment is None else _extend(prefix, segment)
+            if segment is None:
+                return None
+            extended = _extend(prefix, segment)
+            if difference := _of_other_versions(segment):
+                self.stats.segments_of_other_versions += 1
+                self.stats.other_versions = difference
+            return extended
         except ValueError as error:  # the segment of another parent, though its checksums are right
             self._store.reject(piece.key, one_line(error))
             return None
@@ -225,6 +234,10 @@ class PrefixProvider:
             self._warned_of_store = True
             return False
         return True
+
+
+def _of_other_versions(segment: Segment) -> str:
+    return describe_difference(segment.versions, computing_versions())
 
 
 def _extend(prefix: Prefix | None, segment: Segment) -> Prefix:

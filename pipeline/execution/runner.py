@@ -8,6 +8,7 @@ group together. The committer writes their rows. At the end, all rows are checke
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import closing
@@ -32,6 +33,8 @@ from pipeline.output.run_file import RunFile
 from pipeline.progress import Observers, Progress, RunObserver
 from pipeline.report import Report
 from pipeline.signals import InterruptFlag
+
+_log = logging.getLogger(__name__)
 
 
 class Runner:
@@ -89,7 +92,7 @@ class Runner:
                 with self._interrupt.listening(), run_file:
                     context = RunContext(job, identity, inputs.schemas, observer, self._interrupt.check, self._ranks)
                     executor = self._make_executor(context, inputs, report.documents_done)
-                    planner = TaskPlanner(job, identity, options.keep_failed, self._quarantined)
+                    planner = TaskPlanner(job, identity, options.keep_failed, self._quarantined, executor.versions)
                     committer = Committer(context, executor, results, report, options)
                     tasks = (
                         [planner.plan(document, results.rows(document.id)) for document in group]
@@ -114,6 +117,14 @@ class Runner:
                             remember_speeds(job.cache.dir, identity, Speeds.of(report))
             finally:
                 observer.run_ended()
+        if report.other_versions:
+            _log.warning(
+                "%d kept rows and %d stored segments are of other versions: %s; with `versions: redo` the job computes "
+                "them again",
+                report.rows_of_other_versions,
+                report.segments_of_other_versions,
+                report.other_versions,
+            )
         return report
 
     def _open_groups(self, inputs: Inputs) -> Iterator[list[Document]]:

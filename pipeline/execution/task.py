@@ -18,6 +18,7 @@ from pipeline.job.job import Job, Query
 from pipeline.models.loading import model_folder
 from pipeline.models.special_tokens import SpecialTokens
 from pipeline.output.rows import Row
+from turboquant.runtime.versions import computing_versions, describe_difference
 
 if TYPE_CHECKING:
     from turboquant.io.identity import Identity
@@ -56,7 +57,8 @@ class DocumentTask:
 
     def row(self, query: Query) -> Row:
         """Return the row of a query without an answer."""
-        return Row(self.document_id, query.id, "ok", self.fingerprints.get(query.id, ""))
+        fingerprint = self.fingerprints.get(query.id, "")
+        return Row(self.document_id, query.id, "ok", fingerprint, versions=computing_versions())
 
     def failures(self, error: RowError) -> dict[str, Row]:
         """Return error rows, by query id, for all open queries."""
@@ -94,12 +96,18 @@ class TaskPlanner:
     """Makes the task of each document: renders the prompt, computes fingerprints, and finds the rows to keep.
 
     keep_failed: failed rows with the right fingerprint are kept too. quarantined: documents that the model must not see
-    again, with the reason.
+    again, with the reason. versions: those that compute now, by default here, for jobs that keep no rows of others.
     """
 
     def __init__(
-        self, job: Job, identity: Identity, keep_failed: bool = False, quarantined: Mapping[str, str] | None = None
+        self,
+        job: Job,
+        identity: Identity,
+        keep_failed: bool = False,
+        quarantined: Mapping[str, str] | None = None,
+        versions: Mapping[str, str] | None = None,
     ) -> None:
+        self._wanted_versions = None if job.versions == "keep" else versions or computing_versions()
         self._generation, self._identity = job.generation, identity
         self._keep_failed, self._quarantined = keep_failed, quarantined or {}
         self._renderer, self._window_cutter = Renderer(job.prompt, job.documents), WindowCutter(job)
@@ -122,6 +130,9 @@ class TaskPlanner:
         fingerprints = row_fingerprints(*arguments)
         former = row_fingerprints(*arguments, with_max_tokens=True)
         found = {query.id: known[query.id] for query in wanted if query.id in known}
+        if self._wanted_versions is not None:
+            now = self._wanted_versions
+            found = {query_id: row for query_id, row in found.items() if not describe_difference(row.versions, now)}
         settings = {query.id: query.settings(self._generation) for query in wanted}
         kept = [
             replace(row, fingerprint=fingerprints[query_id])

@@ -372,6 +372,7 @@ class Job(_Section):
     ]
     generation: Generation = Generation()
     retries: Annotated[int, Field(ge=0)] = 1  # of rows that failed for a reason that may pass
+    versions: Literal["keep", "redo"] = "keep"  # rows and prefixes that other versions of packages computed
     cache: Cache
     output: Output
     scale: Scale = Scale()

@@ -51,6 +51,7 @@ KEYS = {
     "generation.thinking": "drop or keep: a model that can think does so first, and its thinking is dropped or kept",
     "generation.batch_size": "queries decoded together; documents with fewer share a batch",
     "retries": "how often a row is tried again if the model fails, for example without memory",
+    "versions": "redo: answer and build again what other versions of packages or another kind of device computed",
     "cache": "the compressed prompt caches, one for each document",
     "cache.dir": "the store; any number of jobs may share it; .cache beside this file unless given",
     "cache.key_bits": "2, 3, 4, 5, 6 or 8; 16, for both, compresses nothing",

@@ -14,11 +14,11 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from importlib import metadata
 from typing import TYPE_CHECKING, Any
 from zlib import crc32
 
 from pipeline.errors import Interrupted, JobError, PipelineError, RowError, one_line
+from turboquant.runtime.versions import package_versions
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -70,8 +70,7 @@ def common_values(identity: Identity) -> dict[str, str]:
     """Return the values that must be equal on all ranks, or their results would differ."""
     import mlx.core as mx
 
-    versions = {name: metadata.version(name) for name in ("mlx", "mlx-lm")}
-    return {**asdict(identity), **versions, "device": str(mx.default_device())}
+    return {**asdict(identity), **package_versions(), "device": str(mx.default_device())}
 
 
 def join_ranks(count: int) -> RankGroup:

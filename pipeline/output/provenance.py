@@ -6,13 +6,12 @@ A result's bytes must not depend on when a run was interrupted, so the start of 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from pipeline import __version__
 from pipeline.job.job import Job, Query
 from pipeline.models.loading import resolve_model
+from turboquant.runtime.versions import package_versions
 
 
 def provenance(job: Job, queries: Sequence[Query]) -> dict[str, Any]:
@@ -26,13 +25,8 @@ def provenance(job: Job, queries: Sequence[Query]) -> dict[str, Any]:
         "adapter": None if job.adapter is None else str(job.adapter),
         "prompt": job.prompt.model_dump(mode="json"),
         "queries": [{"id": query.id, "text": query.text, **vars(query.settings(job.generation))} for query in queries],
-        "versions": versions(),
+        "versions": dict(package_versions()),
     }
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of the packages that decide the answers of a model."""
-    return {name: metadata.version(name) for name in ("mlx", "mlx-lm")} | {"turboquant-pipeline": __version__}
 
 
 def _revision(job: Job) -> str | None:

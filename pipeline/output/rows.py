@@ -51,6 +51,7 @@ SCHEMA = pa.schema(
         pa.field("samples", pa.list_(pa.string())),
         pa.field("agreement", pa.float64()),
         pa.field("evidence", pa.list_(_QUOTATION)),
+        pa.field("versions", pa.map_(pa.string(), pa.string())),
     ]
 )
 _OLDEST_COLUMNS = SCHEMA.names.index("fingerprint") + 1
@@ -72,7 +73,8 @@ class Row:
 
     logprob_mean, logprob_min: of the answer's tokens, as the model gave them. choice_probabilities: of each choice of
     the query. samples, agreement: all answers of a query with several samples, and the share of the commonest one.
-    evidence: quotations; None if the query wants none or there are none.
+    evidence: quotations; None if the query wants none or there are none. versions: those of `computing_versions` where
+    the row was made; None in results of former releases.
     """
 
     document_id: str
@@ -94,6 +96,7 @@ class Row:
     samples: Sequence[str] | None = None
     agreement: float | None = None
     evidence: Sequence[Quotation] | None = None
+    versions: Mapping[str, str] | None = None
 
     @property
     def is_cut(self) -> bool:

@@ -15,8 +15,8 @@ as soon as it is complete.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -112,11 +112,13 @@ class Segment:
 
     layers: one entry for each layer of the model: an ``EncodedLayer`` or a plain ``KVCache`` of the segment's own
         tokens, or another cache of mlx-lm's in its state after the last of them.
+    versions: of what computed a segment that was read from disk, by name, as far as they were recorded.
     """
 
     layers: tuple[Any, ...]
     start: int
     tokens: int
+    versions: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def stop(self) -> int:

@@ -7,7 +7,6 @@ tensors.
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -31,6 +30,7 @@ from turboquant.mlx_lm.internals import make_prompt_cache as make_stock_cache
 from turboquant.quant.cache_codec import CacheCodec, dump_codec, parse_codec
 from turboquant.quant.layer import EncodedLayer
 from turboquant.runtime.device import host_copies
+from turboquant.runtime.versions import computing_versions
 
 FORMAT_VERSION = 1
 MANIFEST, CHECKSUM = "0.turboquant", "manifest_checksum"
@@ -107,7 +107,7 @@ def save_prompt_cache(
         "layers": layers,
         "metadata": dict(metadata),
         "checksum": digest_tensors(tensors),
-        "versions": {name: importlib.metadata.version(name) for name in ("mlx", "mlx-lm")},
+        "versions": dict(computing_versions()),
     }
     text = json.dumps(sealed(manifest, CHECKSUM))
     with replacing(Path(path), ending=".safetensors") as temporary:  # MLX adds the ending where it lacks

@@ -7,13 +7,11 @@ written last, so a folder without it holds no segment.
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
-from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
@@ -30,6 +28,7 @@ from turboquant.io.serialization import MALFORMED, freeze, restore_layer, restor
 from turboquant.mlx_lm.internals import STOCK_CACHES, KVCache, tokens_held
 from turboquant.quant.cache_codec import CacheCodec
 from turboquant.quant.layer import EncodedLayer
+from turboquant.runtime.versions import computing_versions
 
 TENSORS, MANIFEST, CHECKSUM = "segment.safetensors", "segment.json", "manifest_checksum"
 Count = Annotated[int, Field(ge=0, lt=1 << 48)]
@@ -45,7 +44,7 @@ class Manifest:
 
     parent: the key of the segment before it. start: number of tokens before it. about: facts about its origin, which
     are shown to people and explain why a segment is not found. layers: see ``_assemble``. bytes, checksum: of the file
-    of tensors. created: time in ISO format.
+    of tensors. versions: see ``computing_versions``; former releases wrote two of them. created: time in ISO format.
     """
 
     format_version: int
@@ -95,18 +94,13 @@ def write_segment(
             layers=layers,
             bytes=size,
             checksum=checksum,
-            versions=_versions(),
+            versions=dict(computing_versions()),
             created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         )
         text = json.dumps(sealed(dataclasses.asdict(manifest), CHECKSUM), indent=1).encode()
         with opened.replacing(MANIFEST) as file:
             file.write(text)
     return size + len(text)
-
-
-@cache
-def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ("mlx", "mlx-lm")}  # which takes milliseconds
 
 
 def segment_bytes(segment: Segment) -> int:
@@ -147,9 +141,10 @@ def read_segment(
             if checksum != manifest.checksum:
                 raise SegmentError("checksum")
     try:
-        return _assemble(tensors, manifest.layers, manifest.start, manifest.tokens, codec)
+        segment = _assemble(tensors, manifest.layers, manifest.start, manifest.tokens, codec)
     except MALFORMED as error:
         raise SegmentError(f"the layers don't fit together: {error}") from None
+    return dataclasses.replace(segment, versions=manifest.versions)
 
 
 def verify_segment(folder: Path, key: str, root: Path | None = None) -> int:

@@ -14,6 +14,11 @@ def on_cpu() -> bool:
     return bool(mx.default_device() == mx.Device(mx.cpu))
 
 
+def device_family() -> str:
+    """Return the kind of MLX's default device: cpu, cuda or metal."""
+    return "cpu" if on_cpu() else "cuda" if mx.cuda.is_available() else "metal"
+
+
 def array_module() -> Any:
     """Return NumPy on a CPU, where MLX's small operations and exponentials are slow, and mlx.core elsewhere."""
     return np if on_cpu() else mx

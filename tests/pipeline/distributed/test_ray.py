@@ -374,11 +374,12 @@ def test_a_machine_without_the_model_is_named(place: Workplace, monkeypatch: pyt
 
 @pytest.mark.parametrize("package", ["mlx", "mlx-lm", "turboquant-pipeline"])
 def test_other_versions_are_refused(place: Workplace, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
-    from pipeline.output.provenance import versions
+    from turboquant.runtime.versions import package_versions
 
-    monkeypatch.setattr("pipeline.distributed.ray_executor.versions", lambda: versions() | {package: "9.9"})
+    versions = dict(package_versions())
+    monkeypatch.setattr("pipeline.distributed.ray_executor.package_versions", lambda: versions | {package: "9.9"})
     error = error_of(invoke("run", place.job_file, "--on", "ray", "--quiet"))
-    assert f"{package} is {versions()[package]} here and 9.9 where the run was started" in error
+    assert f"{package} is {versions[package]} here and 9.9 where the run was started" in error
 
 
 def test_other_weights_are_refused(place: Workplace, monkeypatch: pytest.MonkeyPatch, write_model: Any) -> None:

@@ -25,6 +25,7 @@ from pipeline.errors import ModelError, OutputError
 from tests import ROOT
 from tests.pipeline.workplace import Interrupting, Workplace
 from turboquant.mlx_lm.families import Support
+from turboquant.runtime.versions import package_versions
 
 
 def counts(report: Any) -> tuple[int, int, int, int, int]:
@@ -62,7 +63,7 @@ def test_the_report_beside_the_result(workplace: Workplace, tiny_model: Path) ->
     assert written["rows_answered"] == 9
     assert written["prefixes_built"] == 3
     assert written["prefix_bytes"] == report.prefix_bytes > 0
-    assert set(written["versions"]) == {"mlx", "mlx-lm", "turboquant-pipeline"}
+    assert written["versions"] == package_versions()
     metadata = pq.ParquetFile(workplace.output).schema_arrow.metadata
     assert metadata[b"pipeline.weights"].decode() == written["identity"]["weights"]
     assert not Path(f"{workplace.output}.parts").exists()

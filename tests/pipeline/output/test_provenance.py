@@ -10,6 +10,7 @@ import pytest
 
 from tests.pipeline.command_line import invoke
 from tests.pipeline.workplace import Workplace
+from turboquant.runtime.versions import package_versions
 
 pytestmark = pytest.mark.usefixtures("here")
 
@@ -28,7 +29,7 @@ def test_a_result_names_what_made_it(workplace: Workplace) -> None:
     asked = {query["id"]: query for query in json.loads(found["queries"])}
     assert (asked["when"]["text"], asked["when"]["max_tokens"]) == ("When does the lease end?", 3)
     assert asked["who"]["max_tokens"] == 5
-    assert json.loads(found["versions"]).keys() == {"mlx", "mlx-lm", "turboquant-pipeline"}
+    assert json.loads(found["versions"]) == package_versions()
     assert {name: found[name] for name in report["identity"]} == report["identity"]
     for name in ("prompt", "queries", "versions"):
         assert report[name] == json.loads(found[name])
