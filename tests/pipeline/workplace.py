@@ -116,7 +116,10 @@ class Workplace:
 
     def rows(self) -> dict[tuple[str, str], dict[str, Any]]:
         """The finished file's rows by document and query."""
-        return {(row["document_id"], row["query_id"]): row for row in pq.read_table(self.output).to_pylist()}
+        return {
+            (row["document_id"], row["query_id"]): row
+            for row in pq.read_table(self.output).to_pylist(maps_as_pydicts="strict")
+        }
 
     def answers(self) -> dict[tuple[str, str], str]:
         return {pair: row["answer"] for pair, row in self.rows().items()}

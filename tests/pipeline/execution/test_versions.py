@@ -42,12 +42,12 @@ def before_the_upgrade(monkeypatch: pytest.MonkeyPatch) -> Iterator[Before]:
 
 def versions_of_rows(workplace: Workplace) -> dict[tuple[str, str], str]:
     """The version of mlx-lm that is recorded for each row of the result."""
-    return {pair: dict(row["versions"])["mlx-lm"] for pair, row in workplace.rows().items()}
+    return {pair: row["versions"]["mlx-lm"] for pair, row in workplace.rows().items()}
 
 
 def test_versions_are_recorded_with_rows_and_segments(workplace: Workplace) -> None:
     workplace.run()
-    assert all(dict(row["versions"]) == computing_versions() for row in workplace.rows().values())
+    assert all(row["versions"] == computing_versions() for row in workplace.rows().values())
     assert {*computing_versions()} == {"mlx", "mlx-lm", "tokenizers", "transformers", "turboquant-pipeline", "device"}
     for segment in workplace.segments():
         assert read_manifest(segment).versions == computing_versions()
