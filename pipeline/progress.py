@@ -278,13 +278,15 @@ class Progress(RunObserver):
         )
 
     def _seconds_left(self) -> float | None:
-        """Return how long the rest will take, if it is like what is done; None before the first document is done.
+        """Return how long the rest will take, if it is like what is done; None before the second document has started.
+
+        The first one alone may be far shorter or longer than the others.
 
         Answers and prefill are estimated apart, by the speed of each. A document's prefill comes before all of its
         answers, so rows per second would rise and fall with each document.
         """
         done, report = self._committed, self.report
-        if done is None or done.rows <= 0:
+        if done is None or done.rows <= 0 or (self._begun == 1 and report.documents_done < min(2, report.documents)):
             return None
         seconds = (self._rows - self._rows_done) * max(0.0, done.seconds - done.prefill_seconds) / done.rows
         if not self._tokens or not self._prefill_seconds:
