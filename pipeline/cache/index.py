@@ -3,10 +3,11 @@
     <cache dir>/index.sqlite
 
 The folder stays the truth, and the index is made from it: `Index.sync` reads those folders of segments that have
-changed since, which it knows by their times. An index that is damaged, foreign or lost is made again, and a store that
-may not be written has its index in memory. It is used only by the holder of the store's write lock. So machines that
-share a network folder never use it together, and if their file system loses its changes nevertheless, the index only
-makes worse choices of what to evict: no answer depends on it.
+changed since, which it knows by their times. Looking at all folders takes milliseconds, so runs tell the index what
+they change (`refresh`, `forget`), and it is brought up to date only now and then. An index that is damaged, foreign or
+lost is made again, and a store that may not be written has its index in memory. It is used only by the holder of the
+store's write lock. So machines that share a network folder never use it together, and if their file system loses its
+changes nevertheless, the index only makes worse choices of what to evict: no answer depends on it.
 """
 
 from __future__ import annotations
@@ -60,11 +61,11 @@ class Index:
     """The entries of a store. All methods raise one of ``DAMAGED`` if the index is damaged, and OSError.
 
     store: the store's folder. mode: ``keep`` for an index in the store; ``copy`` for a copy of that in memory, and
-    ``make`` for a new one in memory.
+    ``make`` for a new one in memory. is_new: whether it was made now and knows no entries.
     """
 
     def __init__(self, store: Path, mode: IndexMode = "keep") -> None:
-        self._store = store
+        self._store, self.is_new = store, False
         self._database = sqlite3.connect(":memory:", isolation_level=None, check_same_thread=False)
         try:
             if mode == "keep":
@@ -90,14 +91,17 @@ class Index:
             folder.remove(JOURNAL)
             folder.remove(INDEX)
 
+    def begin(self) -> None:
+        """Begin changes, which `commit` keeps."""
+        if not self._database.in_transaction:
+            self._database.execute("BEGIN IMMEDIATE")
+
     def sync(self, thorough: bool = False) -> None:
-        """Bring the index up to date with the store. It is kept so by `commit`.
+        """Bring the index up to date with the store.
 
         thorough: also look at all folders and manifests, which finds segments that were changed or used since.
         """
-        run = self._database.execute
-        if not self._database.in_transaction:
-            run("BEGIN IMMEDIATE")
+        run, self.is_new = self._database.execute, False
         known = dict(run("SELECT name, changed FROM buckets").fetchall())
         found = dict(list_buckets(self._store))
         for name in known.keys() - found.keys():
@@ -116,8 +120,14 @@ class Index:
                 if self._time_of_use(bucket, key) != used:
                     self._read(bucket, key)
 
+    def refresh(self, keys: Iterable[str]) -> None:
+        """Bring the entries of these keys up to date with the store."""
+        for key in keys:
+            self._database.execute("INSERT OR IGNORE INTO buckets VALUES (?, 0, 0)", (key[:2],))
+            self._read(key[:2], key)
+
     def commit(self) -> None:
-        """Keep all changes since `sync` began."""
+        """Keep all changes since `begin`."""
         if self._database.in_transaction:
             self._database.execute("COMMIT")
 
@@ -206,6 +216,7 @@ class Index:
                 run(statement)
             run(f"PRAGMA user_version = {_VERSION}")
             run("COMMIT")
+            self.is_new = True
         elif sorted(made) != sorted(_SCHEMA) or version != _VERSION:
             raise ValueError("it was made by another program or version")
 

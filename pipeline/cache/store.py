@@ -42,6 +42,7 @@ from turboquant.io.segment_file import MANIFEST, SegmentError, read_segment, seg
 SECONDS_BETWEEN_TRIES = 0.25  # to get a lock that another process holds
 _FOLDER_ID = "name"
 _RESERVED_BYTES = 8192  # for the small files beside the segments
+_MOST_SECONDS_BETWEEN = 60.0
 _ABSENT = "absent"
 _log = logging.getLogger(__name__)
 _Result = TypeVar("_Result")
@@ -75,7 +76,8 @@ class Store:
                 raise JobError(f"cache.dir: {folder / name} is a link, and a store may hold none; remove it")
         self._folder, self._budget, self._is_needed, self._read_only = folder, budget, is_needed, read_only
         self._index: Index | None = None  # one in memory
-        self._others: tuple[float, float, int] = (0.0, 0.0, 0)  # when the other files were measured, how long, bytes
+        self._sync_times, self._measuring_times = _Times(), _Times()
+        self._other_files = 0  # bytes when they were last measured
         self._index_turn = threading.RLock()
         self._miss_log = _MissLog(self)
         self._protected: set[str] = set()  # keys of the segments that the caller uses now
@@ -167,7 +169,10 @@ class Store:
                             # By a run that was killed while it wrote, or a folder in the place of a file.
                             if leftover.startswith(".") or (folder / leftover).is_dir():
                                 own.remove(leftover)
-                return write_segment(folder, key, segment, identity, parent, metadata, self._folder)
+                size = write_segment(folder, key, segment, identity, parent, metadata, self._folder)
+                if self._budget is not None:
+                    self._indexed(lambda index: index.refresh([key]))
+                return size
         except OSError as error:
             if is_disk_full(error):
                 raise self._disk_full() from error
@@ -218,6 +223,8 @@ class Store:
         """
 
         def remove(index: Index) -> None:
+            if keys is not None:
+                index.refresh(keys)
             for entry in index.built_by(output) if keys is None else index.of_keys(keys):
                 if entry.output == output and not self._is_needed(entry.label) and not index.has_children(entry):
                     remove_entry(self._folder, entry)
@@ -328,10 +335,11 @@ class Store:
                 lock.release()
 
     def _indexed(self, task: Callable[[Index], _Result], thorough: bool = False) -> _Result:
-        """Do a task with the index after bringing it up to date. The caller holds the write lock.
+        """Do a task with the index. The caller holds the write lock.
 
-        An index that is damaged is made again, and in memory if even that fails. Raises OSError, and StoreError if the
-        index cannot be made at all. thorough: see `Index.sync`.
+        What others have changed in the folder may be unknown to the index for a moment, unless they told it. An index
+        that is damaged is made again, and in memory if even that fails. Raises OSError, and StoreError if the index
+        cannot be made at all. thorough: the index knows every change; see `Index.sync`.
         """
         with self._index_turn:
             modes: Sequence[IndexMode] = ("copy", "make") if self._read_only else ("keep", "keep", "make")
@@ -341,7 +349,10 @@ class Store:
                 index = self._index
                 try:
                     index = index or Index(self._folder, mode)
-                    index.sync(thorough)
+                    index.begin()
+                    if thorough or index.is_new or self._sync_times.is_due:
+                        with self._sync_times.taking():
+                            index.sync(thorough)
                     try:
                         return task(index)
                     finally:
@@ -361,18 +372,15 @@ class Store:
     def _other_bytes(self) -> int:
         """Return the bytes of all files that are no segments.
 
-        Results that wait to be uploaded may be many files. So the files are measured again only if that takes little of
-        the time.
+        Results that wait to be uploaded may be many files. So the files are measured again only now and then.
         """
-        measured, took, others = self._others
-        started = time.monotonic()
-        if started - measured > 20 * took:
-            paths: list[Path] = []
-            with suppress(FileNotFoundError), os.scandir(self._folder) as items:
-                paths += [Path(item.path) for item in items if not is_bucket(item.name) and not item.is_symlink()]
-            others = sum(map(size_of, paths))
-            self._others = started, time.monotonic() - started, others
-        return others
+        if self._measuring_times.is_due:
+            with self._measuring_times.taking():
+                paths: list[Path] = []
+                with suppress(FileNotFoundError), os.scandir(self._folder) as items:
+                    paths += [Path(item.path) for item in items if not is_bucket(item.name) and not item.is_symlink()]
+                self._other_files = sum(map(size_of, paths))
+        return self._other_files
 
     def _make_room(self, needed: int) -> None:
         if self._budget is not None:
@@ -411,6 +419,24 @@ class Store:
             f"cache.dir: the disk of {self._folder} is full: {self._free():,} bytes are free{wanted}; "
             "free some or set another cache.dir: what is done is kept, and the same command resumes"
         )
+
+
+class _Times:
+    """When work that looks at many files is to be done again, so that it takes at most a twentieth of the time."""
+
+    def __init__(self) -> None:
+        self._next = 0.0
+
+    @property
+    def is_due(self) -> bool:
+        return time.monotonic() >= self._next
+
+    @contextmanager
+    def taking(self) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        ended = time.monotonic()
+        self._next = ended + min(20 * (ended - started), _MOST_SECONDS_BETWEEN)
 
 
 class _MissLog:
