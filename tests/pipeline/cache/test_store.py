@@ -5,12 +5,15 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
 import pytest
 from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
+from pipeline.cache import store as store_module
+from pipeline.cache.index import Index
 from pipeline.cache.store import Store
 from pipeline.errors import DiskFull, JobError, StoreError
 from turboquant import CacheCodec, Prefix
@@ -179,3 +182,31 @@ def test_a_cache_that_is_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(JobError, match=r"cache.dir: .*file is a file; name a folder"):
         Store(tmp_path / "file")
+
+
+def test_a_document_costs_no_look_at_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(store_module, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    keys, segment, syncs = [IDENTITY.key([number]) for number in range(3)], make_segment(), list[bool]()
+    sync = Index.sync
+
+    def counted(index: Index, thorough: bool = False) -> None:
+        syncs.append(thorough)
+        sync(index, thorough)
+        clock.now += 1  # it takes a second, so the next one is due twenty seconds later
+
+    monkeypatch.setattr(Index, "sync", counted)
+    one, other = Store(tmp_path / "cache", 1 << 30), Store(tmp_path / "cache", 1 << 30)
+    one.make_room(1)
+    other.make_room(1)
+    assert len(syncs) == 2
+    for number in range(3):
+        one.save(keys[number], segment, IDENTITY, None, {"label": str(number), "whole": True, "output": "job"})
+        # Another run knows at once what this one has saved.
+        assert [entry.key for entry in other.ends_of_contexts(str(number))] == [keys[number]]
+        one.remove_built("job", [keys[number]])
+        assert not other.ends_of_contexts(str(number))
+    assert len(syncs) == 2
+    clock.now += 21
+    one.make_room(1)
+    assert len(syncs) == 3
