@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import signal
 import tempfile
+import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -223,6 +224,7 @@ def _run_contender(
     name = display_name(contender, resident)
     _log.info("%s: started", name)
     receiver, sender = SPAWN.Pipe(duplex=False)
+    started = time.monotonic()
     process = SPAWN.Process(target=_run_in_process, args=(sender, contender, job, small, folder), name=contender)
     with receiver:
         with sender, stops_held_back():  # the process ignores them for good: only its parent stops it
@@ -235,7 +237,7 @@ def _run_contender(
         finally:
             process.join()
     if result is None:
-        result = Failed(errors.PipelineError.__name__, f"its process {cause_of_death(process.exitcode or 0)}", "")
+        result = Failed(errors.PipelineError.__name__, f"its process {cause_of_death(process, started)}", "")
     if isinstance(result, Failed):
         if issubclass(getattr(errors, result.error), JobError):
             result.reraise()

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import PipelineError
 from pipeline.execution.context import RunOptions
 from pipeline.execution.display import RunDisplay
+from pipeline.execution.gpu_faults import find_gpu_fault, has_nvidia_driver
 from pipeline.execution.messages import (
     DocumentsDone,
     DocumentsStarted,
@@ -44,7 +45,6 @@ if TYPE_CHECKING:
     from pipeline.job.job import Job
 
 SPAWN = multiprocessing.get_context("spawn")  # not fork: neither Metal nor CUDA survives a fork
-_MEMORY_SIGNALS = (signal.SIGKILL, signal.SIGABRT)  # how the kernel and Metal end a process without memory
 _log = logging.getLogger(__name__)
 
 
@@ -95,15 +95,15 @@ class _Supervisor:
                         )
                     if self._stops_asked:
                         raise KeyboardInterrupt
-                    self._handle_death(cause_of_death(outcome))
+                    self._handle_death(outcome)
             except (PipelineError, KeyboardInterrupt) as error:
                 if self._has_lock:  # otherwise the run file may be another run's
                     mark_ended(self._job, error)
                 raise
 
-    def _run_process(self) -> Finished | Failed | int:
-        """Start the process and receive its messages. Return the last message, or the exit code if there is none."""
-        self._in_hand = ()
+    def _run_process(self) -> Finished | Failed | str:
+        """Start the process and receive its messages. Return the last one, or the cause of death if there is none."""
+        self._in_hand, started = (), time.monotonic()
         with self._process() as (process, connection):
             while (message := receive(connection, self._display.refresh)) is not None:
                 self._display.show(message)
@@ -118,9 +118,7 @@ class _Supervisor:
                     self._quarantine.forget(())  # the model was loaded, so deaths before the first document are over
                     if set(self._in_hand) <= set(message.document_ids):
                         self._in_hand = ()
-            process.join()
-            assert process.exitcode is not None
-            return process.exitcode
+            return cause_of_death(process, started)
 
     @contextmanager
     def _process(self) -> Iterator[tuple[SpawnProcess, Connection]]:
@@ -191,11 +189,24 @@ class _Supervisor:
             yield
 
 
-def cause_of_death(exit_code: int) -> str:
-    """Explain the exit code of a process, as the end of a sentence that starts with its name."""
-    if exit_code >= 0:
-        return f"ended with exit status {exit_code}"
-    number = -exit_code
-    name = signal.Signals(number).name if number in set(signal.Signals) else "unknown"
-    guess = ", probably out of memory" if number in _MEMORY_SIGNALS else ""
-    return f"was killed by signal {number} ({name}){guess}"
+def cause_of_death(process: SpawnProcess, started: float) -> str:
+    """Wait for a process to end, and explain its exit code, as the end of a sentence that starts with its name.
+
+    started: when it started, by ``time.monotonic``.
+    """
+    process.join()
+    code = process.exitcode or 0
+    if code >= 0:
+        return f"ended with exit status {code}"
+    name = signal.Signals(-code).name if -code in set(signal.Signals) else "unknown"
+    return f"was killed by signal {-code} ({name}){_guess(-code, process.pid, started)}"
+
+
+def _guess(number: int, pid: int | None, started: float) -> str:
+    if number != signal.SIGABRT:
+        return ", probably out of memory" if number == signal.SIGKILL else ""
+    if (fault := find_gpu_fault(pid, started)) is not None:
+        return f", after a fault of the GPU: {fault}"
+    if has_nvidia_driver():
+        return ", probably out of memory or after a fault of the GPU; `dmesg` may have a line of the driver with Xid"
+    return ", probably out of memory"

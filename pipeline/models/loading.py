@@ -104,13 +104,16 @@ def _prepare_kernels(config: Mapping[str, Any], codec: CacheCodec | None) -> Non
 
     from turboquant.attention.dispatch import prepare_kernels
     from turboquant.kernels.mlx_modules import own_folder
+    from turboquant.mlx_lm import kernels_ahead
 
     own_folder()  # before MLX compiles anything
     text = config.get("text_config") or config
     heads, width = text.get("num_attention_heads"), text.get("hidden_size")
     dtype = getattr(mx, str(text.get("dtype") or text.get("torch_dtype") or config.get("torch_dtype")), None)
     if codec is not None and isinstance(dtype, mx.Dtype) and heads and width:
-        prepare_kernels(codec, int(text.get("head_dim") or width // heads), dtype)
+        head_dim = int(text.get("head_dim") or width // heads)
+        kernels_ahead.start(dtype, head_dim)
+        prepare_kernels(codec, head_dim, dtype)
 
 
 def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:
