@@ -29,6 +29,7 @@ from pipeline.commands.console import (
     table,
 )
 from pipeline.commands.evaluate import compare, score
+from pipeline.commands.export import export
 from pipeline.commands.options import (
     AsJson,
     AsLog,
@@ -339,6 +340,7 @@ def init(
         print(f"{job_file}\nnext: {command_line(context, 'plan')}")
 
 
+app.command()(export)
 app.command()(score)
 app.command()(compare)
 

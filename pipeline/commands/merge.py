@@ -24,6 +24,7 @@ from pipeline.inputs.documents import Document
 from pipeline.inputs.inputs import Inputs
 from pipeline.job.job import Job
 from pipeline.job.shards import Shard, shards_folder
+from pipeline.output.export import check_output, publish
 from pipeline.output.results import Results
 from pipeline.output.rows import Row, read_documents, read_metadata
 from pipeline.output.run_file import RunFile
@@ -53,6 +54,7 @@ def merge_shards(job: Job, quiet: bool, prune: bool, command: str, run_command: 
     """
     started = time.monotonic()
     inputs, identity = Inputs(job), job_identity(job)
+    check_output(job)
     report = Report(documents=inputs.documents, rows=inputs.rows)
     try:
         files = _done_shards(shards_folder(job.result_file), identity)
@@ -63,6 +65,7 @@ def merge_shards(job: Job, quiet: bool, prune: bool, command: str, run_command: 
             merged = _Merge(job, inputs, identity, files, report)
             with RunFile(job, identity, report, started, inputs.shared_queries, command=command):
                 results.replace(with_progress_bar(merged.documents(), inputs.documents, quiet))
+                publish(job, results)
     except _ShardsToRun as error:
         commands = " && ".join(f"{run_command} --shard {shard}" for shard in error.shards)
         raise JobError(f"{error}; {error.purpose}: {commands}") from None

@@ -57,6 +57,16 @@ FirstDocuments = Annotated[
 ShowPrompt = Annotated[
     bool, typer.Option("--prompt", help="Print the first document's first prompt, as the model reads it, instead.")
 ]
+Layout = Annotated[
+    str | None,
+    typer.Option(
+        "--layout", metavar="LAYOUT", help="long: a row for each document and query; wide: for each document."
+    ),
+]
+Columns = Annotated[
+    list[str] | None,
+    typer.Option("--column", metavar="NAME", help="Add this column of the documents, or all; may be repeated."),
+]
 ResultOrJob = Annotated[Path, typer.Argument(metavar="RESULT", help="A job file or a result file.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback when something fails.")]

@@ -36,6 +36,7 @@ from pipeline.models.loading import (
     weights_bytes,
 )
 from pipeline.models.special_tokens import BREAK
+from pipeline.output.export import check_output
 from pipeline.output.results import Results
 from pipeline.output.rows import Row
 from pipeline.printable import printable
@@ -133,6 +134,7 @@ def plan_job(
 
     inputs = Inputs(job, shard, selection)
     check_schemas(inputs.schemas, inputs.query_with_evidence)
+    check_output(job)
     path = model_folder(job)
     config, identity = read_config(path), job_identity(job, remember=False)
     tokenizer = load_tokenizer(path, job.trust_remote_code)

@@ -22,7 +22,7 @@ def open_result(source: Path, overrides: Sequence[str] = ()) -> Iterator[Results
     source: a job file, or the path of a result file. overrides: of keys of the job file. Raises JobError, and
     OutputError if there are no answers yet.
     """
-    if _is_result(source):
+    if is_result(source):
         if overrides:
             raise JobError(f"--set: {source} is a result file, which has no keys; name the job file")
         with Results(source, read_only=True) as results:
@@ -37,7 +37,8 @@ def open_result(source: Path, overrides: Sequence[str] = ()) -> Iterator[Results
         yield results
 
 
-def _is_result(source: Path) -> bool:
+def is_result(source: Path) -> bool:
+    """Return whether a path names a result file, or would if its run had ended, and no job file."""
     with suppress(OSError), source.open("rb") as file:
         return file.read(len(_PARQUET)) == _PARQUET
     return Path(f"{source}.parts").is_dir()

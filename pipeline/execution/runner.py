@@ -28,6 +28,7 @@ from pipeline.job.job import Job
 from pipeline.job.shards import Shard
 from pipeline.models.constraints import check_schemas
 from pipeline.models.ranks import SINGLE, RankGroup
+from pipeline.output.export import check_output, publish
 from pipeline.output.results import Results
 from pipeline.output.run_file import RunFile
 from pipeline.progress import Observers, Progress, RunObserver
@@ -77,6 +78,7 @@ class Runner:
         started = time.monotonic() - report.seconds
         inputs = Inputs(job, self._shard, options.selection)
         check_schemas(inputs.schemas, inputs.query_with_evidence)
+        check_output(job)
         identity = job_identity(job)
         report.documents, report.rows = inputs.documents, inputs.rows
         metadata = result_metadata(job, identity, inputs.shared_queries, self._shard)
@@ -105,6 +107,7 @@ class Runner:
                         every = inputs.all_pairs() if options.selection else None
                         wanted = current_fingerprints(job, inputs, identity, planner)
                         report.rows_beside = results.finish(wanted, every) - report.rows
+                        publish(job, results)
                         executor.finish(done=not inputs.is_part)
                     except Interrupted as error:
                         report.interrupted = True

@@ -52,8 +52,13 @@ class Format(ABC):
     magic = b""
 
     @abstractmethod
+    def columns(self, file: InputFile, needs: Needs) -> Sequence[str]:
+        """Return the names of a file's columns; none if it has no rows and no header. Raises InputError."""
+
     def check(self, file: InputFile, needs: Needs) -> None:
         """Raise InputError if a file lacks a column that is needed, or has it in another type."""
+        if names := self.columns(file, needs):
+            needs.check_presence(file, names)
 
     @abstractmethod
     def rows(self, file: InputFile, needs: Needs, names: Collection[str] | None, rows_per_batch: int) -> Rows:

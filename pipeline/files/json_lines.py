@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from pipeline.errors import InputError, one_line
@@ -19,11 +19,9 @@ class JsonLines(Format):
     name = "JSON Lines"
     suffixes = (".jsonl", ".ndjson")
 
-    def check(self, file: InputFile, needs: Needs) -> None:
-        """Raise InputError if a line is wrong, or if no line of a file has a key that is needed."""
-        keys = {key for _, values in _rows(file, needs) for key in values}
-        if keys:
-            needs.check_presence(file, sorted(keys))
+    def columns(self, file: InputFile, needs: Needs) -> Sequence[str]:
+        """Return the keys of all lines. Raises InputError if a line is wrong."""
+        return list(dict.fromkeys(key for _, values in _rows(file, needs) for key in values))
 
     def rows(self, file: InputFile, needs: Needs, names: Collection[str] | None, rows_per_batch: int) -> Rows:
         """Return the number and the object of each line that is not blank."""

@@ -7,7 +7,7 @@ pyarrow writes up to 1,024 rows into one; very long texts need less memory if th
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any
@@ -32,6 +32,12 @@ class Parquet(Format):
     name = "Parquet"
     suffixes = (".parquet",)
     magic = b"PAR1"
+
+    def columns(self, file: InputFile, needs: Needs) -> Sequence[str]:
+        """Return the names in the footer."""
+        with _open(file) as parquet:
+            names: list[str] = parquet.schema_arrow.names
+        return names
 
     def check(self, file: InputFile, needs: Needs) -> None:
         """Raise InputError if a file lacks a column that is needed, or has it in another type."""

@@ -83,6 +83,11 @@ class Table:
         for file in self.files:
             file.format.check(file, self.needs)
 
+    def columns(self) -> list[str]:
+        """Return the names of all columns that any of the files has."""
+        names = (file.format.columns(file, self.needs) for file in self.files)
+        return list(dict.fromkeys(chain.from_iterable(names)))
+
     def records(self, names: Collection[str], rows_per_batch: int) -> Iterator[Record]:
         """Yield the rows with the named columns. A named column that is not needed may be missing, and is then null.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from pipeline.errors import InputError, one_line
 from pipeline.files.columns import Needs
@@ -21,9 +21,9 @@ class WholeText(Format):
     def __init__(self, *suffixes: str) -> None:
         self.suffixes = suffixes
 
-    def check(self, file: InputFile, needs: Needs) -> None:
-        """Raise InputError if a column is needed that texts do not have."""
-        needs.check_presence(file, _COLUMNS)
+    def columns(self, file: InputFile, needs: Needs) -> Sequence[str]:
+        """Return the two columns of texts."""
+        return _COLUMNS
 
     def rows(self, file: InputFile, needs: Needs, names: Collection[str] | None, rows_per_batch: int) -> Rows:
         """Return the only row, with the number 0. The file is read only if its text is wanted."""
@@ -46,9 +46,9 @@ class TextLines(Format):
     name = "lines of text"
     suffixes = (".txt",)
 
-    def check(self, file: InputFile, needs: Needs) -> None:
-        """Raise InputError if a column is needed that lines do not have."""
-        needs.check_presence(file, _COLUMNS)
+    def columns(self, file: InputFile, needs: Needs) -> Sequence[str]:
+        """Return the two columns of lines."""
+        return _COLUMNS
 
     def rows(self, file: InputFile, needs: Needs, names: Collection[str] | None, rows_per_batch: int) -> Rows:
         """Return the number, from 1, and the text of each line."""

@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from itertools import islice
+from typing import Any
 
 from pipeline.errors import InputError, one_line
 from pipeline.files.columns import ANYTHING, ID, TEXT, Column
@@ -19,6 +20,7 @@ from pipeline.inputs.templates import Expression
 from pipeline.job.job import Documents, Query
 
 _IDS_PER_BATCH = 8192
+_VALUES_PER_BATCH = 16
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,25 @@ def stream_documents(source: Documents, columns: Collection[str] = ()) -> Iterat
         )
 
 
+def other_columns(source: Documents) -> list[str]:
+    """Return the names of all columns but those of ids and texts."""
+    return [name for name in _DocumentRows(source, ()).table.columns() if name not in (source.id, source.text)]
+
+
+def stream_values(source: Documents, columns: Collection[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the id of each document with the values of columns; a value that is not text is None.
+
+    Raises InputError if a file lacks a column.
+    """
+    rows = _DocumentRows(source, columns, "output.columns names")
+    rows.table.check()
+    for record in rows.selected({source.id, *columns}, _VALUES_PER_BATCH):
+        yield (
+            _id(record, source.id),
+            {name: None if record.unreadable(name) else record.values[name] for name in columns},
+        )
+
+
 def document_ids(source: Documents) -> Iterator[str]:
     """Yield the ids of the documents in the same order."""
     return (document_id for document_id, _ in _DocumentRows(source, ()).ids())
@@ -94,11 +115,11 @@ def document_digest(document_id: str) -> bytes:
 class _DocumentRows:
     """The rows of a table that are documents."""
 
-    def __init__(self, source: Documents, columns: Collection[str]) -> None:
+    def __init__(self, source: Documents, columns: Collection[str], user: str = "the prompt uses") -> None:
         self._source = source
         self._where = Expression("documents.where", source.where) if source.where else None
         users = dict.fromkeys(self._where.columns, "documents.where uses") if self._where else {}
-        users |= dict.fromkeys(columns, "the prompt uses")
+        users |= dict.fromkeys(columns, user)
         needed = [Column(source.id, "documents.id names", ID), Column(source.text, "documents.text names", TEXT)]
         needed += [Column(name, user, ANYTHING) for name, user in sorted(users.items())]
         self.table = Table(source.path, "documents.path", needed, source.encoding, follow_links=source.follow_links)

@@ -32,17 +32,18 @@ from pydantic import (
 from pipeline.errors import JobError, one_line
 from pipeline.files.encoding import checked_encoding
 from pipeline.files.paths import literal
+from pipeline.files.result_formats import check_suffix, is_parquet
 from pipeline.job.budget import checked_budget
 from turboquant.io.json_file import parse_json
 
 _LARGEST_INT = (1 << 63) - 1
-_RESULT_SUFFIXES = (".parquet", ".pq", "")  # a name without a suffix promises no other format
 _MOST_QUOTATIONS = 10
 _LONGEST_ID = 40  # characters of an id that is made from a query's text
 _RAY_RESOURCES = ("CPU", "GPU", "memory", "object_store_memory")
 _Value = TypeVar("_Value")
 _PathOrText = TypeVar("_PathOrText", str, Path)
 ThinkingMode = Literal[False, "drop", "keep"]
+OutputLayout = Literal["long", "wide"]
 EVIDENCE_KEY = "x-evidence"  # in a JSON schema: this field is a quotation
 EVIDENCE_TURN_TOKENS = 256  # the most tokens of a turn in which the model quotes, with the question before it
 SpecialTokensMode = Literal["text", "allow"]
@@ -98,10 +99,8 @@ def _valid_path(path: _PathOrText) -> _PathOrText:
     return path
 
 
-def _parquet_name(path: str) -> str:
-    suffix = PurePosixPath(path).suffix
-    if suffix.lower() not in _RESULT_SUFFIXES:
-        raise ValueError(f"ends in {suffix}, but results are written as Parquet; let the name end in .parquet")
+def _result_name(path: str) -> str:
+    check_suffix(path)
     return path
 
 
@@ -336,9 +335,25 @@ class Cache(_Section):
 
 
 class Output(_Section):
-    """The result file; its path may be a URL."""
+    """The result file; its path may be a URL, and its suffix says in which format it is written.
 
-    path: Annotated[str, BeforeValidator(_not_blank), AfterValidator(_valid_path), AfterValidator(_parquet_name)]
+    columns: of the documents, which the result has too; "all" for all but their ids and texts. layout: `long` has a row
+    for each document and query, `wide` a row for each document.
+    """
+
+    path: Annotated[str, BeforeValidator(_not_blank), AfterValidator(_valid_path), AfterValidator(_result_name)]
+    columns: Literal["all"] | Annotated[tuple[_Text, ...], Field(strict=False)] = ()
+    layout: OutputLayout = "long"
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the file at `path` is the one from which a later run keeps rows."""
+        return is_parquet(self.path) and not self.columns and self.layout == "long"
+
+    @property
+    def rows_path(self) -> str:
+        """The path or URL of the rows that later runs keep: `path`, or a file beside it if that has another form."""
+        return self.path if self.is_plain else f"{self.path}.rows.parquet"
 
 
 class Scale(_Section):
@@ -392,14 +407,14 @@ class Job(_Section):
 
     @property
     def result_url(self) -> str | None:
-        """The URL of the result, or None if it is written on this machine."""
-        return self.output.path if "://" in self.output.path else None
+        """The URL of the result's rows, or None if they are written on this machine."""
+        return self.output.rows_path if "://" in self.output.path else None
 
     @property
     def result_file(self) -> Path:
-        """The result file on this machine; if the result has a URL, it is uploaded from there."""
+        """The file of the result's rows on this machine; if the result has a URL, it is uploaded from there."""
         if self.result_url is None:
-            return Path(self.output.path)
+            return Path(self.output.rows_path)
         digest = hashlib.sha256(self.result_url.encode()).hexdigest()[:16]
         return self.cache.dir / "outputs" / digest / PurePosixPath(self.result_url).name
 

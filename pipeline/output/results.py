@@ -34,16 +34,17 @@ from filelock import FileLock, Timeout
 from pipeline.errors import JobError, OutputError, RemoteError, one_line
 from pipeline.files.atomic import atomic_file, disk_errors, make_folder, output_file
 from pipeline.files.remote import upload
+from pipeline.files.writers import PARQUET_OPTIONS
 from pipeline.inputs.documents import document_digest
 from pipeline.output.rows import (
     BROKEN,
-    FORMAT,
     SCHEMA,
     FinishedFile,
     Row,
     open_finished,
     read_rows,
     reading,
+    row_groups,
     to_table,
     write_rows,
 )
@@ -52,8 +53,6 @@ from turboquant.io.atomic import TEMPORARY, remove_leftovers
 # Readers of datasets pass over names that start with a dot.
 _SET_ASIDE = ".bad-"
 _GROUP = ".group"
-_DOCUMENTS_PER_GROUP = 1000
-_BYTES_PER_GROUP = 8 << 20
 # Time to wait for the lock: the process of a run that was just killed may hold it for another moment.
 SECONDS_FOR_LOCK = 3.0
 _log = logging.getLogger(__name__)
@@ -181,9 +180,9 @@ class Results:
         count = 0
         with (
             (output_file if self._url is None else atomic_file)(self.output) as temporary,  # no links in the store
-            pq.ParquetWriter(temporary, self._schema, **FORMAT) as file,
+            pq.ParquetWriter(temporary, self._schema, **PARQUET_OPTIONS) as file,
         ):
-            for group in _row_groups(documents):
+            for group in row_groups(documents):
                 file.write_table(to_table(group, self._schema))
                 count += len(group)
         self._close_finished()
@@ -351,19 +350,3 @@ class Results:
 
 def _part_name(document_id: str) -> str:
     return f"{sha256(document_id.encode()).hexdigest()[:32]}.parquet"
-
-
-def _row_groups(documents: Iterable[list[Row]]) -> Iterator[list[Row]]:
-    """Yield the rows of whole documents, in groups that are small enough for memory."""
-    group: list[Row] = []
-    count = size = 0
-    for rows in documents:
-        group += rows
-        count += 1
-        texts = [text for row in rows for text in (row.answer, row.answer_json, row.thinking, row.error) if text]
-        size += sum(map(len, texts)) + 200 * len(rows)
-        if count >= _DOCUMENTS_PER_GROUP or size >= _BYTES_PER_GROUP:
-            yield group
-            group, count, size = [], 0, 0
-    if group:
-        yield group

@@ -6,7 +6,7 @@ Which files there are, and when they are written, is in results.py.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import RawIOBase
@@ -26,8 +26,10 @@ from turboquant.io.atomic import may_pass, open_followed
 if TYPE_CHECKING:
     from pipeline.models.quotations import Quotation
 
-_QUOTATION = pa.struct(
-    {"quote": pa.string(), "start": pa.int64(), "end": pa.int64(), "occurrences": pa.int32(), "page": pa.int32()}
+QUOTATIONS = pa.list_(
+    pa.struct(
+        {"quote": pa.string(), "start": pa.int64(), "end": pa.int64(), "occurrences": pa.int32(), "page": pa.int32()}
+    )
 )
 SCHEMA = pa.schema(
     [
@@ -50,12 +52,11 @@ SCHEMA = pa.schema(
         pa.field("choice_probabilities", pa.map_(pa.string(), pa.float64())),
         pa.field("samples", pa.list_(pa.string())),
         pa.field("agreement", pa.float64()),
-        pa.field("evidence", pa.list_(_QUOTATION)),
+        pa.field("evidence", QUOTATIONS),
         pa.field("versions", pa.map_(pa.string(), pa.string())),
     ]
 )
 _OLDEST_COLUMNS = SCHEMA.names.index("fingerprint") + 1
-FORMAT = {"compression": "zstd", "write_page_checksum": True}
 # For a part: with so few rows, zstd, dictionaries and statistics would double the time to write it.
 _PART_FORMAT = {
     "compression": "snappy",
@@ -65,6 +66,8 @@ _PART_FORMAT = {
 }
 BROKEN = (OSError, ValueError, pa.ArrowException)  # raised when a damaged or foreign file is read
 _IDS_PER_BATCH = 8192
+_DOCUMENTS_PER_GROUP = 1000
+_BYTES_PER_GROUP = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -141,8 +144,24 @@ def write_rows(path: Path, rows: Sequence[Row]) -> None:
 
 
 def to_table(rows: Sequence[Row], schema: Any) -> Any:
-    """Return a table of rows, to be written with FORMAT."""
+    """Return a table of rows, to be written with PARQUET_OPTIONS."""
     return pa.Table.from_pylist([vars(row) for row in rows], schema=schema)
+
+
+def row_groups(documents: Iterable[list[Row]]) -> Iterator[list[Row]]:
+    """Yield the rows of whole documents, in groups that are small enough for memory."""
+    group: list[Row] = []
+    count = size = 0
+    for rows in documents:
+        group += rows
+        count += 1
+        texts = [text for row in rows for text in (row.answer, row.answer_json, row.thinking, row.error) if text]
+        size += sum(map(len, texts)) + 200 * len(rows)
+        if count >= _DOCUMENTS_PER_GROUP or size >= _BYTES_PER_GROUP:
+            yield group
+            group, count, size = [], 0, 0
+    if group:
+        yield group
 
 
 class FinishedFile:

@@ -93,8 +93,8 @@ def test_a_wrong_command_line(arguments: list[str]) -> None:
         ("prompt.context='{{ text'", "prompt.context: line 1 of the template"),
         ("prompt.context=text", "prompt.context uses no column"),
         ("model=nix", "there is no folder"),
-        ("output.path=out.csv", "output.path ends in .csv, but results are written as Parquet; let the name end in"),
-        ("output.path=s3://bucket/out.JSON", "output.path ends in .JSON, but results are written as Parquet"),
+        ("output.path=out.xlsx", "output.path ends in .xlsx; results are written as Parquet (*.parquet), CSV (*.csv)"),
+        ("output.path=s3://bucket/out.JSON", "output.path ends in .json; results are written as Parquet"),
     ],
 )
 def test_a_wrong_key_or_value(workplace: Workplace, command: str, override: str, words: str) -> None:

@@ -123,7 +123,7 @@ def test_a_finished_file_is_continued(output: Path) -> None:
 
 
 def test_rows_are_found_across_row_groups(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.output.results._DOCUMENTS_PER_GROUP", 2)
+    monkeypatch.setattr("pipeline.output.rows._DOCUMENTS_PER_GROUP", 2)
     ids = [str(number) for number in range(7)]
     run(output, ids)
     assert pq.ParquetFile(output).metadata.num_row_groups == 4
@@ -135,7 +135,7 @@ def test_rows_are_found_across_row_groups(output: Path, monkeypatch: pytest.Monk
 
 
 def test_a_row_group_is_bounded_by_its_bytes(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.output.results._BYTES_PER_GROUP", 1000)
+    monkeypatch.setattr("pipeline.output.rows._BYTES_PER_GROUP", 1000)
     run(output, [str(number) for number in range(6)])
     assert pq.ParquetFile(output).metadata.num_row_groups == 2
 
