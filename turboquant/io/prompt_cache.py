@@ -185,7 +185,7 @@ def _read(file: BinaryIO) -> tuple[dict[str, Any], dict[str, mx.array]]:
         raise ValueError("the manifest is not a mapping")
     version = manifest.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
-        raise ValueError(f"format version {version}, expected {FORMAT_VERSION}: prefill the prompt again")
+        raise ValueError(f"format version {ascii(version)[:20]}, expected {FORMAT_VERSION}: prefill the prompt again")
     if texts != FOR_MLX_LM or manifest.get(CHECKSUM) != seal(manifest, CHECKSUM):
         raise ValueError("the manifest's checksum is wrong: the file is damaged, prefill the prompt again")
     metadata = manifest.get("metadata")

@@ -175,7 +175,8 @@ def _read_manifest(folder: Folder, key: str | None = None) -> Manifest:
             text = read_bounded(file)
         content = parse_json(text)
         if isinstance(content, dict) and content.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
-            raise SegmentError(f"format version {content['format_version']}, expected {FORMAT_VERSION}")
+            version = ascii(content["format_version"])[:20]  # which may be any text
+            raise SegmentError(f"format version {version}, expected {FORMAT_VERSION}")
         check_seal(content, CHECKSUM)
         manifest = check_json(text, _SCHEMA)
     except (IrregularFile, ValueError) as error:

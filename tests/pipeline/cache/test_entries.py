@@ -8,6 +8,7 @@ import tempfile
 from dataclasses import asdict
 from pathlib import Path
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -122,6 +123,15 @@ def test_no_needed_entry_and_no_parent_before_its_child_is_evicted(rows: list[tu
             name = parents[name]
             kept.add(name)
     assert left == kept
+
+
+@pytest.mark.parametrize("version", ["\ud800", "\x1b]0;owned\x07", "x" * 100_000, [[1]], 1e300])
+def test_any_version_of_a_manifest_can_be_indexed(tmp_path: Path, version: object) -> None:
+    manifest = write_entry(tmp_path, "a").folder(tmp_path) / MANIFEST
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format_version": version}))
+    (entry,) = entries_of(tmp_path)
+    assert len(entry.problem) < 60
+    assert entry.problem.isprintable()
 
 
 def test_only_folders_with_the_names_of_segments_are_entries(tmp_path: Path) -> None:
