@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from pipeline.logs import are_json, tell
@@ -188,7 +188,7 @@ class Progress(RunObserver):
         self._rows = rows
         self._last_line = self._last_prefilled = time.monotonic()
         self._started = self._last_line - self.report.seconds
-        if not self._quiet and sys.stderr.isatty() and not are_json():
+        if not self._quiet and _can_show_bars() and not are_json():
             self._bar = tqdm(total=rows, desc="rows", unit="row", dynamic_ncols=True, bar_format=_BAR)
             self._log_redirection.enter_context(logging_redirect_tqdm())  # or log lines would break the bars
 
@@ -319,8 +319,13 @@ def with_progress_bar(items: Iterable[_Item], count: int, quiet: bool = False) -
         leave=False,
         delay=SECONDS_BEFORE_BAR,
         dynamic_ncols=True,
-        disable=quiet or not sys.stderr.isatty(),
+        disable=quiet or not _can_show_bars(),
     )
+
+
+def _can_show_bars() -> bool:
+    """Return whether there is a terminal or a notebook, whose bars tqdm shows by a class of its own."""
+    return sys.stderr.isatty() or any(each.__module__ == "tqdm.notebook" for each in tqdm.__mro__)
 
 
 def _duration(seconds: float) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
@@ -17,7 +18,13 @@ _log = logging.getLogger(__name__)
 
 @contextmanager
 def stops_handled(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Handle STOP_SIGNALS with ``handler`` while the block runs, even where a shell had a signal ignored."""
+    """Handle STOP_SIGNALS with ``handler`` while the block runs, even where a shell had a signal ignored.
+
+    In another thread than the main one, which Python gives no signals, nothing is done.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     before = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
     try:
         yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,23 +24,27 @@ from pipeline.execution.messages import (
 )
 from pipeline.logs import are_json, tell
 from pipeline.metrics import write_metrics
-from pipeline.progress import Progress
+from pipeline.progress import Pace, Progress
 
 SECONDS_BETWEEN_METRICS = 5.0
+SECONDS_BETWEEN_PACES = 0.2
 _log = logging.getLogger(__name__)
 
 
 class RunDisplay:
     """Shows the messages of one run; used as a context manager. metrics: a file for the run's numbers.
+    on_progress: receives them several times a second at most.
 
     Raises OutputError on entering if that file cannot be written; later failures only log a warning.
     """
 
-    def __init__(self, job: str, quiet: bool, metrics: Path | None) -> None:
-        self._job, self._quiet, self._metrics = job, quiet, metrics
+    def __init__(
+        self, job: str, quiet: bool, metrics: Path | None, on_progress: Callable[[Pace], None] | None = None
+    ) -> None:
+        self._job, self._quiet, self._metrics, self._on_progress = job, quiet, metrics, on_progress
         self._progress = Progress(quiet=True)  # until the number of rows is known
         self._started = False
-        self._last_metrics = 0.0
+        self._last_metrics = self._last_told = 0.0
         self._rows_in_hand = 0  # shown as done but not on disk yet
 
     def __enter__(self) -> RunDisplay:
@@ -64,9 +69,11 @@ class RunDisplay:
         elif isinstance(message, DocumentsDone):
             self._rows_in_hand = 0
             progress.documents_done(message.document_ids, message.report)
+            self._last_told = 0.0  # each of them is told
             self._tell_programs("documents done", document_ids=message.document_ids, **asdict(progress.pace()))
         elif isinstance(message, Finished):
             progress.documents_done((), message.report)
+            self._last_told = 0.0  # so that the end is told
             self._tell_programs("run ended", **asdict(message.report))
         elif isinstance(message, RowsDone):
             self._rows_in_hand += message.count
@@ -78,6 +85,9 @@ class RunDisplay:
     def refresh(self) -> None:
         """Update progress and metrics. Call this from time to time, also if nothing happened."""
         self._progress.refresh()
+        if self._on_progress and time.monotonic() - self._last_told >= SECONDS_BETWEEN_PACES:
+            self._last_told = time.monotonic()
+            self._on_progress(self._progress.pace())
         if time.monotonic() - self._last_metrics >= SECONDS_BETWEEN_METRICS:
             self._try_to_write_metrics(running=True)
 

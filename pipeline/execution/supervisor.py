@@ -11,13 +11,16 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
+from threading import Event
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import PipelineError
@@ -38,6 +41,7 @@ from pipeline.execution.worker import run_in_process
 from pipeline.job.shards import Shard
 from pipeline.models.ranks import RESUME_HINT
 from pipeline.output.run_file import mark_ended
+from pipeline.progress import Pace
 from pipeline.report import Report
 from pipeline.signals import stops_handled, stops_held_back
 
@@ -48,26 +52,39 @@ SPAWN = multiprocessing.get_context("spawn")  # not fork: neither Metal nor CUDA
 _log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Caller:
+    """A Python program that runs a job. on_progress: receives the run's numbers. stop: set to interrupt the run."""
+
+    on_progress: Callable[[Pace], None] | None = None
+    stop: Event | None = None
+
+
 def supervise(
     job: Job,
     quiet: bool = False,
     options: RunOptions | None = None,
     metrics: Path | None = None,
     shard: Shard | None = None,
+    caller: Caller | None = None,
 ) -> Report:
     """Run a job, or resume it, in a process of its own, and show its progress unless ``quiet``.
 
     metrics: a file that is kept current with the run's numbers. shard: the share that the job was loaded for.
     Returns and raises what `Runner.run` does; also KeyboardInterrupt if the user stopped the run at once, and
-    PipelineError if the process keeps dying and no document is to blame. Call this from the main thread.
+    PipelineError if the process keeps dying and no document is to blame. In another thread than the main one, signals
+    do not interrupt the run. caller: None for the command line.
     """
     name = f"{job.name} {shard}" if shard else job.name
-    return _Supervisor(job, RunDisplay(name, quiet, metrics), options or RunOptions(), shard).run()
+    display = RunDisplay(name, quiet, metrics, caller.on_progress if caller else None)
+    return _Supervisor(job, display, options or RunOptions(), shard, caller).run()
 
 
 class _Supervisor:
-    def __init__(self, job: Job, display: RunDisplay, options: RunOptions, shard: Shard | None) -> None:
-        self._job, self._options, self._shard, self._display = job, options, shard, display
+    def __init__(
+        self, job: Job, display: RunDisplay, options: RunOptions, shard: Shard | None, caller: Caller | None
+    ) -> None:
+        self._job, self._options, self._shard, self._display, self._caller = job, options, shard, display, caller
         self._started = time.monotonic()
         self._report = Report()  # counts the documents that are done
         self._quarantine = Quarantine()
@@ -105,8 +122,9 @@ class _Supervisor:
         """Start the process and receive its messages. Return the last one, or the cause of death if there is none."""
         self._in_hand, started = (), time.monotonic()
         with self._process() as (process, connection):
-            while (message := receive(connection, self._display.refresh)) is not None:
+            while (message := receive(connection, self._wait)) is not None:
                 self._display.show(message)
+                self._stop_if_asked()
                 if isinstance(message, Finished | Failed):
                     return message
                 if isinstance(message, RunStarted):
@@ -132,7 +150,8 @@ class _Supervisor:
             with sender, stops_held_back():  # also in the new process, which unblocks the signals when it is ready
                 if self._stops_asked:
                     raise KeyboardInterrupt
-                process.start()
+                with _main_module_hidden() if self._caller else nullcontext():
+                    process.start()
                 self._pid = process.pid
             try:
                 yield process, receiver
@@ -142,6 +161,18 @@ class _Supervisor:
             finally:
                 process.join()
                 self._pid = None
+
+    def _wait(self) -> None:
+        self._display.refresh()
+        self._stop_if_asked()
+
+    def _stop_if_asked(self) -> None:
+        """Interrupt the process, as Ctrl-C does, if the caller asks for that."""
+        stop = self._caller.stop if self._caller else None
+        if stop is not None and stop.is_set() and not self._stops_asked and self._pid is not None:
+            self._stops_asked += 1
+            with suppress(ProcessLookupError):
+                os.kill(self._pid, signal.SIGINT)
 
     def _handle_death(self, cause: str) -> None:
         """Decide what happens to the documents in hand. Raises PipelineError if starting again is of no use."""
@@ -187,6 +218,17 @@ class _Supervisor:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         with stops_handled(pass_on):
             yield
+
+
+@contextmanager
+def _main_module_hidden() -> Iterator[None]:
+    """Keep a new process from importing the main module: a user's script without a guard would run once more."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = ModuleType("__main__")
+    try:
+        yield
+    finally:
+        sys.modules["__main__"] = main
 
 
 def cause_of_death(process: SpawnProcess, started: float) -> str:

@@ -46,11 +46,27 @@ def load_job(path: Path, overrides: Sequence[str] = (), shard: Shard | None = No
     tree = _parse_yaml(content, str(path))
     if not isinstance(tree, dict):
         raise JobError(f"{path}: expected a mapping of keys, such as 'model: ...', got {describe(tree)}")
+    return make_job(tree, path.parent, path.stem, overrides, shard, str(path))
+
+
+def make_job(
+    tree: dict[Any, Any],
+    folder: Path,
+    name: str,
+    overrides: Sequence[str] = (),
+    shard: Shard | None = None,
+    origin: str = "job",
+) -> Job:
+    """Check a job that is given as the mapping that its file would hold, which is changed. Raises JobError.
+
+    folder: paths are relative to it. name: of the job, unless it has one. origin: the beginning of messages. overrides,
+    shard: as `load_job` has them.
+    """
     try:
         if isinstance(cache := tree.setdefault("cache", {}), dict):
             cache.setdefault("dir", CACHE)
-        tree = _resolve(tree, "", path.parent, str(path))
-        tree.setdefault("name", path.stem)
+        tree = _resolve(tree, "", folder, origin)
+        tree.setdefault("name", name)
         for override in overrides:
             _apply(override, tree)
         job = Job.model_validate(tree)
@@ -58,9 +74,9 @@ def load_job(path: Path, overrides: Sequence[str] = (), shard: Shard | None = No
             return job
         return Job.model_validate(dict(job) | {"output": Output(path=str(shard.output(job.result_file)))})
     except RecursionError:
-        raise JobError(f"{path}: a mapping contains itself") from None
+        raise JobError(f"{origin}: a mapping contains itself") from None
     except ValidationError as error:
-        raise JobError(explain_job(error.errors(), Job, QUERIES, str(path), overrides)) from None
+        raise JobError(explain_job(error.errors(), Job, QUERIES, origin, overrides)) from None
 
 
 # ---- YAML
