@@ -45,24 +45,20 @@ INPUTS = (
     "value_codes",
     "value_scales",
     "fine_key_codes",
-    "fine_key_scales",
     "fine_value_codes",
-    "fine_value_scales",
-    "sink_keys",
-    "sink_values",
-    "key_mean",
-    "value_factors",
-    "signs",
-    "levels",
-    "settings",
-    "sizes",
+    "fine_scales",
+    "sinks",
+    "constants",
+    "plan",
 )
-MERGE_INPUTS = ("outputs", "sums", "value_mean", "value_factors", "signs", "settings", "sizes")
+MERGE_INPUTS = ("partials", "constants", "plan")
 
 OWN = ("queries", "keys", "values", "mask")  # inputs of a step with tokens of its own
 LARGEST_ERROR = 1e-2  # relative; of halves it is below 1e-3
 FEWEST = 16  # tokens of each kind in memory, as they are read 16 at a time
-_BY_TOKEN = ("codes", "scales", "sink_keys", "sink_values")  # what names of tensors (n_kv_heads, T, ...) end with
+SIZES = 16  # whole numbers in a plan, before its floats
+AT_ONCE = 8  # splits that a merging thread reads before it needs the first
+Bits = tuple[int, int, int, int]
 _TRIED = ((2, 200), (2, 200), (1, 4, 1))  # keys, values and queries
 
 attend_dense = attention.attend_dense
@@ -72,7 +68,7 @@ def attend_layer(queries: mx.array, layer: EncodedLayer, scale: float) -> Partia
     """See ``attention.attend_layer``."""
     if not supports(layer):
         return attention.attend_layer(queries, layer, scale)
-    return _attend(queries, layer, scale)
+    return Partial(*_attend(queries, layer, scale))
 
 
 def attend_step(
@@ -87,24 +83,21 @@ def attend_step(
     own: dict[str, Input] = {"queries": queries, "keys": keys, "values": values}
     if mask is not None:
         own["mask"] = mx.broadcast_to(mask, (queries.shape[0], *mask.shape[1:]))
-    return _attend(queries, layer, scale, own).output
+    return _attend(queries, layer, scale, own)[0]
 
 
-def _attend(queries: mx.array, layer: EncodedLayer, scale: float, own: dict[str, Input] | None = None) -> Partial:
-    """Attention over a layer and, if there are any, each row's own tokens; the output then has the queries' dtype."""
+def _attend(
+    queries: mx.array, layer: EncodedLayer, scale: float, own: dict[str, Input] | None = None
+) -> list[mx.array]:
+    """Attention over a layer: the output and the log-sum-exp, float32; with each row's own tokens the output alone."""
+    constants = layer.derived or _constants(layer)
     counts = (layer.keys.tokens, layer.fine_keys.tokens, layer.sink_keys.shape[1])
-    dtype, suffix = (mx.float32, ()) if own is None else (queries.dtype, tuple(own))
-    plan = _plan(queries.shape, layer.key_mean.shape[0], counts, scale, layer.codec, dtype, suffix)
-    inputs: dict[str, Input] = {
-        **_constants(layer),
-        "queries": queries,
-        "settings": plan.settings,
-        "sizes": plan.sizes,
-        **(own or {}),
-    }
-    inputs["outputs"], inputs["sums"] = launch(plan.attend, [inputs[name] for name in plan.attend.inputs])
-    output, logsumexp = launch(plan.merge, [inputs[name] for name in plan.merge.inputs])
-    return Partial(output, logsumexp)
+    suffix = () if own is None else tuple(own)
+    plan = _plan(
+        queries.shape, layer.key_mean.shape[0], counts, scale, _kernel_bits(layer.codec), queries.dtype, suffix
+    )
+    (partials,) = launch(plan.attend, [queries, *constants.values(), plan.numbers])
+    return launch(plan.merge, [partials, constants["constants"], plan.numbers, *(own or {}).values()])
 
 
 def supports(layer: EncodedLayer) -> bool:
@@ -128,7 +121,7 @@ def usable(codec: CacheCodec, dim: int) -> bool:
             past = attention.attend_layer(queries, layer, 0.125)
             expected = [past, attention.merge([past, attention.attend_dense(queries, some, some, 0.125, None)])]
             mx.eval(layer.tensors(), queries, some, [part.output for part in expected])
-        found = [_attend(queries, layer, 0.125).output, attend_step(queries, layer, some, some, 0.125, None)]
+        found = [_attend(queries, layer, 0.125)[0], attend_step(queries, layer, some, some, 0.125, None)]
         mx.eval(found)
         with mx.stream(mx.cpu):
             offs = [x - y.output for x, y in zip(found, expected, strict=True)]
@@ -139,12 +132,14 @@ def usable(codec: CacheCodec, dim: int) -> bool:
 
 @dataclass(frozen=True)
 class _Plan:
-    """The launches and their settings, which depend on shapes alone: made once for all layers and steps."""
+    """The launches and their numbers, which depend on shapes and dtypes alone: made once for all layers and steps.
+
+    numbers: (SIZES + 2,) int32, the last two are the bits of floats; see layout.h.
+    """
 
     attend: Launch
     merge: Launch
-    settings: mx.array
-    sizes: mx.array
+    numbers: mx.array
 
 
 @functools.lru_cache(maxsize=256)
@@ -153,7 +148,7 @@ def _plan(
     n_kv_heads: int,
     counts: tuple[int, int, int],
     scale: float,
-    codec: CacheCodec,
+    bits: Bits,
     dtype: mx.Dtype,
     suffix: tuple[str, ...],
 ) -> _Plan:
@@ -161,27 +156,31 @@ def _plan(
     rows = batch * (n_heads // n_kv_heads) * length
     tiles = 1 if rows <= 8 or dim == 256 else FEW_TILES if counts[0] <= FEW_TOKENS else TILES
     blocks = -(-rows // (8 * tiles))
-    splits = max(1, min(GROUPS[tiles] // (n_kv_heads * blocks), -(-counts[0] // (32 * WARPS)), MOST_SPLITS))
-    attend = _attend_launch(codec, dim, tiles, (splits, n_kv_heads, blocks), rows)
-    settings = mx.array([scale * math.log2(math.e), dim**-0.5, *[0.0] * 6])
-    sizes = mx.array([batch, n_heads, n_kv_heads, length, *counts, splits], mx.int32)
-    mx.eval(settings, sizes)
-    return _Plan(attend, _merge(shape, n_kv_heads, dtype, suffix), settings, sizes)
+    most = max(1, min(GROUPS[tiles] // (n_kv_heads * blocks), MOST_SPLITS))
+    splits = max(1, min(most, -(-counts[0] // (32 * WARPS))))
+    fine_splits = -(-counts[1] // (16 * WARPS))
+    if splits + fine_splits > most:
+        fine_splits = 0  # all splits share the finer tokens out
+    attend = _attend_launch(bits, dim, tiles, (splits + fine_splits, n_kv_heads, blocks), rows)
+    sizes = [batch, n_heads, n_kv_heads, length, *counts, splits + fine_splits, fine_splits]
+    numbers = np.zeros(SIZES + 2, np.int32)
+    numbers[: len(sizes)] = sizes
+    numbers[SIZES:] = np.array([scale * math.log2(math.e), dim**-0.5], np.float32).view(np.int32)
+    in_memory = mx.array(numbers)
+    mx.eval(in_memory)
+    return _Plan(attend, _merge(shape, n_kv_heads, dtype, suffix), in_memory)
 
 
-def _attend_launch(codec: CacheCodec, dim: int, tiles: int, groups: tuple[int, int, int], rows: int) -> Launch:
+def _attend_launch(bits: Bits, dim: int, tiles: int, groups: tuple[int, int, int], rows: int) -> Launch:
     splits, n_kv_heads, _ = groups
     return Launch(
         "attend",
-        _defined(codec, dim, tiles),
+        _defined(bits, dim, tiles),
         INPUTS,
-        (
-            ("outputs", (n_kv_heads, splits, rows, dim), mx.float32),
-            ("sums", (n_kv_heads, splits, rows, 3), mx.float32),
-        ),
+        (("partials", (n_kv_heads, splits, rows, dim + 4), mx.float32),),
         groups,
         32 * WARPS,
-        ("codes.h",),
+        ("layout.h", "codes.h"),
     )
 
 
@@ -192,17 +191,18 @@ def variants(codec: CacheCodec, dim: int, dtype: mx.Dtype) -> list[Variant | Non
     """
     if dim not in HEAD_DIMS:
         return []
-    kinds = dict.fromkeys((*INPUTS, *MERGE_INPUTS), (mx.float32, 1))
-    kinds |= {name: (mx.uint32, 3) for name in INPUTS if name.endswith(("codes", "levels"))}
-    kinds |= {name: (mx.float16, 3) for name in INPUTS if name.endswith("scales") or name.startswith("sink")}
-    kinds |= {"sizes": (mx.int32, 1), "mask": (mx.bool_, 4)}
+    kinds = dict.fromkeys((*INPUTS, *MERGE_INPUTS), (mx.float16, 3))
+    kinds |= {name: (mx.uint32, 3) for name in INPUTS if name.endswith("codes")}
+    kinds |= {"sinks": (mx.float16, 4), "constants": (mx.float32, 1), "partials": (mx.float32, 4)}
+    kinds |= {"plan": (mx.int32, 1), "mask": (mx.bool_, 4)}
+    bits = _kernel_bits(codec)
     trial = () if trials.remembered("attention kernels", (codec, dim), LARGEST_ERROR) else (mx.float32,)
     found = []
     for queries in dict.fromkeys((dtype, *trial)):
         kinds |= dict.fromkeys(("queries", "keys", "values"), (queries, 4))
-        launches = [_attend_launch(codec, dim, tiles, (1, 1, 1), 1) for tiles in ((1,) if dim == 256 else (1, 2, 4))]
+        launches = [_attend_launch(bits, dim, tiles, (1, 1, 1), 1) for tiles in ((1,) if dim == 256 else (1, 2, 4))]
         for suffix in ((), OWN[:3], OWN):
-            launches.append(_merge((1, 1, 1, dim), 1, queries if suffix else mx.float32, suffix))
+            launches.append(_merge((1, 1, 1, dim), 1, queries, suffix))
         if queries != dtype:  # the trial has few queries and no mask
             launches = [launches[0], *launches[-3:-1]]
         found += [variant_of(what, [kinds[name] for name in what.inputs]) for what in launches]
@@ -211,39 +211,49 @@ def variants(codec: CacheCodec, dim: int, dtype: mx.Dtype) -> list[Variant | Non
 
 def _merge(shape: tuple[int, int, int, int], n_kv_heads: int, dtype: mx.Dtype, suffix: tuple[str, ...]) -> Launch:
     batch, n_heads, length, dim = shape
+    outputs: tuple[tuple[str, tuple[int, ...], mx.Dtype], ...] = (("output", shape, dtype),)
+    if not suffix:
+        outputs = (("output", shape, mx.float32), ("logsumexp", shape[:3], mx.float32))
     return Launch(
         "merge",
         (
             ("DIM", dim),
             ("PARTS", PARTS[dim]),
             ("MOST_SPLITS", MOST_SPLITS),
+            ("AT_ONCE", AT_ONCE),
             ("SUFFIX", int(suffix != ())),
             ("MASKED", int("mask" in suffix)),
         ),
         MERGE_INPUTS + suffix,
-        (("output", shape, dtype), ("logsumexp", shape[:3], mx.float32)),
+        outputs,
         (batch * (n_heads // n_kv_heads) * length, n_kv_heads, 1),
         PARTS[dim] * dim,
+        ("layout.h",),
         strided=True,
     )
 
 
-def _defined(codec: CacheCodec, dim: int, tiles: int) -> tuple[tuple[str, int], ...]:
+def _kernel_bits(codec: CacheCodec) -> Bits:
+    """Return the bits of keys and values, and of finer keys and values: all of a codec that decides a kernel's text."""
+    fine = codec.fine
+    return codec.key_bits, codec.value_bits, fine.key_bits, fine.value_bits
+
+
+def _defined(bits: Bits, dim: int, tiles: int) -> tuple[tuple[str, int], ...]:
     """Return the constants that are compiled into the kernel."""
     most = SHARED_WORDS[gpu()]
-    fine = codec.fine
-    copies, fine_copies = (_copies(x.key_bits, x.value_bits, most) for x in (codec, fine))
-    tables = (_entries(x.key_bits, x.value_bits) * n for x, n in ((codec, copies), (fine, fine_copies)))
+    copies, fine_copies = (_copies(*pair, most) for pair in (bits[:2], bits[2:]))
+    tables = (_entries(*pair) * n for pair, n in ((bits[:2], copies), (bits[2:], fine_copies)))
     return (
         ("DIM", dim),
         ("TILES", tiles),
         ("ROWS", 8 * tiles),
         ("WARPS", WARPS),
         ("THREADS", 32 * WARPS),
-        ("KEY_BITS", codec.key_bits),
-        ("VALUE_BITS", codec.value_bits),
-        ("FINE_KEY_BITS", fine.key_bits),
-        ("FINE_VALUE_BITS", fine.value_bits),
+        ("KEY_BITS", bits[0]),
+        ("VALUE_BITS", bits[1]),
+        ("FINE_KEY_BITS", bits[2]),
+        ("FINE_VALUE_BITS", bits[3]),
         ("COPIES", copies),
         ("FINE_COPIES", fine_copies),
         ("STRIDE", dim + 8),  # padded, so that lanes seldom read the same bank of memory
@@ -262,27 +272,40 @@ def _entries(key_bits: int, value_bits: int) -> int:
 
 
 def _constants(layer: EncodedLayer) -> dict[str, mx.array]:
-    """Return the inputs of the kernels that depend on the layer alone, made once. Sinks are rotated, as codes are."""
-    if not layer.derived:
-        codecs = (layer.codec, layer.codec.fine)
-        levels = np.zeros((4, 256, 2), np.float16)
-        for row, bits in enumerate(bits for codec in codecs for bits in (codec.key_bits, codec.value_bits)):
-            table = _table(bits)
-            levels[row, : len(table)] = table
-        largest = mx.maximum(_largest(layer.values.scales), _largest(layer.fine_values.scales))
-        rotation = layer.key_codec.rotation
-        sinks = (rotation.forward(x) if x.size else x for x in (layer.sink_keys, layer.sink_values))
-        sink_keys, sink_values = (mx.clip(x, -65504.0, 65504.0).astype(mx.float16) for x in sinks)
-        tensors = layer.tensors() | {
-            "sink_keys": sink_keys,
-            "sink_values": sink_values,
-            # Weighted values are halves, scaled up as far as none overflows, so that no small one is lost.
-            "value_factors": mx.minimum(1.0 / mx.maximum(largest, 1e-30), LARGEST_FACTOR),
-            "signs": rotation.signs,
-            "levels": mx.array(levels).view(mx.uint32),
-        }
-        layer.derived.update({name: _padded(x) if name.endswith(_BY_TOKEN) else x for name, x in tensors.items()})
-        mx.eval(list(layer.derived.values()))
+    """Return the inputs of the first kernel that depend on the layer alone, in order, made once.
+
+    Sinks are rotated, as codes are. What is small stands together in ``constants``; see layout.h.
+    """
+    codecs = (layer.codec, layer.codec.fine)
+    levels = np.zeros((4, 256, 2), np.float16)
+    for row, bits in enumerate(bits for codec in codecs for bits in (codec.key_bits, codec.value_bits)):
+        table = _table(bits)
+        levels[row, : len(table)] = table
+    largest = mx.maximum(_largest(layer.values.scales), _largest(layer.fine_values.scales))
+    rotation = layer.key_codec.rotation
+    sinks = (rotation.forward(x) if x.size else x for x in (layer.sink_keys, layer.sink_values))
+    of_layer = {
+        "key_codes": _padded(layer.keys.codes),
+        "key_scales": _padded(layer.keys.scales),
+        "value_codes": _padded(layer.values.codes),
+        "value_scales": _padded(layer.values.scales),
+        "fine_key_codes": _padded(layer.fine_keys.codes),
+        "fine_value_codes": _padded(layer.fine_values.codes),
+        "fine_scales": mx.stack([_padded(layer.fine_keys.scales), _padded(layer.fine_values.scales)]),
+        "sinks": mx.stack([_padded(mx.clip(x, -65504.0, 65504.0).astype(mx.float16)) for x in sinks]),
+        "constants": mx.concatenate(
+            [
+                layer.key_mean.astype(mx.float32).flatten(),
+                layer.value_mean.astype(mx.float32).flatten(),
+                rotation.signs,
+                mx.array(levels).view(mx.float32).flatten(),
+                # Weighted values are halves, scaled up as far as none overflows, so that no small one is lost.
+                mx.minimum(1.0 / mx.maximum(largest, 1e-30), LARGEST_FACTOR),
+            ]
+        ),
+    }
+    layer.derived.update(of_layer)
+    mx.eval(list(layer.derived.values()))
     return layer.derived
 
 

@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
@@ -76,40 +77,47 @@ _programs: dict[Variant, Future[Program | None]] = {}
 _lock = threading.Lock()
 
 
+@dataclass(frozen=True)
+class Ready:
+    """A launch for inputs of certain kinds: its program, or None, and what MLX gets at each call."""
+
+    program: Program | None
+    settings: dict[str, Any]
+
+
 def launch(what: Launch, inputs: Sequence[Input]) -> list[mx.array] | None:
     """Run a kernel and return its outputs, or None if it cannot be compiled here; MLX may then compile it."""
     arrays = [x.whole if isinstance(x, Beginning) else x for x in inputs]
     kinds = tuple([(x.dtype, x.ndim) for x in arrays])
-    if kinds not in what.programs:
-        what.programs[kinds] = _ready(what, kinds)
-    program, handed_over = what.programs[kinds]
-    if program is None:
+    ready = what.programs.get(kinds)
+    if ready is None:
+        ready = what.programs[kinds] = _ready(what, kinds)
+    if ready.program is None:
         return None
-    scalars = [_dimension(inputs[index], kind, axis) for index, kind, axis in program.scalars]
+    scalars = [_dimension(inputs[index], kind, axis) for index, kind, axis in ready.program.scalars]
     if scalars and max(scalars) > LARGEST_STRIDE:
         return None
-    found: list[mx.array] = mx.fast.precompiled_cuda_kernel(
-        name=program.name,
-        compiled_source=handed_over,
-        inputs=arrays,
-        output_shapes=[shape for _, shape, _ in what.outputs],
-        output_dtypes=[dtype for _, _, dtype in what.outputs],
-        scalars=scalars,
-        grid=(what.groups[0] * what.threads, *what.groups[1:]),
-        threadgroup=(what.threads, 1, 1),
-        ensure_row_contiguous=True,
-    )
+    found: list[mx.array] = mx.fast.precompiled_cuda_kernel(inputs=arrays, scalars=scalars, **ready.settings)
     return found
 
 
-def _ready(what: Launch, kinds: Sequence[Kind]) -> tuple[Program | None, bytes]:
-    """Wait until a launch is compiled; return the program, or None, and the bytes that MLX gets for it."""
+def _ready(what: Launch, kinds: Sequence[Kind]) -> Ready:
+    """Wait until a launch is compiled, and note what is the same in all calls of it."""
     variant = variant_of(what, kinds)
     program = _program(variant).result() if variant is not None else None
     if program is None:
-        return None, b""
+        return Ready(None, {})
     by_name = _is_read_from_folder() and _put_where_mlx_looks(program)
-    return program, program.stands_for if by_name else program.code
+    settings = {
+        "name": program.name,
+        "compiled_source": program.stands_for if by_name else program.code,
+        "output_shapes": [shape for _, shape, _ in what.outputs],
+        "output_dtypes": [dtype for _, _, dtype in what.outputs],
+        "grid": (what.groups[0] * what.threads, *what.groups[1:]),
+        "threadgroup": (what.threads, 1, 1),
+        "ensure_row_contiguous": True,
+    }
+    return Ready(program, settings)
 
 
 def compile_ahead(variants: Iterable[Variant | None]) -> None:

@@ -40,12 +40,22 @@ def emulated(request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.M
 
 
 def assert_equal(queries: mx.array, layer: EncodedLayer, tolerance: float = 1e-3) -> None:
-    part = attention_gpu._attend(queries, layer, SCALE)
+    part = attention.Partial(*attention_gpu._attend(queries, layer, SCALE))
     expected = attention.attend_layer(queries, layer, SCALE)
     assert part.output.shape == expected.output.shape
     found, wanted = np.array(part.output), np.array(expected.output)
     assert np.linalg.norm(found - wanted) < tolerance * np.linalg.norm(wanted)
     np.testing.assert_allclose(np.array(part.logsumexp), np.array(expected.logsumexp), rtol=3e-4, atol=5e-3)
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("groups", [2, 8, 528])
+def test_finer_tokens_have_splits_of_their_own_or_share_all_splits(
+    groups: int, random_layer: Callable[..., EncodedLayer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_gpu, "GROUPS", dict.fromkeys(attention_gpu.GROUPS, groups))
+    layer = random_layer(700, CacheCodec(extra_bits=1.0))
+    assert_equal(mx.random.normal((1, 4, 1, 64)) * 2, layer)
 
 
 @pytest.mark.usefixtures("emulated")

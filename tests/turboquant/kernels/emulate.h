@@ -16,6 +16,7 @@ typedef long long size_type;
 typedef _Float16 half;
 #define FUNCTION inline
 #define SHARED static
+#define ALIGNED __attribute__((aligned(16)))
 #define SHARED_POINTER
 #define GLOBAL
 #define THREAD
@@ -36,6 +37,7 @@ typedef _Float16 half;
 #define READ_8(from, to) memcpy(to, from, 8)
 #define READ_16(from, to) memcpy(to, from, 16)
 #define READ_FLOATS(from, to) memcpy(to, from, 16)
+#define WRITE_4(to, x) { for (int n_ = 0; n_ < 4; ++n_) (to)[n_] = (x); }
 #ifdef METAL_LANES
 #define ROW(lane) (((lane) / 4 & 4) + (lane) / 2 % 4)
 #define COLUMN(lane) (((lane) / 4 & 2) * 2 + (lane) % 2 * 2)

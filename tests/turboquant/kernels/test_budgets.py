@@ -14,7 +14,7 @@ from turboquant.kernels import encoding_gpu, query_stats_gpu
 from turboquant.kernels.kernel_text import Launch, text
 
 LARGEST_GROUP, MOST_THREADS = 32768, 1024
-DECLARED = re.compile(r"^SHARED (?:u32|float) (.*);", flags=re.MULTILINE)
+DECLARED = re.compile(r"^SHARED (?:ALIGNED )?(?:u32|float) (.*);", flags=re.MULTILINE)
 ARRAY = re.compile(r"\w+((?:\[[^]]+\])+)")
 
 
@@ -40,7 +40,8 @@ def group_bytes(what: Launch) -> int:
 
 def launches(codec: CacheCodec, dim: int) -> list[Launch]:
     found = [
-        attention_gpu._attend_launch(codec, dim, tiles, (1, 1, 1), 1) for tiles in ((1,) if dim == 256 else (1, 2, 4))
+        attention_gpu._attend_launch(attention_gpu._kernel_bits(codec), dim, tiles, (1, 1, 1), 1)
+        for tiles in ((1,) if dim == 256 else (1, 2, 4))
     ]
     for suffix in ((), attention_gpu.OWN):
         found.append(attention_gpu._merge((1, 1, 1, dim), 1, mx.float16, suffix))

@@ -4,12 +4,16 @@
 
 const int index = THREAD_INDEX, lane = index % 32, warp = index / 32;
 const int split = GROUP_X, head = GROUP_Y, block = GROUP_Z;
-const int n_heads = sizes[1], n_kv_heads = sizes[2], length = sizes[3], splits = sizes[7];
-const int counts[3] = {sizes[4], sizes[5], sizes[6]};  // tokens encoded, encoded finer, kept as they are
-const int repeats = n_heads / n_kv_heads, rows = sizes[0] * repeats * length;
+const int n_heads = plan[1], n_kv_heads = plan[2], length = plan[3], splits = plan[7], fine_splits = plan[8];
+const int counts[3] = {plan[4], plan[5], plan[6]};  // tokens encoded, encoded finer, kept as they are
+const int repeats = n_heads / n_kv_heads, rows = plan[0] * repeats * length;
 const int row = ROW(lane), column = COLUMN(lane);
+GLOBAL const float* settings = (GLOBAL const float*)(plan + SIZES);
+GLOBAL const float* key_mean = constants + KEY_MEAN(n_kv_heads);
+GLOBAL const float* signs = constants + SIGNS(n_kv_heads);
+GLOBAL const u32* levels = (GLOBAL const u32*)(constants + LEVELS(n_kv_heads));
 
-SHARED u32 shared[SHARED_WORDS];  // the queries at first, then tables, then outputs
+SHARED ALIGNED u32 shared[SHARED_WORDS];  // the queries at first, then tables, then outputs
 SHARED float statistics[WARPS][ROWS][3];
 SHARED float means[ROWS], highest[ROWS];
 SHARED u32 factors[ROWS * DIM / 2];  // the queries as they enter products
@@ -53,17 +57,24 @@ UNROLL for (int n = 0; n < TILES; ++n) {
 }
 
 Tokens tokens;
-tokens.value_factor = value_factors[head];
+tokens.value_factor = constants[VALUE_FACTORS(n_kv_heads) + head];
 tokens.set<KEY_BITS, VALUE_BITS>(key_codes, key_scales, value_codes, value_scales, head, counts[0]);
+const int coarse_splits = splits - fine_splits;  // without splits for finer tokens alone, all share these out too
 attend_split<KEY_BITS, VALUE_BITS, COPIES, true>(
-    state, factors, mean_scores, tokens, levels, shared, split, splits, counts[0], index);
+    state, factors, mean_scores, tokens, levels, shared, split, coarse_splits, counts[0], index);
+const int fine_heads = n_kv_heads * (counts[1] < 16 ? 16 : counts[1]);
 tokens.set<FINE_KEY_BITS, FINE_VALUE_BITS>(
-    fine_key_codes, fine_key_scales, fine_value_codes, fine_value_scales, head, counts[1]);
-attend_split<FINE_KEY_BITS, FINE_VALUE_BITS, FINE_COPIES, false>(
-    state, factors, mean_scores, tokens, levels + 512, shared, split, splits, counts[1], index);
+    fine_key_codes, fine_scales, fine_value_codes, fine_scales + fine_heads, head, counts[1]);
+const int fine_split = fine_splits ? split - coarse_splits : split;
+if (fine_split >= 0) {  // the same for all threads
+    attend_split<FINE_KEY_BITS, FINE_VALUE_BITS, FINE_COPIES, false>(
+        state, factors, mean_scores, tokens, levels + 512, shared, fine_split, fine_splits ? fine_splits : splits, counts[1],
+        index);
+}
 if (split == splits - 1) {
+    const size_type halves = (size_type)n_kv_heads * (counts[2] < 16 ? 16 : counts[2]) * (DIM / 2);
     tokens.set<16, 16>(
-        (GLOBAL const u32*)sink_keys, key_scales, (GLOBAL const u32*)sink_values, value_scales, head, counts[2]);
+        (GLOBAL const u32*)sinks, key_scales, (GLOBAL const u32*)sinks + halves, value_scales, head, counts[2]);
     attend_tokens<16, 16, 1, false>(state, factors, mean_scores, tokens, 16 * warp, counts[2], 16 * WARPS, lane);
 }
 
@@ -106,7 +117,7 @@ for (int turn = 0; turn < WARPS; ++turn) {
 const int from = (head * splits + split) * rows + block * ROWS;
 const int here = rows - block * ROWS < ROWS ? rows - block * ROWS : ROWS;
 for (int i = index; i < here * DIM; i += THREADS) {
-    outputs[(size_type)from * DIM + i] = vectors[i / DIM * STRIDE + i % DIM];
+    partials[(size_type)(from + i / DIM) * (DIM + 4) + i % DIM] = vectors[i / DIM * STRIDE + i % DIM];
 }
 for (int r = index; r < here; r += THREADS) {
     float total = 0, mean_share = 0;
@@ -115,7 +126,8 @@ for (int r = index; r < here; r += THREADS) {
         total += statistics[w][r][1] * factor;
         mean_share += statistics[w][r][2] * factor;
     }
-    sums[(from + r) * 3] = highest[r];
-    sums[(from + r) * 3 + 1] = total;
-    sums[(from + r) * 3 + 2] = mean_share;
+    GLOBAL float* own = partials + (size_type)(from + r) * (DIM + 4) + DIM;
+    own[0] = highest[r];
+    own[1] = total;
+    own[2] = mean_share;
 }

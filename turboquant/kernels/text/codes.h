@@ -1,4 +1,4 @@
-// Packed codes to pairs of halves, and attention over a tile of tokens. Needs a backend's header, DIM and TILES.
+// Packed codes to pairs of halves, and attention over a tile of tokens. Needs a backend's header, layout.h, DIM and TILES.
 //
 // Products are of 8 x 8 blocks in the lanes of a SIMD-group: in a block, a lane holds two neighbours of one row, of
 // ROW(lane) and from COLUMN(lane) on. Which coordinate stands where in a product is free, as long as both factors agree,
@@ -96,11 +96,12 @@ struct Run {
     }
 };
 
-// Copy a table of levels N times, so that lanes meet in no bank.
+// Copy a table of levels N times, so that lanes meet in no bank. A thread writes four copies at a time.
 template <int BITS, int N>
 FUNCTION void fill_table(SHARED_POINTER u32* table, GLOBAL const u32* levels, int index) {
-    UNROLL for (int i = 0; i < Format<BITS>::ENTRIES * N; i += THREADS) {
-        if (i + index < Format<BITS>::ENTRIES * N) table[i + index] = levels[(i + index) / N];
+    UNROLL for (int first = 0; first < Format<BITS>::ENTRIES * N; first += 4 * THREADS) {
+        const int i = first + 4 * index;
+        if (i < Format<BITS>::ENTRIES * N) WRITE_4(table + i, levels[i / N]);
     }
 }
 

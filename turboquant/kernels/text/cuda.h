@@ -1,6 +1,7 @@
 // What the kernels' text is written in, for CUDA (compute capability 8.0 and later: products of halves in registers).
 #define FUNCTION __device__ __forceinline__
 #define SHARED __shared__
+#define ALIGNED __attribute__((aligned(16)))
 #define SHARED_POINTER
 #define GLOBAL
 #define THREAD
@@ -36,6 +37,8 @@ FUNCTION void put(GLOBAL T* to, float x) { *to = T(x); }
 #define READ_8(from, to) { uint2 read_ = *(const uint2*)(from); (to)[0] = read_.x; (to)[1] = read_.y; }
 #define READ_16(from, to) \
     { uint4 read_ = *(const uint4*)(from); (to)[0] = read_.x; (to)[1] = read_.y; (to)[2] = read_.z; (to)[3] = read_.w; }
+// Four times the same word.
+#define WRITE_4(to, x) { const u32 word_ = (x); *(uint4*)(to) = make_uint4(word_, word_, word_, word_); }
 #define READ_FLOATS(from, to) \
     { float4 read_ = *(const float4*)(from); (to)[0] = read_.x; (to)[1] = read_.y; (to)[2] = read_.z; (to)[3] = read_.w; }
 

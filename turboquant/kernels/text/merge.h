@@ -4,44 +4,50 @@
 const int index = THREAD_INDEX, lane = index % 32, d = index % DIM, part = index / DIM;
 const int run = DIM / 8, place_of_d = d % run / 2 * 16 + d / run * 2 + d % 2;
 const int r = GROUP_X, head = GROUP_Y;
-const int n_heads = sizes[1], n_kv_heads = sizes[2], length = sizes[3], splits = sizes[7];
-const int repeats = n_heads / n_kv_heads, rows = sizes[0] * repeats * length;
+const int n_heads = plan[1], n_kv_heads = plan[2], length = plan[3], splits = plan[7];
+const int repeats = n_heads / n_kv_heads, rows = plan[0] * repeats * length;
 const int sequence = r / (repeats * length), place = r % length, query_head = head * repeats + r / length % repeats;
+GLOBAL const float* settings = (GLOBAL const float*)(plan + SIZES);
 
-SHARED float highs[MOST_SPLITS], factors[MOST_SPLITS], totals[MOST_SPLITS], shares[MOST_SPLITS];
+SHARED float factors[MOST_SPLITS], known[3];  // of each split; highest score, sum of weights, the mean's share
 SHARED float vectors[PARTS][DIM];
-SHARED float part_totals[PARTS][2];
 
-const int own = ((head * splits + (index < splits ? index : 0)) * rows + r) * 3;
-if (index < splits) highs[index] = sums[own];
-BARRIER;
-float highest = -INFINITY;
-for (int s = 0; s < splits; ++s) highest = highs[s] > highest ? highs[s] : highest;
-if (index < splits) {
-    float factor = highs[index] == -INFINITY ? 0.0f : EXP2(highs[index] - highest);
-    factors[index] = factor;
-    totals[index] = factor * sums[own + 1];
-    shares[index] = factor * sums[own + 2];
+const size_type stride = (size_type)rows * (DIM + 4);
+GLOBAL const float* own = partials + ((size_type)head * splits * rows + r) * (DIM + 4);
+if (index < 32) {
+    float highest = -INFINITY, total = 0, mean_share = 0;
+    for (int s = lane; s < splits; s += 32) highest = own[s * stride + DIM] > highest ? own[s * stride + DIM] : highest;
+    UNROLL for (int i = 1; i < 32; i *= 2) {
+        const float other = from_lane(highest, i);
+        highest = other > highest ? other : highest;
+    }
+    for (int s = lane; s < splits; s += 32) {
+        const float high = own[s * stride + DIM];
+        factors[s] = high == -INFINITY ? 0.0f : EXP2(high - highest);
+        total += factors[s] * own[s * stride + DIM + 1];
+        mean_share += factors[s] * own[s * stride + DIM + 2];
+    }
+    total = over_lanes_sum(total);
+    mean_share = over_lanes_sum(mean_share);
+    if (lane == 0) {
+        known[0] = highest;
+        known[1] = total;
+        known[2] = mean_share;
+    }
 }
 BARRIER;
-float total = 0, mean_share = 0, sum = 0;
-for (int s = part; s < splits; s += PARTS) {
-    sum += factors[s] * outputs[((size_type)(head * splits + s) * rows + r) * DIM + place_of_d];
-    total += totals[s];
-    mean_share += shares[s];
+float highest = known[0], total = known[1], sum = 0;
+const float mean_share = known[2];
+for (int first = part; first < splits; first += PARTS * AT_ONCE) {
+    UNROLL for (int i = 0; i < AT_ONCE; ++i) {
+        const int s = first + i * PARTS;
+        if (s < splits) sum += factors[s] * own[s * stride + place_of_d];
+    }
 }
 vectors[part][d] = sum;
-if (d == 0) {
-    part_totals[part][0] = total;
-    part_totals[part][1] = mean_share;
-}
 BARRIER;
-total = mean_share = sum = 0;
-UNROLL for (int p = 0; p < PARTS; ++p) {
-    sum += vectors[p][d];
-    total += part_totals[p][0];
-    mean_share += part_totals[p][1];
-}
+sum = 0;
+UNROLL for (int p = 0; p < PARTS; ++p) sum += vectors[p][d];
 // The Hadamard transform: within SIMD-groups, then over them.
 UNROLL for (int span = 1; span < 32; span *= 2) {
     float other = from_lane(sum, span);
@@ -55,10 +61,11 @@ UNROLL for (int group = 0; group < DIM / 32; ++group) {
     int both = group & d / 32, odd = (both ^ both >> 1 ^ both >> 2) & 1;
     sum += odd ? -vectors[0][group * 32 + lane] : vectors[0][group * 32 + lane];
 }
-float value = sum * settings[1] * signs[d] / value_factors[head] + mean_share * value_mean[head * DIM + d];
+float value = sum * settings[1] * constants[SIGNS(n_kv_heads) + d] / constants[VALUE_FACTORS(n_kv_heads) + head] +
+    mean_share * constants[VALUE_MEAN(n_kv_heads) + head * DIM + d];
 
 #if SUFFIX
-SHARED float scores[DIM * PARTS];
+SHARED float scores[DIM * PARTS], part_totals[PARTS];
 // Eight lanes share a token's product with the query.
 const int eighth = index % 8, tokens = keys_shape[2];
 const size_type keys_at = sequence * keys_strides[0] + head * keys_strides[1];
@@ -85,7 +92,11 @@ for (int first = 0; first < tokens; first += DIM * PARTS) {
     }
     BARRIER;
     float top = highest;
-    for (int t = 0; t < count; ++t) top = scores[t] > top ? scores[t] : top;
+    for (int t = lane; t < count; t += 32) top = scores[t] > top ? scores[t] : top;
+    UNROLL for (int i = 1; i < 32; i *= 2) {
+        const float other = from_lane(top, i);
+        top = other > top ? other : top;
+    }
     const float fade = highest == -INFINITY ? 0.0f : EXP2(highest - top);
     const float weight = index >= count || scores[index] == -INFINITY ? 0.0f : EXP2(scores[index] - top);
     highest = top;
@@ -101,14 +112,16 @@ for (int first = 0; first < tokens; first += DIM * PARTS) {
     BARRIER;
 }
 vectors[part][d] = value;
-if (d == 0) part_totals[part][0] = total;
+if (d == 0) part_totals[part] = total;
 BARRIER;
 total = value = 0;
 UNROLL for (int p = 0; p < PARTS; ++p) {
     value += vectors[p][d];
-    total += part_totals[p][0];
+    total += part_totals[p];
 }
 #endif
 const int at = (sequence * n_heads + query_head) * length + place;
 if (part == 0) put(&output[at * DIM + d], value / total);
+#if !SUFFIX
 if (index == 0) logsumexp[at] = (highest + LOG2(total)) * 0.69314718f;
+#endif

@@ -2,6 +2,7 @@
 #include <metal_simdgroup_matrix>
 #define FUNCTION inline
 #define SHARED threadgroup
+#define ALIGNED __attribute__((aligned(16)))
 #define SHARED_POINTER threadgroup
 #define GLOBAL device
 #define THREAD thread
@@ -35,6 +36,8 @@ FUNCTION void put(GLOBAL T* to, float x) { *to = T(x); }
 #define READ_8(from, to) { uint2 read_ = *(device const uint2*)(from); (to)[0] = read_.x; (to)[1] = read_.y; }
 #define READ_16(from, to) \
     { uint4 read_ = *(device const uint4*)(from); (to)[0] = read_.x; (to)[1] = read_.y; (to)[2] = read_.z; (to)[3] = read_.w; }
+// Four times the same word.
+#define WRITE_4(to, x) { *(threadgroup uint4*)(to) = uint4(x); }
 #define READ_FLOATS(from, to) \
     { float4 read_ = *(device const float4*)(from); (to)[0] = read_.x; (to)[1] = read_.y; (to)[2] = read_.z; (to)[3] = read_.w; }
 
