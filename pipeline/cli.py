@@ -309,7 +309,7 @@ def show(
 def init(
     context: typer.Context,
     documents: Annotated[
-        str, typer.Argument(metavar="DOCUMENTS", help="Parquet, JSON Lines or texts: a file, a folder or a glob.")
+        str, typer.Argument(metavar="DOCUMENTS", help="Parquet, CSV, JSON, Arrow or texts: a file, a folder or a glob.")
     ],
     job_file: Annotated[Path, typer.Argument(metavar="JOB", help="The job file to write.")] = Path("job.yaml"),
     id_: Annotated[str | None, typer.Option("--id", metavar="COLUMN", help="The column of ids.")] = None,

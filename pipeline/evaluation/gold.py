@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.errors import InputError, one_line, suggestion
+from pipeline.errors import InputError
 from pipeline.files.columns import ANYTHING, ID, Column
+from pipeline.files.csv_tables import Csv
 from pipeline.files.encoding import wrong_character
 from pipeline.files.json_lines import JsonLines
 from pipeline.files.parquet import Parquet
@@ -55,9 +55,8 @@ def read_gold(path: str, names: Mapping[str, str] | None = None) -> dict[str, di
     names: of the file's columns, for those of COLUMNS that have another name there. Raises InputError.
     """
     column_of = {name: (names or {}).get(name, name) for name in COLUMNS}
-    rows = _csv_rows(path, column_of) if path.lower().endswith(".csv") else _rows(path, column_of)
     gold: dict[str, dict[str, Gold]] = {}
-    for place, values in rows:
+    for place, values in _rows(path, column_of):
         for name in ("document_id", "query_id"):
             if not isinstance(values[name], str | int):
                 raise InputError(f"{_OPTION}: the column '{column_of[name]}' in {place} is empty; expected an id")
@@ -81,33 +80,13 @@ def _rows(path: str, column_of: Mapping[str, str]) -> Iterator[tuple[str, dict[s
         for name, column in column_of.items()
         if name != _OPTIONAL or name != column
     ]
-    table = Table(path, _OPTION, needed, formats=(Parquet(), JsonLines()))
+    table = Table(path, _OPTION, needed, formats=(Parquet(), JsonLines(), Csv()))
     table.check()
     for record in table.records(column_of.values(), _ROWS_PER_BATCH):
         for name in column_of.values():
             if reason := record.unreadable(name):
                 raise InputError(f"{_OPTION}: {reason}")
         yield record.place, {name: record.values[column] for name, column in column_of.items()}
-
-
-def _csv_rows(path: str, column_of: Mapping[str, str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the rows of a CSV file, in UTF-8 with commas. An empty cell is null."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            for name, column in column_of.items():
-                there = reader.fieldnames or ()
-                if column not in there and (name != _OPTIONAL or name != column):
-                    raise InputError(
-                        f"{_OPTION} needs the column '{column}', which {path} lacks{suggestion(column, set(there))}"
-                    )
-            for row in reader:
-                yield (
-                    f"line {reader.line_num} of {path}",
-                    {name: row.get(column) or None for name, column in column_of.items()},
-                )
-    except (OSError, ValueError, csv.Error) as error:
-        raise InputError(f"{_OPTION}: {path}: cannot be read as CSV in UTF-8: {one_line(error)}") from None
 
 
 def _answers(value: Any, place: str) -> list[str] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import sys
 from dataclasses import dataclass
 from pathlib import PurePath
 
@@ -19,19 +18,9 @@ class _Conversion:
     magic: bytes = b""
 
 
-_PYTHON = f"{shlex.quote(sys.executable)} -c"  # pyarrow is there
-_TABLE = "import sys; from pyarrow import csv, parquet; parquet.write_table(csv.read_csv(sys.argv[1]{}), sys.argv[2])"
-_LINES = "import json, sys; [print(json.dumps(row)) for row in json.load(open(sys.argv[1], encoding='utf-8'))]"
-_TABS = ", parse_options=csv.ParseOptions(delimiter='\\t')"
 _TO_CSV = "soffice --headless --convert-to csv {source}"
 _PANDOC = "pandoc -t plain {source} -o {stem}.txt"
 _CONVERSIONS = {
-    ".csv": _Conversion("CSV", f"{_PYTHON} {shlex.quote(_TABLE.format(''))} {{source}} {{stem}}.parquet"),
-    ".tsv": _Conversion("TSV", f"{_PYTHON} {shlex.quote(_TABLE.format(_TABS))} {{source}} {{stem}}.parquet"),
-    ".json": _Conversion(
-        "JSON (if each of its lines is an object, let its name end in .jsonl)",
-        f"{_PYTHON} {shlex.quote(_LINES)} {{source}} > {{stem}}.jsonl",
-    ),
     ".gz": _Conversion("compressed by gzip", "gunzip -c < {source} > {unpacked}", b"\x1f\x8b"),
     ".bz2": _Conversion("compressed by bzip2", "bunzip2 -c < {source} > {unpacked}", b"BZh"),
     ".xz": _Conversion("compressed by xz", "unxz -c < {source} > {unpacked}", b"\xfd7zXZ\0"),

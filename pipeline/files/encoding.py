@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -91,6 +92,12 @@ def describe(error: UnicodeDecodeError, name: str, offset: int) -> str:
     """Return the reason why bytes do not decode. offset: bytes of the file before those that were decoded."""
     byte = error.object[error.start]
     return f"is not text in {name.upper()}: the byte 0x{byte:02x} at offset {offset + error.start} does not decode"
+
+
+def opened_text(content: BinaryIO, encoding: str) -> io.TextIOWrapper:
+    """Return a file as text, in which half characters stand for bytes that do not decode; line ends stay."""
+    errors = "surrogatepass" if encoding.startswith(("utf-16", "utf-32")) else "surrogateescape"
+    return io.TextIOWrapper(content, encoding, errors, newline="")
 
 
 def split_lines(content: BinaryIO, newline: bytes) -> Iterator[bytes]:

@@ -12,6 +12,7 @@ from pathlib import Path, PurePath
 
 from pipeline.errors import InputError, one_line, suggestion
 from pipeline.files import remote
+from pipeline.files.compression import COMPRESSIONS, compression
 from pipeline.files.conversions import what_else
 from pipeline.files.formats import Format, InputFile, beginning, listed
 from pipeline.files.paths import has_wildcards, literal
@@ -36,6 +37,8 @@ def find_files(path: str, key: str, formats: Sequence[Format], follow_links: boo
     if not follow_links and not remote.is_url(path):
         names = [name for name in names if name == path or not _is_behind_link(base, name)]
     by_suffix = {suffix: each for each in formats for suffix in each.suffixes}
+    packed = [(suffix, each) for suffix, each in by_suffix.items() if each.may_be_compressed]
+    by_suffix |= {f"{suffix}{ending}": each for suffix, each in packed for ending in COMPRESSIONS}
     others: list[str] = []
     if is_folder:
         others = [name for name in names if _suffix(name) not in by_suffix]
@@ -91,7 +94,9 @@ def _is_behind_link(base: str, name: str) -> bool:
 
 
 def _suffix(name: str) -> str:
-    return PurePath(name).suffix.lower()
+    """Return the suffix of a name in lower case, with that of a compression behind it."""
+    packed = compression(name)
+    return f"{PurePath(name.removesuffix(packed)).suffix}{packed}".lower()
 
 
 def _passed_over(folder: str, others: Sequence[str], suffix: str) -> str:

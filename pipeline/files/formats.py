@@ -6,12 +6,13 @@ import io
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow as pa
 
 from pipeline.files import remote
 from pipeline.files.columns import Needs
+from pipeline.files.compression import compression, decompressed
 from pipeline.files.conversions import BEGINNING
 
 Rows = Iterable[tuple[int, dict[str, Any]]]
@@ -31,9 +32,14 @@ class InputFile:
     def __str__(self) -> str:
         return self.path
 
-    def open(self) -> BinaryIO | io.BufferedReader:
-        """Open the file to be read from its beginning. Raises OSError, JobError and RemoteError."""
-        return _open(self.path)
+    @property
+    def name(self) -> str:
+        """The path without the suffix of a compression."""
+        return self.path.removesuffix(compression(self.path))
+
+    def open(self) -> io.BufferedReader:
+        """Open the file to be read once, decompressed. Raises OSError, JobError and RemoteError."""
+        return decompressed(_open(self.path), compression(self.path))
 
     def open_for_arrow(self) -> Any:
         """Open the file to be read by pyarrow, in any order."""
@@ -44,12 +50,14 @@ class Format(ABC):
     """A format of input files.
 
     name: in messages. suffixes: of the names of its files, in lower case. magic: the bytes with which every file of the
-    format begins, whatever its name is; b"" if there are none.
+    format begins, whatever its name is; b"" if there are none. may_be_compressed: whether its files are read from the
+    beginning to the end.
     """
 
     name: str
     suffixes: tuple[str, ...]
     magic = b""
+    may_be_compressed = False
 
     @abstractmethod
     def columns(self, file: InputFile, needs: Needs) -> Sequence[str]:
@@ -89,7 +97,7 @@ def listed(formats: Sequence[Format]) -> str:
     return ", ".join(f"{each.name} ({', '.join(f'*{suffix}' for suffix in each.suffixes)})" for each in formats)
 
 
-def _open(path: str) -> BinaryIO | io.BufferedReader:
+def _open(path: str) -> io.BufferedReader:
     if remote.is_url(path):
         return io.BufferedReader(remote.open_remote(path), remote.BUFFER_BYTES)
     return open(path, "rb")

@@ -18,6 +18,7 @@ class JsonLines(Format):
 
     name = "JSON Lines"
     suffixes = (".jsonl", ".ndjson")
+    may_be_compressed = True
 
     def columns(self, file: InputFile, needs: Needs) -> Sequence[str]:
         """Return the keys of all lines. Raises InputError if a line is wrong."""
@@ -35,11 +36,11 @@ class JsonLines(Format):
 def _rows(file: InputFile, needs: Needs) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
         with file.open() as content:
-            beginning = content.read(BEGINNING)
-            if what := what_else(file.path, beginning):
+            beginning = content.peek(BEGINNING)[:BEGINNING]
+            if what := what_else(file.name, beginning):
                 raise InputError(f"{file}: is not JSON Lines: it {what}")
             encoding, offset = find_encoding(beginning, needs.encoding)
-            content.seek(offset)
+            content.read(offset)
             for number, line in enumerate(split_lines(content, "\n".encode(encoding)), start=1):
                 values = _parse(line, encoding, offset, f"line {number} of {file}", needs)
                 if values is not None:
@@ -64,6 +65,11 @@ def _parse(line: bytes, encoding: str, offset: int, place: str, needs: Needs) ->
     except (ValueError, RecursionError) as error:
         remedy = f"; it has NUL bytes{needs.remedy}" if "\0" in text else ""
         raise InputError(f"{place} is not JSON: {one_line(error)}{remedy}") from None
+    return checked_object(values, place, needs)
+
+
+def checked_object(values: Any, place: str, needs: Needs) -> dict[str, Any]:
+    """Return a row. Raises InputError if it is no JSON object, or has a value of another type than a column needs."""
     if not isinstance(values, dict):
         raise InputError(f'{place} is no JSON object, such as {{"id": "a", "text": "…"}}')
     for column in needs.columns:

@@ -23,25 +23,25 @@ from pipeline.files.formats import Format, InputFile, Rows, beginning
 
 # Without a buffer pyarrow reads a whole column chunk at once, however small the batches are.
 _BUFFER_BYTES = 1 << 20
-_BROKEN = (OSError, ValueError, pa.ArrowException)
+BROKEN = (OSError, ValueError, pa.ArrowException)
 
 
 class Parquet(Format):
     """Parquet files. Their columns are checked by the footer alone."""
 
     name = "Parquet"
-    suffixes = (".parquet",)
+    suffixes: tuple[str, ...] = (".parquet",)
     magic = b"PAR1"
 
     def columns(self, file: InputFile, needs: Needs) -> Sequence[str]:
         """Return the names in the footer."""
-        with _open(file) as parquet:
+        with self.opened(file) as parquet:
             names: list[str] = parquet.schema_arrow.names
         return names
 
     def check(self, file: InputFile, needs: Needs) -> None:
         """Raise InputError if a file lacks a column that is needed, or has it in another type."""
-        with _open(file) as parquet:
+        with self.opened(file) as parquet:
             schema = parquet.schema_arrow
         needs.check_presence(file, schema.names)
         for column in needs.columns:
@@ -53,46 +53,45 @@ class Parquet(Format):
 
     def rows(self, file: InputFile, needs: Needs, names: Collection[str] | None, rows_per_batch: int) -> Rows:
         """Return the number and the values of each row. A column that is not needed may be missing."""
-        return enumerate(_rows(file, needs, names, rows_per_batch))
+        return enumerate(self._rows(file, needs, names, rows_per_batch))
 
     def place(self, file: InputFile, number: int) -> str:
         """Return the place of a row, for messages."""
         return f"row {number} (from 0) of {file}"
 
+    def _rows(
+        self, file: InputFile, needs: Needs, names: Collection[str] | None, rows_per_batch: int
+    ) -> Iterator[dict[str, Any]]:
+        with self.opened(file) as parquet:
+            schema = parquet.schema_arrow
+            if names is None:
+                names = [field.name for field in schema if ID.fits_type(field.type)]
+            needed = {column.name for column in needs.columns}
+            columns = [name for name in sorted(names) if name in needed or schema.names.count(name) == 1]
+            batches = parquet.iter_batches(rows_per_batch, columns=columns, use_threads=False)
+            while True:
+                try:
+                    batch = next(batches, None)
+                    if batch is None:
+                        return
+                    values = {name: batch.column(name) for name in columns}
+                    rows = [{name: _value(values[name][i]) for name in columns} for i in range(len(batch))]
+                except BROKEN as error:
+                    raise InputError(f"{file}: cannot be read: {one_line(error)}") from None
+                yield from rows
 
-def _rows(
-    file: InputFile, needs: Needs, names: Collection[str] | None, rows_per_batch: int
-) -> Iterator[dict[str, Any]]:
-    with _open(file) as parquet:
-        schema = parquet.schema_arrow
-        if names is None:
-            names = [field.name for field in schema if ID.fits_type(field.type)]
-        needed = {column.name for column in needs.columns}
-        columns = [name for name in sorted(names) if name in needed or schema.names.count(name) == 1]
-        batches = parquet.iter_batches(rows_per_batch, columns=columns, use_threads=False)
-        while True:
-            try:
-                batch = next(batches, None)
-                if batch is None:
-                    return
-                values = {name: batch.column(name) for name in columns}
-                rows = [{name: _value(values[name][i]) for name in columns} for i in range(len(batch))]
-            except _BROKEN as error:
-                raise InputError(f"{file}: cannot be read: {one_line(error)}") from None
-            yield from rows
-
-
-@contextmanager
-def _open(file: InputFile) -> Iterator[Any]:
-    try:
-        with file.open_for_arrow() as source:
-            yield pq.ParquetFile(source, buffer_size=_BUFFER_BYTES, pre_buffer=False)
-    except _BROKEN as error:
-        with suppress(OSError):
-            first = beginning(file.path)
-            if not first.startswith(Parquet.magic) and (what := what_else(file.path, first)):
-                raise InputError(f"{file}: is not Parquet: it {what}") from None
-        raise InputError(f"{file}: cannot be read as Parquet: {one_line(error)}") from None
+    @contextmanager
+    def opened(self, file: InputFile) -> Iterator[Any]:
+        """Open a file, which has a `schema_arrow` and the method `iter_batches`. Raises InputError."""
+        try:
+            with file.open_for_arrow() as source:
+                yield pq.ParquetFile(source, buffer_size=_BUFFER_BYTES, pre_buffer=False)
+        except BROKEN as error:
+            with suppress(OSError):
+                first = beginning(file.path)
+                if not first.startswith(Parquet.magic) and (what := what_else(file.path, first)):
+                    raise InputError(f"{file}: is not Parquet: it {what}") from None
+            raise InputError(f"{file}: cannot be read as Parquet: {one_line(error)}") from None
 
 
 def _value(scalar: Any) -> Any:

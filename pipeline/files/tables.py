@@ -13,18 +13,22 @@ from dataclasses import dataclass
 from itertools import chain, islice
 from typing import Any
 
+from pipeline.files.arrow_files import Arrow
 from pipeline.files.columns import ID, Column, Needs
+from pipeline.files.csv_tables import Csv
 from pipeline.files.encoding import Unreadable, wrong_character
 from pipeline.files.find import find_files
 from pipeline.files.formats import Format, InputFile
+from pipeline.files.json_arrays import JsonArray
 from pipeline.files.json_lines import JsonLines
 from pipeline.files.parquet import Parquet
 from pipeline.files.remote import is_url
 from pipeline.files.text_files import TextLines, WholeText
 
 _log = logging.getLogger(__name__)
-DOCUMENTS: Sequence[Format] = (Parquet(), JsonLines(), WholeText(".txt", ".md", ".markdown"))
-QUERIES: Sequence[Format] = (Parquet(), JsonLines(), TextLines(), WholeText(".md", ".markdown"))
+_TABLES: Sequence[Format] = (Parquet(), JsonLines(), Csv(), JsonArray(), Arrow())
+DOCUMENTS: Sequence[Format] = (*_TABLES, WholeText(".txt", ".md", ".markdown"))
+QUERIES: Sequence[Format] = (*_TABLES, TextLines(), WholeText(".md", ".markdown"))
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ class WholeText(Format):
     """Files that are one row each: `id` is the path relative to the folder, and `text` is the content."""
 
     name = "text"
+    may_be_compressed = True
 
     def __init__(self, *suffixes: str) -> None:
         self.suffixes = suffixes
@@ -45,6 +46,7 @@ class TextLines(Format):
 
     name = "lines of text"
     suffixes = (".txt",)
+    may_be_compressed = True
 
     def columns(self, file: InputFile, needs: Needs) -> Sequence[str]:
         """Return the two columns of lines."""
@@ -67,7 +69,7 @@ def _read(file: InputFile, needs: Needs) -> str | Unreadable:
     try:
         with file.open() as opened:
             content = opened.read()
-        if what := what_else(file.path, content[:BEGINNING]):
+        if what := what_else(file.name, content[:BEGINNING]):
             return Unreadable(what)
         return decode(content, needs.encoding)
     except NotText as error:

@@ -7,6 +7,7 @@ and the database's cache.
 
 from __future__ import annotations
 
+import json
 import sqlite3
 from collections.abc import Iterable, Iterator
 from threading import Lock
@@ -16,6 +17,7 @@ from pydantic import ValidationError
 
 from pipeline.errors import InputError
 from pipeline.files.columns import ID, TEXT, Column
+from pipeline.files.csv_tables import Csv
 from pipeline.files.tables import QUERIES, Record, Table
 from pipeline.files.temporary_database import spill_errors, temporary_database
 from pipeline.files.text_files import TextLines
@@ -139,6 +141,8 @@ def _query(record: Record, source: QueryTable) -> Query:
     values = {"id": id_of(text) if is_line else _id(record, source.id, "id"), "text": text}
     for name in _SETTINGS:
         value = record.values[name]
+        if isinstance(record.file.format, Csv) and name != "json_schema":
+            value = _cell(value)
         if isinstance(value, float) and value.is_integer():
             value = int(value)  # pandas writes a column of whole numbers and nulls as floats
         if value is not None:
@@ -149,6 +153,14 @@ def _query(record: Record, source: QueryTable) -> Query:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         raise InputError(f"queries: {explain(first, key)}, in {record.place}") from None
+
+
+def _cell(value: Any) -> Any:
+    """Return the value of a setting in a CSV file: a number or a list if it is written as JSON, or else the text."""
+    try:
+        return json.loads(value) if value else None
+    except ValueError:
+        return value
 
 
 def _id(record: Record, column: str, key: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bz2
 import gzip
 import io
 import json
@@ -41,12 +40,6 @@ def as_parquet() -> bytes:
 
 
 OTHERS = {
-    "d.csv": b"id,text\na,The board met.\nb,The lease ends.\n",
-    "d.tsv": b"id\ttext\na\tThe board met.\nb\tThe lease ends.\n",
-    "d.json": json.dumps(ROWS).encode(),
-    "d.jsonl.gz": gzip.compress(LINES.encode()),
-    "d.jsonl.bz2": bz2.compress(LINES.encode()),
-    "d.jsonl.xz": lzma.compress(LINES.encode()),
     "d.zip": zipped("d.jsonl", LINES),
     "d.pdf": b"%PDF-1.7\n",
     "d.html": b"<p>The board met.</p>",
@@ -73,9 +66,7 @@ def test_a_file_of_another_format_is_named_with_the_command_that_converts_it(
     assert shlex.quote(str(workplace.folder / name)) in command
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in OTHERS if name.split(".")[1] not in ("pdf", "html", "docx", "xlsx", "rtf")]
-)
+@pytest.mark.parametrize("name", ["d.zip"])
 def test_the_command_works_as_printed(tmp_path: Path, workplace: Workplace, name: str) -> None:
     folder = tmp_path / "it's [v2]"
     folder.mkdir()
@@ -94,9 +85,9 @@ def test_the_command_works_as_printed(tmp_path: Path, workplace: Workplace, name
 
 
 @pytest.mark.parametrize("name", ["d.jsonl", "d.parquet", "d.txt"])
-@pytest.mark.parametrize("content", ["d.jsonl.gz", "d.zip", "d.pdf", "d.jsonl.xz"])
-def test_content_counts_more_than_a_suffix_that_lies(workplace: Workplace, name: str, content: str) -> None:
-    (workplace.folder / name).write_bytes(OTHERS[content])
+@pytest.mark.parametrize("content", [gzip.compress(b"x"), OTHERS["d.zip"], OTHERS["d.pdf"], lzma.compress(b"x")])
+def test_content_counts_more_than_a_suffix_that_lies(workplace: Workplace, name: str, content: bytes) -> None:
+    (workplace.folder / name).write_bytes(content)
     workplace.save(documents={"path": name})
     if name != "d.txt":
         assert "; convert it, for example by: " in error_of(invoke("run", workplace.job_file))

@@ -1,0 +1,77 @@
+"""Rows of CSV and TSV, streamed: the first line names the columns, every cell is a text, and an empty one is null."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from pipeline.errors import InputError, one_line
+from pipeline.files.columns import Needs
+from pipeline.files.conversions import BEGINNING, what_else
+from pipeline.files.encoding import Unreadable, find_encoding, opened_text, wrong_character
+from pipeline.files.formats import Format, InputFile, Rows
+
+csv.field_size_limit(sys.maxsize)  # the default, 131,072 characters, is less than a contract
+
+
+class Csv(Format):
+    """Files with commas between cells, or with semicolons or tabs if the first line has those alone."""
+
+    name = "CSV"
+    suffixes = (".csv", ".tsv")
+    may_be_compressed = True
+
+    def columns(self, file: InputFile, needs: Needs) -> Sequence[str]:
+        """Return the cells of the first line."""
+        with _opened(file, needs) as reader:
+            return next(reader, [])
+
+    def rows(self, file: InputFile, needs: Needs, names: Collection[str] | None, rows_per_batch: int) -> Rows:
+        """Return the number of the line where a row begins, from 1, and its values. Blank lines are left out."""
+        return _rows(file, needs)
+
+    def place(self, file: InputFile, number: int) -> str:
+        """Return the place of a row, for messages."""
+        return f"line {number} of {file}"
+
+
+def _rows(file: InputFile, needs: Needs) -> Iterator[tuple[int, dict[str, Any]]]:
+    with _opened(file, needs) as reader:
+        names: list[str] = next(reader, [])
+        line = reader.line_num + 1
+        for cells in reader:
+            if cells and len(cells) != len(names):
+                raise InputError(
+                    f"line {line} of {file} has {len(cells)} cells, and the first line has {len(names)}; put a text "
+                    "that has a comma, a quote or a line break in quotes"
+                )
+            if cells:
+                yield line, {name: _value(cell, needs) for name, cell in zip(names, cells, strict=True)}
+            line = reader.line_num + 1
+
+
+@contextmanager
+def _opened(file: InputFile, needs: Needs) -> Iterator[Any]:
+    try:
+        with file.open() as content:
+            beginning = content.peek(BEGINNING)[:BEGINNING]
+            if what := what_else(file.name, beginning):
+                raise InputError(f"{file}: is not CSV: it {what}")
+            encoding, mark = find_encoding(beginning, needs.encoding)
+            first = content.peek(1).partition("\n".encode(encoding))[0].decode(encoding, "replace")
+            content.read(mark)
+            separator = next((each for each in ",\t;" if each in first), ",")
+            with opened_text(content, encoding) as text:
+                yield csv.reader(text, delimiter=separator, strict=True)
+    except csv.Error as error:
+        raise InputError(f"{file}: is not CSV: {one_line(error)}") from None
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {one_line(error)}") from None
+
+
+def _value(cell: str, needs: Needs) -> str | Unreadable | None:
+    reason = wrong_character(cell)
+    return Unreadable(f"{reason}{needs.remedy}") if reason else cell or None

@@ -1,0 +1,102 @@
+"""Rows of a JSON array of objects, one in memory at a time."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Collection, Iterator, Sequence
+from typing import Any
+
+from pipeline.errors import InputError, one_line
+from pipeline.files.columns import Needs
+from pipeline.files.conversions import BEGINNING, what_else
+from pipeline.files.encoding import Unreadable, find_encoding, opened_text, wrong_character
+from pipeline.files.formats import Format, InputFile, Rows
+from pipeline.files.json_lines import checked_object
+
+_CHARACTERS = 1 << 16  # that are read at once
+_NEAR_THE_END = 16  # characters: an error there may be of an object that is not read whole
+
+_DECODER = json.JSONDecoder(strict=False)
+
+
+class JsonArray(Format):
+    """Files that are one array of objects. A key that an object lacks is null."""
+
+    name = "JSON"
+    suffixes = (".json",)
+    may_be_compressed = True
+
+    def columns(self, file: InputFile, needs: Needs) -> Sequence[str]:
+        """Return the keys of all objects. Raises InputError if the file is no array of objects."""
+        return list(dict.fromkeys(key for _, values in _rows(file, needs) for key in values))
+
+    def rows(self, file: InputFile, needs: Needs, names: Collection[str] | None, rows_per_batch: int) -> Rows:
+        """Return the number, from 0, and the values of each object."""
+        return _rows(file, needs)
+
+    def place(self, file: InputFile, number: int) -> str:
+        """Return the place of a row, for messages."""
+        return f"object {number} (from 0) of {file}"
+
+
+def _rows(file: InputFile, needs: Needs) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        with file.open() as content:
+            beginning = content.peek(BEGINNING)[:BEGINNING]
+            if what := what_else(file.name, beginning):
+                raise InputError(f"{file}: is not JSON: it {what}")
+            encoding, mark = find_encoding(beginning, needs.encoding)
+            content.read(mark)
+            with opened_text(content, encoding) as text:
+                for number, values in enumerate(_objects(text, str(file))):
+                    place = JsonArray().place(file, number)
+                    row = checked_object(values, place, needs)
+                    reasons = {name: reason for name, value in row.items() if (reason := wrong_character(value))}
+                    yield (
+                        number,
+                        row | {name: Unreadable(f"{reason}{needs.remedy}") for name, reason in reasons.items()},
+                    )
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read: {one_line(error)}") from None
+
+
+def _objects(content: io.TextIOBase, origin: str) -> Iterator[Any]:
+    """Yield the elements of an array. Raises InputError."""
+    text = content.read(_CHARACTERS).lstrip()
+    if not text.startswith("["):
+        raise InputError(
+            f"{origin}: is no JSON array of objects; if each of its lines is an object, let its name end in .jsonl"
+        )
+    text = _more(text[1:], content)
+    while text[:1] != "]":
+        value, text = _next(text, content, origin)
+        yield value
+        text = _more(text, content)
+        if text[:1] not in ("]", ","):
+            there = f"there is {text[:20]!r} behind an object" if text else "it is cut off"
+            raise InputError(f"{origin}: is no JSON array: {there}")
+        text = text if text[0] == "]" else _more(text[1:], content)
+
+
+def _more(text: str, content: io.TextIOBase) -> str:
+    """Return the text without the space before it, and what follows it in the file if that leaves nothing."""
+    while not (text := text.lstrip()) and (text := content.read(_CHARACTERS)):
+        pass
+    return text
+
+
+def _next(text: str, content: io.TextIOBase, origin: str) -> tuple[Any, str]:
+    """Return the value with which a text begins, and the text behind it; more is read until the value is whole."""
+    while True:
+        try:
+            value, end = _DECODER.raw_decode(text)
+        except (ValueError, RecursionError) as error:
+            at = error.pos if isinstance(error, json.JSONDecodeError) else 0
+            is_open = str(error).startswith("Unterminated string") or at >= len(text) - _NEAR_THE_END
+            more = content.read(max(_CHARACTERS, len(text))) if is_open else ""
+            if not more:
+                raise InputError(f"{origin}: is not JSON: {one_line(error)}") from None
+            text += more
+        else:
+            return value, text[end:]
