@@ -8,6 +8,7 @@ from pathlib import Path
 from typer.testing import CliRunner
 
 from pipeline.cli import app
+from pipeline.job.job import Query
 from tests import ROOT
 
 JOBS = ROOT / "jobs"
@@ -26,3 +27,9 @@ def test_contracts_of_one_s_own_are_asked_every_question(tmp_path: Path) -> None
     plan = json.loads(result.stdout)
     assert plan["status"]["documents"] == 2
     assert plan["status"]["rows"] == 2 * len(questions)
+
+
+def test_every_question_asks_for_evidence_and_three_have_choices() -> None:
+    queries = [Query.model_validate_json(line) for line in (JOBS / "review" / "questions.jsonl").read_text().splitlines()]
+    assert {query.evidence for query in queries} == {1}
+    assert sum(query.choices is not None for query in queries) == 3
