@@ -1,8 +1,8 @@
 """The command line: the arguments of each command, and the text that it prints.
 
 The work of a command is in `pipeline.commands` and is imported when the command runs, so that ``--help`` is fast.
-Exit codes: 0 all rows answered; 2 the job or the command line is wrong; 3 finished, some rows failed, or a score is
-below its minimum; 130 interrupted, resumable; 1 anything else.
+Exit codes: 0 all rows answered; 2 the job or the command line is wrong; 3 finished, some rows failed, or a bound of
+``score`` or ``tune`` was missed; 130 interrupted, resumable; 1 anything else.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ from pipeline.commands.options import (
     SomeDocuments,
     SomeQueries,
 )
+from pipeline.commands.tune import tune
 from pipeline.logs import LogFormat, tell
 from pipeline.standard_streams import make_streams_safe, print_if_possible
 
@@ -67,7 +68,7 @@ app = typer.Typer(
     help="Answer many queries on each of many long documents, on MLX.\n\n"
     "Each document is prefilled once into a compressed prompt cache that is kept on disk; every query is "
     "answered from it. Exit codes: 0 all rows answered, 2 the job or the command line is wrong, 3 finished "
-    "but some rows failed or a score is below its minimum, 130 interrupted (the same command resumes), 1 anything "
+    "but some rows failed or a bound was missed, 130 interrupted (the same command resumes), 1 anything "
     "else.",
     cls=CommandGroup,
     no_args_is_help=True,
@@ -343,6 +344,7 @@ def init(
 app.command()(export)
 app.command()(score)
 app.command()(compare)
+app.command()(tune)
 
 
 @app.command()

@@ -30,6 +30,8 @@ def test_contracts_of_one_s_own_are_asked_every_question(tmp_path: Path) -> None
 
 
 def test_every_question_asks_for_evidence_and_three_have_choices() -> None:
-    queries = [Query.model_validate_json(line) for line in (JOBS / "review" / "questions.jsonl").read_text().splitlines()]
+    queries = [
+        Query.model_validate_json(line) for line in (JOBS / "review" / "questions.jsonl").read_text().splitlines()
+    ]
     assert {query.evidence for query in queries} == {1}
     assert sum(query.choices is not None for query in queries) == 3

@@ -201,6 +201,7 @@ def _summarise(baseline: Baseline, outcomes: Sequence[_Outcome]) -> Fidelity:
         kl_p99=float(np.quantile(kl, 0.99)),
         kl_worst=float(kl.max()),
         top1=float(np.concatenate([one.top1 for one in every]).mean()),
+        answers=float(np.mean([one.top1.all() for one in every])),
         cosine=float(np.concatenate([one.cosine for one in every]).mean()),
         perplexity=perplexity([one.loss for one in every]),
         perplexity_full=perplexity([one.loss_full for one in every]),

@@ -99,6 +99,7 @@ class Fidelity:
     kl_stderr: standard error of ``kl``, clustered by sample, or by continuation if there is one sample; None if there
         is one continuation.
     top1: share of positions where the most likely token is the same as in full precision.
+    answers: share of continuations where it is the same at every position: of greedy answers, those that do not change.
     cosine: cosine between the two vectors of logits, mean over positions.
     perplexity, perplexity_full: perplexity of the continuations' tokens, here and in full precision.
     batch_difference: the largest difference of a logit between a row alone and in a batch; None if not measured.
@@ -116,6 +117,7 @@ class Fidelity:
     kl_p99: float
     kl_worst: float
     top1: float
+    answers: float
     cosine: float
     perplexity: float
     perplexity_full: float
