@@ -36,7 +36,7 @@ OF_OTHERS = {
     "--hostfile",
     "--backend",
 }
-_OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
+_OPTION = re.compile(r"(?<![\w-])--[a-z][a-z0-9-]*")
 
 
 def text_of(page: Path) -> str:
