@@ -26,6 +26,7 @@ from pipeline.models.quotations import QUOTATION_TOKENS, Passages
 from pipeline.models.ranks import SINGLE, RankGroup
 from pipeline.models.row_generator import Response, Row, RowGenerator, Sampler
 from turboquant import Prefix, enabled
+from turboquant.mlx_lm.cpu_functions import numpy_functions
 
 
 @dataclass(frozen=True)
@@ -115,6 +116,7 @@ class _Decoder:
         answers: dict[int, Answer] = {}
         with (
             enabled(loaded.model),
+            numpy_functions(loaded.model),
             RowGenerator(loaded.model, loaded.batching, given, self._batch_size, stop_tokens, greedy) as generator,
         ):
             while responses := generator.next_generated():

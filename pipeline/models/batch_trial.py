@@ -9,6 +9,7 @@ import mlx.core as mx
 
 from pipeline.models.row_generator import Row, RowGenerator
 from turboquant import CacheCodec, Prefix, enabled, prefill
+from turboquant.mlx_lm.cpu_functions import numpy_functions
 from turboquant.mlx_lm.families import Batching, explain, known_batching
 from turboquant.runtime.device import on_cpu
 
@@ -36,7 +37,7 @@ def find_batching(model: Any, vocabulary: int) -> Batching:
 
 def try_batching(model: Any, vocabulary: int) -> Batching:
     """Decode three short rows alone and together, and return which rows have the same log-probabilities in a batch."""
-    with enabled(model):
+    with enabled(model), numpy_functions(model):
         prefix = prefill(model, _some_tokens(CONTEXT, 0, vocabulary), CacheCodec())
         if not _same(model, prefix, EQUAL, len(EQUAL), vocabulary):
             return "one by one"

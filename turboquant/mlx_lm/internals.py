@@ -8,7 +8,7 @@ that says which one no longer holds.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -19,6 +19,7 @@ import mlx.core as mx
 from mlx_lm import load
 from mlx_lm.models import base
 from mlx_lm.models import cache as cache_module
+from mlx_lm.models.activations import swiglu
 from mlx_lm.models.base import quantized_scaled_dot_product_attention
 from mlx_lm.models.cache import ArraysCache, BatchKVCache, CacheList, KVCache, QuantizedKVCache, make_prompt_cache
 from mlx_lm.utils import dequantize_model
@@ -29,6 +30,8 @@ __all__ = [
     "MODELS",
     "STOCK_ATTENTION",
     "STOCK_CACHES",
+    "STOCK_SWIGLU",
+    "SWIGLU",
     "ArraysCache",
     "BatchKVCache",
     "CacheList",
@@ -54,6 +57,9 @@ MODELS = "mlx_lm.models"  # the package of the model files
 # Each model file imports this function by name, and calls it with the layer's cache.
 ATTENTION = "scaled_dot_product_attention"
 STOCK_ATTENTION = base.scaled_dot_product_attention
+# Most model files import this function by name too.
+SWIGLU = "swiglu"
+STOCK_SWIGLU: Callable[[mx.array, mx.array], mx.array] = swiglu
 # The functions that the modules of mlx-lm's commands load models with; each module has at least one of them.
 LOADERS = ("load", "sharded_load")
 

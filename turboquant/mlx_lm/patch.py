@@ -40,12 +40,17 @@ def enabled(model: Module) -> Iterator[None]:
     Blocks may be nested; the end of the outermost one restores mlx-lm's function. With mlx-lm's own caches the logits
     stay bit-identical.
     """
-    parts: list[Module] = model.modules()  # type: ignore[no-untyped-call]
-    names = sorted({type(part).__module__ for part in parts} & sys.modules.keys())
-    modules = [module for name in names if vars(module := sys.modules[name]).get(ATTENTION) is STOCK_ATTENTION]
-    del model, parts  # a server may drop the model and load another while the block runs
+    modules = [module for module in modules_of(model) if vars(module).get(ATTENTION) is STOCK_ATTENTION]
+    del model  # a server may drop it and load another while the block runs
     with replaced(*((module, ATTENTION, _attention) for module in modules)):
         yield
+
+
+def modules_of(model: Module) -> list[ModuleType]:
+    """Return the modules that define the parts of a model, by name."""
+    parts: list[Module] = model.modules()  # type: ignore[no-untyped-call]
+    names = sorted({type(part).__module__ for part in parts} & sys.modules.keys())
+    return [sys.modules[name] for name in names]
 
 
 def _attention(

@@ -29,7 +29,7 @@ from functools import cache
 from importlib import metadata, util
 from pathlib import Path
 
-from turboquant.runtime.cblas_shim import FUNCTIONS, export
+from turboquant.runtime.cblas_shim import TARGETS, export
 
 SWITCH, FORMER_SWITCH = "TURBOQUANT_BLAS", "PIPELINE_BLAS"
 INSTALL_HINT = "install OpenBLAS (Debian, Ubuntu: apt install libopenblas0-pthread), or NumPy's wheel from PyPI"
@@ -176,7 +176,7 @@ def _load_from_numpy(threads: int) -> Blas | None:
         except OSError:
             continue
         for pattern in ("scipy_cblas_{}64_", "cblas_{}64_"):
-            addresses = {name: _address(library, pattern.format(name[6:])) for name in FUNCTIONS}
+            addresses = {name: _address(library, pattern.format(name[6:])) for name in TARGETS}
             if all(addresses.values()) and export(addresses):
                 # If NumPy was imported first, OpenBLAS did not see the environment variable.
                 for setter in ("scipy_openblas_set_num_threads64_", "openblas_set_num_threads64_"):

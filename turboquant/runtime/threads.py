@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 from threadpoolctl import ThreadpoolController
@@ -14,16 +15,30 @@ _Result = TypeVar("_Result")
 
 
 def run_in_parallel(work: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
-    """Call ``work`` for each item on a pool of threads, while the BLAS uses one thread; return results in items' order.
+    """Call ``work`` for each item here and in other threads, each with a BLAS of one thread; return results in order.
 
     This spreads exponentials over the cores too, and no core waits for another one within a matrix product, which takes
     twice as long on a busy machine. ``work`` must not evaluate MLX arrays.
     """
-    threads = thread_count()
-    if threads == 1 or len(items) == 1:
+    threads = min(thread_count(), len(items))
+    if threads <= 1:
         return [work(item) for item in items]
+    results: dict[int, _Result] = {}
+    numbers = itertools.count()  # its next() is atomic
+
+    def do_some() -> None:
+        while (number := next(numbers)) < len(items):
+            results[number] = work(items[number])
+
     with _blas().limit(limits=1):
-        return list(_pool(threads).map(work, items))
+        others = [_pool(thread_count()).submit(do_some) for _ in range(threads - 1)]
+        try:
+            do_some()
+        finally:
+            wait(others)
+        for other in others:
+            other.result()
+    return [results[number] for number in range(len(items))]
 
 
 @functools.cache
@@ -39,4 +54,4 @@ def _blas() -> Any:
 
 @functools.cache
 def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="numpy")
+    return ThreadPoolExecutor(threads - 1, thread_name_prefix="numpy")

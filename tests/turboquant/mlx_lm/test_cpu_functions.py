@@ -1,0 +1,79 @@
+"""NumPy's SwiGLU and log-sum-exp equal MLX's, and take their place only where they may."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.generate import BatchGenerator
+
+from turboquant.mlx_lm.cpu_functions import logsumexp, numpy_functions, swiglu
+from turboquant.mlx_lm.internals import STOCK_SWIGLU
+
+SHAPES = [(1, 1, 7), (1, 300, 1536), (32, 1, 576), (0, 4)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_swiglu_equals_mlx_s(shape: tuple[int, ...]) -> None:
+    gate, x = (mx.random.normal(shape, scale=30, key=mx.random.key(seed)) for seed in (0, 1))
+    np.testing.assert_allclose(swiglu(gate, x), STOCK_SWIGLU(gate, x), rtol=2e-6, atol=1e-6)
+
+
+def test_gates_far_from_zero_overflow_nowhere() -> None:
+    gate = mx.array([-1e4, -89.0, 0.0, 89.0, 1e4])
+    np.testing.assert_array_equal(swiglu(gate, mx.ones(5)), [0.0, swiglu(gate[1:2], mx.ones(1)).item(), 0.0, 89.0, 1e4])
+
+
+@pytest.mark.parametrize("keepdims", [True, False])
+@pytest.mark.parametrize("shape", [(1, 9), (32, 49152), (3, 2, 70000)])
+def test_logsumexp_equals_mlx_s(shape: tuple[int, ...], keepdims: bool) -> None:
+    logits = mx.random.normal(shape, scale=20, key=mx.random.key(0))
+    found, expected = logsumexp(logits, axis=-1, keepdims=keepdims), mx.logsumexp(logits, axis=-1, keepdims=keepdims)
+    assert found.shape == expected.shape
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
+def test_masked_logits_and_rows_without_any() -> None:
+    logits = mx.array([[-mx.inf, 3.0, -mx.inf], [-mx.inf] * 3, [mx.inf, 0.0, 1.0]])
+    np.testing.assert_array_equal(logsumexp(logits, axis=-1), mx.logsumexp(logits, axis=-1))
+
+
+@pytest.mark.parametrize("axis", [None, 0, (0, 1)])
+def test_other_axes_and_dtypes_are_left_to_mlx(axis: Any) -> None:
+    logits = mx.random.normal((4, 5), key=mx.random.key(0))
+    np.testing.assert_array_equal(logsumexp(logits, axis=axis), mx.logsumexp(logits, axis=axis))
+    assert logsumexp(logits.astype(mx.bfloat16), axis=-1).dtype == mx.bfloat16
+    assert swiglu(logits.astype(mx.bfloat16), logits.astype(mx.bfloat16)).dtype == mx.bfloat16
+
+
+def test_they_take_the_place_of_mlx_s_while_the_block_runs(build_model: Callable[..., Any]) -> None:
+    model = build_model("llama")
+    module = sys.modules[type(model).__module__]
+    before = mx.logsumexp
+    tokens = mx.array([[3, 1, 4, 1, 5]])
+    expected = model(tokens)
+    with numpy_functions(model):
+        assert (vars(module)["swiglu"], mx.logsumexp) == (swiglu, logsumexp)
+        np.testing.assert_allclose(model(tokens), expected, rtol=1e-4, atol=1e-5)
+    assert (vars(module)["swiglu"], mx.logsumexp) == (STOCK_SWIGLU, before)
+
+
+def test_the_generator_normalises_logits_with_what_is_replaced(build_model: Callable[..., Any]) -> None:
+    model, shapes = build_model("llama"), []
+    with numpy_functions(model), pytest.MonkeyPatch.context() as patch:
+
+        def noted(x: mx.array, **options: Any) -> mx.array:
+            shapes.append(x.shape)
+            return logsumexp(x, **options)
+
+        patch.setattr(mx, "logsumexp", noted)
+        generator = BatchGenerator(model, stop_tokens=[])
+        generator.insert([[1, 2, 3], [4]], max_tokens=[2, 2])
+        while generator.next_generated():
+            pass
+        generator.close()
+    assert (2, model.args.vocab_size) in shapes
