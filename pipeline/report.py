@@ -41,6 +41,7 @@ class WorkStats:
     prefilled_tokens: int = 0
     prefix_bytes: int = 0
     prefix_bits: float = 0.0
+    load_seconds: float = 0.0
     prefill_seconds: float = 0.0
     restore_seconds: float = 0.0
     answer_seconds: float = 0.0
@@ -121,6 +122,7 @@ class Report:
     prefix_bytes: int = 0
     effective_bits: float = 0.0  # mean over the prefixes
     seconds: float = 0.0
+    load_seconds: float = 0.0  # of the model; the longest where several processes load it
     prefill_seconds: float = 0.0
     restore_seconds: float = 0.0
     answer_seconds: float = 0.0
@@ -160,6 +162,7 @@ class Report:
         self.context_tokens += stats.context_tokens
         self.prefilled_tokens += stats.prefilled_tokens
         self.prefix_bytes += stats.prefix_bytes
+        self.load_seconds = max(self.load_seconds, stats.load_seconds)
         self.prefill_seconds += stats.prefill_seconds
         self.restore_seconds += stats.restore_seconds
         self.answer_seconds += stats.answer_seconds

@@ -28,13 +28,15 @@ _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 class Speeds:
     """Tokens per second of each part of the work; None where nothing was measured.
 
-    answer: of all rows of a batch together. answer_length: mean tokens of an answer.
+    answer: of all rows of a batch together. answer_length: mean tokens of an answer. load: seconds that loading the
+    model takes.
     """
 
     prefill: _Positive | None = None
     restore: _Positive | None = None
     answer: _Positive | None = None
     answer_length: _Positive | None = None
+    load: _Positive | None = None
 
     @classmethod
     def of(cls, report: Report) -> Speeds:
@@ -48,6 +50,7 @@ class Speeds:
             ratio(report.context_tokens - report.prefilled_tokens, report.restore_seconds),
             ratio(report.answer_tokens, report.answer_seconds),
             ratio(report.answer_tokens, report.rows_answered),
+            report.load_seconds or None,
         )
 
     def seconds(self, prefill: int, restore: int, answer: float) -> float | None:

@@ -79,8 +79,8 @@ class Plan:
     longest: tokens of all contexts, and of the longest one. hits: prefixes in the store. misses: prefixes that a run
     would build; documents of the same text share one. seconds: how long the run would take, None if the speeds are not
     known yet. tokens_to_answer: as many for each answer as answers had before, otherwise as many as it may have;
-    answers_at_most says that these are. estimated: some tokens were estimated from characters, and with
-    them the bytes and which documents are too long.
+    answers_at_most says that these are. load_seconds: how long loading the model took, None if not known yet.
+    estimated: some tokens were estimated from characters, and with them the bytes and which documents are too long.
     """
 
     status: Status
@@ -104,6 +104,7 @@ class Plan:
     estimated: bool = False
     batching: str | None = None
     weights_bytes: int = 0
+    load_seconds: float | None = None
 
 
 def job_status(job: Job, quiet: bool = True, shard: Shard | None = None) -> Status:
@@ -149,6 +150,7 @@ def plan_job(
     planner.plan.batching = BATCHING_MESSAGES[model_batching(config)] or None
     planner.plan.weights_bytes = weights_bytes(path, config)
     plan = planner.plan
+    plan.load_seconds = speeds.load
     plan.seconds = speeds.seconds(plan.tokens_to_prefill, plan.tokens_to_restore, plan.tokens_to_answer)
     if not selection:
         with _results(job) as results:

@@ -62,6 +62,7 @@ def costs(job: Job, plan: Plan, run_command: str) -> list[tuple[str, str]]:
     failing = ", ".join(f"{count:,} {reason}" for count, reason in reasons if count)
     to_store, free = size(plan.bytes_to_store), size(plan.free_bytes)
     budget = f", budget {size(plan.budget_bytes)}" if plan.budget_bytes else ""
+    loading = "" if plan.load_seconds is None else f", loaded in about {plan.load_seconds:,.1f} s on this machine"
     return [
         ("documents", f"{status.documents:,} ({about}{plan.tokens:,} tokens, the longest {plan.longest:,})"),
         ("queries", f"{status.rows / max(status.documents, 1):,.4g} a document"),
@@ -70,7 +71,7 @@ def costs(job: Job, plan: Plan, run_command: str) -> list[tuple[str, str]]:
         ("will fail", f"documents: {failing}" if failing else "nothing known beforehand"),
         *cut_documents(plan.truncated, plan.split),
         *([("batches", plan.batching)] if plan.batching else []),
-        ("weights", f"{size(plan.weights_bytes)} of memory"),
+        ("weights", f"{size(plan.weights_bytes)} of memory{loading}"),
         ("prefixes", f"{plan.hits:,} in the store, {plan.misses:,} to build"),
         ("prefill", f"{about}{plan.tokens_to_prefill:,} tokens"),
         ("time", time_needed(plan)),

@@ -7,6 +7,7 @@ or what happens to results.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -145,8 +146,10 @@ class Engine:
         job = context.job
         self._context, self._job, self._ranks = context, job, context.ranks
         begin = {"common": common_values(context.identity), "schemas": sorted(context.schemas)}
+        started = time.monotonic()
         with self._ranks.step("begin", begin):
             self._model: LoadedModel = load_identified(job, context.identity, self._ranks)
+        load_seconds = time.monotonic() - started
         self._window_cutter = WindowCutter(job)
         self._tokenizer = PromptTokenizer(
             self._model.tokenizer, bool(job.generation.thinking), job.prompt.special_tokens
@@ -166,6 +169,7 @@ class Engine:
         self._shared_tokens = self._tokenizer.shared_tokens(shared) if shared else []
         self.store = store
         self._prefixes = PrefixProvider(context, self._model, store, context_label(shared) if shared else "")
+        self._prefixes.stats.load_seconds = load_seconds
         self._rows_shown = 0  # rows of the current group that the observer counts already
 
     def take_stats(self) -> WorkStats:

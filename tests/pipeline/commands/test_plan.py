@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -98,7 +99,9 @@ def test_speeds_of_another_codec_or_a_damaged_file_say_nothing(workplace: Workpl
 
 
 def test_a_run_measures_for_the_next_plan(workplace: Workplace, run: Callable[[], None]) -> None:
+    assert "loaded in" not in invoke("plan", workplace.save()).stdout
     run()
+    assert re.search(r"of memory, loaded in about \d+\.\d s on this machine", invoke("plan", workplace.save()).stdout)
     assert seconds(workplace) == 0
     workplace.documents["d3"] = "One more. " * 40
     assert (seconds(workplace) or 0) > 0

@@ -101,6 +101,37 @@ def test_an_adapter_on_quantised_weights(workplace: Workplace) -> None:
     assert workplace.run(f"model={quantised}", f"adapter={adapter}").rows_answered == 9
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"q_bits": 4, "q_group_size": 32},
+        {"q_bits": 8, "q_group_size": 64},
+        {"q_mode": "mxfp4", "q_bits": 4, "q_group_size": 32},
+        {"quant_predicate": "mixed_3_4", "q_group_size": 32},
+        {"quant_predicate": "mixed_4_6", "q_group_size": 32},
+        # A size for each layer in the config, as distillation (DWQ) writes it.
+        {"quant_predicate": lambda path, _: {"bits": 8 if "embed" in path else 4, "group_size": 32, "mode": "affine"}},
+    ],
+    ids=["4 bits", "8 bits", "mxfp4", "mixed 3 and 4", "mixed 4 and 6", "each layer its own"],
+)
+def test_a_quantised_model_answers_alike_in_batches_and_from_the_store(
+    workplace: Workplace, options: dict[str, Any]
+) -> None:
+    from mlx_lm import convert
+
+    quantised = workplace.folder / "quantised"
+    convert(str(workplace.model), str(quantised), quantize=True, **options)
+    assert "quantization" in json.loads((quantised / "config.json").read_text())
+    assert "of memory" in command("plan", workplace.save(model=str(quantised))).stdout
+    workplace.run()
+    answers = workplace.answers()
+    assert all(row["status"] == "ok" for row in workplace.rows().values())
+    workplace.output.unlink()
+    report = workplace.run("generation.batch_size=1")
+    assert (report.prefixes_restored, report.rows_answered) == (3, 9)
+    assert workplace.answers() == answers
+
+
 @pytest.mark.parametrize("name", ["run", "plan"])
 def test_a_folder_that_holds_no_adapter(workplace: Workplace, name: str) -> None:
     (workplace.folder / "bare").mkdir()
