@@ -178,7 +178,12 @@ _Seed = Annotated[int, Field(ge=0, le=_LARGEST_INT)]
 _Stop = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], Field(strict=False)]
 _Schema = Annotated[str | None, BeforeValidator(_schema_text), WithJsonSchema({"type": ["object", "string", "null"]})]
 _Choices = Annotated[tuple[_Text, ...], Field(strict=False, min_length=2)]
-_Evidence = Annotated[int, Field(ge=0, le=_MOST_QUOTATIONS), BeforeValidator(_whole_number)]
+_Evidence = Annotated[
+    int,
+    Field(ge=0, le=_MOST_QUOTATIONS),
+    BeforeValidator(_whole_number),
+    WithJsonSchema({"type": ["boolean", "integer"], "minimum": 0, "maximum": _MOST_QUOTATIONS}),
+]
 _Samples = Annotated[int, Field(ge=1, le=1000)]
 _Bits = Literal[2, 3, 4, 5, 6, 8, 16]
 _Amount = Annotated[float, Field(gt=0), AfterValidator(_whole_above_one)]

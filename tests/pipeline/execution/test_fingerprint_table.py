@@ -103,7 +103,7 @@ CHANGES: dict[str, Change] = {
     **set_keys("scale", {"ranks": 2, "workers": 2, "num_cpus": 2, "num_gpus": 1, "resources": {"mac": 1}}),
     "model": move("model", "model"),
     "documents.path": move("docs.parquet", "documents.path"),
-    "output.path": set_key("output.path", "out/b.parquet"),
+    **set_keys("output", {"path": "out/b.parquet", "columns": ["other"], "layout": "wide"}),
     "adapter": lambda place: place.tree.pop("adapter"),
     "trust_remote_code": set_key("trust_remote_code", False),
     "name": set_key("name", "another"),
