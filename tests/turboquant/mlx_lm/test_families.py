@@ -131,7 +131,8 @@ def test_a_model_that_cannot_be_compressed_answers_as_it_does_by_itself(
     prefix = prefill(model, tokens, CacheCodec(2, 2), chunk=40)
     assert prefix.effective_bits == 0
     first = logits(model, prefix.fork(), query)
-    assert mx.array_equal(first, logits(model, stock, query))
+    # Up to rounding, since on a CPU NumPy computes SwiGLU in our prefill.
+    assert mx.allclose(first, logits(model, stock, query), rtol=1e-4, atol=1e-4)
     assert mx.array_equal(first, logits(model, prefix.fork(), query))
 
 
