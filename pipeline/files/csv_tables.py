@@ -10,8 +10,7 @@ from typing import Any
 
 from pipeline.errors import InputError, one_line
 from pipeline.files.columns import Needs
-from pipeline.files.conversions import BEGINNING, what_else
-from pipeline.files.encoding import Unreadable, find_encoding, opened_text, wrong_character
+from pipeline.files.encoding import Unreadable, opened_text, wrong_character
 from pipeline.files.formats import Format, InputFile, Rows
 
 csv.field_size_limit(sys.maxsize)  # the default, 131,072 characters, is less than a contract
@@ -56,20 +55,13 @@ def _rows(file: InputFile, needs: Needs) -> Iterator[tuple[int, dict[str, Any]]]
 @contextmanager
 def _opened(file: InputFile, needs: Needs) -> Iterator[Any]:
     try:
-        with file.open() as content:
-            beginning = content.peek(BEGINNING)[:BEGINNING]
-            if what := what_else(file.name, beginning):
-                raise InputError(f"{file}: is not CSV: it {what}")
-            encoding, mark = find_encoding(beginning, needs.encoding)
+        with file.opened_as_text(Csv.name, needs) as (content, encoding, _):
             first = content.peek(1).partition("\n".encode(encoding))[0].decode(encoding, "replace")
-            content.read(mark)
             separator = next((each for each in ",\t;" if each in first), ",")
             with opened_text(content, encoding) as text:
                 yield csv.reader(text, delimiter=separator, strict=True)
     except csv.Error as error:
         raise InputError(f"{file}: is not CSV: {one_line(error)}") from None
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read: {one_line(error)}") from None
 
 
 def _value(cell: str, needs: Needs) -> str | Unreadable | None:

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import io
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
 
+from pipeline.errors import InputError, one_line
 from pipeline.files import remote
 from pipeline.files.columns import Needs
 from pipeline.files.compression import compression, decompressed
-from pipeline.files.conversions import BEGINNING
+from pipeline.files.conversions import BEGINNING, what_else
+from pipeline.files.encoding import find_encoding
 
 Rows = Iterable[tuple[int, dict[str, Any]]]
 
@@ -40,6 +43,23 @@ class InputFile:
     def open(self) -> io.BufferedReader:
         """Open the file to be read once, decompressed. Raises OSError, JobError and RemoteError."""
         return decompressed(_open(self.path), compression(self.path))
+
+    @contextmanager
+    def opened_as_text(self, name: str, needs: Needs) -> Iterator[tuple[io.BufferedReader, str, int]]:
+        """Open the file behind its byte-order mark, and give its encoding and the bytes of the mark, too.
+
+        name: of the format, for messages. Raises InputError if the file cannot be read, or is of another format.
+        """
+        try:
+            with self.open() as content:
+                beginning = content.peek(BEGINNING)[:BEGINNING]
+                if what := what_else(self.name, beginning):
+                    raise InputError(f"{self}: is not {name}: it {what}")
+                encoding, mark = find_encoding(beginning, needs.encoding)
+                content.read(mark)
+                yield content, encoding, mark
+        except OSError as error:
+            raise InputError(f"{self}: cannot be read: {one_line(error)}") from None
 
     def open_for_arrow(self) -> Any:
         """Open the file to be read by pyarrow, in any order."""

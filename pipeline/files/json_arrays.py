@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from pipeline.errors import InputError, one_line
 from pipeline.files.columns import Needs
-from pipeline.files.conversions import BEGINNING, what_else
-from pipeline.files.encoding import Unreadable, find_encoding, opened_text, wrong_character
-from pipeline.files.formats import Format, InputFile, Rows
-from pipeline.files.json_lines import checked_object
+from pipeline.files.encoding import Unreadable, opened_text, wrong_character
+from pipeline.files.formats import InputFile, Rows
+from pipeline.files.json_lines import JsonLines, checked_object
 
 _CHARACTERS = 1 << 16  # that are read at once
 _NEAR_THE_END = 16  # characters: an error there may be of an object that is not read whole
@@ -20,16 +19,11 @@ _NEAR_THE_END = 16  # characters: an error there may be of an object that is not
 _DECODER = json.JSONDecoder(strict=False)
 
 
-class JsonArray(Format):
+class JsonArray(JsonLines):
     """Files that are one array of objects. A key that an object lacks is null."""
 
     name = "JSON"
     suffixes = (".json",)
-    may_be_compressed = True
-
-    def columns(self, file: InputFile, needs: Needs) -> Sequence[str]:
-        """Return the keys of all objects. Raises InputError if the file is no array of objects."""
-        return list(dict.fromkeys(key for _, values in _rows(file, needs) for key in values))
 
     def rows(self, file: InputFile, needs: Needs, names: Collection[str] | None, rows_per_batch: int) -> Rows:
         """Return the number, from 0, and the values of each object."""
@@ -41,24 +35,14 @@ class JsonArray(Format):
 
 
 def _rows(file: InputFile, needs: Needs) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        with file.open() as content:
-            beginning = content.peek(BEGINNING)[:BEGINNING]
-            if what := what_else(file.name, beginning):
-                raise InputError(f"{file}: is not JSON: it {what}")
-            encoding, mark = find_encoding(beginning, needs.encoding)
-            content.read(mark)
-            with opened_text(content, encoding) as text:
-                for number, values in enumerate(_objects(text, str(file))):
-                    place = JsonArray().place(file, number)
-                    row = checked_object(values, place, needs)
-                    reasons = {name: reason for name, value in row.items() if (reason := wrong_character(value))}
-                    yield (
-                        number,
-                        row | {name: Unreadable(f"{reason}{needs.remedy}") for name, reason in reasons.items()},
-                    )
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read: {one_line(error)}") from None
+    with (
+        file.opened_as_text(JsonArray.name, needs) as (content, encoding, _),
+        opened_text(content, encoding) as text,
+    ):
+        for number, values in enumerate(_objects(text, str(file))):
+            row = checked_object(values, JsonArray().place(file, number), needs)
+            reasons = {name: reason for name, value in row.items() if (reason := wrong_character(value))}
+            yield number, row | {name: Unreadable(f"{reason}{needs.remedy}") for name, reason in reasons.items()}
 
 
 def _objects(content: io.TextIOBase, origin: str) -> Iterator[Any]:

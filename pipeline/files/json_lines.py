@@ -8,8 +8,7 @@ from typing import Any
 
 from pipeline.errors import InputError, one_line
 from pipeline.files.columns import Needs
-from pipeline.files.conversions import BEGINNING, what_else
-from pipeline.files.encoding import Unreadable, describe, find_encoding, split_lines, wrong_character
+from pipeline.files.encoding import Unreadable, describe, split_lines, wrong_character
 from pipeline.files.formats import Format, InputFile, Rows
 
 
@@ -17,12 +16,12 @@ class JsonLines(Format):
     """Files with a JSON object on each line that is not blank."""
 
     name = "JSON Lines"
-    suffixes = (".jsonl", ".ndjson")
+    suffixes: tuple[str, ...] = (".jsonl", ".ndjson")
     may_be_compressed = True
 
     def columns(self, file: InputFile, needs: Needs) -> Sequence[str]:
         """Return the keys of all lines. Raises InputError if a line is wrong."""
-        return list(dict.fromkeys(key for _, values in _rows(file, needs) for key in values))
+        return list(dict.fromkeys(key for _, values in self.rows(file, needs, None, 1) for key in values))
 
     def rows(self, file: InputFile, needs: Needs, names: Collection[str] | None, rows_per_batch: int) -> Rows:
         """Return the number and the object of each line that is not blank."""
@@ -34,20 +33,12 @@ class JsonLines(Format):
 
 
 def _rows(file: InputFile, needs: Needs) -> Iterator[tuple[int, dict[str, Any]]]:
-    try:
-        with file.open() as content:
-            beginning = content.peek(BEGINNING)[:BEGINNING]
-            if what := what_else(file.name, beginning):
-                raise InputError(f"{file}: is not JSON Lines: it {what}")
-            encoding, offset = find_encoding(beginning, needs.encoding)
-            content.read(offset)
-            for number, line in enumerate(split_lines(content, "\n".encode(encoding)), start=1):
-                values = _parse(line, encoding, offset, f"line {number} of {file}", needs)
-                if values is not None:
-                    yield number, values
-                offset += len(line)
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read: {one_line(error)}") from None
+    with file.opened_as_text(JsonLines.name, needs) as (content, encoding, offset):
+        for number, line in enumerate(split_lines(content, "\n".encode(encoding)), start=1):
+            values = _parse(line, encoding, offset, f"line {number} of {file}", needs)
+            if values is not None:
+                yield number, values
+            offset += len(line)
 
 
 def _parse(line: bytes, encoding: str, offset: int, place: str, needs: Needs) -> dict[str, Any] | None:
