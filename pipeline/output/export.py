@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -37,28 +38,34 @@ _Ids = Iterable[tuple[str, Mapping[str, Any]]]
 class CarriedColumns:
     """Columns of a job's documents that its result has too.
 
-    wanted: their names, or "all" for all but ids and texts. fields: their names and Arrow types, which are found by
-    reading all values: a column of values that fit no type in common becomes JSON texts. Raises InputError.
+    wanted: their names, or "all" for all but ids and texts. Raises InputError.
     """
 
     def __init__(self, source: Documents, wanted: Literal["all"] | Sequence[str]) -> None:
         self._source = source
-        self._names = other_columns(source) if wanted == "all" else list(dict.fromkeys(wanted))
-        kinds = dict.fromkeys(self._names, pa.null())
+        self.names = other_columns(source) if wanted == "all" else list(dict.fromkeys(wanted))
+
+    @cached_property
+    def fields(self) -> list[Any]:
+        """Their names and Arrow types, found by reading all values.
+
+        A column of values that fit no type in common becomes JSON texts.
+        """
+        kinds = dict.fromkeys(self.names, pa.null())
         for values in _batched(self._values()):
             kinds = {name: _common_type(kind, [each[name] for each in values]) for name, kind in kinds.items()}
-        self.fields = [pa.field(name, pa.string() if pa.types.is_null(kind) else kind) for name, kind in kinds.items()]
+        return [pa.field(name, pa.string() if pa.types.is_null(kind) else kind) for name, kind in kinds.items()]
 
     def rows(self) -> _Ids:
         """Yield the id and the values of each document, in order."""
-        return stream_values(self._source, self._names)
+        return stream_values(self._source, self.names)
 
     def arrays(self, values: Sequence[Mapping[str, Any]]) -> list[Any]:
         """Return the columns of documents. values: of each of them; those of a document that is gone are null."""
         return [_array([each.get(field.name) for each in values], field) for field in self.fields]
 
     def _values(self) -> Iterator[Mapping[str, Any]]:
-        return (values for _, values in self.rows()) if self._names else iter(())
+        return (values for _, values in self.rows()) if self.names else iter(())
 
 
 @dataclass(frozen=True)
@@ -76,9 +83,7 @@ class _Layout(ABC):
     schema: Any
 
     def _set_schema(self, fields: Sequence[Any]) -> None:
-        names = [field.name for field in fields]
-        if twice := next((name for name in names if names.count(name) > 1), None):
-            raise JobError(f"two columns of the result would be called '{twice}'; rename one, or leave it out")
+        _check_names([field.name for field in fields])
         self.schema = pa.schema(fields)
 
     @abstractmethod
@@ -248,12 +253,18 @@ def check_output(job: Job) -> None:
         return
     if output.columns:
         carried = CarriedColumns(job.documents, output.columns)
+        next(iter(carried.rows()), None)  # which names a column that is not there
         if output.layout == "long":
-            _Long(carried, {})
+            _check_names([*SCHEMA.names, *carried.names])
     path, rows = Path(output.path), Path(output.rows_path)
     if not is_url(output.path) and not rows.exists() and path.is_file() and _holds_rows(path):
         move = shlex.join(["mv", str(path), str(rows)])
         raise JobError(f"output.path: {path} holds the rows of an earlier run; to go on with them: {move}")
+
+
+def _check_names(names: Sequence[str]) -> None:
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise JobError(f"two columns of the result would be called '{twice}'; rename one, or leave it out")
 
 
 def _holds_rows(path: Path) -> bool:
