@@ -7,7 +7,8 @@ the model's greedy answer in full precision. Its predictions of these answers ar
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import InputError, JobError, ModelError, RowError
@@ -227,9 +228,6 @@ class _Bench:
 
     def _baseline(self, number: int, setting: Setting, seconds: dict[int, float]) -> Any:
         """Return how a context is compressed with a setting. The time that it takes is added to seconds[number]."""
-        from dataclasses import replace
-        from time import perf_counter
-
         from pipeline.cache.codec import job_codec
         from turboquant.eval.baselines import exact, in_segments
 

@@ -148,7 +148,7 @@ def _chosen_logprobs(responses: Sequence[Response], parsers: Sequence[RowParser 
             logprobs = parser.constraint.logprobs.popleft()[0]
         elif logprobs.dtype != mx.float32:  # half precision rounds them, so they are normalised again
             logprobs = log_softmax(logprobs[None])[0]
-        chosen.append(mx.array(logprobs[response.token]))
+        chosen.append(logprobs[response.token])
     result: Any = mx.stack(chosen).tolist() if chosen else []
     return list(result)
 

@@ -35,7 +35,7 @@ class ForcedTokens:
 
     def __init__(self, tokens: Sequence[int]) -> None:
         self._tokens, self._position = list(tokens), 0
-        self.logprobs: deque[Any] = deque()
+        self.logprobs: deque[mx.array] = deque()
 
     def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
         """Return logits (1, vocabulary) that allow the next token only."""

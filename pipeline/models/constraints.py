@@ -107,7 +107,7 @@ class Constraint:
 
     def __init__(self, matcher: Any, tokenizer: Any, thinking: ThinkingParser | ChannelParser) -> None:
         self._matcher, self._tokenizer, self._thinking = matcher, tokenizer, thinking
-        self.logprobs: deque[Any] = deque()
+        self.logprobs: deque[mx.array] = deque()
         self._tokens_read: int | None = None  # of the prompt and the answer
 
     def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
@@ -154,21 +154,15 @@ class Constraint:
         )
 
 
-def log_softmax(logits: mx.array) -> Any:
-    """Return the log-probabilities of logits (1, vocabulary), in float32; their computation is started.
-
-    On a CPU they are an array of NumPy, whose exponential is 20 times faster than MLX's there.
-    """
+def log_softmax(logits: mx.array) -> mx.array:
+    """Return the log-probabilities of logits (1, vocabulary), in float32; their computation is started."""
     import mlx.core as mx
 
-    from turboquant.runtime.device import array_module, as_float32
+    from turboquant.mlx_lm.cpu_functions import logsumexp
 
-    xp = array_module()
-    logits = as_float32(xp, logits)
-    shifted = logits - logits.max(axis=-1, keepdims=True)
-    logprobs = shifted - xp.log(xp.exp(shifted).sum(axis=-1, keepdims=True))
-    if xp is mx:
-        mx.async_eval([logprobs])  # type: ignore[no-untyped-call]
+    logits = logits.astype(mx.float32)
+    logprobs = logits - logsumexp(logits, axis=-1, keepdims=True)
+    mx.async_eval([logprobs])  # type: ignore[no-untyped-call]
     return logprobs
 
 

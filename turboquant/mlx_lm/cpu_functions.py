@@ -59,8 +59,9 @@ def swiglu(gate: mx.array, x: mx.array) -> mx.array:
 
 
 def logsumexp(a: mx.array, /, axis: Any = None, keepdims: bool = False, **options: Any) -> mx.array:
-    """Compute ``mx.logsumexp``; over the last axis of float32 rows by NumPy."""
-    if options or not isinstance(axis, int) or axis not in (-1, a.ndim - 1) or a.dtype != mx.float32 or not a.size:
+    """Compute ``mx.logsumexp``; on a CPU, over the last axis of float32 rows, by NumPy."""
+    of_rows = isinstance(axis, int) and axis in (-1, a.ndim - 1) and a.dtype == mx.float32 and a.size > 0
+    if options or not of_rows or not on_cpu():
         return _mlx_logsumexp(a, axis=axis, keepdims=keepdims, **options)
     rows: NDArray[np.float32] = np.asarray(a).reshape(-1, a.shape[-1])
     together = max(1, BLOCK // a.shape[-1])
