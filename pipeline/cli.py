@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -42,6 +43,7 @@ from pipeline.commands.options import (
     Measure,
     Metrics,
     NaiveQueries,
+    Notify,
     On,
     OneShard,
     Overrides,
@@ -109,6 +111,7 @@ def run(
     retry_failed: RetryFailed = True,
     fail_fast: FailFast = False,
     metrics: Metrics = None,
+    notify: Notify = None,
     log_format: AsLog = LogFormat.text,
     quiet: Quiet = False,
     as_json: AsJson = False,
@@ -118,7 +121,8 @@ def run(
 
     --document, --query and --limit answer a part of the job; all other rows stay as they are.
     """
-    with errors_explained(debug, quiet, computes=on is not None, log_format=log_format):
+    with errors_explained(debug, quiet, computes=on is not None, log_format=log_format), ExitStack() as at_the_end:
+        from pipeline.commands.notify import notifying
         from pipeline.errors import ResultWouldShrink
         from pipeline.execution.context import RunOptions
         from pipeline.job.selection import Selection
@@ -134,6 +138,7 @@ def run(
 
             follow_first_rank(job)
             return
+        at_the_end.enter_context(notifying(notify, job))
         selection = Selection(tuple(document or ()), tuple(query or ()), limit)
         shows_nothing = quiet or (as_json and log_format is LogFormat.text)
         options = RunOptions(selection, not retry_failed, fail_fast, prune, anywhere(again))

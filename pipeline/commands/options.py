@@ -79,6 +79,12 @@ Metrics = Annotated[
     Path | None,
     typer.Option("--metrics", metavar="FILE", help="Keep the run's numbers in this file, for Prometheus to collect."),
 ]
+Notify = Annotated[
+    str | None,
+    typer.Option(
+        "--notify", metavar="CMD", help="Run this command when the run ends in any way, with run.json's path behind it."
+    ),
+]
 AsLog = Annotated[
     LogFormat, typer.Option("--log-format", help="What is written to stderr: lines, or a JSON object a line.")
 ]
