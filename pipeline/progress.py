@@ -158,7 +158,6 @@ class _Committed:
     seconds: float
     prefill_seconds: float
     rows: int
-    tokens: int
 
 
 class Progress(RunObserver):
@@ -178,7 +177,9 @@ class Progress(RunObserver):
         self._started = self._last_line - self.report.seconds
         self._bar: tqdm[Any] | None = None
         self._prefill_bar: tqdm[Any] | None = None
-        self._document, self._begun, self._begun_tokens = "", 0, 0  # documents whose prefill has started
+        self._begun_ids: set[str] = set()  # documents whose prefill has started, and that are not done
+        self._begun = self._begun_tokens = 0  # all documents whose prefill has started, and their tokens
+        self._tokens_in_hand: int | None = None  # those left of the prefill that is going on
         self._work_started: float | None = None  # the model was loaded before
         self._committed: _Committed | None = None
         self._log_redirection = ExitStack()
@@ -203,12 +204,12 @@ class Progress(RunObserver):
     def documents_done(self, document_ids: Sequence[str], report: Report) -> None:
         """Take over the report's counts."""
         self.report = report
+        self._begun_ids.difference_update(document_ids)
         now = time.monotonic()
         self._committed = _Committed(
             now - (self._started if self._work_started is None else self._work_started),
             self._prefill_seconds,
             self._rows_done - report.rows_kept,
-            self._tokens,
         )
         self.refresh()
 
@@ -223,9 +224,10 @@ class Progress(RunObserver):
         """Show a bar for one prefill."""
         self._last_prefilled = time.monotonic()
         self._work_started = self._work_started or self._last_prefilled
-        self._begun += document_id != self._document
-        self._document = document_id
+        self._begun += document_id not in self._begun_ids
+        self._begun_ids.add(document_id)
         self._begun_tokens += tokens
+        self._tokens_in_hand = tokens
         if self._bar is not None:
             self._prefill_bar = tqdm(
                 total=tokens,
@@ -238,19 +240,26 @@ class Progress(RunObserver):
 
     def prefill_advanced(self, tokens: int) -> None:
         """Count prefilled tokens."""
-        now = time.monotonic()
         self._tokens += tokens
-        self._prefill_seconds += now - self._last_prefilled
-        self._last_prefilled = now
+        self._tokens_in_hand = max(0, (self._tokens_in_hand or 0) - tokens)
+        self._count_prefill_seconds()
         if self._prefill_bar is not None:
             self._prefill_bar.update(tokens)
         self.refresh()
 
     def prefill_ended(self) -> None:
-        """Remove the bar of the prefill."""
+        """Count the time of compression, which follows the last tokens, and remove the bar of the prefill."""
+        if self._tokens_in_hand is not None:
+            self._count_prefill_seconds()
+            self._tokens_in_hand = None
         if self._prefill_bar is not None:
             self._prefill_bar.close()
         self._prefill_bar = None
+
+    def _count_prefill_seconds(self) -> None:
+        now = time.monotonic()
+        self._prefill_seconds += now - self._last_prefilled
+        self._last_prefilled = now
 
     def restore_advanced(self, tokens: int) -> None:
         """Count restored tokens."""
@@ -292,9 +301,10 @@ class Progress(RunObserver):
         if not self._tokens or not self._prefill_seconds:
             return seconds
         built = report.prefixes_built / max(1, report.prefixes_built + report.prefixes_restored)
-        tokens = self._begun_tokens / self._begun if self._begun else done.tokens / max(1, report.prefixes_built)
-        left = (report.documents - report.documents_done) * built * tokens - (self._tokens - done.tokens)
-        return seconds + max(0.0, left) * self._prefill_seconds / self._tokens
+        average = self._begun_tokens / self._begun if self._begun else self._tokens / max(1, report.prefixes_built)
+        to_begin = max(0, report.documents - report.documents_done - len(self._begun_ids))
+        left = (self._tokens_in_hand or 0) + to_begin * built * average
+        return seconds + left * self._prefill_seconds / self._tokens
 
     def refresh(self) -> None:
         """Update the bar, or write a line if half a minute has passed since the last one."""
