@@ -4,8 +4,9 @@
 
 A job with a tiny model is run by the command line. At a random moment its process, or the process of the model, is
 killed with SIGKILL; then the same command is given again, and killed again, until a run gets through. Then comes the
-next job, exact and streaming in turn. Moments are random within the seconds in which the job is worked on, and every
-fifth within the whole life of the run.
+next job, of the next mode: exact, streaming, `keep: job`, and a budget that not all segments fit into. Moments are
+random within the seconds in which the job is worked on, and every fifth within the whole life of the run. With
+`keep: job` and a budget, segments that are removed on purpose count as lost if they are built again.
 """
 
 from __future__ import annotations
@@ -29,7 +30,12 @@ import pyarrow.parquet as pq
 from benches.tiny import QUERIES, Place, text_of
 
 ROOT = Path(__file__).resolve().parent.parent
-MODES: dict[str, dict[str, object]] = {"exact": {}, "streaming": {"prefill": "streaming", "segment": 512}}
+MODES: dict[str, dict[str, object]] = {
+    "exact": {},
+    "streaming": {"prefill": "streaming", "segment": 512},
+    "keep: job": {"keep": "job"},
+    "budget": {"budget": "1MB"},  # less than all segments take, so some are removed and built again
+}
 DOCUMENTS, SENTENCES = 6, 60
 BUILT = re.compile(r"prefix (\w{12}) is built")
 SECONDS_TO_START, SECONDS_OF_WORK = 8.0, 2.5
