@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,7 @@ import pytest
 
 from pipeline.evaluation.tuning import allocate
 from pipeline.job.job_file import load_job
+from tests import ROOT
 from tests.pipeline.command_line import error_of, invoke
 from tests.pipeline.workplace import Workplace
 
@@ -73,6 +78,21 @@ def test_a_streaming_job_is_measured_as_it_prefills(job: Path) -> None:
 def test_documents_that_are_too_short_are_refused(workplace: Workplace) -> None:
     workplace.documents = {"d": "short"}
     assert "no document to tune with" in error_of(invoke("tune", workplace.save()))
+
+
+def test_an_interrupted_measurement_ends_with_one_line_and_writes_nothing(job: Path, workplace: Workplace) -> None:
+    written = job.read_text()
+    command = [sys.executable, "-m", "pipeline.cli", "tune", str(job), "--kl", "1", "--write"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    assert process.stderr.readline().startswith("measured ")
+    os.kill(process.pid, signal.SIGINT)
+    out, error = process.communicate()
+    assert (process.returncode, out) == (130, "")
+    assert error.splitlines()[-1] == "interrupted; nothing was kept"
+    assert not [line for line in error.splitlines() if "Traceback" in line]
+    assert job.read_text() == written
+    assert not list(workplace.folder.rglob("*.safetensors"))
 
 
 def test_bits_follow_effects_and_keep_the_mean() -> None:
