@@ -1,12 +1,12 @@
 """Kills real runs at random moments, over and over, and counts what that costs.
 
-    python -m benches.kills [--kills 200] [--seed 0] [--minutes 60]
+    python -m benches.kills [--kills 200] [--seed 0] [--minutes 60] [--mode exact]
 
 A job with a tiny model is run by the command line. At a random moment its process, or the process of the model, is
 killed with SIGKILL; then the same command is given again, and killed again, until a run gets through. Then comes the
-next job, of the next mode: exact, streaming, `keep: job`, and a budget that not all segments fit into. Moments are
-random within the seconds in which the job is worked on, and every fifth within the whole life of the run. With
-`keep: job` and a budget, segments that are removed on purpose count as lost if they are built again.
+next job, of the next mode: exact, streaming, `keep: job`, a budget that not all segments fit into, and queries that use
+answers. Moments are random within the seconds in which the job is worked on, and every fifth within the whole life of
+the run. With `keep: job` and a budget, segments that are removed on purpose count as lost if they are built again.
 """
 
 from __future__ import annotations
@@ -21,20 +21,30 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 
 from benches.tiny import QUERIES, Place, text_of
 
 ROOT = Path(__file__).resolve().parent.parent
-MODES: dict[str, dict[str, object]] = {
+# The keys of a job in each mode.
+MODES: dict[str, dict[str, Any]] = {
     "exact": {},
-    "streaming": {"prefill": "streaming", "segment": 512},
-    "keep: job": {"keep": "job"},
-    "budget": {"budget": "1MB"},  # less than all segments take, so some are removed and built again
+    "streaming": {"cache": {"prefill": "streaming", "segment": 512}},
+    "keep: job": {"cache": {"keep": "job"}},
+    "budget": {"cache": {"budget": "1MB"}},  # less than all segments take, so some are removed and built again
+    "chained": {
+        "sections": {
+            "queries": [
+                {"id": "q0", "text": QUERIES[0]},
+                {"id": "q1", "text": "Why {{ answers.q0 }}?", "when": "id != 'd3'"},
+            ]
+        }
+    },
 }
 DOCUMENTS, SENTENCES = 6, 60
 BUILT = re.compile(r"prefix (\w{12}) is built")
@@ -58,8 +68,8 @@ class Tally:
 class Mode:
     """Jobs of one mode, and the bytes that they are to give."""
 
-    def __init__(self, folder: Path, model: Path, cache: dict[str, object]) -> None:
-        self.folder, self.model, self.cache = folder, model, cache
+    def __init__(self, folder: Path, model: Path, keys: dict[str, Any]) -> None:
+        self.folder, self.model, self.keys = folder, model, keys
         self.tally = Tally()
         whole = self.place("whole")
         self.seconds = _run(whole)
@@ -67,16 +77,18 @@ class Mode:
 
     def place(self, name: str) -> Place:
         """A fresh folder with the job."""
-        place = Place(self.folder / name, self.model, dict(self.cache))
+        place = Place(self.folder / name, self.model, **self.keys)
         place.write({f"d{number}": text_of(number, SENTENCES) for number in range(DOCUMENTS)})
         return place
 
 
-def kill_at_random(folder: Path, kills: int, seed: int, seconds: float = 3600.0) -> dict[str, Tally]:
+def kill_at_random(
+    folder: Path, kills: int, seed: int, seconds: float = 3600.0, names: Sequence[str] = tuple(MODES)
+) -> dict[str, Tally]:
     """Kill so many runs, or as many as the seconds allow; what that cost, by mode."""
     rng, ends = random.Random(seed), time.monotonic() + seconds
     model = _forked_model(folder / "model")
-    modes = {name: Mode(folder / name, model, cache) for name, cache in MODES.items()}
+    modes = {name: Mode(folder / name, model, MODES[name]) for name in names}
     done = 0
     while done < kills and time.monotonic() < ends:
         mode = list(modes.values())[sum(mode.tally.jobs for mode in modes.values()) % len(modes)]
@@ -225,9 +237,11 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--mode", choices=MODES, action="append", help="of these modes only")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        print(table(kill_at_random(Path(folder), arguments.kills, arguments.seed, arguments.minutes * 60)))
+        seconds, names = arguments.minutes * 60, arguments.mode or list(MODES)
+        print(table(kill_at_random(Path(folder), arguments.kills, arguments.seed, seconds, names)))
 
 
 if __name__ == "__main__":

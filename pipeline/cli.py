@@ -243,7 +243,7 @@ def status(
     """Count a job's rows: done, failed, left; and those of each shard, as its run last wrote them."""
     with errors_explained(debug):
         from pipeline.commands.plan import job_status
-        from pipeline.commands.summary import cut_answers
+        from pipeline.commands.summary import cut_answers, skipped
         from pipeline.job.shards import shard_statuses
 
         job, shard = load(job_file, set_, one_shard)
@@ -253,7 +253,8 @@ def status(
             of_shards = {"shards": [asdict(each) for each in shards]} if shards else {}
             print(json.dumps({**asdict(counted), "left": counted.left, **of_shards}, indent=1))
             return
-        counts = f"{counted.rows:,}: {counted.done:,} done, {counted.failed:,} failed, {counted.left:,} left"
+        done = f"{counted.done:,} done{skipped(counted)}"
+        counts = f"{counted.rows:,}: {done}, {counted.failed:,} failed, {counted.left:,} left"
         print(table([("documents", f"{counted.documents:,}"), ("rows", counts), *cut_answers(job, counted.cut)]))
         if shards:
             heading = ("shard", "state", "rows", "done", "failed", "left", "updated")

@@ -18,6 +18,7 @@
         ├── UnreadableText
         ├── ContextTooLong
         ├── PromptFailed
+        ├── AnswerMissing
         ├── GenerationFailed
         ├── AnswerCutOff
         └── ModelProcessDied
@@ -129,6 +130,10 @@ class ContextTooLong(RowError):
 
 class PromptFailed(RowError):
     """The prompt's template or the model's chat template fails on this row."""
+
+
+class AnswerMissing(RowError):
+    """The query uses the answer to another query of the document, and that failed."""
 
 
 class UnknownToken(RowError):

@@ -59,6 +59,7 @@ def _metrics(job: str, pace: Pace, report: Report, running: bool) -> Iterator[Me
     yield gauge("rows", "Rows of the job.", pace.rows)
     yield gauge("rows_done", "Rows done, those in hand included.", pace.rows_done)
     outcomes = {"answered": report.rows_answered, "kept": report.rows_kept, "failed": report.rows_failed}
+    outcomes |= {"skipped": report.rows_skipped} if report.rows_skipped else {}
     yield gauges("rows_committed", "Rows committed, by outcome.", "outcome", outcomes)
     yield gauges("failures", "Failed rows by type.", "type", report.failures)
     sources = {"built": report.prefixes_built, "restored": report.prefixes_restored}

@@ -104,6 +104,7 @@ class Report:
     rows_kept: int = 0
     rows_answered: int = 0
     rows_failed: int = 0
+    rows_skipped: int = 0  # because the condition of their query does not hold, kept ones included
     rows_beside: int = 0  # rows of the result that this run, of a part of the job, left as they were
     failures: dict[str, int] = field(default_factory=dict)  # by error_type; asdict cannot copy a Counter
     first_failures: dict[str, str] = field(default_factory=dict)  # the first failed row of each error_type, and why

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 from pipeline.errors import JobError
 from pipeline.execution.fingerprint import job_identity, result_metadata
+from pipeline.execution.planner import TaskPlanner
 from pipeline.execution.pruning import find_surplus
-from pipeline.execution.task import TaskPlanner
 from pipeline.files.temporary_database import spill_errors, temporary_database
 from pipeline.inputs.documents import Document
 from pipeline.inputs.inputs import Inputs
@@ -131,6 +131,7 @@ class _Merge:
                 rows = self._rows(document, shard)
                 self._report.documents_done += 1
                 self._report.rows_kept += sum(row.status == "ok" for row in rows)
+                self._report.rows_skipped += sum(row.status == "skipped" for row in rows)
                 for row in rows:
                     if row.is_cut:
                         self._report.cut.add(row)
@@ -143,7 +144,7 @@ class _Merge:
         stored = self._stored_rows(document.id, shard)
         task = self._planner.plan(document, stored)
         rows = {row.query_id: row for row in task.kept}
-        rows |= {query_id: row for query_id, row in task.failed.items() if stored.get(query_id) == row}
+        rows |= {query_id: row for query_id, row in task.decided.items() if stored.get(query_id) == row}
         missing = [query.id for query in document.queries if query.id not in rows]
         if missing:
             raise _ShardsToRun(

@@ -16,10 +16,11 @@ from pipeline.cache.codec import job_codec
 from pipeline.cache.hit_index import HitIndex, label_number
 from pipeline.errors import JobError, RowError
 from pipeline.execution.fingerprint import job_identity
+from pipeline.execution.planner import TaskPlanner
 from pipeline.execution.pruning import Surplus, find_surplus
-from pipeline.execution.task import TaskPlanner
+from pipeline.execution.task import DocumentTask
 from pipeline.inputs.inputs import Inputs
-from pipeline.inputs.prompts import PromptTokenizer, Rendered, Renderer
+from pipeline.inputs.prompts import PromptTokenizer, Rendered
 from pipeline.inputs.token_counter import Effort, Lengths, TokenCounter
 from pipeline.inputs.windows import OVERLAP, reserved_tokens
 from pipeline.job.budget import budget_bytes, existing
@@ -49,6 +50,7 @@ from turboquant.io.identity import Identity
 class Status:
     """Numbers of documents and rows.
 
+    skipped: rows that are done because the condition of their query does not hold.
     failed: rows that the last run could not answer; they are not done. cut: answers, done or failed, that `max_tokens`
     cut off.
     """
@@ -57,6 +59,7 @@ class Status:
     rows: int = 0
     done: int = 0
     failed: int = 0
+    skipped: int = 0
     cut: CutAnswers = field(default_factory=CutAnswers)
 
     @property
@@ -80,6 +83,7 @@ class Plan:
     would build; documents of the same text share one. seconds: how long the run would take, None if the speeds are not
     known yet. tokens_to_answer: as many for each answer as answers had before, otherwise as many as it may have;
     answers_at_most says that these are. load_seconds: how long loading the model took, None if not known yet.
+    stages: how many groups of a document's queries are asked one behind the other.
     estimated: some tokens were estimated from characters, and with them the bytes and which documents are too long.
     """
 
@@ -105,6 +109,7 @@ class Plan:
     batching: str | None = None
     weights_bytes: int = 0
     load_seconds: float | None = None
+    stages: int = 1
 
 
 def job_status(job: Job, quiet: bool = True, shard: Shard | None = None) -> Status:
@@ -149,6 +154,7 @@ def plan_job(
         planner.add(document, speeds.answer_length or float("inf"))
     planner.plan.batching = BATCHING_MESSAGES[model_batching(config)] or None
     planner.plan.weights_bytes = weights_bytes(path, config)
+    planner.plan.stages = inputs.stages
     plan = planner.plan
     plan.load_seconds = speeds.load
     plan.seconds = speeds.seconds(plan.tokens_to_prefill, plan.tokens_to_restore, plan.tokens_to_answer)
@@ -169,10 +175,16 @@ def first_prompt(job: Job, shard: Shard | None = None, selection: Selection | No
     query = next((query for query in document.queries if part.has_query(query.id)), None) if document else None
     if document is None or query is None:
         raise JobError("plan --prompt: there is no such document, or nothing is asked of it")
+    with _results(job) as results:
+        task = TaskPlanner(job, job_identity(job, remember=False)).plan(document, results.rows(document.id))
+    if task.rendered is None or task.decided.get(query.id):
+        raise JobError(f"plan --prompt: {(task.decided[query.id]).failure}")
+    if query.id not in task.questions:
+        raise JobError(f"plan --prompt: query '{query.id}' uses answers that are not there yet; run the job first")
     tokenizer = load_tokenizer(model_folder(job), job.trust_remote_code)
     prompts = PromptTokenizer(tokenizer, bool(job.generation.thinking), job.prompt.special_tokens)
-    rendered = Renderer(job.prompt, job.documents).render(document)
-    return printable(prompts.prompt_text(rendered, query.text).replace(BREAK, ""))
+    question = task.questions[query.id]
+    return printable(prompts.prompt_text(task.rendered, question.text, question.turns).replace(BREAK, ""))
 
 
 @dataclass(frozen=True)
@@ -180,7 +192,8 @@ class _Document:
     """One document.
 
     queries: all of its queries. wanted: ids of those that the run answers. open: ids of those without a valid row.
-    rendered: None if the template fails. failed: failed rows. cut: rows whose answers were cut off.
+    rendered: None if the template fails. failed: failed rows. skipped: skipped ones. cut: rows whose answers were
+    cut off. texts: of all queries, as they are asked; the template where that is not known yet.
     """
 
     queries: Sequence[Query]
@@ -188,8 +201,10 @@ class _Document:
     rendered: Rendered | None
     open: frozenset[str]
     failed: int
+    skipped: int
     cut: Sequence[Row]
     label: str
+    texts: Sequence[str]
 
     def add_to(self, status: Status) -> None:
         """Count this document's rows."""
@@ -197,6 +212,7 @@ class _Document:
         status.rows += len(self.wanted)
         status.done += len(self.wanted) - len(self.open)
         status.failed += self.failed
+        status.skipped += self.skipped
         for row in self.cut:
             status.cut.add(row)
 
@@ -209,9 +225,18 @@ def _documents(job: Job, inputs: Inputs, identity: Identity) -> Iterator[_Docume
             rows = results.rows(document.id)
             failed = [row for query_id, row in rows.items() if query_id in wanted and row.status == "error"]
             task = planner.plan(document, rows)
+            skipped = sum(row.status == "skipped" for row in task.kept)
             open_ = frozenset(query.id for query in task.queries)
             cut = [row for row in [*task.kept, *failed] if row.is_cut]
-            yield _Document(document.queries, wanted, task.rendered, open_, len(failed), cut, task.label)
+            texts = [query_text(task, query) for query in document.queries]
+            yield _Document(
+                document.queries, wanted, task.rendered, open_, len(failed), skipped, cut, task.label, texts
+            )
+
+
+def query_text(task: DocumentTask, query: Query) -> str:
+    """Return what is asked, or the template if that uses answers that are not known yet."""
+    return task.questions[query.id].text if query.id in task.questions else query.text
 
 
 def _results(job: Job) -> Results:
@@ -278,7 +303,7 @@ class _Planner:
         """Return the lengths of a document's prompts, or None if they cannot be made."""
         if document.rendered is None:
             return None
-        texts = [query.text for query in document.queries]
+        texts = document.texts
         try:
             stored_tokens = self._hit_index.trusted_tokens(label)
             if stored_tokens is not None:

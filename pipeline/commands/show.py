@@ -62,7 +62,7 @@ class AnswerTable:
     ) -> None:
         self._job, self._failed, self._cut_only = job, failed, cut_only
         self.cut = CutAnswers()
-        self._inputs = Inputs(job, shard, Selection(tuple(documents), tuple(queries)))
+        self._inputs = Inputs(job, shard, Selection(tuple(documents), tuple(queries)), takes_along=False)
         self.queries = self._inputs.queries
         self._text = ""  # of the document that is being shown, if any query has evidence
         with self._results() as results:
@@ -117,7 +117,9 @@ class AnswerTable:
 
 
 def answer_or_error(row: Row) -> str:
-    """Return a row's answer, or its error."""
+    """Return a row's answer, or its error, or that it was skipped."""
+    if row.status == "skipped":
+        return "(skipped)"
     return row.answer or "" if row.status == "ok" else f"{row.error_type}: {row.error}"
 
 

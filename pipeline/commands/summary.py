@@ -10,7 +10,7 @@ from pipeline.job.job import Job, QueryTable
 from pipeline.report import CutAnswers, Report
 
 if TYPE_CHECKING:
-    from pipeline.commands.plan import Plan
+    from pipeline.commands.plan import Plan, Status
 
 _MOST_QUERIES = 5  # of which a line is printed
 
@@ -42,6 +42,7 @@ def summary(job: Job, show_command: str, report: Report) -> list[tuple[str, str]
 def _rows(job: Job, show_command: str, report: Report) -> list[tuple[str, str]]:
     """Return the lines about rows."""
     answered = f"{report.rows_answered:,} answered, {report.rows_kept:,} kept, {report.rows_failed:,} failed"
+    answered += f", {report.rows_skipped:,} skipped" if report.rows_skipped else ""
     rows = [("rows", f"{answered} of {report.rows:,} ({report.documents:,} documents)")]
     for kind, count in sorted(report.failures.items()):
         rows.append(("failures", f"{count:,} {kind}, first {report.first_failures[kind]}"))
@@ -63,10 +64,11 @@ def costs(job: Job, plan: Plan, run_command: str) -> list[tuple[str, str]]:
     to_store, free = size(plan.bytes_to_store), size(plan.free_bytes)
     budget = f", budget {size(plan.budget_bytes)}" if plan.budget_bytes else ""
     loading = "" if plan.load_seconds is None else f", loaded in about {plan.load_seconds:,.1f} s on this machine"
+    stages = f", in {plan.stages:,} stages: some use the answers of others" if plan.stages > 1 else ""
     return [
         ("documents", f"{status.documents:,} ({about}{plan.tokens:,} tokens, the longest {plan.longest:,})"),
-        ("queries", f"{status.rows / max(status.documents, 1):,.4g} a document"),
-        ("rows", f"{status.rows:,}: {status.done:,} done, {status.to_do:,} to do"),
+        ("queries", f"{status.rows / max(status.documents, 1):,.4g} a document{stages}"),
+        ("rows", f"{status.rows:,}: {status.done:,} done{skipped(status)}, {status.to_do:,} to do"),
         *([("removes", f"{plan.surplus.rows:,} rows: {plan.surplus}")] if plan.surplus.rows else []),
         ("will fail", f"documents: {failing}" if failing else "nothing known beforehand"),
         *cut_documents(plan.truncated, plan.split),
@@ -78,6 +80,11 @@ def costs(job: Job, plan: Plan, run_command: str) -> list[tuple[str, str]]:
         ("disk", f"{about}{to_store} to store, {free} free at {job.cache.dir}{budget}"),
         ("next", run_command),
     ]
+
+
+def skipped(status: Status) -> str:
+    """Return in words how many of the rows that are done were skipped; "" if none was."""
+    return f" ({status.skipped:,} of them skipped)" if status.skipped else ""
 
 
 def time_needed(plan: Plan) -> str:

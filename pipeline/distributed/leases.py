@@ -10,9 +10,9 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
-from pipeline.errors import ModelProcessDied
+from pipeline.errors import ModelProcessDied, RowError
 from pipeline.execution.quarantine import Quarantine, Verdict, name_documents, quarantine_error
 from pipeline.execution.task import DocumentTask
 
@@ -46,13 +46,17 @@ class Lease:
 class Leases:
     """The groups of a run as leases, in their order as far as stores and losses allow.
 
-    find_store: returns the store that has a group's prefixes, or None. Set ``stores`` to the stores of living workers.
+    find_store: returns the store that has a group's prefixes, or None. give_up: returns a task in which what was open
+    has an error. Set ``stores`` to the stores of living workers.
     """
 
     def __init__(
-        self, groups: Iterator[list[DocumentTask]], find_store: Callable[[list[DocumentTask]], str | None]
+        self,
+        groups: Iterator[list[DocumentTask]],
+        find_store: Callable[[list[DocumentTask]], str | None],
+        give_up: Callable[[DocumentTask, RowError], DocumentTask],
     ) -> None:
-        self._groups, self._find_store = groups, find_store
+        self._groups, self._find_store, self._give_up = groups, find_store, give_up
         self.stores: set[str] = set()
         self._waiting: deque[Lease] = deque()
         self._done: deque[list[DocumentTask]] = deque()  # groups without open queries
@@ -128,7 +132,7 @@ class Leases:
             text = "a worker %s, with %s in hand again; its rows become errors"
             _log.warning(text, cause, name_documents(documents))
             error = ModelProcessDied(quarantine_error(f"{cause}"))
-            self._done.append([replace(task, failed={**task.failed, **task.failures(error)}) for task in lease.tasks])
+            self._done.append([self._give_up(task, error) for task in lease.tasks])
 
     def _fill(self, count: int) -> None:
         """Read groups until ``count`` leases wait, if there are as many. Stop at a group without open queries."""

@@ -26,6 +26,7 @@ from pipeline.distributed.leases import Lease, Leases
 from pipeline.distributed.ray_pool import LEASES_PER_WORKER, WorkerHandle, WorkerPool
 from pipeline.distributed.ray_worker import TokenCounts, WorkerReply
 from pipeline.errors import Interrupted, JobError, PipelineError, one_line
+from pipeline.execution.asking import Asker
 from pipeline.execution.context import RunContext
 from pipeline.execution.executor import Executor, drop_segments
 from pipeline.execution.quarantine import name_documents
@@ -48,6 +49,7 @@ class RayExecutor(Executor):
     def __init__(self, context: RunContext, inputs: Inputs, documents_done: int = 0) -> None:
         super().__init__(context, inputs, documents_done)
         self._pool = WorkerPool(context.job)
+        self._asker = Asker(context.job, context.identity)
         self._events: SimpleQueue[Callable[[], GroupResult | None]] = SimpleQueue()  # filled by Ray's threads
         self._has_started = False
         self._stats: list[WorkStats] = []  # not taken yet
@@ -61,7 +63,7 @@ class RayExecutor(Executor):
         """Yield the groups as they are answered."""
         context = self._context
         with closing(ahead(groups, lambda group: group)) as read_ahead:
-            self._leases = leases = Leases(read_ahead, self._find_store)
+            self._leases = leases = Leases(read_ahead, self._find_store, self._asker.give_up)
             while not leases.are_done:
                 for tasks in leases.take_done():
                     yield self._counted(GroupResult(tasks, [TaskResult.without_model(task) for task in tasks]))
@@ -125,7 +127,11 @@ class RayExecutor(Executor):
         worker.leases.append(lease)
         lease.number, lease.is_recalled = worker.leases_given, False
         worker.leases_given += 1
-        tasks = [replace(task, kept=(), others=()) for task in lease.tasks if task.open_queries]
+        tasks = [
+            replace(task, kept=task.kept if task.waiting else (), others=())
+            for task in lease.tasks
+            if task.open_queries
+        ]
         self._when_done(worker.actor.answer.remote(lease.number, tasks), self._on_answered, worker, lease)
 
     def _find_store(self, tasks: list[DocumentTask]) -> str | None:
@@ -212,7 +218,7 @@ class RayExecutor(Executor):
             result = TaskResult.without_model(task)
             if task.open_queries:
                 reply_result = next(answered)
-                result = replace(reply_result, rows={**task.failed, **reply_result.rows})
+                result = replace(reply_result, rows={**task.decided, **reply_result.rows})
             if result.own_keys and self._job.cache.keep == "job":
                 self._worker_of_document[task.document_id] = worker, result.own_keys
             results.append(result)

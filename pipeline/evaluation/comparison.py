@@ -180,6 +180,8 @@ def _answer(row: Row | None) -> str | None:
 def _error(row: Row | None) -> str | None:
     if row is None:
         return "no such row"
+    if row.status == "skipped":
+        return "skipped"
     return None if row.status == "ok" else f"{row.error_type}: {row.error}"
 
 

@@ -61,7 +61,8 @@ class Committer:
             if difference := describe_difference(row.versions, self._executor.versions):
                 report.rows_of_other_versions += 1
                 report.other_versions = report.other_versions or difference
-        report.rows_answered += len(rows) - len(failed)
+        report.rows_answered += sum(row.status == "ok" for row in rows)
+        report.rows_skipped += sum(row.status == "skipped" for row in [*rows, *kept])
         for row in [*failed, *(row for row in kept if row.status == "error")]:
             report.add_failure(str(row.error_type), row.failure)
         for row in [*rows, *kept]:

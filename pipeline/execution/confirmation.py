@@ -11,19 +11,20 @@ from dataclasses import asdict
 
 from pipeline.errors import JobError, OutputError
 from pipeline.execution.fingerprint import job_identity
-from pipeline.execution.task import TaskPlanner
+from pipeline.execution.planner import TaskPlanner
 from pipeline.inputs.inputs import Inputs
 from pipeline.job.job import Job
+from pipeline.output.results import Results
 from turboquant.io.identity import Identity
 
 
 def current_fingerprints(
-    job: Job, inputs: Inputs, identity: Identity, planner: TaskPlanner
+    job: Job, inputs: Inputs, identity: Identity, planner: TaskPlanner, results: Results
 ) -> Iterator[tuple[str, Mapping[str, str]]]:
     """Yield each document's id with the fingerprints that its rows must have now, by query id, in input order.
 
-    inputs, identity: as they were when the run started. Raises OutputError if the model, the queries or the files of
-    documents changed since then.
+    inputs, identity: as they were when the run started. results: have the answers that queries use. Raises OutputError
+    if the model, the queries or the files of documents changed since then.
     """
     try:
         now = asdict(job_identity(job))
@@ -36,6 +37,6 @@ def current_fingerprints(
                 "command goes on, and answers again what that changes"
             )
         for document in inputs.stream():
-            yield document.id, planner.fingerprints(document)
+            yield document.id, planner.fingerprints(document, results.rows(document.id))
     except JobError as error:
         raise OutputError(f"the job's inputs changed while it ran: {error}") from error

@@ -13,12 +13,14 @@ from dataclasses import dataclass, field, replace
 
 from pipeline.cache.store import Store
 from pipeline.errors import AnswerCutOff, ContextTooLong, GenerationFailed, RowError, UnknownToken, one_line
+from pipeline.execution.asking import Asker
 from pipeline.execution.context import RunContext
 from pipeline.execution.decode import Request, generate_answers, row_name
 from pipeline.execution.fingerprint import context_label, load_identified
 from pipeline.execution.prefixes import Piece, PrefixProvider, Restored
 from pipeline.execution.task import DocumentTask, TaskResult, error_row
 from pipeline.inputs.prompts import PromptTokenizer, Rendered, Renderer
+from pipeline.inputs.questions import chain_of
 from pipeline.inputs.windows import WindowCutter, combined
 from pipeline.job.job import Query
 from pipeline.models.loading import LoadedModel, max_context
@@ -42,11 +44,12 @@ class PreparedPrompt:
     """One context in tokens, and the queries that are asked of it: a whole document, a window of one, or the answers on
     its windows.
 
-    suffixes: tokens behind the context, by query id. rows: results so far, by query id; only the engine adds to them.
+    queries: those whose questions are known. suffixes: tokens behind the context, by query id. rows: results so far, by
+    query id; only the engine adds to them. failure: the reason why no query can be asked, if there is one.
     """
 
     task: DocumentTask
-    queries: Sequence[Query]
+    queries: list[Query]
     context: Sequence[int] = ()
     suffixes: dict[str, list[int]] = field(default_factory=dict)
     pieces: Sequence[Piece] = ()
@@ -54,6 +57,7 @@ class PreparedPrompt:
     rows: dict[str, Row] = field(default_factory=dict)
     rendered: Rendered | None = None
     quotations: Passages | None = None
+    failure: RowError | None = None
 
     @property
     def passages(self) -> Passages:
@@ -109,28 +113,33 @@ class PreparedPrompt:
 class PreparedTask:
     """A task whose prompts are tokenised: one prompt, several windows, or none if nothing is open.
 
-    combined: for each query of a document read in windows, the prompt that combines the answers on the windows.
+    rows: those that are not in the only prompt. combined: for each query of a document read in windows, the prompt that
+    combines the answers on the windows. failure: the reason why there are no prompts, if there is one.
     """
 
     task: DocumentTask
     prompts: Sequence[PreparedPrompt] = ()
     truncated: bool = False
     rows: dict[str, Row] = field(default_factory=dict)
-    combined: Sequence[PreparedPrompt] = ()
+    combined: list[PreparedPrompt] = field(default_factory=list)
+    failure: RowError | None = None
 
     @property
     def is_split(self) -> bool:
         """Whether the document is read in windows."""
         return len(self.prompts) > 1
 
+    @property
+    def all_rows(self) -> dict[str, Row]:
+        """The rows so far, by query id."""
+        own = self.prompts[0].rows if self.prompts and not self.is_split else {}
+        return {**self.task.decided, **self.rows, **own}
+
     def result(self, shared_label: str) -> TaskResult:
         """Return the result. shared_label: label of segments that other documents use too."""
-        rows = {**self.task.failed, **self.rows}
-        if self.prompts and not self.is_split:
-            rows |= self.prompts[0].rows
         pieces = [piece for prompt in (*self.prompts, *self.combined) for piece in prompt.pieces]
         own_keys = frozenset(piece.key for piece in pieces if piece.about["label"] != shared_label)
-        return TaskResult(rows, self.truncated, self.is_split, own_keys)
+        return TaskResult(self.all_rows, self.truncated, self.is_split, own_keys)
 
 
 class Engine:
@@ -150,7 +159,7 @@ class Engine:
         with self._ranks.step("begin", begin):
             self._model: LoadedModel = load_identified(job, context.identity, self._ranks)
         load_seconds = time.monotonic() - started
-        self._window_cutter = WindowCutter(job)
+        self._window_cutter, self._asker = WindowCutter(job), Asker(job, context.identity)
         self._tokenizer = PromptTokenizer(
             self._model.tokenizer, bool(job.generation.thinking), job.prompt.special_tokens
         )
@@ -192,9 +201,10 @@ class Engine:
                 task.document, task.rendered, self._tokenizer, self._limit, self._context.check
             )
         except RowError as error:
+            prepared.failure = error
             prepared.rows |= task.failures(error)
             return prepared
-        prepared.prompts = [self._tokenise(task, window, task.open_queries) for window in windows]
+        prepared.prompts = [self._tokenise(task, window, task.asked) for window in windows]
         if not prepared.is_split:
             (prompt,) = prepared.prompts
             prepared.truncated = windows[0] is not task.rendered
@@ -203,28 +213,47 @@ class Engine:
         return prepared
 
     def _tokenise(self, task: DocumentTask, rendered: Rendered, queries: Sequence[Query]) -> PreparedPrompt:
-        prompt, document = PreparedPrompt(task, queries, rendered=rendered), task.document
+        prompt, document = PreparedPrompt(task, [], rendered=rendered), task.document
         self._context.check()
         limit = self._limit
         if limit is not None and (beyond := self._tokenizer.estimate_beyond(rendered.context, limit)):
-            prompt.fail(ContextTooLong(f"about {beyond:,} tokens of context; the model reads {limit:,}"))
-            return prompt
-        try:
-            tokens = self._tokenizer.tokenise(rendered, [query.text for query in document.queries], self._context.check)
-        except RowError as error:
-            prompt.fail(error)
-            return prompt
-        prompt.context = tokens.context
-        prompt.suffixes = dict(zip([query.id for query in document.queries], tokens.suffixes, strict=True))
-        prompt.pieces = self._prefixes.cut(document.id, tokens.context, self._shared_length(tokens.context), task.label)
-        for query in prompt.open_queries:
-            if unknown := self._unknown_token([*tokens.context, *prompt.suffixes[query.id]]):
-                prompt.fail(unknown, [query])
-                continue
-            suffix, longest = prompt.suffixes[query.id], query.settings(self._job.generation).longest
-            if refusal := too_long(len(tokens.context), len(suffix), longest, self._limit):
-                prompt.fail(refusal, [query])
+            prompt.failure = ContextTooLong(f"about {beyond:,} tokens of context; the model reads {limit:,}")
+        else:
+            # Where the context ends must not depend on answers, which are not known when it is needed first.
+            chain = chain_of(document.queries)
+            first = [query.id for query in document.queries if query.id in task.questions and not chain.uses(query.id)]
+            try:
+                texts = [task.questions[query_id].text for query_id in first]
+                tokens = self._tokenizer.tokenise(rendered, texts, self._context.check)
+                prompt.context = tokens.context
+                prompt.suffixes = dict(zip(first, tokens.suffixes, strict=True))
+                shared = self._shared_length(tokens.context)
+                prompt.pieces = self._prefixes.cut(document.id, tokens.context, shared, task.label)
+            except RowError as error:
+                prompt.failure = error
+        self._add_queries(prompt, queries)
         return prompt
+
+    def _add_queries(self, prompt: PreparedPrompt, queries: Sequence[Query]) -> None:
+        """Add queries to a prompt, tokenised. A query that cannot be answered fails."""
+        for query in queries:
+            prompt.queries.append(query)
+            if failure := prompt.failure or self._tokenise_query(prompt, query):
+                prompt.fail(failure, [query])
+
+    def _tokenise_query(self, prompt: PreparedPrompt, query: Query) -> RowError | None:
+        """Make the suffix of a query, if it is not there yet. Return an error if the model cannot read it."""
+        assert prompt.rendered is not None
+        if query.id not in prompt.suffixes:
+            try:
+                question = prompt.task.questions[query.id]
+                prompt.suffixes[query.id] = self._tokenizer.suffix(prompt.rendered, question, prompt.context)
+            except RowError as error:
+                return error
+        suffix, longest = prompt.suffixes[query.id], query.settings(self._job.generation).longest
+        return self._unknown_token([*prompt.context, *suffix]) or too_long(
+            len(prompt.context), len(suffix), longest, self._limit
+        )
 
     def _unknown_token(self, tokens: Sequence[int]) -> UnknownToken | None:
         """Return an error if the model has no vector for a token: it would compute with foreign memory, or crash."""
@@ -249,38 +278,74 @@ class Engine:
 
         Raises Interrupted, and DiskFull if there is no room on the disk.
         """
-        observer, ready = self._context.observer, []
+        observer = self._context.observer
         self._rows_shown = 0
         for prepared in group:
-            if not prepared.task.open_queries:
-                continue
-            observer.documents_started([prepared.task.document_id])
+            if prepared.task.open_queries:
+                observer.documents_started([prepared.task.document_id])
             if prepared.is_split:
                 self._answer_windows(prepared)
-            elif prepared.prompts and prepared.prompts[0].open_queries:
-                ready += self._with_prefix(prepared.prompts[0])
-        self._decode(ready, self._show_row)
+        # Queries that use answers are asked when these are there, those of all documents together.
+        prefixes: dict[str, list[tuple[PreparedPrompt, Prefix]]] = {}
+        while ready := self._ready(group, prefixes):
+            self._decode(ready, self._show_row)
         self._prefixes.wait_until_stored()
         results = [prepared.result(self._prefixes.shared_label) for prepared in group]
         observer.rows_done(sum(len(result.rows) for result in results) - self._rows_shown)
         return results
 
+    def _ready(
+        self, group: Sequence[PreparedTask], prefixes: dict[str, list[tuple[PreparedPrompt, Prefix]]]
+    ) -> list[tuple[PreparedPrompt, Prefix]]:
+        """Return the prompts that have queries to decode now, with their prefixes, which are added to `prefixes`."""
+        ready = []
+        for prepared in group:
+            while self._go_on(prepared):
+                pass
+            if not prepared.is_split and prepared.prompts and prepared.prompts[0].open_queries:
+                name, prompt = prepared.task.document_id, prepared.prompts[0]
+                prefixes[name] = prefixes.get(name) or self._with_prefix(prompt)
+                ready += prefixes[name]
+        return ready
+
+    def _go_on(self, prepared: PreparedTask) -> bool:
+        """Ask the queries whose answers that they use are there by now. Return whether there are any."""
+        task = prepared.task
+        if not task.waiting:
+            return False
+        rows = {row.query_id: row for row in task.kept} | prepared.all_rows
+        prepared.task, decided = self._asker.go_on(task, rows)
+        prepared.rows |= decided
+        new = [query for query in prepared.task.asked if query.id not in task.questions]
+        for prompt in prepared.prompts:
+            prompt.task = prepared.task
+            self._add_queries(prompt, new)
+        if prepared.failure:
+            prepared.rows |= {query.id: error_row(prepared.task.row(query), prepared.failure) for query in new}
+        return bool(new)
+
     def _answer_windows(self, prepared: PreparedTask) -> None:
         """Answer each query on each window, then once more from its answers on all windows."""
-        for window in prepared.prompts:
-            self._context.observer.documents_started([prepared.task.document_id])
-            if window.open_queries:
-                self._decode(self._with_prefix(window), lambda: None)
-        prepared.combined = self._combine(prepared)
-        self._decode([each for part in prepared.combined for each in self._with_prefix(part)], self._show_row)
         tokens = sum(len(window.context) for window in prepared.prompts)
-        for part in prepared.combined:
-            prepared.rows |= {query_id: replace(row, context_tokens=tokens) for query_id, row in part.rows.items()}
+        is_new = True
+        while is_new:
+            for window in prepared.prompts:
+                self._context.observer.documents_started([prepared.task.document_id])
+                if window.open_queries:
+                    self._decode(self._with_prefix(window), lambda: None)
+            parts = self._combine(prepared)
+            self._decode([each for part in parts for each in self._with_prefix(part)], self._show_row)
+            for part in parts:
+                prepared.rows |= {query_id: replace(row, context_tokens=tokens) for query_id, row in part.rows.items()}
+            prepared.combined += parts
+            is_new = self._go_on(prepared)
 
     def _combine(self, prepared: PreparedTask) -> list[PreparedPrompt]:
         """Return the prompts that combine the answers on windows. A query that failed on a window fails."""
         task, parts = prepared.task, []
-        for query in task.open_queries:
+        for query in task.asked:
+            if query.id in prepared.rows:
+                continue
             rows = [window.rows[query.id] for window in prepared.prompts]
             failed = next((number for number, row in enumerate(rows) if row.status == "error"), None)
             if failed is not None:

@@ -80,7 +80,7 @@ class Executor(ABC):
             return
         for task, result in zip(group.tasks, group.results, strict=True):
             rows = [*task.kept, *task.others, *result.rows.values()]
-            answered = {row.query_id for row in rows if row.status == "ok"}
+            answered = {row.query_id for row in rows if row.status != "error"}
             if task.rendered is not None and all(query.id in answered for query in task.document.queries):
                 self._pins.unpin(task.label)
                 if task.queries and self._job.cache.keep == "job":

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from pipeline.cache.codec import job_codec
 from pipeline.errors import ModelError, PipelineError
 from pipeline.inputs.prompts import Rendered, Renderer
+from pipeline.inputs.questions import Question
 from pipeline.job.job import Generation, Job, Query, Settings
 from pipeline.job.shards import Shard
 from pipeline.models.fingerprints import files_state, tokenizer_fingerprint, weights_fingerprint
@@ -108,40 +109,51 @@ def context_label(rendered: Rendered) -> str:
     return _digest("context", rendered.system, rendered.context)
 
 
-def row_fingerprints(
-    identity: Identity,
-    rendered: Rendered,
-    queries: Iterable[Query],
-    generation: Generation,
-    cut: str | None = None,
-    special: SpecialTokens | None = None,
-    with_max_tokens: bool = False,
-) -> dict[str, str]:
-    """Return the fingerprints of a document's rows, by query id: 32 hexadecimal digits each.
+class RowFingerprints:
+    """Makes the fingerprints of a document's rows: 32 hexadecimal digits each.
 
     cut: the result of WindowCutter.mark. special: the special tokens that are read as ordinary text in texts, or None
-    if none are; a row whose texts have none has the same fingerprint in both cases. with_max_tokens: return the
-    fingerprints that former releases wrote. A fingerprint is the digest of a JSON list of everything that decides the
-    answer. The beginning of the list is long and the same for all queries, so it is hashed only once.
+    if none are; a row whose texts have none has the same fingerprint in both cases. A fingerprint is the digest of a
+    JSON list of everything that decides the answer. The beginning of the list is long and the same for all queries, so
+    it is hashed only once.
     """
-    shared = _json(["row", asdict(identity), rendered.system, rendered.context])
-    beginning = hashlib.sha256(shared.removesuffix("]").encode())
-    fingerprints: dict[str, str] = {}
-    has_special = special is not None and (special.are_in(rendered.system) or special.are_in(rendered.context))
-    for query in queries:
-        digest = beginning.copy()
-        settings = query.settings(generation)
+
+    def __init__(
+        self,
+        identity: Identity,
+        rendered: Rendered,
+        generation: Generation,
+        cut: str | None = None,
+        special: SpecialTokens | None = None,
+    ) -> None:
+        shared = _json(["row", asdict(identity), rendered.system, rendered.context])
+        self._beginning = hashlib.sha256(shared.removesuffix("]").encode())
+        self._generation, self._cut, self._special = generation, cut, special
+        self._has_special = special is not None and (
+            special.are_in(rendered.system) or special.are_in(rendered.context)
+        )
+
+    def of(self, query: Query, question: Question, with_max_tokens: bool = False) -> str:
+        """Return the fingerprint of a query's row. with_max_tokens: return the one that former releases wrote."""
+        cut, special, settings = self._cut, self._special, query.settings(self._generation)
         deciding = settings.deciding
         # A choice has its own length, and each of several samples may be cut off.
         if cut is None and not settings.choices and settings.samples == 1 and not with_max_tokens:
             del deciding["max_tokens"]
         asked = [QUESTION, NEXT_QUESTION, SLOT_QUESTION] if settings.wants_evidence else []
-        marked = has_special or (special is not None and special.are_in(query.text))
+        texts = [question.text, *(text for turn in question.turns for text in turn)]
+        marked = self._has_special or (special is not None and any(map(special.are_in, texts)))
         as_text = ["special tokens: text"] if marked else []
-        own = _json([query.text, deciding, *([] if cut is None else [cut]), *asked, *as_text])
+        turns = [["turns", *question.turns]] if question.turns else []
+        own = _json([question.text, deciding, *([] if cut is None else [cut]), *asked, *as_text, *turns])
+        digest = self._beginning.copy()
         digest.update(f", {own.removeprefix('[')}".encode())
-        fingerprints[query.id] = digest.hexdigest()[:32]
-    return fingerprints
+        return digest.hexdigest()[:32]
+
+
+def skipped_fingerprint(condition: str) -> str:
+    """Return the fingerprint of a row that is not answered because a condition does not hold."""
+    return _digest("skipped", condition)[:32]
 
 
 def is_within(row: Row, settings: Settings) -> bool:

@@ -20,8 +20,8 @@ from pipeline.execution.confirmation import current_fingerprints
 from pipeline.execution.context import RunContext, RunOptions
 from pipeline.execution.executor import Executor, LocalExecutor
 from pipeline.execution.fingerprint import job_identity, result_metadata
+from pipeline.execution.planner import TaskPlanner
 from pipeline.execution.pruning import find_surplus
-from pipeline.execution.task import TaskPlanner
 from pipeline.inputs.documents import Document
 from pipeline.inputs.inputs import Inputs
 from pipeline.job.job import Job
@@ -105,7 +105,7 @@ class Runner:
                             for group in answered:
                                 committer.commit(group)
                         every = inputs.all_pairs() if options.selection else None
-                        wanted = current_fingerprints(job, inputs, identity, planner)
+                        wanted = current_fingerprints(job, inputs, identity, planner, results)
                         report.rows_beside = results.finish(wanted, every) - report.rows
                         publish(job, results)
                         executor.finish(done=not inputs.is_part)

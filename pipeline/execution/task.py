@@ -1,27 +1,21 @@
 """The task of a document: its open queries, the rows that are already decided, and the result.
 
-A task is a value: the planner makes it, an executor answers it and returns its result, the committer writes both.
+A task is a value: the planner (planner.py) makes it, an executor answers it and returns its result, the committer
+writes both.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
-from pipeline.errors import ModelProcessDied, RowError
-from pipeline.execution.fingerprint import context_label, is_within, row_fingerprints
+from pipeline.errors import RowError
 from pipeline.inputs.documents import Document
-from pipeline.inputs.prompts import Rendered, Renderer
-from pipeline.inputs.windows import WindowCutter
-from pipeline.job.job import Job, Query
-from pipeline.models.loading import model_folder
-from pipeline.models.special_tokens import SpecialTokens
+from pipeline.inputs.prompts import Rendered
+from pipeline.inputs.questions import Question
+from pipeline.job.job import Query
 from pipeline.output.rows import Row
-from turboquant.runtime.versions import computing_versions, describe_difference
-
-if TYPE_CHECKING:
-    from turboquant.io.identity import Identity
+from turboquant.runtime.versions import computing_versions
 
 
 @dataclass(frozen=True)
@@ -30,9 +24,10 @@ class DocumentTask:
 
     rendered: the rendered prompt, or None if the template fails. queries: those of the wanted queries without a kept
     row. kept: rows of an earlier run that are still valid. others: rows that this run is not asked for, which stay as
-    they are. failed: rows, by query id, that failed before the model saw them. fingerprints: of all wanted rows, by
-    query id. label: digest of the context's text. rewritten: whether kept rows got other fingerprints than a former
-    release gave them.
+    they are. decided: rows, by query id, that failed or were skipped before the model saw them. questions: of all
+    queries that are known so far, by query id. fingerprints: of the wanted rows that are known so far, by query id.
+    label: digest of the context's text. rewritten: whether kept rows got other fingerprints than a former release gave
+    them.
     """
 
     document: Document
@@ -40,7 +35,8 @@ class DocumentTask:
     queries: Sequence[Query]
     kept: Sequence[Row] = ()
     others: Sequence[Row] = ()
-    failed: Mapping[str, Row] = field(default_factory=dict)
+    decided: Mapping[str, Row] = field(default_factory=dict)
+    questions: Mapping[str, Question] = field(default_factory=dict)
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     label: str = ""
     rewritten: bool = False
@@ -52,8 +48,18 @@ class DocumentTask:
 
     @property
     def open_queries(self) -> list[Query]:
-        """The queries that the model must answer."""
-        return [query for query in self.queries if query.id not in self.failed]
+        """The queries that the model must answer, or may have to."""
+        return [query for query in self.queries if query.id not in self.decided]
+
+    @property
+    def waiting(self) -> list[Query]:
+        """Those of them whose questions are not known yet, because they use answers that are not there yet."""
+        return [query for query in self.open_queries if query.id not in self.questions]
+
+    @property
+    def asked(self) -> list[Query]:
+        """Those of them whose questions are known."""
+        return [query for query in self.open_queries if query.id in self.questions]
 
     def row(self, query: Query) -> Row:
         """Return the row of a query without an answer."""
@@ -61,8 +67,8 @@ class DocumentTask:
         return Row(self.document_id, query.id, "ok", fingerprint, versions=computing_versions())
 
     def failures(self, error: RowError) -> dict[str, Row]:
-        """Return error rows, by query id, for all open queries."""
-        return {query.id: error_row(self.row(query), error) for query in self.open_queries}
+        """Return error rows, by query id, for all open queries whose questions are known."""
+        return {query.id: error_row(self.row(query), error) for query in self.asked}
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,7 @@ class TaskResult:
     @classmethod
     def without_model(cls, task: DocumentTask) -> TaskResult:
         """Return the result of a task without open queries."""
-        return cls(task.failed)
+        return cls(task.decided)
 
 
 @dataclass(frozen=True)
@@ -90,72 +96,6 @@ class GroupResult:
 
     tasks: Sequence[DocumentTask]
     results: Sequence[TaskResult]
-
-
-class TaskPlanner:
-    """Makes the task of each document: renders the prompt, computes fingerprints, and finds the rows to keep.
-
-    keep_failed: failed rows with the right fingerprint are kept too. quarantined: documents that the model must not see
-    again, with the reason. versions: those that compute now, by default here, for jobs that keep no rows of others.
-    """
-
-    def __init__(
-        self,
-        job: Job,
-        identity: Identity,
-        keep_failed: bool = False,
-        quarantined: Mapping[str, str] | None = None,
-        versions: Mapping[str, str] | None = None,
-    ) -> None:
-        self._wanted_versions = None if job.versions == "keep" else versions or computing_versions()
-        self._generation, self._identity = job.generation, identity
-        self._keep_failed, self._quarantined = keep_failed, quarantined or {}
-        self._renderer, self._window_cutter = Renderer(job.prompt, job.documents), WindowCutter(job)
-        self._special = None
-        if job.prompt.special_tokens == "text":
-            self._special = SpecialTokens.of_folder(model_folder(job))
-
-    def plan(self, document: Document, known: Mapping[str, Row]) -> DocumentTask:
-        """Return the task of a document. known: its rows of earlier runs, by query id."""
-        wanted = document.wanted
-        wanted_ids = {query.id for query in wanted}
-        others = [row for query_id, row in known.items() if query_id not in wanted_ids]
-        try:
-            rendered = self._renderer.render(document)
-        except RowError as error:
-            task = DocumentTask(document, None, wanted, others=others)
-            return replace(task, failed=task.failures(error))
-        cut = self._window_cutter.mark(rendered, document.queries)
-        arguments = (self._identity, rendered, wanted, self._generation, cut, self._special)
-        fingerprints = row_fingerprints(*arguments)
-        former = row_fingerprints(*arguments, with_max_tokens=True)
-        found = {query.id: known[query.id] for query in wanted if query.id in known}
-        if self._wanted_versions is not None:
-            now = self._wanted_versions
-            found = {query_id: row for query_id, row in found.items() if not describe_difference(row.versions, now)}
-        settings = {query.id: query.settings(self._generation) for query in wanted}
-        kept = [
-            replace(row, fingerprint=fingerprints[query_id])
-            for query_id, row in found.items()
-            if (self._keep_failed or row.status == "ok")
-            and (
-                row.fingerprint == former[query_id]
-                or (row.fingerprint == fingerprints[query_id] and is_within(row, settings[query_id]))
-            )
-        ]
-        kept_ids = {row.query_id for row in kept}
-        queries = [query for query in wanted if query.id not in kept_ids]
-        rewritten = any(row != found[row.query_id] for row in kept)
-        label = context_label(rendered)
-        task = DocumentTask(document, rendered, queries, kept, others, {}, fingerprints, label, rewritten)
-        if document.id in self._quarantined:
-            return replace(task, failed=task.failures(ModelProcessDied(self._quarantined[document.id])))
-        return task
-
-    def fingerprints(self, document: Document) -> dict[str, str]:
-        """Return the fingerprints of a document's wanted rows, by query id; "" for rows that cannot be rendered."""
-        found = self.plan(document, {}).fingerprints
-        return {query.id: found.get(query.id, "") for query in document.wanted}
 
 
 def error_row(row: Row, error: RowError) -> Row:

@@ -8,8 +8,9 @@ document decides which shard has it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Iterable, Iterator
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import zip_longest
 from typing import TypeVar
 
 from pipeline.inputs.documents import Document
@@ -21,12 +22,17 @@ _Result = TypeVar("_Result")
 
 
 def group_documents(
-    documents: Iterable[Document], batch_size: int, alone: Collection[str] = (), shard: Shard | None = None
+    documents: Iterable[Document],
+    batch_size: int,
+    alone: Collection[str] = (),
+    shard: Shard | None = None,
+    stages: Callable[[Document], Sequence[int]] = lambda document: [len(document.queries)],
 ) -> Iterator[list[Document]]:
-    """Yield the documents in groups that fill a batch, or that hold less if texts are long.
+    """Yield the documents in groups that fill a batch in each of their stages, or that hold less if texts are long.
 
     alone: ids of documents that share no batch; the other documents of their groups are then alone too. shard: yield
-    the groups of this shard only.
+    the groups of this shard only. stages: returns how many of a document's queries are asked together, then how many
+    behind these, and so on.
 
     >>> texts = [Document(str(i), "a text", {}, ["Who?", "When?", "Why?"]) for i in range(7)]
     >>> [[document.id for document in group] for group in group_documents(texts, 8)]
@@ -34,7 +40,7 @@ def group_documents(
     >>> [[document.id for document in group] for group in group_documents(texts, 8, alone={"1"})]
     [['0'], ['1'], ['2'], ['3', '4', '5'], ['6']]
     """
-    for group in _full_groups(documents, batch_size):
+    for group in _full_groups(documents, batch_size, stages):
         if shard is not None and Shard.of(group[0].id, shard.count) != shard:
             continue
         if any(document.id in alone for document in group):
@@ -43,19 +49,21 @@ def group_documents(
             yield group
 
 
-def _full_groups(documents: Iterable[Document], batch_size: int) -> Iterator[list[Document]]:
+def _full_groups(
+    documents: Iterable[Document], batch_size: int, stages: Callable[[Document], Sequence[int]]
+) -> Iterator[list[Document]]:
     group: list[Document] = []
-    characters = rows = 0
+    characters, rows = 0, list[int]()
     for document in documents:
         if group and characters + len(document.text) > GROUP_CHARACTERS:
             yield group
-            group, characters, rows = [], 0, 0
+            group, characters, rows = [], 0, []
         group.append(document)
         characters += len(document.text)
-        rows += len(document.queries)
-        if rows >= batch_size:
+        rows = [sum(both) for both in zip_longest(rows, stages(document), fillvalue=0)]
+        if min(rows) >= batch_size:
             yield group
-            group, characters, rows = [], 0, 0
+            group, characters, rows = [], 0, []
     if group:
         yield group
 

@@ -12,7 +12,7 @@ from pipeline.inputs.batching import group_documents
 from pipeline.inputs.documents import Document, check_documents, document_digest, document_ids, stream_documents
 from pipeline.inputs.prompts import check_context_has_text, template_columns
 from pipeline.inputs.query_table import DocumentQueries, read_shared_queries, table_state
-from pipeline.inputs.templates import braces_of_template
+from pipeline.inputs.questions import chain_of, question_columns, unfilled_place
 from pipeline.job.job import Job, Query, QueryTable
 from pipeline.job.selection import Selection, matches
 from pipeline.job.shards import Shard
@@ -24,13 +24,23 @@ class Inputs:
     """A job's documents and queries, or those of one shard. Raises JobError if something is wrong with them.
 
     selection: the part of the job that is wanted; JobError is raised if it names what the job does not have.
+    takes_along: wanted queries take those along whose answers they use.
     documents: the number of wanted documents that have queries. rows: the number of wanted pairs of document and query.
     is_part: whether the job has other pairs. shared_queries: the job's queries, unless each belongs to a document.
+    stages: how many groups of queries are asked one behind the other, because they use each other's answers.
     """
 
-    def __init__(self, job: Job, shard: Shard | None = None, selection: Selection | None = None) -> None:
+    def __init__(
+        self,
+        job: Job,
+        shard: Shard | None = None,
+        selection: Selection | None = None,
+        takes_along: bool = True,
+    ) -> None:
         self._job, self._shard, self._selection = job, shard, selection or Selection()
         self._columns = template_columns(job.prompt, job.documents)
+        if not isinstance(job.queries, QueryTable):
+            self._columns |= question_columns(job.queries, job.documents)
         self.documents = check_documents(job.documents, self._columns)
         check_context_has_text(job.prompt, job.documents)
         self._document_queries: DocumentQueries | None = None
@@ -41,10 +51,12 @@ class Inputs:
             self._table_state = table_state(job.queries)
             if job.queries.document_id is None:
                 self.shared_queries = read_shared_queries(job.queries)
+                self._use_columns(self.shared_queries)
             else:
                 self._document_queries = self._read_document_queries(job.queries)
                 self.documents = self._document_queries.documents
         self._tell_braces()
+        self.stages, self._needed = self._check_chains(takes_along)
         self.rows = self._document_queries.rows if self._document_queries else self.documents * len(self.shared_queries)
         self._wanted: Collection[bytes] | None = None  # digests of the documents' ids; None for all
         self.is_part = False
@@ -65,7 +77,7 @@ class Inputs:
     @property
     def queries(self) -> Sequence[Query]:
         """The wanted queries, one for each id: of queries that belong to documents, the first one with that id."""
-        return [query for query in self._all_queries() if self._selection.has_query(query.id)]
+        return [query for query in self._all_queries() if self._wants_query(query.id)]
 
     @property
     def schemas(self) -> dict[str, str]:
@@ -108,7 +120,7 @@ class Inputs:
         """Yield each wanted document's id with the ids of its wanted queries, in order."""
         for document_id, query_ids in self.all_pairs():
             if self._wants(document_id):
-                yield document_id, [query_id for query_id in query_ids if self._selection.has_query(query_id)]
+                yield document_id, list(filter(self._wants_query, query_ids))
 
     def all_pairs(self) -> Iterator[tuple[str, list[str]]]:
         """Yield the same of all documents and queries, or those of the shard. Texts are read only for a shard."""
@@ -133,8 +145,11 @@ class Inputs:
     def _wants(self, document_id: str) -> bool:
         return self._wanted is None or document_digest(document_id) in self._wanted
 
+    def _wants_query(self, query_id: str) -> bool:
+        return self._selection.has_query(query_id) or query_id in self._needed
+
     def _narrowed(self, document: Document) -> Document:
-        others = (query.id for query in document.queries if not self._selection.has_query(query.id))
+        others = (query.id for query in document.queries if not self._wants_query(query.id))
         return replace(document, left_out=frozenset(others))
 
     def _select(self) -> tuple[Collection[bytes], int]:
@@ -145,10 +160,10 @@ class Inputs:
         for document_id, query_ids in self.job_pairs():
             no_document = {pattern for pattern in no_document if not matches(document_id, pattern)}
             no_query = {pattern for pattern in no_query if not any(matches(name, pattern) for name in query_ids)}
-            count = sum(map(selection.has_query, query_ids))
-            if count and selection.has_document(document_id) and len(wanted) != selection.limit:
+            is_asked = any(map(selection.has_query, query_ids))
+            if is_asked and selection.has_document(document_id) and len(wanted) != selection.limit:
                 wanted.add(document_digest(document_id))
-                rows += count
+                rows += sum(map(self._wants_query, query_ids))
         for pattern in sorted(no_document):
             raise JobError(f"--document {pattern}: there is no such document in {self._job.documents.path}")
         for pattern in sorted(no_query):
@@ -162,7 +177,8 @@ class Inputs:
         return self._document_queries.first_of_each_id() if self._document_queries else self.shared_queries
 
     def _all_groups(self, alone: Collection[str] = ()) -> Iterator[list[Document]]:
-        return group_documents(self._all_documents(), self._job.generation.batch_size, alone, self._shard)
+        batch_size = self._job.generation.batch_size
+        return group_documents(self._all_documents(), batch_size, alone, self._shard, _stage_sizes)
 
     def _all_documents(self) -> Iterator[Document]:
         """Yield the documents of all shards that have queries."""
@@ -171,24 +187,53 @@ class Inputs:
             if queries:
                 yield replace(document, queries=queries)
 
+    def _use_columns(self, queries: Sequence[Query]) -> None:
+        """Read the columns too that queries of a table use. Raises JobError, for one that is missing InputError."""
+        if more := question_columns(queries, self._job.documents) - self._columns:
+            self._columns |= more
+            check_documents(self._job.documents, self._columns)
+
+    def _check_chains(self, takes_along: bool) -> tuple[int, Collection[str]]:
+        """Return the number of stages, and the ids of the queries whose answers the wanted ones need.
+
+        Raises JobError if the queries of a document use answers that there are not, or in a circle.
+        """
+        if self._document_queries is None:
+            chains = [chain_of(self.shared_queries)]
+        elif self._document_queries.have_chains:
+            names = document_ids(self._job.documents)
+            chains = [chain_of(self._document_queries.queries_of(name)) for name in names]
+        else:
+            return 1, ()
+        stages = max(len(chain.stages) for chain in chains)
+        if stages > 1 and self._job.scale.ranks > 1:
+            raise JobError("scale.ranks: queries that use other answers need a model in one process")
+        if not takes_along or not self._selection.queries:
+            return stages, ()
+        named = {query.id for query in self._all_queries() if self._selection.has_query(query.id)}
+        return stages, set[str]().union(*(chain.with_needed(named) for chain in chains))
+
     def _tell_braces(self) -> None:
         """Warn of queries whose texts look like templates, because nothing is filled in there."""
         if self._document_queries is not None:
             count, first = self._document_queries.with_braces, self._document_queries.first_with_braces
         else:
-            found = [query for query in self.shared_queries if braces_of_template(query.text)]
+            found = [query for query in self.shared_queries if unfilled_place(query)]
             count, first = len(found), next(iter(found), None)
         if first is not None:
             _log.warning(
-                "queries: the text of '%s'%s has %s, which the model reads as it is: only prompt.system and "
-                "prompt.context are templates",
+                "queries: the text of '%s'%s has %s, which the model reads as it is; `template: true` fills columns "
+                "in, and `template: false` ends this warning",
                 first.id,
                 f" and of {count - 1:,} more" if count > 1 else "",
-                braces_of_template(first.text),
+                unfilled_place(first),
             )
 
     def _read_document_queries(self, source: QueryTable) -> DocumentQueries:
         queries = DocumentQueries(source, document_ids(self._job.documents))
+        if queries.have_chains:
+            for document_id in document_ids(self._job.documents):
+                self._use_columns(queries.queries_of(document_id))
         count, first = queries.unknown_documents
         if count:
             _log.warning(
@@ -199,3 +244,7 @@ class Inputs:
         if without := self.documents - queries.documents:
             _log.warning("queries.document_id: %d of %d documents have no queries", without, self.documents)
         return queries
+
+
+def _stage_sizes(document: Document) -> list[int]:
+    return [len(stage) for stage in chain_of(document.queries).stages]

@@ -18,6 +18,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
+from itertools import chain, cycle
 from typing import Any
 
 from jinja2 import Template, meta, nodes
@@ -25,6 +26,7 @@ from jinja2.sandbox import SandboxedEnvironment
 
 from pipeline.errors import EmptyDocument, JobError, ModelError, PromptFailed, UnreadableText, one_line
 from pipeline.inputs.documents import Document
+from pipeline.inputs.questions import Question
 from pipeline.inputs.templates import UsedNames, checked, environment, used_names
 from pipeline.inputs.time_limit import TimeLimit
 from pipeline.job.job import Documents, Prompt, SpecialTokensMode
@@ -187,6 +189,15 @@ class PromptTokenizer:
         suffixes = [first[end:shared] + tail for shared, tail in tails[: len(query_texts)]]
         return TokenisedDocument(first[:end], suffixes)
 
+    def suffix(self, rendered: Rendered, question: Question, context: Sequence[int]) -> list[int]:
+        """Return the tokens of a question's whole prompt behind those of the context. Raises PromptFailed."""
+        (tokens,) = self._encode([self.prompt_text(rendered, question.text, question.turns)])
+        if len(tokens) <= len(context) or tokens[: len(context)] != list(context):
+            raise PromptFailed(
+                "the tokens of the whole prompt do not begin with those of the context; begin the query with a word"
+            )
+        return tokens[len(context) :]
+
     def count(self, prompts: Sequence[str]) -> list[int]:
         """Return the number of tokens of each whole prompt. Many prompts at once are faster."""
         return [len(tokens) for tokens in self._encode(list(prompts))]
@@ -212,27 +223,34 @@ class PromptTokenizer:
         prompts = self._encode([self.prompt_text(text, _PROBES[0]) for text in texts])
         return prompts[0][: min(_shared_length(prompts[0], other) for other in prompts[1:])]
 
-    def prompt_text(self, rendered: Rendered, query_text: str) -> str:
+    def prompt_text(self, rendered: Rendered, query_text: str, turns: Sequence[tuple[str, str]] = ()) -> str:
         """Return the whole prompt of one query, as the model reads it, with BREAK in special tokens of its texts.
 
-        Raises PromptFailed.
+        turns: queries before this one and their answers, which are shown as a conversation. Raises PromptFailed.
         """
         system = None if rendered.system is None else self._broken(rendered.system)
-        user = f"{self._broken(rendered.context)}\n\n{self._special.broken(query_text)}"
+        said = [self._special.broken(text) for text in chain(*turns, (query_text,))]
+        said[0] = f"{self._broken(rendered.context)}\n\n{said[0]}"
         if not self._has_template:
-            return f"{user}\n\n" if system is None else f"{system}\n\n{user}\n\n"
+            return "".join(f"{text}\n\n" for text in (system, *said) if text is not None)
         try:
-            return self._apply(system, user)
+            return self._apply(system, *said)
         except _TextLost as error:
             raise PromptFailed(str(error)) from None
         except Exception as error:
             raise PromptFailed(f"the model's chat template fails: {one_line(error)}") from error
 
-    def _apply(self, system: str | None, user: str) -> str:
-        """Return the chat template's text. Raises what the template raises, and _TextLost."""
+    def _apply(self, system: str | None, *said: str) -> str:
+        """Return the chat template's text. Raises what the template raises, and _TextLost.
+
+        said: what the user says, perhaps what the model answers, what the user says then, and so on.
+        """
         if system is not None and self.folds_system:
-            system, user = None, f"{system}\n\n{user}"
-        texts = [("user", user)] if system is None else [("system", system), ("user", user)]
+            system, said = None, (f"{system}\n\n{said[0]}", *said[1:])
+        texts = [
+            *([] if system is None else [("system", system)]),
+            *zip(cycle(("user", "assistant")), said, strict=False),
+        ]
         messages = [
             {"role": role, "content": [{"type": "text", "text": text}] if self._in_parts else text}
             for role, text in texts

@@ -21,11 +21,14 @@ from pipeline.files.csv_tables import Csv
 from pipeline.files.tables import QUERIES, Record, Table
 from pipeline.files.temporary_database import spill_errors, temporary_database
 from pipeline.files.text_files import TextLines
-from pipeline.inputs.templates import braces_of_template
+from pipeline.inputs.questions import is_chained, unfilled_place
 from pipeline.job.job import Query, QueryTable, check_unique, id_of
 from pipeline.job.validation_errors import explain
 
-_SETTINGS = ("max_tokens", "temperature", "top_p", "seed", "stop", "json_schema", "choices", "evidence", "samples")
+_SETTINGS = (
+    *("max_tokens", "temperature", "top_p", "seed", "stop", "json_schema", "choices", "evidence", "samples"),
+    *("template", "when", "previous"),
+)
 _ROWS_PER_BATCH = 256
 _TABLES = """
 CREATE TABLE queries (document TEXT, id TEXT, query TEXT, PRIMARY KEY (document, id));
@@ -55,7 +58,8 @@ class DocumentQueries:
 
     document_ids: the ids of all documents. documents: how many of them have queries. rows: how many queries they have.
     unknown_documents: how many ids in the table belong to no document, and the first of these ids. with_braces,
-    first_with_braces: how many queries have the braces of a template in their text, and the first of them.
+    first_with_braces: how many queries have the braces of a template in their text and are none, and the first of them.
+    have_chains: whether any query may use columns or other answers.
 
     All methods may be called from any thread.
     """
@@ -63,6 +67,7 @@ class DocumentQueries:
     def __init__(self, source: QueryTable, document_ids: Iterable[str]) -> None:
         self._lock = Lock()
         self.with_braces = 0
+        self.have_chains = False
         self.first_with_braces: Query | None = None
         with spill_errors("queries"):
             self._database = temporary_database(self, _TABLES)
@@ -110,7 +115,8 @@ class DocumentQueries:
         assert source.document_id is not None
         for record in _records(source):
             query, document_id = _query(record, source), _id(record, source.document_id, "document_id")
-            if braces_of_template(query.text):
+            self.have_chains |= is_chained(query)
+            if unfilled_place(query):
                 self.with_braces, self.first_with_braces = self.with_braces + 1, self.first_with_braces or query
             row = document_id, query.id, query.model_dump_json(exclude_none=True)
             try:

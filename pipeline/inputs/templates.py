@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any
 
 from jinja2 import StrictUndefined, TemplateSyntaxError, Undefined, meta, nodes
 from jinja2.sandbox import SandboxedEnvironment
 
-from pipeline.errors import JobError
+from pipeline.errors import JobError, one_line
 from pipeline.inputs.time_limit import TimeLimit
 
 _PLACE = re.compile(r"\{\{.*?\}\}|\{%.*?%\}|\{[A-Za-z_]\w*\}", re.DOTALL)
+_WIDE = re.compile(r"%[^%a-zA-Z]*(\d{6}|\*)")
+_MOST_WIDTH = 100_000
 _MOST_BITS, _MOST_ITEMS = 1 << 20, 1 << 26  # of a number that is computed, and of a text or a list that is multiplied
 
 
@@ -35,16 +38,66 @@ class _Sandbox(SandboxedEnvironment):
         return super().call_binop(context, operator, left, right)
 
 
+class _BoundedSandbox(_Sandbox):
+    """A sandbox whose texts stay small too: for templates and expressions that may come with tables of queries."""
+
+    intercepted_binops = frozenset(["*", "**", "%"])
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        """Compute as the sandbox does. Raises OverflowError for a text with a wide place, such as "%9999999d"."""
+        if operator == "%" and isinstance(left, str) and _WIDE.search(left):
+            raise OverflowError("the text would be too long")
+        return super().call_binop(context, operator, left, right)
+
+    def wrap_str_format(self, value: Any) -> None:
+        """Wrap no function that formats a text, so that it is looked at as any attribute is."""
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        """Return whether a template may use an attribute; not what formats a text, whose places may be wide."""
+        return attr not in ("format", "format_map") and super().is_safe_attribute(obj, attr, value)
+
+    def call(self, context: Any, obj: Any, *args: Any, **kwargs: Any) -> Any:
+        """Call a function. Raises OverflowError for a number that would make a text too long, as in center(10 ** 9)."""
+        _check_widths(args, kwargs)
+        return super().call(context, obj, *args, **kwargs)
+
+
+def _check_widths(args: Iterable[Any], kwargs: Mapping[str, Any]) -> None:
+    if any(isinstance(value, int) and abs(value) > _MOST_WIDTH for value in (*args, *kwargs.values())):
+        raise OverflowError(f"a number above {_MOST_WIDTH:,} is not given to functions and filters here")
+
+
+def _narrow(function: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(function)
+    def checked_call(*args: Any, **kwargs: Any) -> Any:
+        _check_widths(args, kwargs)
+        return function(*args, **kwargs)
+
+    return checked_call
+
+
+def bounded_sandbox(finalize: Callable[[Any], Any] | None = None) -> SandboxedEnvironment:
+    """Return a sandbox as `environment` does, that bounds texts too, and computes nothing while it compiles."""
+    sandbox = _BoundedSandbox(undefined=StrictUndefined, finalize=finalize or written, optimized=False)
+    sandbox.globals.clear()
+    for name in ("random", "format"):
+        del sandbox.filters[name]
+    for name in ("center", "indent", "wordwrap", "batch", "slice"):
+        sandbox.filters[name] = _narrow(sandbox.filters[name])
+    return sandbox
+
+
 def environment() -> SandboxedEnvironment:
     """Return a sandbox in which every name is a variable, null is written as an empty text, and nothing is random."""
-    sandbox = _Sandbox(undefined=StrictUndefined, finalize=_written)
+    sandbox = _Sandbox(undefined=StrictUndefined, finalize=written)
     # Every name in a template may be a column, even one called `range` or `dict`.
     sandbox.globals.clear()
     del sandbox.filters["random"]  # the same row must always give the same text
     return sandbox
 
 
-def _written(value: Any) -> Any:
+def written(value: Any) -> Any:
+    """Return a value as a template writes it. Raises TypeError if it has no text."""
     if value is None:
         return ""
     if not isinstance(value, Undefined) and (callable(value) or isinstance(value, Iterator)):
@@ -57,13 +110,26 @@ def _explained(error: TemplateSyntaxError) -> str:
     return f"{error.message}{why}"
 
 
-def checked(key: str, source: str) -> str:
-    """Return the source of a template if its syntax is right. Raises JobError, which names `key`, if it is not."""
+def checked(key: str, source: str, sandbox: SandboxedEnvironment | None = None) -> str:
+    """Return the source of a template if it compiles. Raises JobError, which names `key`, if it does not."""
     try:
-        environment().from_string(source)
+        (sandbox or environment()).from_string(source)
     except TemplateSyntaxError as error:
         raise JobError(f"{key}: line {error.lineno} of the template: {_explained(error)}") from None
+    except Exception as error:  # nested too deeply for Python, or a number with too many digits
+        raise JobError(f"{key}: the template cannot be compiled: {one_line(error)}") from None
     return source
+
+
+def checked_expression(key: str, source: str, sandbox: SandboxedEnvironment) -> str:
+    """Return a template that writes the value of an expression. Raises JobError if the expression does not compile."""
+    try:
+        sandbox.compile_expression(source)
+    except TemplateSyntaxError as error:
+        raise JobError(f"{key}: {_explained(error)}: {source}") from None
+    except Exception as error:
+        raise JobError(f"{key}: the expression cannot be compiled: {one_line(error)}") from None
+    return f"{{{{ ({source}) }}}}"
 
 
 def braces_of_template(text: str) -> str | None:
@@ -125,12 +191,10 @@ class Expression:
 
     def __init__(self, key: str, source: str) -> None:
         sandbox = environment()
-        try:
-            self._evaluate = sandbox.compile_expression(source, undefined_to_none=False)
-        except TemplateSyntaxError as error:
-            raise JobError(f"{key}: {_explained(error)}: {source}") from None
+        template = checked_expression(key, source, sandbox)
+        self._evaluate = sandbox.compile_expression(source, undefined_to_none=False)
         self._limit = TimeLimit()
-        self._used = used_names(key, f"{{{{ ({source}) }}}}")
+        self._used = used_names(key, template)
         self.columns = self._used.names | self._used.in_row
         if not self.columns:
             raise JobError(f"{key} uses no column: {source}; write a condition such as year >= 2020 and lang == 'en'")

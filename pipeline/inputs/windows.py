@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from pipeline.inputs.documents import Document
 from pipeline.inputs.prompts import PromptTokenizer, Rendered, Renderer
+from pipeline.inputs.questions import chain_of
 from pipeline.job.job import Generation, Job, Query
 from pipeline.models.loading import max_context, model_folder, read_config
 
@@ -25,7 +26,11 @@ _CHARACTERS_PER_TOKEN = 16  # few texts have more: it bounds the text that is to
 
 def reserved_tokens(queries: Sequence[Query], generation: Generation) -> int:
     """Return how many tokens are kept free after a context, enough for any of the queries and its answer."""
-    return max(len(query.text.encode()) + query.settings(generation).longest for query in queries)
+    chain = chain_of(queries)
+    return max(
+        len(query.text.encode()) + query.settings(generation).longest + chain.reserve(query, generation)
+        for query in queries
+    )
 
 
 def combined(rendered: Rendered, answers: Sequence[str]) -> Rendered:

@@ -243,6 +243,9 @@ class Query(_Section):
     choices: _Choices | None = None  # the answer is one of these texts
     evidence: _Evidence = 0  # how many quotations of the document come with the answer; true is one
     samples: _Samples = 1  # answers with seeds of their own, of which the commonest is taken
+    template: bool | None = None  # whether the text is a template; None: if it uses `answers`
+    when: _Text | None = None  # an expression over columns and `answers`; where it is false, the query is not asked
+    previous: bool = False  # the model is shown the earlier queries of the document, with their answers
 
     @model_validator(mode="after")
     def _check_kind(self) -> Query:

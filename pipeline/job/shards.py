@@ -59,8 +59,8 @@ class Shard:
 class ShardStatus:
     """The numbers of rows of a shard, as its last run wrote them at the time `updated`.
 
-    done: answered. failed: answered with an error. left: neither. If the last run was of a part of the job, the numbers
-    are those of the part, and the state says so.
+    done: answered or skipped. failed: answered with an error. left: neither. If the last run was of a part of the job,
+    the numbers are those of the part, and the state says so.
     """
 
     shard: str
@@ -85,5 +85,6 @@ def shard_statuses(output: Path) -> Iterator[ShardStatus]:
         with suppress(OSError, ValueError, KeyError, TypeError):
             report = json.loads(file.read_bytes())
             rows, done = report["rows"], report["rows_kept"] + report["rows_answered"]
+            done += report.get("rows_skipped", 0)
             state, failed = report["state"] + (", a part" if report.get("part") else ""), report["rows_failed"]
             yield ShardStatus(str(shard), state, rows, done, failed, rows - done - failed, str(report["updated"]))

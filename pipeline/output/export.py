@@ -274,7 +274,9 @@ def _holds_rows(path: Path) -> bool:
 
 
 def _error(row: Row) -> str | None:
-    return f"{row.error_type}: {row.error}" if row.status == "error" else None
+    if row.status == "error":
+        return f"{row.error_type}: {row.error}"
+    return None if row.status == "ok" else row.status
 
 
 def _batched(values: Iterable[Mapping[str, Any]]) -> Iterator[list[Mapping[str, Any]]]:

@@ -24,7 +24,15 @@ def provenance(job: Job, queries: Sequence[Query]) -> dict[str, Any]:
         "revision": _revision(job),
         "adapter": None if job.adapter is None else str(job.adapter),
         "prompt": job.prompt.model_dump(mode="json"),
-        "queries": [{"id": query.id, "text": query.text, **vars(query.settings(job.generation))} for query in queries],
+        "queries": [
+            {
+                "id": query.id,
+                "text": query.text,
+                **vars(query.settings(job.generation)),
+                **query.model_dump(include={"template", "when", "previous"}, exclude_defaults=True),
+            }
+            for query in queries
+        ],
         "versions": dict(package_versions()),
     }
 

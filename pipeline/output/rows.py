@@ -72,7 +72,9 @@ _BYTES_PER_GROUP = 8 << 20
 
 @dataclass(frozen=True)
 class Row:
-    """One answer or one typed error. fingerprint: hexadecimal digest of everything that decided the row.
+    """One answer, one typed error, or a note that the query was skipped since its condition does not hold.
+
+    fingerprint: hexadecimal digest of everything that decided the row.
 
     logprob_mean, logprob_min: of the answer's tokens, as the model gave them. choice_probabilities: of each choice of
     the query. samples, agreement: all answers of a query with several samples, and the share of the commonest one.
@@ -82,7 +84,7 @@ class Row:
 
     document_id: str
     query_id: str
-    status: Literal["ok", "error"]
+    status: Literal["ok", "error", "skipped"]
     fingerprint: str
     answer: str | None = None
     answer_json: str | None = None

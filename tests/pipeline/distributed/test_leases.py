@@ -8,16 +8,27 @@ from dataclasses import replace
 import pytest
 
 from pipeline.distributed.leases import Lease, Leases
+from pipeline.errors import RowError
 from pipeline.execution.task import DocumentTask
 from pipeline.inputs.documents import Document
 from pipeline.inputs.prompts import Rendered
+from pipeline.inputs.questions import Question
 from pipeline.job.job import Query
 
 QUERIES = [Query(id="who", text="Who?"), Query(id="when", text="When?")]
 
 
 def task(name: str) -> DocumentTask:
-    return DocumentTask(Document(name, "a text", {}, QUERIES), Rendered(None, "a text"), QUERIES)
+    return DocumentTask(
+        Document(name, "a text", {}, QUERIES),
+        Rendered(None, "a text"),
+        QUERIES,
+        questions={query.id: Question(query.text) for query in QUERIES},
+    )
+
+
+def give_up(task: DocumentTask, error: RowError) -> DocumentTask:
+    return replace(task, decided=task.failures(error))
 
 
 def leases(*groups: str, stored: dict[str, str] | None = None) -> Leases:
@@ -26,7 +37,7 @@ def leases(*groups: str, stored: dict[str, str] | None = None) -> Leases:
     def each() -> Iterator[list[DocumentTask]]:
         yield from ([task(name) for name in group] for group in groups)
 
-    return Leases(each(), lambda group: (stored or {}).get(group[0].document_id))
+    return Leases(each(), lambda group: (stored or {}).get(group[0].document_id), give_up)
 
 
 def taken(lease: Lease | None) -> str:
@@ -50,7 +61,7 @@ def test_groups_are_handed_out_in_order_until_all_are_answered() -> None:
 
 def test_groups_with_nothing_left_need_no_worker() -> None:
     done = replace(task("a"), queries=[])
-    given = Leases(iter([[done], [task("b")], [done]]), lambda group: None)
+    given = Leases(iter([[done], [task("b")], [done]]), lambda group: None, give_up)
     assert [[each.document_id for each in group] for group in given.take_done()] == [["a"]]
     assert taken(given.take("s", True)) == "b"
     assert [len(group) for group in given.take_done()] == [1]
@@ -75,8 +86,8 @@ def test_documents_whose_worker_dies_twice_are_tried_alone_and_then_fail() -> No
         assert taken(alone) == "b"
         given.lose(alone, "s", "died on ada")
     (failed,) = given.take_done()
-    assert {row.error_type for row in failed[0].failed.values()} == {"ModelProcessDied"}
-    assert "the model's process died on ada, twice" in str(failed[0].failed["who"].error)
+    assert {row.error_type for row in failed[0].decided.values()} == {"ModelProcessDied"}
+    assert "the model's process died on ada, twice" in str(failed[0].decided["who"].error)
     assert taken(given.take("s", True)) == "c"
 
 

@@ -101,9 +101,10 @@ def test_when_an_answer_is_what_another_limit_gives(
 
 
 def test_a_result_of_a_former_release_is_kept_and_gets_new_fingerprints(place: Workplace) -> None:
-    from pipeline.execution.fingerprint import job_identity, row_fingerprints
+    from pipeline.execution.fingerprint import RowFingerprints, job_identity
     from pipeline.inputs.inputs import Inputs
     from pipeline.inputs.prompts import Renderer
+    from pipeline.inputs.questions import Question
     from pipeline.job.job_file import load_job
 
     place.run()
@@ -112,9 +113,10 @@ def test_a_result_of_a_former_release_is_kept_and_gets_new_fingerprints(place: W
     identity, renderer = job_identity(job), Renderer(job.prompt, job.documents)
     with Results(job.result_file) as results:
         for document in Inputs(job).stream():
-            former = row_fingerprints(
-                identity, renderer.render(document), document.queries, job.generation, with_max_tokens=True
-            )
+            of_rows = RowFingerprints(identity, renderer.render(document), job.generation)
+            former = {
+                query.id: of_rows.of(query, Question(query.text), with_max_tokens=True) for query in document.queries
+            }
             rows = results.rows(document.id)
             results.commit({document.id: [replace(row, fingerprint=former[key]) for key, row in rows.items()]})
         results.finish(Inputs(job).pairs())

@@ -8,8 +8,9 @@ from dataclasses import asdict
 
 import pytest
 
-from pipeline.execution.fingerprint import row_fingerprints
+from pipeline.execution.fingerprint import RowFingerprints
 from pipeline.inputs.prompts import Rendered
+from pipeline.inputs.questions import Question
 from pipeline.job.job_file import load_job
 from tests.pipeline.workplace import Workplace
 from turboquant.io.identity import Identity
@@ -24,7 +25,8 @@ def test_a_rows_fingerprint_digests_one_json_list(
     workplace.queries.append({"id": "odd", "text": "[é]?", "temperature": 0.5, "seed": 7})
     job, identity = load_job(workplace.save(), []), Identity("w", "t", "c", "exact 512")
     rendered = Rendered(system, context)
-    found = row_fingerprints(identity, rendered, job.queries, job.generation, with_max_tokens=former)
+    of_rows = RowFingerprints(identity, rendered, job.generation)
+    found = {query.id: of_rows.of(query, Question(query.text), former) for query in job.queries}
     for query in job.queries:
         settings = query.settings(job.generation).deciding
         if not former:

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 from pipeline.execution.fingerprint import context_label, job_identity
-from pipeline.execution.task import TaskPlanner
+from pipeline.execution.planner import TaskPlanner
 from pipeline.inputs.inputs import Inputs
 from pipeline.job.job_file import load_job
 from pipeline.job.job_schema import KEYS
@@ -98,6 +98,9 @@ CHANGES: dict[str, Change] = {
     "queries.evidence": set_query("evidence", 1),
     "queries.samples": lambda place: place.queries[0].update(samples=2, temperature=0.7),
     "queries.text": set_query("text", "Where?"),
+    "queries.template": lambda place: place.queries[0].update(text="{{ id }}?", template=True),
+    "queries.when": set_query("when", "id != 'd0'"),
+    "queries.previous": lambda place: place.queries[1].update(previous=True),
     "queries.id": lambda place: [query.update(id=f"new {query['id']}") for query in place.queries],
     **set_keys("generation", SETTINGS | {"thinking": "drop", "batch_size": 1}),
     **set_keys("scale", {"ranks": 2, "workers": 2, "num_cpus": 2, "num_gpus": 1, "resources": {"mac": 1}}),

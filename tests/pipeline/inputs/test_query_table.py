@@ -59,7 +59,7 @@ def test_each_line_of_a_text_file_is_a_question(workplace: Workplace, caplog: py
     assert invoke("run", workplace.save(), "--quiet").exit_code == 0
     assert pairs(workplace) == [("d0", "who-signed"), ("d0", "wann-läuft-es-ab"), ("d0", "what-of-title")]
     (told,) = caplog.messages
-    assert told.startswith("queries: the text of 'what-of-title' has {{ title }}, which the model reads as it is: ")
+    assert told.startswith("queries: the text of 'what-of-title' has {{ title }}, which the model reads as it is; ")
     file.write_text("Who?\n")
     workplace.queries, workplace.table = [{"id": "who", "text": "Who?"}], None
     fingerprints = []
