@@ -118,11 +118,17 @@ def test_the_reference_is_what_the_code_says() -> None:
 
 
 def test_the_site_is_built_without_warnings(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
     environment = os.environ | {"NO_MKDOCS_2_WARNING": "1"}
     built = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert built.returncode == 0, built.stderr
     assert {page.parent.name for page in tmp_path.glob("*/index.html")} >= {"jobs", "reference", "trust"}
+
+
+def test_the_tests_that_are_spoken_of_exist() -> None:
+    names = re.findall(r"`(tests/[\w/.]+)`", text_of(ROOT / "docs" / "features.md"))
+    assert len(names) > 30
+    assert [name for name in names if not (ROOT / name).exists()] == []
 
 
 def test_figures_are_taken_again_by_one_command() -> None:
