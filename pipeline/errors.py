@@ -35,7 +35,7 @@ import re
 from collections.abc import Collection
 from typing import ClassVar
 
-_URL = re.compile(r"[A-Za-z][\w+.-]*://[^\s'\"<>]+")
+_URL = re.compile(r"[A-Za-z][\w+.-]{0,40}://[^\s'\"<>]+")
 _USER = re.compile(r"://[^/?#]+@")
 _SECRET_VALUE = re.compile(
     r"([?&;][^=&;]*(?:key|token|secret|sig|pass|pwd|auth|cred)[^=&;]*=)[^&;#]*", flags=re.IGNORECASE

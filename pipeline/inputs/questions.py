@@ -96,7 +96,7 @@ def _source(key: str, source: str, is_expression: bool) -> _Source:
     """Return what a template uses. Raises JobError."""
     sandbox = bounded_sandbox()
     template = checked_expression(key, source, sandbox) if is_expression else checked(key, source, sandbox)
-    used, tree = used_names(key, template), sandbox.parse(template)
+    used, tree = used_names(key, template, sandbox), sandbox.parse(template)
     named: list[str] = []
     for node in tree.find_all(nodes.Expr):
         if isinstance(node, nodes.Getattr | nodes.Getitem) and isinstance(node.node, nodes.Name):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import wraps
 from typing import Any
 
-from jinja2 import StrictUndefined, TemplateSyntaxError, Undefined, meta, nodes
+from jinja2 import StrictUndefined, TemplateSyntaxError, Undefined, meta, nodes, pass_context
 from jinja2.sandbox import SandboxedEnvironment
 
 from pipeline.errors import JobError, one_line
@@ -78,7 +78,13 @@ def _narrow(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def bounded_sandbox(finalize: Callable[[Any], Any] | None = None) -> SandboxedEnvironment:
     """Return a sandbox as `environment` does, that bounds texts too, and computes nothing while it compiles."""
-    sandbox = _BoundedSandbox(undefined=StrictUndefined, finalize=finalize or written, optimized=False)
+    write = finalize or written
+
+    @pass_context  # so that constants too are written when a template is rendered, within its limits
+    def write_in_context(context: Any, value: Any) -> Any:
+        return write(value)
+
+    sandbox = _BoundedSandbox(undefined=StrictUndefined, finalize=write_in_context, optimized=False)
     sandbox.globals.clear()
     for name in ("random", "format"):
         del sandbox.filters[name]
@@ -158,13 +164,13 @@ class UsedNames:
         return {**columns, "row": columns} if self.in_row else dict(columns)
 
 
-def used_names(key: str, source: str) -> UsedNames:
+def used_names(key: str, source: str, sandbox: SandboxedEnvironment | None = None) -> UsedNames:
     """Return the names that a template uses. Raises JobError, which names `key`, if `row` is used in two ways.
 
     >>> sorted(used_names("prompt.context", '{{ title }} {{ row["Full Text"] }}').in_row)
     ['Full Text']
     """
-    tree = environment().parse(source)
+    tree = (sandbox or environment()).parse(source)
     names = meta.find_undeclared_variables(tree)
     in_row = [
         node.arg.value

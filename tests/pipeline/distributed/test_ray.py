@@ -171,6 +171,17 @@ def test_the_same_bytes_as_on_one_machine(place: Workplace) -> None:
     assert json.loads(again.stdout)["workers"] == {}
 
 
+def test_queries_that_use_answers_give_the_same_bytes(place: Workplace) -> None:
+    place.queries[2] |= {"text": "Who of {{ answers.what }}?", "when": "id != 'd1'"}
+    place.queries.append({"id": "all", "text": "Which of these?", "previous": True})
+    report = json.loads(on_ray(place, "--json").stdout)
+    assert (report["rows"], report["rows_skipped"], report["rows_failed"]) == (32, 1, 0)
+    on_machines = place.output.read_bytes()
+    assert on_machines == alone(place)
+    place.queries[1]["text"] = "When does it begin?"  # so that what uses kept answers too is asked again
+    assert json.loads(on_ray(place, "--json").stdout)["rows_kept"] == 15
+
+
 def test_a_driver_that_is_elsewhere(place: Workplace, cluster: Cluster) -> None:
     result = invoke("run", place.job_file, "--on", cluster.client)
     assert result.exit_code == 0, result.output
