@@ -26,7 +26,7 @@ COLUMNS = {
     "answer": "the answer; null in most error rows; of `AnswerCutOff` the text so far",
     "answer_json": "the answer if it is valid JSON of the query's schema",
     "thinking": "what the model thought first, with `generation.thinking: keep`",
-    "status": "`ok` or `error`",
+    "status": "`ok`, `error`, or `skipped` where the query's `when` does not hold",
     "error_type": "one of the [types below](#error-types)",
     "error": "the message of the error",
     "finish_reason": "`stop`, or `length` where `max_tokens` ended the answer",

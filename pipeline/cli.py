@@ -31,6 +31,7 @@ from pipeline.commands.console import (
 )
 from pipeline.commands.evaluate import compare, score
 from pipeline.commands.export import export
+from pipeline.commands.import_batch import import_batch
 from pipeline.commands.options import (
     AsJson,
     AsLog,
@@ -39,9 +40,11 @@ from pipeline.commands.options import (
     FailFast,
     FirstDocuments,
     FirstQueries,
+    Force,
     JobFile,
     Measure,
     Metrics,
+    Model,
     NaiveQueries,
     Notify,
     On,
@@ -321,11 +324,9 @@ def init(
     job_file: Annotated[Path, typer.Argument(metavar="JOB", help="The job file to write.")] = Path("job.yaml"),
     id_: Annotated[str | None, typer.Option("--id", metavar="COLUMN", help="The column of ids.")] = None,
     text: Annotated[str | None, typer.Option("--text", metavar="COLUMN", help="The column of texts.")] = None,
-    model: Annotated[
-        str | None, typer.Option("--model", metavar="MODEL", help="A folder or a Hugging Face repo id.")
-    ] = None,
+    model: Model = None,
     query: Questions = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a job file that exists.")] = False,
+    force: Force = False,
     debug: Debug = False,
 ) -> None:
     """Write a job file for your documents, with every key explained; on a terminal, ask what is not given.
@@ -347,6 +348,7 @@ def init(
         print(f"{job_file}\nnext: {command_line(context, 'plan')}")
 
 
+app.command("import")(import_batch)
 app.command()(export)
 app.command()(score)
 app.command()(compare)

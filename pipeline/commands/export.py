@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, get_args
+from typing import TYPE_CHECKING, Annotated, get_args
 
 import typer
 
 from pipeline.commands.console import errors_explained, load
 from pipeline.commands.options import Columns, Debug, Layout, Overrides, ResultOrJob
+from pipeline.errors import JobError, suggestion
+
+if TYPE_CHECKING:
+    from pipeline.job.job import OutputLayout
 
 
 def export(
@@ -23,20 +27,26 @@ def export(
     Layout and columns are those of the job's section `output`, unless they are given.
     """
     with errors_explained(debug, computes=False):
-        from pipeline.errors import JobError, suggestion
         from pipeline.evaluation.source import is_result, open_result
-        from pipeline.job.job import OutputLayout
         from pipeline.output.export import Export
 
-        if layout is not None and layout not in get_args(OutputLayout):
-            raise JobError(f"--layout {layout}: there is no such layout{suggestion(layout, get_args(OutputLayout))}")
         job = None if is_result(result) else load(result, set_)[0]
         columns = tuple(column or ()) or (job.output.columns if job else ())
         with open_result(result, set_ or []) as results:
             written = Export(
                 results,
                 job.documents if job else None,
-                "wide" if (layout or (job.output.layout if job else "long")) == "wide" else "long",
+                _known_layout(layout) if layout else job.output.layout if job else "long",
                 "all" if columns in ("all", ("all",)) else columns,
             ).write(to)
         print(f"{to}: {written:,} rows")
+
+
+def _known_layout(name: str) -> OutputLayout:
+    from pipeline.job.job import OutputLayout
+
+    layouts: tuple[OutputLayout, ...] = get_args(OutputLayout)
+    for layout in layouts:
+        if layout == name:
+            return layout
+    raise JobError(f"--layout {name}: there is no such layout{suggestion(name, layouts)}")

@@ -60,7 +60,9 @@ ShowPrompt = Annotated[
 Layout = Annotated[
     str | None,
     typer.Option(
-        "--layout", metavar="LAYOUT", help="long: a row for each document and query; wide: for each document."
+        "--layout",
+        metavar="LAYOUT",
+        help="long: a row for each document and query; wide: for each document; batch: OpenAI's form.",
     ),
 ]
 Columns = Annotated[
@@ -98,6 +100,8 @@ Measure = Annotated[
 Questions = Annotated[
     list[str] | None, typer.Option("--query", metavar="TEXT", help="Ask this of every document; may be repeated.")
 ]
+Model = Annotated[str | None, typer.Option("--model", metavar="MODEL", help="A folder or a Hugging Face repo id.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace a job file that exists.")]
 FirstQueries = Annotated[
     int | None, typer.Option("--queries", metavar="N", min=1, help="Ask the first N queries only.")
 ]

@@ -43,7 +43,7 @@ _RAY_RESOURCES = ("CPU", "GPU", "memory", "object_store_memory")
 _Value = TypeVar("_Value")
 _PathOrText = TypeVar("_PathOrText", str, Path)
 ThinkingMode = Literal[False, "drop", "keep"]
-OutputLayout = Literal["long", "wide"]
+OutputLayout = Literal["long", "wide", "batch"]
 EVIDENCE_KEY = "x-evidence"  # in a JSON schema: this field is a quotation
 EVIDENCE_TURN_TOKENS = 256  # the most tokens of a turn in which the model quotes, with the question before it
 SpecialTokensMode = Literal["text", "allow"]
@@ -346,7 +346,7 @@ class Output(_Section):
     """The result file; its path may be a URL, and its suffix says in which format it is written.
 
     columns: of the documents, which the result has too; "all" for all but their ids and texts. layout: `long` has a row
-    for each document and query, `wide` a row for each document.
+    for each document and query, `wide` a row for each document, `batch` the form of OpenAI's batch files.
     """
 
     path: Annotated[str, BeforeValidator(_not_blank), AfterValidator(_valid_path), AfterValidator(_result_name)]

@@ -71,7 +71,7 @@ KEYS = {
     "output": "the answers, by default one row for each document and query",
     "output.path": "*.parquet, *.csv or *.jsonl, also at s3:// or gs://; a report of the run is in .run.json beside it",
     "output.columns": "columns of the documents that the result has too, as [title, year]; all: every other one",
-    "output.layout": "long: a row for each document and query; wide: a row for each document",
+    "output.layout": "long: a row for each document and query; wide: for each document; batch: as OpenAI's",
     "scale": "how a job is spread over machines and processes; see docs/scaling.md",
     "scale.ranks": "how many processes hold the model between them, as mlx.launch starts them",
     "scale.workers": "workers of a run with --on ray; null: as many as the cluster has room for",

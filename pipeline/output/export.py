@@ -1,4 +1,4 @@
-"""Results in the form that people want them: with columns of the documents, and with a row for each document.
+"""Results in the form that people want them: with columns of the documents, a row for each document, as a batch file.
 
 A run writes `output.path` so, and ``pipeline export`` writes any file. The rows from which a later run goes on are not
 touched: they are in the result's own file (`Output.rows_path`).
@@ -32,6 +32,39 @@ from pipeline.output.results import Results
 from pipeline.output.rows import QUOTATIONS, SCHEMA, Row, read_metadata, row_groups, to_table
 
 _VALUES_PER_CHECK = 1000
+_BATCH = pa.schema(
+    {
+        "id": pa.string(),
+        "custom_id": pa.string(),
+        "response": pa.struct(
+            {
+                "status_code": pa.int32(),
+                "request_id": pa.string(),
+                "body": pa.struct(
+                    {
+                        "id": pa.string(),
+                        "object": pa.string(),
+                        "created": pa.int64(),
+                        "model": pa.string(),
+                        "choices": pa.list_(
+                            pa.struct(
+                                {
+                                    "index": pa.int32(),
+                                    "message": pa.struct({"role": pa.string(), "content": pa.string()}),
+                                    "finish_reason": pa.string(),
+                                }
+                            )
+                        ),
+                        "usage": pa.struct(
+                            dict.fromkeys(("prompt_tokens", "completion_tokens", "total_tokens"), pa.int32())
+                        ),
+                    }
+                ),
+            }
+        ),
+        "error": pa.struct({"code": pa.string(), "message": pa.string()}),
+    }
+)
 _Ids = Iterable[tuple[str, Mapping[str, Any]]]
 
 
@@ -143,6 +176,47 @@ class _Wide(_Layout):
         return pa.table(arrays, schema=self.schema)
 
 
+class _Batch(_Layout):
+    """A row for each document and query, in the form of the output of OpenAI's batches.
+
+    The `custom_id` of a row is its query's id, or `DOCUMENT/QUERY` where a query is asked of several documents.
+    """
+
+    def __init__(self, metadata: Mapping[str, str], pairs: Iterable[tuple[str, Sequence[str]]]) -> None:
+        self._model = metadata.get("pipeline.model", "")
+        digests = [document_digest(query_id) for _, query_ids in pairs for query_id in query_ids]
+        self._are_unique = len(set(digests)) == len(digests)
+        self._set_schema(list(_BATCH))
+        self.schema = self.schema.with_metadata(metadata)
+
+    def table(self, documents: Sequence[_Document]) -> Any:
+        rows = [self._row(row) for document in documents for row in document.rows]
+        return pa.Table.from_pylist(rows, self.schema)
+
+    def _row(self, row: Row) -> dict[str, Any]:
+        custom_id = row.query_id if self._are_unique else f"{row.document_id}/{row.query_id}"
+        common = {"id": f"batch_req_{row.fingerprint}", "custom_id": custom_id}
+        if row.status != "ok":
+            message = row.error or "the condition of the query does not hold"
+            return common | {"error": {"code": row.error_type or row.status, "message": message}}
+        prompt, answer = (row.context_tokens or 0) + (row.query_tokens or 0), row.answer_tokens or 0
+        body = {
+            "id": f"chatcmpl-{row.fingerprint}",
+            "object": "chat.completion",
+            "created": 0,  # the bytes of a result do not tell when it was made
+            "model": self._model,
+            "choices": [
+                {
+                    "index": 0,
+                    "message": {"role": "assistant", "content": row.answer},
+                    "finish_reason": row.finish_reason,
+                }
+            ],
+            "usage": {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer},
+        }
+        return common | {"response": {"status_code": 200, "request_id": row.fingerprint, "body": body}}
+
+
 def confidence(row: Row) -> float | None:
     """Return how sure the model was of an answer, from 0 to 1, by what the row knows; None if it failed.
 
@@ -175,8 +249,12 @@ class Export:
         if columns and source is None:
             raise JobError("columns of the documents are known by a job file only; name it in place of the result file")
         self._carried = CarriedColumns(source, columns) if columns and source else None
-        if layout == "wide":
-            self._layout: _Layout = _Wide(self._carried, results.metadata, self._documents())
+        if layout == "batch":
+            if columns:
+                raise JobError("layout batch has no place for columns of the documents; leave them out")
+            self._layout: _Layout = _Batch(results.metadata, results.pairs())
+        elif layout == "wide":
+            self._layout = _Wide(self._carried, results.metadata, self._documents())
         else:
             self._layout = _Long(self._carried, results.metadata)
 
