@@ -3,9 +3,10 @@
     python -m benches.fuzz_questions [--questions 10000] [--seed 0]
 
 Templates and expressions are put together at random from what jinja2 knows, from ways out of sandboxes that have been
-published, and from what grows without bound; some are then spoilt. Each is to be refused by a JobError of one line, or
-to give a question, a skipped row, or a RowError. An escape is a text that shows what belongs to Python and not to the
-document; a hang is a question that takes longer than a few times the limit. Memory is bounded by the limit on texts.
+published, and from what grows without bound; some are then spoilt. So are the checks of answers. Each is to be refused
+by a JobError of one line, or to give a question, a skipped row, or a RowError. An escape is a text that shows what
+belongs to Python and not to the document; a hang is a question that takes longer than a few times the limit. Memory is
+bounded by the limit on texts.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from pipeline.job.job import Documents, Query
 LIMIT = 0.3  # seconds of a template, in place of ten
 CANARY = "canary-in-the-environment"
 _PYTHON = re.compile(r"<(class|module|function|method|bound|built-in|slot|frame|code)\b|object at 0x|canary-in-the-env")
+_ANSWERS_IN = re.compile(r"answers(\.\w+|\['b c'\])")
 NAMES = ["answers.a", "answers['b c']", "answers.j", "answers.j.n", "answers.none", "title", "year", "text", "id"]
 VALUES = [
     *("1", "-1", "0", "2.5", "10 ** 9", "9 ** 99999", "99999999999", "'x'", "'x' * 99999", "''", "none"),
@@ -62,6 +64,7 @@ FILTERS = [
         "groupby('__class__')",
         "sum",
         "default('d')",
+        "list is matches('(x+x+)+y')",
         "truncate(9)",
         "striptags",
         "random",
@@ -178,11 +181,12 @@ def outcome(rng: random.Random, writer: QuestionWriter) -> tuple[str, str]:
     """What comes of an odd query, and the query."""
     text = spoilt(template(rng), rng)
     when = spoilt(expression(rng), rng) if rng.random() < 0.5 else None
-    described, said = f"{text!r} when {when!r}", ""
+    check = spoilt(_ANSWERS_IN.sub("answer", expression(rng)), rng) if rng.random() < 0.5 else None
+    described, said = f"{text!r} when {when!r} check {check!r}", ""
     started = time.monotonic()
     try:
         try:
-            query = Query(id="q", text=text, when=when, template=True, previous=rng.random() < 0.1)
+            query = Query(id="q", text=text, when=when, template=True, previous=rng.random() < 0.1, check=check)
         except ValueError:
             return "refused by the job's types", described
         document = Document("d1", COLUMNS["text"], COLUMNS, [*OTHERS, query])  # type: ignore[arg-type]
@@ -192,7 +196,8 @@ def outcome(rng: random.Random, writer: QuestionWriter) -> tuple[str, str]:
             said = "skipped"
         else:
             question = writer.write(document, query, ANSWERS)
-            said = "escape" if _PYTHON.search(question.text) else "asked"
+            refusal = writer.refusal(document, query, str(ANSWERS["a"])) or ""
+            said = "escape" if _PYTHON.search(question.text) or CANARY in refusal else "asked"
     except JobError as error:
         said = "refused" if len(str(error).splitlines()) == 1 else "refused in several lines"
     except RowError as error:

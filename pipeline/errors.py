@@ -19,6 +19,7 @@
         ├── ContextTooLong
         ├── PromptFailed
         ├── AnswerMissing
+        ├── CheckFailed
         ├── GenerationFailed
         ├── AnswerCutOff
         └── ModelProcessDied
@@ -134,6 +135,10 @@ class PromptFailed(RowError):
 
 class AnswerMissing(RowError):
     """The query uses the answer to another query of the document, and that failed."""
+
+
+class CheckFailed(RowError):
+    """The answer is not as the query's `check` wants it, however often the query was asked."""
 
 
 class UnknownToken(RowError):

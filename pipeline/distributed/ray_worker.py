@@ -24,7 +24,8 @@ from pipeline.progress import RunObserver
 from pipeline.report import WorkStats
 
 if TYPE_CHECKING:
-    from pipeline.execution.engine import Engine, PreparedTask
+    from pipeline.execution.engine import Engine
+    from pipeline.execution.prepared import PreparedTask
     from pipeline.execution.task import DocumentTask, TaskResult
     from pipeline.job.job import Job
     from turboquant.io.identity import Identity

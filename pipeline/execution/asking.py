@@ -53,6 +53,10 @@ class Asker:
         except RowError as error:
             return error_row(unanswered, error)
 
+    def refusal(self, task: DocumentTask, query: Query, row: Row) -> str | None:
+        """Return why a query's check refuses the answer of a row, or None."""
+        return self._writer.refusal(task.document, query, row.answer or "") if row.status == "ok" else None
+
     def go_on(self, task: DocumentTask, rows: Mapping[str, Row]) -> tuple[DocumentTask, dict[str, Row]]:
         """Ask those of a task's waiting queries whose answers that they use are known by now.
 

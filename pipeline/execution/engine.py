@@ -9,23 +9,31 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 from pipeline.cache.store import Store
-from pipeline.errors import AnswerCutOff, ContextTooLong, GenerationFailed, RowError, UnknownToken, one_line
+from pipeline.errors import (
+    CheckFailed,
+    ContextTooLong,
+    GenerationFailed,
+    RowError,
+    UnknownToken,
+    one_line,
+)
 from pipeline.execution.asking import Asker
 from pipeline.execution.context import RunContext
 from pipeline.execution.decode import Request, generate_answers, row_name
 from pipeline.execution.fingerprint import context_label, load_identified
-from pipeline.execution.prefixes import Piece, PrefixProvider, Restored
+from pipeline.execution.prefixes import PrefixProvider
+from pipeline.execution.prepared import PreparedPrompt, PreparedTask
 from pipeline.execution.task import DocumentTask, TaskResult, error_row
 from pipeline.inputs.prompts import PromptTokenizer, Rendered, Renderer
 from pipeline.inputs.questions import chain_of
 from pipeline.inputs.windows import WindowCutter, combined
-from pipeline.job.job import Query
+from pipeline.job.job import Query, Settings
 from pipeline.models.loading import LoadedModel, max_context
-from pipeline.models.output_parser import Answer, OutputParser
-from pipeline.models.quotations import Passages, located
+from pipeline.models.output_parser import OutputParser
+from pipeline.models.quotations import Passages
 from pipeline.models.ranks import common_values
 from pipeline.output.rows import Row
 from pipeline.report import WorkStats
@@ -36,110 +44,9 @@ from turboquant.kernels.programs import summary as kernel_origins
 from turboquant.mlx_lm.families import BATCHING_MESSAGES, explain
 from turboquant.runtime.blas import blas_in_use
 
+# Behind a question whose answer was refused, when it is asked again.
+REFUSED = 'The answer "{answer}" is refused, because this is not true of it: {check}. Give another answer.'
 _log = logging.getLogger(__name__)
-
-
-@dataclass
-class PreparedPrompt:
-    """One context in tokens, and the queries that are asked of it: a whole document, a window of one, or the answers on
-    its windows.
-
-    queries: those whose questions are known. suffixes: tokens behind the context, by query id. rows: results so far, by
-    query id; only the engine adds to them. failure: the reason why no query can be asked, if there is one.
-    """
-
-    task: DocumentTask
-    queries: list[Query]
-    context: Sequence[int] = ()
-    suffixes: dict[str, list[int]] = field(default_factory=dict)
-    pieces: Sequence[Piece] = ()
-    restored: Restored | None = None
-    rows: dict[str, Row] = field(default_factory=dict)
-    rendered: Rendered | None = None
-    quotations: Passages | None = None
-    failure: RowError | None = None
-
-    @property
-    def passages(self) -> Passages:
-        """The texts that evidence is quoted from: the part of the document that the context has, if none are given."""
-        if self.quotations is not None:
-            return self.quotations
-        assert self.rendered is not None
-        return Passages((self.task.document.text[self.rendered.start : self.rendered.end],))
-
-    @property
-    def open_queries(self) -> list[Query]:
-        """The queries without a row."""
-        return [query for query in self.queries if query.id not in self.rows]
-
-    def row(self, query: Query) -> Row:
-        """Return the row of a query without an answer."""
-        row = self.task.row(query)
-        if query.id not in self.suffixes:
-            return row
-        return replace(row, context_tokens=len(self.context), query_tokens=len(self.suffixes[query.id]))
-
-    def fail(self, error: RowError, queries: Sequence[Query] | None = None) -> None:
-        """Make error rows for queries, by default for all open ones."""
-        for query in self.open_queries if queries is None else queries:
-            self.rows[query.id] = error_row(self.row(query), error)
-
-    def accept(self, query: Query, answer: Answer) -> None:
-        """Make the row of a query from its answer."""
-        if answer.failure is not None and not isinstance(answer.failure, AnswerCutOff):
-            self.fail(answer.failure, [query])
-            return
-        start = self.rendered.start if self.rendered else 0
-        row = replace(
-            self.row(query),
-            answer=answer.text,
-            answer_json=answer.text if query.json_schema else None,
-            thinking=answer.thinking,
-            finish_reason=answer.finish_reason,
-            answer_tokens=answer.tokens,
-            logprob_mean=_rounded(sum(answer.logprobs) / len(answer.logprobs)) if answer.logprobs else None,
-            logprob_min=_rounded(min(answer.logprobs, default=None)),
-            choice_probabilities=answer.choice_probabilities,
-            samples=answer.samples,
-            agreement=answer.agreement,
-            evidence=[located(quote, self.task.document.text, start) for quote in answer.quotes or ()] or None,
-        )
-        if answer.failure is not None:  # the text so far is of use to the user
-            row = error_row(replace(row, answer=answer.text or None, answer_json=None), answer.failure)
-        self.rows[query.id] = row
-
-
-@dataclass
-class PreparedTask:
-    """A task whose prompts are tokenised: one prompt, several windows, or none if nothing is open.
-
-    rows: those that are not in the only prompt. combined: for each query of a document read in windows, the prompt that
-    combines the answers on the windows. failure: the reason why there are no prompts, if there is one.
-    """
-
-    task: DocumentTask
-    prompts: Sequence[PreparedPrompt] = ()
-    truncated: bool = False
-    rows: dict[str, Row] = field(default_factory=dict)
-    combined: list[PreparedPrompt] = field(default_factory=list)
-    failure: RowError | None = None
-
-    @property
-    def is_split(self) -> bool:
-        """Whether the document is read in windows."""
-        return len(self.prompts) > 1
-
-    @property
-    def all_rows(self) -> dict[str, Row]:
-        """The rows so far, by query id."""
-        own = self.prompts[0].rows if self.prompts and not self.is_split else {}
-        return {**self.task.decided, **self.rows, **own}
-
-    def result(self, shared_label: str) -> TaskResult:
-        """Return the result. shared_label: label of segments that other documents use too."""
-        pieces = [piece for prompt in (*self.prompts, *self.combined) for piece in prompt.pieces]
-        own_keys = frozenset(piece.key for piece in pieces if piece.about["label"] != shared_label)
-        return TaskResult(self.all_rows, self.truncated, self.is_split, own_keys)
 
 
 class Engine:
@@ -300,6 +207,7 @@ class Engine:
         """Return the prompts that have queries to decode now, with their prefixes, which are added to `prefixes`."""
         ready = []
         for prepared in group:
+            self._check_answers(prepared.prompts if not prepared.is_split else ())
             while self._go_on(prepared):
                 pass
             if not prepared.is_split and prepared.prompts and prepared.prompts[0].open_queries:
@@ -307,6 +215,47 @@ class Engine:
                 prefixes[name] = prefixes.get(name) or self._with_prefix(prompt)
                 ready += prefixes[name]
         return ready
+
+    def _check_answers(self, prompts: Sequence[PreparedPrompt]) -> bool:
+        """Check the new answers. A query whose answer is refused is asked again, or fails. Return whether any is."""
+        is_open = False
+        for prompt in prompts:
+            for query in prompt.queries:
+                row, refused = prompt.rows.get(query.id), prompt.attempts.get(query.id, 0)
+                if query.check is None or row is None or row.status != "ok" or refused < 0:
+                    continue
+                reason = self._asker.refusal(prompt.task, query, row)
+                if reason is None:
+                    prompt.attempts[query.id] = -1
+                elif refused == query.retries:
+                    asked = f"asked {refused + 1} times" if refused else "asked once"
+                    failure = CheckFailed(f"the answer is not as check wants it: {reason}; {asked}")
+                    prompt.rows[query.id] = error_row(row, failure)
+                else:
+                    prompt.attempts[query.id] = refused + 1
+                    self._ask_again(prompt, query, row.answer or "", reason)
+                    is_open |= query.id not in prompt.rows
+        return is_open
+
+    def _ask_again(self, prompt: PreparedPrompt, query: Query, answer: str, reason: str) -> None:
+        """Open a query again, with its refused answer and the reason behind the question."""
+        assert prompt.rendered is not None
+        question = prompt.task.questions[query.id]
+        text = f"{question.text}\n\n{REFUSED.format(answer=answer, check=reason)}"
+        del prompt.rows[query.id]
+        try:
+            again = replace(question, text=text)
+            prompt.suffixes[query.id] = self._tokenizer.suffix(prompt.rendered, again, prompt.context)
+            failure: RowError | None = self._tokenise_query(prompt, query)
+        except RowError as error:
+            failure = error
+        if failure is not None:
+            prompt.fail(failure, [query])
+
+    def _settings(self, prompt: PreparedPrompt, query: Query) -> Settings:
+        """Return the settings of a query, with another seed each time that it is asked again."""
+        settings = query.settings(self._job.generation)
+        return replace(settings, seed=settings.seed + max(prompt.attempts.get(query.id, 0), 0))
 
     def _go_on(self, prepared: PreparedTask) -> bool:
         """Ask the queries whose answers that they use are there by now. Return whether there are any."""
@@ -335,6 +284,8 @@ class Engine:
                     self._decode(self._with_prefix(window), lambda: None)
             parts = self._combine(prepared)
             self._decode([each for part in parts for each in self._with_prefix(part)], self._show_row)
+            while self._check_answers(parts):
+                self._decode([each for part in parts for each in self._with_prefix(part)], self._show_row)
             for part in parts:
                 prepared.rows |= {query_id: replace(row, context_tokens=tokens) for query_id, row in part.rows.items()}
             prepared.combined += parts
@@ -403,7 +354,7 @@ class Engine:
             Request(
                 prefixes[number],
                 prompt.suffixes[query.id],
-                query.settings(self._job.generation),
+                self._settings(prompt, query),
                 row_name(prompt.task.document_id, query.id),
                 prompt.passages if query.settings(self._job.generation).wants_evidence else None,
             )
@@ -439,10 +390,6 @@ class Engine:
 def _with_evidence(row: Row) -> str:
     """Return an answer on a window with its quotations, as it is shown where answers are combined."""
     return "\n".join([row.answer or "", *(f'"{quotation["quote"]}"' for quotation in row.evidence or ())])
-
-
-def _rounded(logprob: float | None) -> float | None:
-    return None if logprob is None else round(logprob, 3) + 0.0  # so that it is never -0.0
 
 
 def too_long(context: int, suffix: int, longest: int, limit: int | None) -> ContextTooLong | None:

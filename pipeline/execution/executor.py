@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from collections.abc import Collection
 
     from pipeline.cache.store import Store
-    from pipeline.execution.engine import Engine, PreparedTask
+    from pipeline.execution.engine import Engine
+    from pipeline.execution.prepared import PreparedTask
 
 
 class Executor(ABC):

@@ -137,15 +137,17 @@ class RowFingerprints:
         """Return the fingerprint of a query's row. with_max_tokens: return the one that former releases wrote."""
         cut, special, settings = self._cut, self._special, query.settings(self._generation)
         deciding = settings.deciding
-        # A choice has its own length, and each of several samples may be cut off.
-        if cut is None and not settings.choices and settings.samples == 1 and not with_max_tokens:
+        # A choice has its own length, and each of several samples or of the answers that are refused may be cut off.
+        is_plain = not settings.choices and settings.samples == 1 and query.check is None
+        if cut is None and is_plain and not with_max_tokens:
             del deciding["max_tokens"]
         asked = [QUESTION, NEXT_QUESTION, SLOT_QUESTION] if settings.wants_evidence else []
         texts = [question.text, *(text for turn in question.turns for text in turn)]
         marked = self._has_special or (special is not None and any(map(special.are_in, texts)))
         as_text = ["special tokens: text"] if marked else []
         turns = [["turns", *question.turns]] if question.turns else []
-        own = _json([question.text, deciding, *([] if cut is None else [cut]), *asked, *as_text, *turns])
+        checks = [["check", query.check, query.retries]] if query.check else []
+        own = _json([question.text, deciding, *([] if cut is None else [cut]), *asked, *as_text, *turns, *checks])
         digest = self._beginning.copy()
         digest.update(f", {own.removeprefix('[')}".encode())
         return digest.hexdigest()[:32]

@@ -67,7 +67,9 @@ class Inputs:
         # Queries that stand for all settings that there are.
         self._kinds = self._document_queries.first_of_each_kind() if self._document_queries else self.shared_queries
         for query in self._kinds:
-            query.check(job.generation)
+            query.check_settings(job.generation)
+            if query.retries and job.scale.ranks > 1:
+                raise JobError("scale.ranks: queries with retries need a model in one process")
         if shard is not None:  # the documents must be read, because groups depend on the length of texts
             self.documents = self.rows = 0
             for document in self.stream():

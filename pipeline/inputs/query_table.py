@@ -27,7 +27,7 @@ from pipeline.job.validation_errors import explain
 
 _SETTINGS = (
     *("max_tokens", "temperature", "top_p", "seed", "stop", "json_schema", "choices", "evidence", "samples"),
-    *("template", "when", "previous"),
+    *("template", "when", "previous", "check", "retries"),
 )
 _ROWS_PER_BATCH = 256
 _TABLES = """

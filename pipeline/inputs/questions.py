@@ -33,7 +33,9 @@ from pipeline.inputs.time_limit import TimeLimit
 from pipeline.job.job import Documents, Generation, Query
 
 ANSWERS = "answers"
+_OF_CHECKS = ("answer", "context", "len")  # names that `check` has besides columns
 MOST_CHARACTERS = 1 << 20  # of a text that a template makes
+_ADDRESS = re.compile(r" at 0x[0-9a-f]{6,}>")  # of an object of Python in memory, another one in each run
 _AN_ANSWER = re.compile(r"\banswers(\.\w|\[\s*['\"])")
 
 
@@ -90,6 +92,17 @@ def _text_source(query: Query) -> _Source | None:
 @lru_cache(maxsize=4096)
 def _condition(query: Query) -> _Source | None:
     return None if query.when is None else _source(f"queries: `when` of '{query.id}'", query.when, True)
+
+
+@lru_cache(maxsize=4096)
+def _check(query: Query) -> _Source | None:
+    if query.check is None:
+        return None
+    key = f"queries: `check` of '{query.id}'"
+    source = _source(key, query.check, True)
+    if source.answers:
+        raise JobError(f"{key}: it is about one answer; compare answers in `when`, or ask a query that uses both")
+    return _Source(key, UsedNames(source.used.names - set(_OF_CHECKS), source.used.in_row), frozenset())
 
 
 def _source(key: str, source: str, is_expression: bool) -> _Source:
@@ -190,7 +203,7 @@ def question_columns(queries: Sequence[Query], documents: Documents) -> set[str]
     """Return the columns of documents that the queries use. Raises JobError."""
     columns: set[str] = set()
     for query in queries:
-        for source in (_text_source(query), _condition(query)):
+        for source in (_text_source(query), _condition(query), _check(query)):
             if source is not None:
                 meanings = {"text": documents.text, "id": documents.id}
                 columns |= {meanings.get(name, name) for name in source.used.names} | source.used.in_row
@@ -248,6 +261,22 @@ class QuestionWriter:
             raise PromptFailed(f"{source.key}: it is a {kind}; expected a condition that is true or false")
         return bool(value)
 
+    def refusal(self, document: Document, query: Query, answer: str) -> str | None:
+        """Return why the `check` of a query refuses an answer; None if it does not, or if there is no check."""
+        source = _check(query)
+        if source is None or query.check is None:
+            return None
+        value = _parsed(answer) if query.json_schema else answer
+        own = dict(zip(_OF_CHECKS, (value, document.text, len), strict=True))
+        try:
+            with self._limit.limited():
+                holds = self._expression(query.check)(self._variables(document, source, {}) | own)
+        except Exception as error:
+            return f"{query.check} ({one_line(error)})"
+        if isinstance(holds, bool):
+            return None if holds else query.check
+        return f"{query.check} (it is a {type(holds).__name__}; expected a condition that is true or false)"
+
     def write(self, document: Document, query: Query, answers: Mapping[str, str | None]) -> Question:
         """Return the question of a query."""
         turns = []
@@ -273,6 +302,9 @@ class QuestionWriter:
         except Exception as error:
             raise PromptFailed(f"{source.key}: {one_line(error)}") from error
         text = "".join(pieces).strip()
+        address = _ADDRESS.search(text)
+        if address and not any(address[0] in str(value) for value in (*document.columns.values(), *answers.values())):
+            raise PromptFailed(f"{source.key}: it writes what has no text of its own, as a method that is not called")
         if not text:
             raise PromptFailed(f"{source.key}: nothing is left of it, because what it is filled in with is empty")
         return text

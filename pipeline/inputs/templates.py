@@ -17,6 +17,7 @@ from pipeline.inputs.time_limit import TimeLimit
 _PLACE = re.compile(r"\{\{.*?\}\}|\{%.*?%\}|\{[A-Za-z_]\w*\}", re.DOTALL)
 _WIDE = re.compile(r"%[^%a-zA-Z]*(\d{6}|\*)")
 _MOST_WIDTH = 100_000
+_MOST_PATTERN, _SECONDS_OF_PATTERN = 1000, 1.0
 _MOST_BITS, _MOST_ITEMS = 1 << 20, 1 << 26  # of a number that is computed, and of a text or a list that is multiplied
 
 
@@ -76,6 +77,15 @@ def _narrow(function: Callable[..., Any]) -> Callable[..., Any]:
     return checked_call
 
 
+def _matches(text: Any, pattern: str) -> bool:
+    """Return whether a regular expression is found in a text. Raises TimeoutError if that takes too long."""
+    import regex  # unlike re, it can be ended
+
+    if len(pattern) > _MOST_PATTERN:
+        raise ValueError(f"a regular expression has at most {_MOST_PATTERN:,} characters")
+    return regex.search(pattern, str(text), timeout=_SECONDS_OF_PATTERN) is not None
+
+
 def bounded_sandbox(finalize: Callable[[Any], Any] | None = None) -> SandboxedEnvironment:
     """Return a sandbox as `environment` does, that bounds texts too, and computes nothing while it compiles."""
     write = finalize or written
@@ -88,6 +98,7 @@ def bounded_sandbox(finalize: Callable[[Any], Any] | None = None) -> SandboxedEn
     sandbox.globals.clear()
     for name in ("random", "format"):
         del sandbox.filters[name]
+    sandbox.tests["matches"] = _matches
     for name in ("center", "indent", "wordwrap", "batch", "slice"):
         sandbox.filters[name] = _narrow(sandbox.filters[name])
     return sandbox
@@ -132,7 +143,7 @@ def checked_expression(key: str, source: str, sandbox: SandboxedEnvironment) -> 
     try:
         sandbox.compile_expression(source)
     except TemplateSyntaxError as error:
-        raise JobError(f"{key}: {_explained(error)}: {source}") from None
+        raise JobError(f"{key}: {_explained(error)}: {' '.join(source.split())}") from None
     except Exception as error:
         raise JobError(f"{key}: the expression cannot be compiled: {one_line(error)}") from None
     return f"{{{{ ({source}) }}}}"
@@ -171,7 +182,10 @@ def used_names(key: str, source: str, sandbox: SandboxedEnvironment | None = Non
     ['Full Text']
     """
     tree = (sandbox or environment()).parse(source)
-    names = meta.find_undeclared_variables(tree)
+    try:
+        names = meta.find_undeclared_variables(tree)
+    except Exception as error:  # a part of it that is constant fails
+        raise JobError(f"{key}: the template cannot be compiled: {one_line(error)}") from None
     in_row = [
         node.arg.value
         for node in tree.find_all(nodes.Getitem)

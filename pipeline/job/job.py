@@ -246,9 +246,13 @@ class Query(_Section):
     template: bool | None = None  # whether the text is a template; None: if it uses `answers`
     when: _Text | None = None  # an expression over columns and `answers`; where it is false, the query is not asked
     previous: bool = False  # the model is shown the earlier queries of the document, with their answers
+    check: _Text | None = None  # an expression over `answer` and `context`; an answer for which it is false is refused
+    retries: Annotated[int, Field(ge=0, le=10)] = 0  # how often the query is asked again where `check` is false
 
     @model_validator(mode="after")
     def _check_kind(self) -> Query:
+        if self.retries and not self.check:
+            raise ValueError("has retries and no check, so no answer would be refused")
         if self.stop and self.json_schema:
             raise ValueError("has both stop and json_schema; an answer with a schema ends where its JSON does")
         if self.choices:
@@ -263,7 +267,7 @@ class Query(_Section):
                 raise ValueError("has a choice twice")
         return self
 
-    def check(self, defaults: Generation) -> None:
+    def check_settings(self, defaults: Generation) -> None:
         """Raise JobError if this query's settings do not fit the job's defaults."""
         if self.samples > 1 and self.settings(defaults).temperature == 0:
             raise JobError(

@@ -40,6 +40,8 @@ KEYS = {
     "queries.template": "true: {{ title }} in the text is filled in, as {{ answers.ID }} is always; false: nothing is",
     "queries.when": "asked only where this is true, such as answers.signed == 'yes' or year > 2020",
     "queries.previous": "true: the model is shown the document's earlier queries with their answers",
+    "queries.check": "an answer for which this is false is an error, such as len(answer) < 200 or answer in context",
+    "queries.retries": "how often a query is asked again, with another seed and the reason, where check is false",
     "queries table.path": "a table of queries: a file, a folder, a glob or a URL",
     "queries table.id": "the column that names each query",
     "queries table.text": "the column that holds the question; each line of a text file is one",

@@ -29,7 +29,7 @@ def provenance(job: Job, queries: Sequence[Query]) -> dict[str, Any]:
                 "id": query.id,
                 "text": query.text,
                 **vars(query.settings(job.generation)),
-                **query.model_dump(include={"template", "when", "previous"}, exclude_defaults=True),
+                **query.model_dump(include={"template", "when", "previous", "check", "retries"}, exclude_defaults=True),
             }
             for query in queries
         ],

@@ -101,6 +101,8 @@ CHANGES: dict[str, Change] = {
     "queries.template": lambda place: place.queries[0].update(text="{{ id }}?", template=True),
     "queries.when": set_query("when", "id != 'd0'"),
     "queries.previous": lambda place: place.queries[1].update(previous=True),
+    "queries.check": set_query("check", "len(answer) < 200"),
+    "queries.retries": lambda place: place.queries[0].update(check="len(answer) < 200", retries=1),
     "queries.id": lambda place: [query.update(id=f"new {query['id']}") for query in place.queries],
     **set_keys("generation", SETTINGS | {"thinking": "drop", "batch_size": 1}),
     **set_keys("scale", {"ranks": 2, "workers": 2, "num_cpus": 2, "num_gpus": 1, "resources": {"mac": 1}}),

@@ -93,6 +93,7 @@ def test_a_conversation_has_the_earlier_queries_that_were_asked() -> None:
         ("{{ 'x' * 10 ** 9 }}", "would be too large"),
         ("{% for a in text * 999 %}{{ text * 999 }}{% endfor %}", "it makes more than 1,048,576 characters"),
         ("{{ answers.a.upper }}", "has no text"),
+        ("{{ answers.a.upper ~ '!' }}", "has no text of its own"),
         ("{% include 'other' %}", "no loader"),
         ("{{ '' }}", "nothing is left of it"),
     ],
@@ -113,11 +114,17 @@ def test_a_text_that_loops_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     assert time.monotonic() - started < 60
 
 
-@pytest.mark.parametrize("text", ["{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "{{ " + "9" * 5000 + " }}"])
+@pytest.mark.parametrize(
+    "text", ["{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "{{ " + "9" * 5000 + " }}", "{{ 1.x and 2 }}"]
+)
 def test_what_python_cannot_compile_is_refused_in_one_line(text: str) -> None:
     with pytest.raises(JobError, match="queries: the text of 'q': ") as error:
         written(text)
     assert len(str(error.value).splitlines()) == 1
+
+
+def test_an_address_that_the_document_has_is_text() -> None:
+    assert written("{{ answers.a }}", {"a": "<f at 0x7f00aa11bb>"}) == "<f at 0x7f00aa11bb>"
 
 
 def test_odd_questions_are_refused_or_asked() -> None:
