@@ -31,12 +31,16 @@ QUERIES = ["What did the board decide?", "When does the lease end?"]
 SCHEMA = pa.schema([("id", pa.string()), ("text", pa.string())])
 
 
-def write_model(folder: Path, dtype: str = "float32", seed: int = 0, **config: Any) -> Path:
+def write_model(
+    folder: Path, dtype: str = "float32", seed: int = 0, quantized_bits: int | None = None, **config: Any
+) -> Path:
     """Save a random llama of a byte-level vocabulary: two layers that read 2,048 tokens, unless ``config`` says more.
 
-    dtype: MLX's name of it. config: keys of config.json.
+    dtype: MLX's name of it. quantized_bits: of the weights, in groups of 64; None: not quantised. config: keys of
+    config.json.
     """
     import mlx.core as mx
+    import mlx.nn as nn
     from mlx.utils import tree_flatten
     from mlx_lm.models import llama
 
@@ -59,10 +63,19 @@ def write_model(folder: Path, dtype: str = "float32", seed: int = 0, **config: A
     }
     folder.mkdir(parents=True, exist_ok=True)
     mx.random.seed(seed)
-    leaves: Any = tree_flatten(llama.Model(llama.ModelArgs.from_dict(settings)).parameters())
+    model = llama.Model(llama.ModelArgs.from_dict(settings))
+    leaves: Any = tree_flatten(model.parameters())
     # Attention must count, or every context would give the same answer.
     weights = {name: x * 4 if name.endswith("_proj.weight") else x for name, x in leaves}
     weights = {name: x.astype(getattr(mx, dtype)) for name, x in weights.items()}
+    if quantized_bits is not None:
+        settings["quantization"] = {"group_size": 64, "bits": quantized_bits}
+        model.load_weights(list(weights.items()))
+        nn.quantize(model, **settings["quantization"])
+        weights = dict(tree_flatten(model.parameters()))
+        del leaves, model  # so that each matrix is freed when it is quantised
+        for name in list(weights):
+            mx.eval(weights[name])
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
     (folder / "config.json").write_text(json.dumps(settings), encoding="utf-8")
     tokenizer.save_pretrained(folder)

@@ -11,6 +11,7 @@ from contextlib import closing, suppress
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from pipeline.cache.codec import job_codec
 from pipeline.cache.pins import Pins, output_digest
 from pipeline.errors import RowError
 from pipeline.execution.context import RunContext
@@ -20,6 +21,7 @@ from pipeline.inputs.batching import ahead
 from pipeline.inputs.inputs import Inputs
 from pipeline.inputs.prompts import Renderer
 from pipeline.job.job import Job
+from pipeline.models.loading import model_folder, prepare_kernels, read_config
 from pipeline.report import WorkStats
 from turboquant.runtime.versions import computing_versions
 
@@ -142,7 +144,9 @@ class LocalExecutor(Executor):
         return tasks, None if engine is None else [engine.prepare(task) for task in tasks]
 
     def _load_engine(self) -> Engine:
-        from pipeline.cache.store import open_store  # both import MLX, which a run with nothing to do does not need
+        # Imported here, because a run with nothing to do does not need MLX.
+        prepare_kernels(read_config(model_folder(self._job)), job_codec(self._job.cache))
+        from pipeline.cache.store import open_store
         from pipeline.execution.engine import Engine
 
         store = open_store(self._job.cache, self._pins.is_pinned)

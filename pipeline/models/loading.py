@@ -73,7 +73,8 @@ def load_model(
     """
     path = resolve_model(name, revision)
     stated = read_config(path)
-    _prepare_kernels(stated, codec)
+    if codec is not None:
+        prepare_kernels(stated, codec)
     _require_vocabulary(path)
     for file in weight_files(path):
         _require_whole(file)
@@ -98,8 +99,12 @@ def load_model(
     )
 
 
-def _prepare_kernels(config: Mapping[str, Any], codec: CacheCodec | None) -> None:
-    """Have a GPU's kernels looked up or compiled from now on, where the model's sizes and dtype are known."""
+def prepare_kernels(config: Mapping[str, Any], codec: CacheCodec) -> None:
+    """Have a GPU's kernels looked up or compiled from now on, where the model's sizes and dtype are known.
+
+    This does not import mlx-lm, which takes seconds, so a process calls it before it does. Later calls do nothing.
+    config: the model's config.json.
+    """
     import mlx.core as mx
 
     from turboquant.attention.dispatch import prepare_kernels
@@ -110,7 +115,7 @@ def _prepare_kernels(config: Mapping[str, Any], codec: CacheCodec | None) -> Non
     text = config.get("text_config") or config
     heads, width = text.get("num_attention_heads"), text.get("hidden_size")
     dtype = getattr(mx, str(text.get("dtype") or text.get("torch_dtype") or config.get("torch_dtype")), None)
-    if codec is not None and isinstance(dtype, mx.Dtype) and heads and width:
+    if isinstance(dtype, mx.Dtype) and heads and width:
         head_dim = int(text.get("head_dim") or width // heads)
         kernels_ahead.start(dtype, head_dim)
         prepare_kernels(codec, head_dim, dtype)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import importlib.machinery
 import importlib.util
 import os
@@ -31,11 +32,12 @@ from turboquant.quant.rotation import Rotation
 PROCESS_BYTES = 2 << 30  # of the GPU's free memory for each process; its context takes about a quarter of that
 
 
+@functools.cache
 def start(dtype: mx.Dtype, head_dim: int) -> list[subprocess.Popen[bytes]]:
     """Start to compile the kernels of a model of this dtype and head_dim that were not compiled on this machine yet.
 
-    Does nothing if there is no CUDA GPU, or if the user chose the folder of MLX's kernels. Returns the processes, which
-    are ended at the latest when this process ends.
+    Does nothing if there is no CUDA GPU, or if the user chose the folder of MLX's kernels, or if it was called before.
+    Returns the processes, which are ended at the latest when this process ends.
     """
     folder = own_folder()
     if folder is None:

@@ -61,6 +61,7 @@ def test_nothing_is_compiled_ahead_without_a_cuda_gpu(monkeypatch: pytest.Monkey
     monkeypatch.delenv(MLX_VARIABLE, raising=False)
     monkeypatch.setattr(mx.cuda, "is_available", lambda: False)
     mlx_modules.own_folder.cache_clear()
+    kernels_ahead.start.cache_clear()
     assert kernels_ahead.start(mx.bfloat16, 128) == []
 
 
@@ -72,11 +73,14 @@ def test_as_many_processes_are_started_as_the_gpu_has_memory_for(
     monkeypatch.setattr(kernels_ahead, "own_folder", lambda: tmp_path)
     monkeypatch.setattr(mx, "device_info", lambda: {"free_memory": 5 << 30, "architecture": "sm_90"})
     monkeypatch.setattr("os.cpu_count", lambda: 16)
+    kernels_ahead.start.cache_clear()
     processes = kernels_ahead.start(mx.bfloat16, 128)
     assert len(processes) == 2
+    assert kernels_ahead.start(mx.bfloat16, 128) is processes, "a second call starts nothing"
     asked = [name for process in processes for name in list(process.args)[6:]]  # type: ignore[call-overload]
     assert sorted(asked) == sorted(kernels_ahead.OPERATIONS)
     assert [process.wait() for process in processes] == [0, 0]  # without a GPU they end at once
     for name in kernels_ahead.OPERATIONS:
         cache.write("ahead", kernels_ahead._key(name, mx.bfloat16, 128), b"", {})
+    kernels_ahead.start.cache_clear()
     assert kernels_ahead.start(mx.bfloat16, 128) == []
