@@ -24,6 +24,7 @@ from turboquant.mlx_lm.loading import is_repo_id, load_lazily, prepare_weights
 if TYPE_CHECKING:
     from pipeline.job.job import Job
     from turboquant.mlx_lm.families import Batching
+    from turboquant.mlx_lm.kernels_ahead import Quantized
     from turboquant.quant.cache_codec import CacheCodec
 
 WEIGHTS = "model*.safetensors"  # the files that mlx-lm loads; a folder may hold other copies of the weights
@@ -117,8 +118,23 @@ def prepare_kernels(config: Mapping[str, Any], codec: CacheCodec) -> None:
     dtype = getattr(mx, str(text.get("dtype") or text.get("torch_dtype") or config.get("torch_dtype")), None)
     if isinstance(dtype, mx.Dtype) and heads and width:
         head_dim = int(text.get("head_dim") or width // heads)
-        kernels_ahead.start(dtype, head_dim)
+        kernels_ahead.start(dtype, head_dim, quantizations(config))
         prepare_kernels(codec, head_dim, dtype)
+
+
+def quantizations(config: Mapping[str, Any]) -> tuple[Quantized, ...]:
+    """Return the ways in which a model's weights are quantised, by its config.json: of most layers, and of others."""
+    from turboquant.mlx_lm.kernels_ahead import Quantized
+
+    stated = config.get("quantization") or {}
+    ways = [stated, *(way for way in stated.values() if isinstance(way, dict))]
+    return tuple(
+        dict.fromkeys(
+            Quantized(int(way["group_size"]), int(way["bits"]), str(way.get("mode", "affine")))
+            for way in ways
+            if "group_size" in way and "bits" in way
+        )
+    )
 
 
 def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:

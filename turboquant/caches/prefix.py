@@ -26,6 +26,7 @@ from turboquant.attention.reference import finish, merge
 from turboquant.caches.fork import Fork, Mask
 from turboquant.kernels.encoding import encode_layer
 from turboquant.mlx_lm.cpu_functions import numpy_functions
+from turboquant.mlx_lm.dequantized_products import dequantized_products
 from turboquant.mlx_lm.families import explain
 from turboquant.mlx_lm.internals import KVCache, allocate_once, kv_cache, make_prompt_cache, release
 from turboquant.mlx_lm.patch import enabled
@@ -168,7 +169,7 @@ def prefill_segment(
             SegmentCache(layer, count) if isinstance(layer, EncodedLayer | DenseLayer) else copy.deepcopy(layer)
             for layer in attended.layers
         ]
-    with enabled(model), numpy_functions(model):
+    with enabled(model), numpy_functions(model), dequantized_products():
         feed(model, caches, tokens, chunk, on_progress)
     layers = _encode(caches, count, codec, compressible, parent)
     return Segment(layers, parent.tokens if parent is not None else 0, count)

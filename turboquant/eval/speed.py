@@ -17,7 +17,6 @@ import mlx.core as mx
 from turboquant.attention import gpu as attention_gpu
 from turboquant.attention.dispatch import backend, prepare_kernels
 from turboquant.kernels.encoding import encode_layer
-from turboquant.mlx_lm.internals import quantized_scaled_dot_product_attention
 from turboquant.quant.cache_codec import CacheCodec
 from turboquant.quant.layer import EncodedLayer
 from turboquant.quant.query_stats import QueryCollector
@@ -119,6 +118,8 @@ def _full_precision(keys: mx.array, values: mx.array, sizes: Sizes) -> Way:
 
 def _quantized(keys: mx.array, values: mx.array) -> Way:
     """Measure mlx-lm's attention over its own quantised cache."""
+    from turboquant.mlx_lm.internals import quantized_scaled_dot_product_attention  # takes seconds
+
     packed = [mx.quantize(x[None], group_size=64, bits=MLX_BITS) for x in (keys, values)]
     mx.eval(packed)
     scale, nbytes = keys.shape[-1] ** -0.5, sum(part.nbytes for x in packed for part in x)

@@ -1,8 +1,9 @@
 """Compile the kernels that MLX itself compiles on CUDA before they are needed, in several processes at once.
 
-MLX compiles the kernel of some operations when it first runs them: about four seconds each, one after the other, and a
-first run on a machine meets about ten. So processes run these operations on a few numbers while the model is loaded.
-They keep the kernels in the user's cache, and put them into the folder where the model's process looks.
+MLX compiles the kernel of some operations when it first runs them: about four seconds each, products with quantised
+weights 50 seconds each, one after the other. A first run on a machine meets about ten, and three more if the model is
+quantised. So processes run these operations on a few numbers while the model is loaded. They keep the kernels in the
+user's cache, and put them into the folder where the model's process looks.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -29,20 +31,41 @@ from turboquant.kernels.compiled_files import compiled_files, key_of
 from turboquant.kernels.mlx_modules import keep, own_folder
 from turboquant.quant.rotation import Rotation
 
+ROWS_OF_PRODUCTS = (16, 32, 64)  # MLX has a kernel for up to 16 rows, one for up to 32, and one for more
 PROCESS_BYTES = 2 << 30  # of the GPU's free memory for each process; its context takes about a quarter of that
 
 
+@dataclass(frozen=True)
+class Quantized:
+    """How weights are quantised, in the words of ``mx.quantize``."""
+
+    group_size: int
+    bits: int
+    mode: str = "affine"
+
+    def __str__(self) -> str:
+        return f"{self.group_size}-{self.bits}-{self.mode}"
+
+    @classmethod
+    def parse(cls, text: str) -> Quantized:
+        """Return what ``str`` made a text of."""
+        group_size, bits, mode = text.split("-")
+        return cls(int(group_size), int(bits), mode)
+
+
 @functools.cache
-def start(dtype: mx.Dtype, head_dim: int) -> list[subprocess.Popen[bytes]]:
+def start(dtype: mx.Dtype, head_dim: int, quantized: Sequence[Quantized] = ()) -> list[subprocess.Popen[bytes]]:
     """Start to compile the kernels of a model of this dtype and head_dim that were not compiled on this machine yet.
 
+    quantized: how its weights are quantised, a tuple.
     Does nothing if there is no CUDA GPU, or if the user chose the folder of MLX's kernels, or if it was called before.
     Returns the processes, which are ended at the latest when this process ends.
     """
     folder = own_folder()
     if folder is None:
         return []
-    names = [name for name in OPERATIONS if compiled_files().read("ahead", _key(name, dtype, head_dim)) is None]
+    wanted = [*OPERATIONS, *(f"product {rows} {how}" for how in quantized for rows in ROWS_OF_PRODUCTS)]
+    names = [name for name in wanted if compiled_files().read("ahead", _key(name, dtype, head_dim)) is None]
     memory = int(mx.device_info().get("free_memory", 0))
     count = min(len(names), os.cpu_count() or 1, memory // PROCESS_BYTES)
     kind, processes = str(dtype).removeprefix("mlx.core."), []
@@ -57,7 +80,7 @@ def start(dtype: mx.Dtype, head_dim: int) -> list[subprocess.Popen[bytes]]:
 def main(arguments: Sequence[str]) -> None:
     """Run operations in this process, and put the kernels that MLX compiled for them into another process's folder.
 
-    arguments: the other process's folder, a dtype, a head_dim, and names of OPERATIONS.
+    arguments: the other process's folder, a dtype, a head_dim, and names of operations.
     """
     folder, kind, head_dim, *names = arguments
     own, dtype = own_folder(), getattr(mx, kind)
@@ -65,10 +88,18 @@ def main(arguments: Sequence[str]) -> None:
         return
     known = {str(path.relative_to(own)) for path in own.rglob("*.ptx")}
     for name in names:
-        mx.eval(OPERATIONS[name](dtype, int(head_dim)))
+        mx.eval(operation(name)(dtype, int(head_dim)))
         hand_over(own, known, Path(folder))
         keep(own, known)
         compiled_files().write("ahead", _key(name, dtype, int(head_dim)), b"", {"operation": name})
+
+
+def operation(name: str) -> Callable[[mx.Dtype, int], mx.array]:
+    """Return an operation of OPERATIONS, or the product that a name like ``product 16 64-4-affine`` stands for."""
+    if name in OPERATIONS:
+        return OPERATIONS[name]
+    _, rows, how = name.split(" ")
+    return functools.partial(_product, int(rows), Quantized.parse(how))
 
 
 def hand_over(own: Path, known: set[str], folder: Path) -> None:
@@ -117,6 +148,11 @@ def _gated(dtype: mx.Dtype, head_dim: int) -> mx.array:
     spec.loader.exec_module(module)
     gated: mx.array = module.swiglu(mx.zeros((1, 2, 64), dtype), mx.zeros((1, 2, 64), dtype))
     return gated
+
+
+def _product(rows: int, how: Quantized, dtype: mx.Dtype, _: int) -> mx.array:
+    matrix = mx.quantize(mx.zeros((1024, 1024), dtype), **asdict(how))
+    return mx.quantized_matmul(mx.zeros((1, rows, 1024), dtype), *matrix, transpose=True, **asdict(how))
 
 
 OPERATIONS: dict[str, Callable[[mx.Dtype, int], mx.array]] = {

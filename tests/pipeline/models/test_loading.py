@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.errors import ModelError
 from pipeline.models.fingerprints import tokenizer_fingerprint, weights_fingerprint
-from pipeline.models.loading import load_model, load_tokenizer, max_context, resolve_model
+from pipeline.models.loading import load_model, load_tokenizer, max_context, quantizations, resolve_model
 
 CONFIG = {
     "model_type": "llama",
@@ -340,3 +340,15 @@ def test_memo_keeps_other_models(folder, tmp_path, memo):
     weights_fingerprint(shutil.copytree(folder, tmp_path / "copy"), memo)
     assert len(json.loads(memo.read_text())["files"]) == 2
     assert [file.name for file in memo.parent.iterdir()] == [memo.name]
+
+
+def test_the_ways_in_which_weights_are_quantised_are_read_from_the_config() -> None:
+    from turboquant.mlx_lm.kernels_ahead import Quantized
+
+    own = {"lm_head": {"group_size": 64, "bits": 6}, "norm": False, "embed": {"group_size": 64, "bits": 4}}
+    config = {"quantization": {"group_size": 64, "bits": 4, "mode": "affine", **own}}
+    assert quantizations(config) == (Quantized(64, 4), Quantized(64, 6))
+    assert quantizations({}) == ()
+    assert quantizations({"quantization": {"group_size": 32, "bits": 4, "mode": "mxfp4"}}) == (
+        Quantized(32, 4, "mxfp4"),
+    )

@@ -10,12 +10,20 @@ import pytest
 from turboquant.kernels import mlx_modules
 from turboquant.kernels.compiled_files import CompiledFiles
 from turboquant.mlx_lm import kernels_ahead
+from turboquant.mlx_lm.kernels_ahead import Quantized
 from turboquant.runtime.cache_folders import MLX_VARIABLE
 
 
 @pytest.mark.parametrize("name", sorted(kernels_ahead.OPERATIONS))
 def test_every_operation_runs_with_the_mlx_and_mlx_lm_that_are_installed(name: str) -> None:
     mx.eval(kernels_ahead.OPERATIONS[name](mx.bfloat16, 128))
+
+
+@pytest.mark.parametrize("how", [Quantized(64, 4), Quantized(32, 8), Quantized(32, 4, "mxfp4")])
+@pytest.mark.parametrize("rows", kernels_ahead.ROWS_OF_PRODUCTS)
+def test_products_with_quantised_weights_run(rows: int, how: Quantized) -> None:
+    assert Quantized.parse(str(how)) == how
+    assert kernels_ahead.operation(f"product {rows} {how}")(mx.float16, 128).shape == (1, rows, 1024)
 
 
 def test_new_kernels_are_handed_over_and_those_of_earlier_runs_are_not(tmp_path: Path) -> None:

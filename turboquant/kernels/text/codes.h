@@ -215,21 +215,22 @@ FUNCTION void attend_tile(
         value_mean[i] = tile.value_scale[i] > 0 ? 1.0f : 0.0f;
         outside[i] = row + 8 * i >= tile.begin && row + 8 * i < tile.end ? 0.0f : -INFINITY;
     }
-    u32 weights[TILES][2];
+    // Weights are relative to the highest score so far, or one that is not much lower. The SIMD-group asks once for all
+    // queries, so that their exponentials are not computed one after the other.
+    bool higher = false;
     UNROLL for (int n = 0; n < TILES; ++n) {
         UNROLL for (int i = 0; i < 4; ++i) {
             scores[n][i] = scores[n][i] * key_scale[i >> 1] + (mean_scores[n][i & 1] * key_mean[i >> 1] + outside[i >> 1]);
+            higher = higher || scores[n][i] > state.highest[n][i & 1] + HEADROOM;
         }
-        // Weights are relative to the highest score so far, or one that is not much lower.
-        float one = scores[n][0] > scores[n][2] ? scores[n][0] : scores[n][2];
-        float other = scores[n][1] > scores[n][3] ? scores[n][1] : scores[n][3];
-        bool higher = one > state.highest[n][0] + HEADROOM || other > state.highest[n][1] + HEADROOM;
-        if (in_any_lane(higher)) {
-            float highest[2] = {over_rows_max(one), over_rows_max(other)};
+    }
+    if (in_any_lane(higher)) {
+        UNROLL for (int n = 0; n < TILES; ++n) {
             UNROLL for (int i = 0; i < 2; ++i) {
-                if (highest[i] <= state.highest[n][i]) continue;
-                float fade = EXP2(state.highest[n][i] - highest[i]);
-                state.highest[n][i] = highest[i];
+                const float highest = over_rows_max(scores[n][i] > scores[n][i + 2] ? scores[n][i] : scores[n][i + 2]);
+                if (highest <= state.highest[n][i]) continue;
+                float fade = EXP2(state.highest[n][i] - highest);
+                state.highest[n][i] = highest;
                 state.total[n][i] *= fade;
                 state.mean_share[n][i] *= fade;
                 UNROLL for (int m = 0; m < DIM / 16; ++m) {
@@ -238,6 +239,9 @@ FUNCTION void attend_tile(
                 }
             }
         }
+    }
+    u32 weights[TILES][2];
+    UNROLL for (int n = 0; n < TILES; ++n) {
         UNROLL for (int i = 0; i < 4; ++i) {
             float weight = EXP2(scores[n][i] - state.highest[n][i & 1]);
             state.total[n][i & 1] += weight;
