@@ -99,6 +99,16 @@ ALL = (
         ),
         gpu=True,
     ),
+    Figures(
+        "eight-billion",
+        "performance.md",
+        (
+            "benches.big {out}/jobs/{job} --eight-billion --queries 32 --tokens 32768",
+            "benches.steps --model {out}/jobs/{job}/model --tokens 32768 --rows 1 12 32",
+            "pipeline.cli run {out}/jobs/{job}/job.yaml",
+        ),
+        gpu=True,
+    ),
     *(
         Figures(
             f"gpu-{tokens}",

@@ -44,7 +44,7 @@ def own_folder() -> Path | None:
     except OSError:
         return None
     if not known:
-        _log.warning("kernels are compiled, once on this machine: the first answers take some seconds longer")
+        _log.warning("kernels are compiled, once on this machine: the first answers take longer")
     set_mlx_folder(folder)
     atexit.register(_end, folder, known, os.getpid())
     return folder
