@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -352,3 +354,12 @@ def test_the_ways_in_which_weights_are_quantised_are_read_from_the_config() -> N
     assert quantizations({"quantization": {"group_size": 32, "bits": 4, "mode": "mxfp4"}}) == (
         Quantized(32, 4, "mxfp4"),
     )
+
+
+def test_kernels_are_prepared_without_importing_mlx_lm() -> None:
+    code = (
+        "import sys; from pipeline.models.loading import prepare_kernels; from turboquant import CacheCodec\n"
+        "prepare_kernels({'hidden_size': 64, 'num_attention_heads': 2, 'torch_dtype': 'float16'}, CacheCodec())\n"
+        "print('mlx_lm' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
