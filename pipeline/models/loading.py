@@ -123,18 +123,23 @@ def prepare_kernels(config: Mapping[str, Any], codec: CacheCodec) -> None:
 
 
 def quantizations(config: Mapping[str, Any]) -> tuple[Quantized, ...]:
-    """Return the ways in which a model's weights are quantised, by its config.json: of most layers, and of others."""
+    """Return the ways in which a model's weights are quantised, by its config.json: of most layers, and of others.
+
+    Ways that are not stated as mlx-lm does are left out; mlx-lm refuses them.
+    """
     from turboquant.mlx_lm.kernels_ahead import Quantized
 
-    stated = config.get("quantization") or {}
-    ways = [stated, *(way for way in stated.values() if isinstance(way, dict))]
-    return tuple(
-        dict.fromkeys(
-            Quantized(int(way["group_size"]), int(way["bits"]), str(way.get("mode", "affine")))
-            for way in ways
-            if "group_size" in way and "bits" in way
-        )
-    )
+    stated = config.get("quantization")
+    ways = [stated, *stated.values()] if isinstance(stated, dict) else []
+    stated_as = [
+        (way.get("group_size"), way.get("bits"), way.get("mode", "affine")) for way in ways if isinstance(way, dict)
+    ]
+    found = [
+        Quantized(size, bits, mode)
+        for size, bits, mode in stated_as
+        if isinstance(size, int) and isinstance(bits, int) and isinstance(mode, str)
+    ]
+    return tuple(dict.fromkeys(found))
 
 
 def load_tokenizer(path: Path, trust_remote_code: bool = False) -> Any:

@@ -118,7 +118,7 @@ def _full_precision(keys: mx.array, values: mx.array, sizes: Sizes) -> Way:
 
 def _quantized(keys: mx.array, values: mx.array) -> Way:
     """Measure mlx-lm's attention over its own quantised cache."""
-    from turboquant.mlx_lm.internals import quantized_scaled_dot_product_attention  # takes seconds
+    from turboquant.mlx_lm.internals import quantized_scaled_dot_product_attention  # mlx-lm takes seconds to import
 
     packed = [mx.quantize(x[None], group_size=64, bits=MLX_BITS) for x in (keys, values)]
     mx.eval(packed)

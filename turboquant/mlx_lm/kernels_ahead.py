@@ -49,7 +49,7 @@ class Quantized:
     @classmethod
     def parse(cls, text: str) -> Quantized:
         """Return what ``str`` made a text of."""
-        group_size, bits, mode = text.split("-")
+        group_size, bits, mode = text.split("-", 2)
         return cls(int(group_size), int(bits), mode)
 
 
@@ -98,7 +98,7 @@ def operation(name: str) -> Callable[[mx.Dtype, int], mx.array]:
     """Return an operation of OPERATIONS, or the product that a name like ``product 16 64-4-affine`` stands for."""
     if name in OPERATIONS:
         return OPERATIONS[name]
-    _, rows, how = name.split(" ")
+    _, rows, how = name.split(" ", 2)
     return functools.partial(_product, int(rows), Quantized.parse(how))
 
 

@@ -351,6 +351,8 @@ def test_the_ways_in_which_weights_are_quantised_are_read_from_the_config() -> N
     config = {"quantization": {"group_size": 64, "bits": 4, "mode": "affine", **own}}
     assert quantizations(config) == (Quantized(64, 4), Quantized(64, 6))
     assert quantizations({}) == ()
+    for odd in ("4 bits", ["q4"], {"group_size": "64", "bits": None}, {"group_size": 64, "lm_head": 4}):
+        assert quantizations({"quantization": odd}) == ()
     assert quantizations({"quantization": {"group_size": 32, "bits": 4, "mode": "mxfp4"}}) == (
         Quantized(32, 4, "mxfp4"),
     )
