@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -31,6 +32,7 @@ _CONVERSIONS = {
     ".html": _Conversion("HTML", _PANDOC),
     ".htm": _Conversion("HTML", _PANDOC),
     ".rtf": _Conversion("RTF", _PANDOC, b"{\\rtf"),
+    ".doc": _Conversion("a Word document of before 2007", "soffice --headless --convert-to docx {source}"),
     ".docx": _Conversion("a Word document", _PANDOC),
     ".xlsx": _Conversion("a spreadsheet", _TO_CSV),
     ".ods": _Conversion("a spreadsheet", _TO_CSV),
@@ -45,16 +47,25 @@ def what_else(path: str, beginning: bytes) -> str | None:
 
     The result begins with "is". beginning: the first BEGINNING bytes of the file, which count more than its suffix.
     """
-    is_url = "://" in path
-    source = PurePath(path.rpartition("/")[2] if is_url else path)
-    stem, suffix = source.with_suffix(""), source.suffix.lower()
+    suffix = PurePath(path).suffix.lower()
     by_content = next(
         (key for key, each in _CONVERSIONS.items() if each.magic and beginning.startswith(each.magic)), ""
     )
     found = _CONVERSIONS.get(suffix if by_content == ".zip" and suffix in _ZIPPED else by_content or suffix)
     if found is None:
         return None
-    unpacked = stem if suffix == by_content else stem.with_suffix(f".unpacked{suffix}")
+    return f"is {found.name}; {how_to_convert(path, found.command, suffix == by_content)}"
+
+
+def how_to_convert(path: str, command: str, is_unpacked: bool = False) -> str:
+    """Return in words that a file must be converted, and how.
+
+    command: with {source}, {stem} or {unpacked}, which becomes the path without its suffix if `is_unpacked`.
+    """
+    is_url = "://" in path
+    source = PurePath(re.split("[?#]", path)[0].rpartition("/")[2] if is_url else path)  # keys may follow the name
+    stem = source.with_suffix("")
+    unpacked = stem if is_unpacked else stem.with_suffix(f".unpacked{source.suffix.lower()}")
     names = {"source": source, "stem": stem, "unpacked": unpacked}
-    command = found.command.format_map({name: shlex.quote(str(each)) for name, each in names.items()})
-    return f"is {found.name}; {'download it and ' if is_url else ''}convert it, for example by: {command}"
+    filled = command.format_map({name: shlex.quote(str(each)) for name, each in names.items()})
+    return f"{'download it and ' if is_url else ''}convert it, for example by: {filled}"

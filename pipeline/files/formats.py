@@ -44,6 +44,14 @@ class InputFile:
         """Open the file to be read once, decompressed. Raises OSError, JobError and RemoteError."""
         return decompressed(_open(self.path), compression(self.path))
 
+    def content(self) -> bytes:
+        """Return the whole content, decompressed. Raises InputError, JobError and RemoteError."""
+        try:
+            with self.open() as opened:
+                return opened.read()
+        except OSError as error:
+            raise InputError(f"{self}: cannot be read: {one_line(error)}") from None
+
     @contextmanager
     def opened_as_text(self, name: str, needs: Needs) -> Iterator[tuple[io.BufferedReader, str, int]]:
         """Open the file behind its byte-order mark, and give its encoding and the bytes of the mark, too.

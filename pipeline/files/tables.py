@@ -19,6 +19,7 @@ from pipeline.files.csv_tables import Csv
 from pipeline.files.encoding import Unreadable, wrong_character
 from pipeline.files.find import find_files
 from pipeline.files.formats import Format, InputFile
+from pipeline.files.formatted_files import FormattedText
 from pipeline.files.json_arrays import JsonArray
 from pipeline.files.json_lines import JsonLines
 from pipeline.files.parquet import Parquet
@@ -27,7 +28,7 @@ from pipeline.files.text_files import TextLines, WholeText
 
 _log = logging.getLogger(__name__)
 _TABLES: Sequence[Format] = (Parquet(), JsonLines(), Csv(), JsonArray(), Arrow())
-DOCUMENTS: Sequence[Format] = (*_TABLES, WholeText(".txt", ".md", ".markdown"))
+DOCUMENTS: Sequence[Format] = (*_TABLES, WholeText(".txt", ".md", ".markdown"), FormattedText())
 QUERIES: Sequence[Format] = (*_TABLES, TextLines(), WholeText(".md", ".markdown"))
 
 

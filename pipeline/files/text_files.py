@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from pipeline.errors import InputError, one_line
+from pipeline.errors import InputError
 from pipeline.files.columns import Needs
 from pipeline.files.conversions import BEGINNING, what_else
 from pipeline.files.encoding import NotText, Unreadable, decode
@@ -30,7 +30,11 @@ class WholeText(Format):
         """Return the only row, with the number 0. The file is read only if its text is wanted."""
         if names is not None and "text" not in names:
             return [(0, {"id": file.id})]
-        return [(0, {"id": file.id, "text": _read(file, needs)})]
+        return [(0, {"id": file.id, "text": self.text(file, needs)})]
+
+    def text(self, file: InputFile, needs: Needs) -> str | Unreadable:
+        """Return the text of a file, or why it is none. Raises InputError."""
+        return _read(file, needs)
 
     def place(self, file: InputFile, number: int) -> str:
         """Return the place of a row, for messages."""
@@ -66,13 +70,10 @@ class TextLines(Format):
 
 
 def _read(file: InputFile, needs: Needs) -> str | Unreadable:
+    content = file.content()
+    if what := what_else(file.name, content[:BEGINNING]):
+        return Unreadable(what)
     try:
-        with file.open() as opened:
-            content = opened.read()
-        if what := what_else(file.name, content[:BEGINNING]):
-            return Unreadable(what)
         return decode(content, needs.encoding)
     except NotText as error:
         return Unreadable(f"{error}{needs.remedy}")
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read: {one_line(error)}") from None

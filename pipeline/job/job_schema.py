@@ -12,7 +12,7 @@ KEYS = {
     "revision": "of a repo: a branch, a tag or a commit",
     "adapter": "a folder that mlx_lm.lora wrote",
     "trust_remote_code": "true: run Python code that comes with the model",
-    "documents": "each is a row of Parquet, a line of JSON or a text file",
+    "documents": "each is a row of a table, such as Parquet, CSV or JSON, or a file, such as text, PDF or DOCX",
     "documents.path": "a file, a folder or a glob; may be a URL, as s3://, gs:// or hf://",
     "documents.id": "the column that holds each document's id; {{ id }} in templates",
     "documents.text": "the column that holds its text; {{ text }} in templates",

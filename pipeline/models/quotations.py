@@ -32,8 +32,8 @@ _WALKED_KEYS = {"properties", "items", "$defs", "definitions"}
 class Quotation(TypedDict):
     """A quotation and its place in the text column of its document.
 
-    start, end: offsets in characters of its first occurrence. occurrences: how often the text has it. page: its page,
-    from 1, if the document has pages.
+    start, end: offsets in characters of its first occurrence. occurrences: how often the text has it. page: the page on
+    which it begins, from 1, if the text has pages, each of which ends with a form feed.
     """
 
     quote: str
@@ -54,7 +54,8 @@ class Passages:
 def located(quote: str, text: str, start: int = 0) -> Quotation:
     """Return a quotation with its first place in the text from ``start`` on. Raises ValueError if it has none."""
     begin = text.index(quote, start)
-    return Quotation(quote=quote, start=begin, end=begin + len(quote), occurrences=text.count(quote), page=None)
+    page = text.count("\f", 0, begin) + 1 if "\f" in text else None
+    return Quotation(quote=quote, start=begin, end=begin + len(quote), occurrences=text.count(quote), page=page)
 
 
 def grammar(passages: Passages) -> str:

@@ -43,14 +43,17 @@ OTHERS = {
     "d.zip": zipped("d.jsonl", LINES),
     "d.pdf": b"%PDF-1.7\n",
     "d.html": b"<p>The board met.</p>",
+    "d.doc": b"\xd0\xcf\x11\xe0",
     "d.docx": zipped("word/document.xml", "<w:document/>"),
     "d.xlsx": zipped("xl/workbook.xml", "<workbook/>"),
     "d.rtf": b"{\\rtf1 The board met.}",
 }
 
 
-@pytest.mark.parametrize("name", OTHERS)
-@pytest.mark.parametrize("section", ["documents", "queries"])
+@pytest.mark.parametrize(
+    ("section", "name"),
+    [("queries", name) for name in OTHERS] + [("documents", name) for name in ("d.zip", "d.xlsx", "d.rtf", "d.doc")],
+)
 def test_a_file_of_another_format_is_named_with_the_command_that_converts_it(
     workplace: Workplace, section: str, name: str
 ) -> None:

@@ -31,6 +31,7 @@ from pipeline.inputs.documents import check_documents, stream_documents
 from pipeline.job.job import Documents
 from pipeline.output.results import Results, Row
 from tests.pipeline.command_line import ROOT, error_of, invoke
+from tests.pipeline.files.formatted import pdf
 from tests.pipeline.workplace import Workplace
 
 pytestmark = pytest.mark.usefixtures("here")
@@ -179,6 +180,21 @@ def test_documents_queries_and_result_at_urls(workplace: Workplace, server: Serv
     assert server.files.cat(URL) == expected
 
 
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl"])
+def test_a_result_in_another_format_at_a_url(workplace: Workplace, server: Server, name: str) -> None:
+    here, there = workplace.folder / "out" / name, f"s3://bucket/out/{name}"
+    workplace.save(output={"path": str(here)})
+    assert invoke("run", workplace.job_file).exit_code == 0
+    workplace.save(output={"path": there})
+    result = invoke("run", workplace.job_file)
+    assert result.exit_code == 0, result.output
+    assert server.files.cat(there) == here.read_bytes()
+    for options in ([], ["--set", f"cache.dir={workplace.folder / 'elsewhere'}"]):
+        assert "0 answered, 9 kept" in invoke("run", workplace.job_file, *options).stdout
+    assert len(invoke("show", workplace.job_file).stdout.splitlines()) == 9
+    assert server.files.cat(there) == here.read_bytes()
+
+
 @pytest.mark.parametrize("kill", [False, True])
 def test_an_interrupted_run_is_resumed_from_what_is_here(
     workplace: Workplace, server: Server, texts: Path, kill: bool
@@ -292,6 +308,14 @@ def test_texts_have_the_ids_that_they_have_here(server: Server, texts: Path, pat
     here, there = Documents(path=f"{texts}{path}"), Documents(path=f"{url}{path}")
     assert check_documents(there) == check_documents(here)
     assert list(stream_documents(there)) == list(stream_documents(here))
+
+
+def test_a_pdf_at_a_url_is_read_as_here(server: Server, texts: Path) -> None:
+    pytest.importorskip("pypdfium2", reason="the extra `documents` is not installed")
+    (texts / "a.pdf").write_bytes(pdf("The board met.", "The lease ends."))
+    url = server.upload(texts, "texts")
+    (document,) = stream_documents(Documents(path=f"{url}/*.pdf"))
+    assert (document.id, document.text) == ("a.pdf", "The board met.\fThe lease ends.\f")
 
 
 def test_of_parquet_only_the_ranges_that_are_needed_are_read(
