@@ -82,7 +82,10 @@ def test_documents_that_are_too_short_are_refused(workplace: Workplace) -> None:
 
 def test_an_interrupted_measurement_ends_with_one_line_and_writes_nothing(job: Path, workplace: Workplace) -> None:
     written = job.read_text()
-    command = [sys.executable, "-m", "pipeline.cli", "tune", str(job), "--kl", "1", "--write"]
+    # A shell starts commands in the background with SIGINT ignored, and the tests may run in the background.
+    start = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    start += "; from pipeline.cli import main; main()"
+    command = [sys.executable, "-c", start, "tune", str(job), "--kl", "1", "--write"]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stderr is not None
     assert process.stderr.readline().startswith("measured ")
