@@ -1,4 +1,4 @@
-"""A real pretrained model, SmolLM2-135M-Instruct, on a real document, this project's README.
+"""A real pretrained model, SmolLM2-135M-Instruct, on minutes of a meeting, the demo's first document.
 
 A model trained on made-up text has no attention sinks to speak of, so what compression does to a model is judged
 here. The model comes from a Python package; where the registry cannot be reached these tests are skipped, but in CI
@@ -49,8 +49,7 @@ def loaded(folder: Path) -> LoadedModel:
 
 @pytest.fixture(scope="module")
 def tokens(loaded: LoadedModel) -> list[int]:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    tokens: list[int] = loaded.tokenizer.encode(text)
+    tokens: list[int] = loaded.tokenizer.encode(minutes())
     assert len(tokens) >= CONTEXT + CONTINUATION
     return tokens[: CONTEXT + CONTINUATION]
 
@@ -70,6 +69,11 @@ def exact(loaded: LoadedModel, tokens: list[int], filled: list[Any]) -> mx.array
     return log_probabilities(loaded.model, tokens, copy.deepcopy(filled))
 
 
+def minutes() -> str:
+    text: str = pq.read_table(ROOT / "jobs" / "demo" / "minutes.parquet", columns=["text"]).column(0)[0].as_py()
+    return text
+
+
 def log_probabilities(model: Any, tokens: list[int], cache: list[Any]) -> mx.array:
     logits = model(mx.array(tokens[CONTEXT:])[None], cache=cache)[0]
     found: mx.array = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
@@ -77,8 +81,8 @@ def log_probabilities(model: Any, tokens: list[int], cache: list[Any]) -> mx.arr
     return found
 
 
-# About twice what was measured: .00046, .0019 and .0000085.
-@pytest.mark.parametrize(("bits", "most"), [(4, 0.001), (3, 0.004), (8, 0.00002)])
+# About twice what was measured: .00094, .0035 and .000007.
+@pytest.mark.parametrize(("bits", "most"), [(4, 0.002), (3, 0.007), (8, 0.00002)])
 def test_compression_hardly_moves_what_the_model_says(
     loaded: LoadedModel, tokens: list[int], filled: list[Any], exact: mx.array, bits: int, most: float
 ) -> None:
@@ -90,9 +94,8 @@ def test_compression_hardly_moves_what_the_model_says(
 
 
 def test_a_restored_cache_answers_like_a_fresh_one(folder: Path, tmp_path: Path) -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")[:1200]
-    pq.write_table(pa.table({"id": ["readme"], "text": [text]}), tmp_path / "documents.parquet")
-    queries = ["What does this project do?", "Which command resumes a run?"]
+    pq.write_table(pa.table({"id": ["minutes"], "text": [minutes()[:1200]]}), tmp_path / "documents.parquet")
+    queries = ["Who was present?", "Where was the meeting held?"]
     job = {
         "model": str(folder),
         "documents": {"path": "documents.parquet"},

@@ -40,7 +40,7 @@ def test_documents_come_in_the_order_of_files_and_rows(tmp_path: Path) -> None:
     write(tmp_path / "d" / "b.parquet", id=["3"], text=["C"])
     write(tmp_path / "d" / "a.parquet", id=["2", "1"], text=["A", "B"])
     write(tmp_path / "d" / ".hidden.parquet", id=["9"], text=["no"])
-    (tmp_path / "d" / "notes.html").write_text("no")
+    (tmp_path / "d" / "notes.rtf").write_text("no")
     for path in (tmp_path / "d", tmp_path / "d" / "*.parquet", tmp_path / "**" / "*.parquet"):
         assert check_documents(source(path)) == 3
         files = find_files(str(path), "documents.path", DOCUMENTS).files

@@ -94,7 +94,7 @@ def test_texts_are_documents_by_their_paths(workplace: Workplace, papers: Path) 
 @pytest.mark.parametrize(
     ("files", "words"),
     [
-        ({"a.html": ""}, ", *.feather, *.ipc), text (*.txt, *.md, *.markdown)"),
+        ({"a.rtf": ""}, ", *.feather, *.ipc), text (*.txt, *.md, *.markdown)"),
         (
             {"a.txt": "x", "b.md": "y", "c.jsonl": "{}"},
             "holds 1 JSON Lines file and 2 text files; name the files of one",
