@@ -69,9 +69,8 @@ def page() -> str:
 def _commands() -> Iterator[str]:
     group: Any = typer.main.get_command(app)
     for name, command in group.commands.items():
-        for path, each in [(f"{name} {child}", one) for child, one in getattr(command, "commands", {}).items()] or [
-            (name, command)
-        ]:
+        children = {f"{name} {child}": each for child, each in getattr(command, "commands", {}).items()}
+        for path, each in (children or {name: command}).items():
             arguments = [one for one in each.params if one.param_type_name == "argument"]
             options = [one for one in each.params if one.param_type_name == "option" and one.name != "help"]
             synopsis = [one.metavar or one.name.upper() for one in arguments]
@@ -88,11 +87,9 @@ def _names(option: Any) -> list[str]:
 
 
 def _default(option: Any) -> str:
-    return (
-        ""
-        if option.is_flag or option.default in (None, ())
-        else f" Default: `{getattr(option.default, 'value', option.default)}`."
-    )
+    if option.is_flag or option.default in (None, ()):
+        return ""
+    return f" Default: `{getattr(option.default, 'value', option.default)}`."
 
 
 def _keys() -> Iterator[str]:
