@@ -12,14 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from pipeline.cache.store import Store
-from pipeline.errors import (
-    CheckFailed,
-    ContextTooLong,
-    GenerationFailed,
-    RowError,
-    UnknownToken,
-    one_line,
-)
+from pipeline.errors import CheckFailed, ContextTooLong, GenerationFailed, RowError, UnknownToken, one_line
 from pipeline.execution.asking import Asker
 from pipeline.execution.context import RunContext
 from pipeline.execution.decode import Request, generate_answers, row_name
@@ -221,18 +214,18 @@ class Engine:
         is_open = False
         for prompt in prompts:
             for query in prompt.queries:
-                row, refused = prompt.rows.get(query.id), prompt.attempts.get(query.id, 0)
-                if query.check is None or row is None or row.status != "ok" or refused < 0:
+                row, refused = prompt.rows.get(query.id), prompt.refusals.get(query.id, 0)
+                if query.check is None or row is None or row.status != "ok" or query.id in prompt.accepted:
                     continue
                 reason = self._asker.refusal(prompt.task, query, row)
                 if reason is None:
-                    prompt.attempts[query.id] = -1
+                    prompt.accepted.add(query.id)
                 elif refused == query.retries:
                     asked = f"asked {refused + 1} times" if refused else "asked once"
                     failure = CheckFailed(f"the answer is not as check wants it: {reason}; {asked}")
                     prompt.rows[query.id] = error_row(row, failure)
                 else:
-                    prompt.attempts[query.id] = refused + 1
+                    prompt.refusals[query.id] = refused + 1
                     self._ask_again(prompt, query, row.answer or "", reason)
                     is_open |= query.id not in prompt.rows
         return is_open
@@ -255,7 +248,7 @@ class Engine:
     def _settings(self, prompt: PreparedPrompt, query: Query) -> Settings:
         """Return the settings of a query, with another seed each time that it is asked again."""
         settings = query.settings(self._job.generation)
-        return replace(settings, seed=settings.seed + max(prompt.attempts.get(query.id, 0), 0))
+        return replace(settings, seed=settings.seed + prompt.refusals.get(query.id, 0))
 
     def _go_on(self, prepared: PreparedTask) -> bool:
         """Ask the queries whose answers that they use are there by now. Return whether there are any."""

@@ -21,8 +21,8 @@ class PreparedPrompt:
     its windows.
 
     queries: those whose questions are known. suffixes: tokens behind the context, by query id. rows: results so far, by
-    query id; only the engine adds to them. failure: the reason why no query can be asked, if there is one. attempts:
-    how often the answer to a query was refused, by query id; -1 if it was accepted.
+    query id; only the engine adds to them. failure: the reason why no query can be asked, if there is one. refusals:
+    how often the answer to a query was refused, by query id. accepted: ids of queries whose check holds.
     """
 
     task: DocumentTask
@@ -35,7 +35,8 @@ class PreparedPrompt:
     rendered: Rendered | None = None
     quotations: Passages | None = None
     failure: RowError | None = None
-    attempts: dict[str, int] = field(default_factory=dict)
+    refusals: dict[str, int] = field(default_factory=dict)
+    accepted: set[str] = field(default_factory=set)
 
     @property
     def passages(self) -> Passages:

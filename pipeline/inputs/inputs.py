@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 
@@ -189,7 +189,7 @@ class Inputs:
             if queries:
                 yield replace(document, queries=queries)
 
-    def _use_columns(self, queries: Sequence[Query]) -> None:
+    def _use_columns(self, queries: Iterable[Query]) -> None:
         """Read the columns too that queries of a table use. Raises JobError, for one that is missing InputError."""
         if more := question_columns(queries, self._job.documents) - self._columns:
             self._columns |= more
@@ -234,8 +234,8 @@ class Inputs:
     def _read_document_queries(self, source: QueryTable) -> DocumentQueries:
         queries = DocumentQueries(source, document_ids(self._job.documents))
         if queries.have_chains:
-            for document_id in document_ids(self._job.documents):
-                self._use_columns(queries.queries_of(document_id))
+            names = document_ids(self._job.documents)
+            self._use_columns(query for name in names for query in queries.queries_of(name))
         count, first = queries.unknown_documents
         if count:
             _log.warning(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from graphlib import CycleError, TopologicalSorter
@@ -199,7 +199,7 @@ def chain_of(queries: Sequence[Query]) -> Chain:
     return _chain(tuple(queries))
 
 
-def question_columns(queries: Sequence[Query], documents: Documents) -> set[str]:
+def question_columns(queries: Iterable[Query], documents: Documents) -> set[str]:
     """Return the columns of documents that the queries use. Raises JobError."""
     columns: set[str] = set()
     for query in queries:
