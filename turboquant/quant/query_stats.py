@@ -20,7 +20,7 @@ from turboquant.runtime.threads import run_in_parallel
 SAMPLES = 256  # queries of each head whose attention is computed, at least
 NEAR = 64  # this many tokens before a query are not counted, because near tokens get attention whatever they are
 SINKS = 4  # this many first tokens are not counted, for the same reason
-SCORES, GPU_SCORES = 1 << 17, 1 << 24  # in memory at a time; on a CPU about the size of a core's cache
+SCORES, GPU_SCORES = 1 << 17, 1 << 26  # in memory at a time; on a CPU about the size of a core's cache
 FEWEST_ROWS = 8  # of scores in memory at a time, however long a row is
 
 

@@ -117,6 +117,23 @@ def test_a_metric_made_ready_on_a_gpu_is_numpy_s(monkeypatch: pytest.MonkeyPatch
 
 @needs_compiler
 @pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("count", [1, 33])
+def test_two_vectors_at_a_time_get_the_codes_of_one_at_a_time(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    codec, x, mean = Codec(128, 4), vectors(40, 128), mx.zeros((HEADS, 128))
+    metric = RoundingMetric.prepare(mx, mx.array(a_metric(128).astype(np.float32)))
+    order = mx.broadcast_to(mx.arange(count, dtype=mx.int32), (HEADS, count))
+    found = []
+    for backend, at_a_time in (("metal", 1), ("cuda", 2)):
+        monkeypatch.setattr(encoding_gpu, "gpu", lambda backend=backend: backend)
+        assert dict(encoding_gpu._encode_launch(codec, True, HEADS, count).constants)["VECTORS"] == at_a_time
+        found.append(encoding_gpu.encode(x, order, mean, codec, metric))
+    one, two = found
+    assert mx.array_equal(one.codes, two.codes)
+    assert mx.array_equal(one.scales, two.scales)
+
+
+@needs_compiler
+@pytest.mark.usefixtures("emulated")
 def test_a_vector_s_codes_depend_on_it_alone() -> None:
     codec, x, mean = Codec(64, 3), vectors(40, 64), mx.zeros((HEADS, 64))
     metric = RoundingMetric.prepare(mx, mx.array(a_metric(64).astype(np.float32)))
