@@ -163,16 +163,20 @@ def _check_device(blas: Blas) -> Iterator[Check]:
         yield Check("matmul", f"{measure_gflops(4096):,.0f} GFLOP/s in float32")
         from turboquant import CacheCodec
         from turboquant.attention import gpu as attention_gpu
+        from turboquant.attention.dispatch import prepare_kernels
         from turboquant.kernels.compiled_files import compiled_files
-        from turboquant.kernels.programs import summary
+        from turboquant.kernels.programs import finish, summary
         from turboquant.kernels.trials import found
 
         runs = attention_gpu.usable(CacheCodec(), 128)
         slower = "compressed prefixes are decoded by MLX's operations, which is slower: please report it"
         value = "run, and agree with MLX's operations" if runs else "don't run"
         yield Check("attention kernels", value, runs, None if runs else slower)
-        if origins := summary():
-            yield Check("compiled kernels", f"{origins}; kept in {compiled_files().folder}")
+        prepare_kernels(CacheCodec(), 128, mx.float16)  # an earlier trial counts without them
+        if programs := finish():
+            days = sorted({program.created[:10] for program in programs})
+            made = days[0] if len(days) == 1 else f"{days[0]} to {days[-1]}"
+            yield Check("compiled kernels", f"{summary()}; made on {made}; kept in {compiled_files().folder}")
         for what, difference in found().items():
             yield Check("tried", f"{what}: wrong by {difference:.1g} at most")
         return

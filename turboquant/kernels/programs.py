@@ -16,7 +16,7 @@ import os
 import threading
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,6 +131,12 @@ def in_use() -> list[Program]:
     """Return the programs that are ready in this process."""
     futures = list(_programs.values())
     return [program for future in futures if future.done() and (program := future.result()) is not None]
+
+
+def finish() -> list[Program]:
+    """Wait for the programs that this process has begun to read or to compile, and return those that are ready."""
+    wait(list(_programs.values()))
+    return in_use()
 
 
 def summary() -> str | None:

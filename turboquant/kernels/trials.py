@@ -14,9 +14,10 @@ from pathlib import Path
 import mlx.core as mx
 
 from turboquant.kernels.compiled_files import compiled_files, key_of
+from turboquant.quant.cache_codec import CacheCodec
 from turboquant.runtime.device import on_cpu
 
-_found: dict[str, float] = {}  # errors by the name of the kernels
+_found: dict[str, float] = {}  # errors by the name of the kernels, for people
 
 
 def remembered(what: str, of: object, most: float) -> bool:
@@ -30,14 +31,14 @@ def remembered(what: str, of: object, most: float) -> bool:
         return False
     if error is None or not error <= most:
         return False
-    _found[f"{what}, {of}"] = error
+    _found[_label(what, of)] = error
     return True
 
 
 def remember(what: str, of: object, error: float) -> None:
     """Remember the error that a trial measured."""
     if not on_cpu():
-        _found[f"{what}, {of}"] = error
+        _found[_label(what, of)] = error
         about = {"what": what, "of": repr(of), "device": str(mx.device_info().get("device_name", ""))}
         compiled_files().write("trial", _key(what, of), repr(error).encode(), about)
 
@@ -45,6 +46,17 @@ def remember(what: str, of: object, error: float) -> None:
 def found() -> dict[str, float]:
     """Return the errors in the trials that this process relies on, by the name of the kernels."""
     return dict(_found)
+
+
+def _label(what: str, of: object) -> str:
+    """Return the name of kernels for people.
+
+    >>> _label("attention kernels", (CacheCodec(4, 3), 128))
+    'attention kernels, 4/3 bits, 128'
+    """
+    parts = () if of is None else of if isinstance(of, tuple) else (of,)
+    bits = (f"{part.key_bits}/{part.value_bits} bits" if isinstance(part, CacheCodec) else str(part) for part in parts)
+    return ", ".join((what, *bits))
 
 
 def _key(what: str, of: object) -> str:

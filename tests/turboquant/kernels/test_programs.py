@@ -113,6 +113,12 @@ def test_a_process_tells_where_its_kernels_came_from(machine: Machine) -> None:
     assert (programs.summary() or "").startswith("1 from the cache, 1 compiled")
 
 
+def test_kernels_that_were_begun_are_waited_for(machine: Machine) -> None:
+    programs.compile_ahead([programs.variant_of(DOUBLE, [(mx.float32, dimensions)]) for dimensions in (1, 2)])
+    assert len(programs.finish()) == len(machine.compiled) == 2
+    assert all(program.created for program in programs.finish())
+
+
 def test_other_dtypes_and_dimensions_are_other_kernels(machine: Machine) -> None:
     for x in (mx.array([1.0]), mx.array([1.0]).astype(mx.float16), mx.array([[1.0]])):
         programs.launch(DOUBLE, [x])
@@ -253,6 +259,7 @@ def test_trials_are_remembered_where_they_went_well(tmp_path: Path, monkeypatch:
     assert not trials.remembered("kernels", CacheCodec(), 0.01)
     trials.remember("kernels", CacheCodec(), 0.001)
     assert trials.remembered("kernels", CacheCodec(), 0.01)
+    assert trials.found()["kernels, 4/4 bits"] == 0.001  # as doctor prints it
     assert not trials.remembered("kernels", CacheCodec(), 0.0001)  # not good enough any more
     assert not trials.remembered("kernels", CacheCodec(3, 3), 0.01)
     monkeypatch.setattr(trials, "_sources", lambda: "other kernels")
