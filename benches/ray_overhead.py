@@ -55,11 +55,11 @@ def dummy(latency: float) -> type[Any]:
     """A worker without a model, that takes so many seconds for a lease."""
     from dataclasses import replace
 
-    from pipeline.distributed.ray_worker import RayWorker, WorkerInfo
+    from pipeline.execution.lease_worker import LeaseWorker, WorkerInfo
     from pipeline.execution.task import TaskResult
     from pipeline.report import WorkStats
 
-    class Dummy(RayWorker):
+    class Dummy(LeaseWorker):
         def _start(self, *_: Any) -> WorkerInfo:
             return WorkerInfo("here", os.getpid(), "", "store", "nothing")
 
@@ -85,8 +85,9 @@ def measure(latency: float, documents: int, workers: int) -> tuple[float, float,
     import ray
 
     import pipeline.distributed.ray_pool
-    from pipeline.distributed.ray_executor import RayExecutor
+    from pipeline.distributed.ray_pool import RayPool
     from pipeline.execution.commit import Committer
+    from pipeline.execution.pool_executor import PoolExecutor
     from pipeline.execution.runner import Runner
     from pipeline.job.job_file import load_job
 
@@ -97,12 +98,12 @@ def measure(latency: float, documents: int, workers: int) -> tuple[float, float,
         moments.append(time.monotonic())
         real(self, group)
 
-    Committer.commit, pipeline.distributed.ray_pool.RayWorker = commit, dummy(latency)  # type: ignore[method-assign, misc]
+    Committer.commit, pipeline.distributed.ray_pool.LeaseWorker = commit, dummy(latency)  # type: ignore[method-assign, misc]
     with tempfile.TemporaryDirectory() as folder:
         job = load_job(place(Path(folder), documents, workers).folder / "job.yaml")
         ray.init("local", num_cpus=workers, include_dashboard=False, object_store_memory=200 << 20, log_to_driver=False)
         cpu, wall = time.process_time(), time.monotonic()
-        Runner(job, RunObserver(), executor=RayExecutor).run()
+        Runner(job, RunObserver(), executor=lambda *arguments: PoolExecutor(*arguments, RayPool(job))).run()
         spent = time.process_time() - cpu, time.monotonic() - wall
         ray.shutdown()
     first = workers - 1  # to the last of a round: workers that wait as long are done at once

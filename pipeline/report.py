@@ -50,6 +50,7 @@ class WorkStats:
     kernels: str | None = None
     resident: dict[str, int] = field(default_factory=dict)
     restarts: int = 0
+    processes: int = 1
     workers: dict[str, WorkerReport] = field(default_factory=dict)
     segments_of_other_versions: int = 0
     other_versions: str = ""
@@ -127,6 +128,7 @@ class Report:
     prefill_seconds: float = 0.0
     restore_seconds: float = 0.0
     answer_seconds: float = 0.0
+    processes: int = 1  # of this machine that shared the work; the seconds of stages are sums over them
     restarts: int = 0  # of the model's process or of workers, after deaths
     workers: dict[str, WorkerReport] = field(default_factory=dict)  # of a distributed run, by name
     rows_of_other_versions: int = 0  # of the rows that were kept
@@ -172,6 +174,7 @@ class Report:
         self.attention = stats.attention or self.attention
         self.batching = stats.batching or self.batching
         self.kernels = stats.kernels or self.kernels
+        self.processes = max(self.processes, stats.processes)
         self.restarts += stats.restarts
         self.workers |= stats.workers
         self.segments_of_other_versions += stats.segments_of_other_versions

@@ -45,10 +45,11 @@ class Speeds:
         def ratio(count: int, by: float) -> float | None:
             return count / by if count > 0 and by > 0 else None
 
+        together = report.processes  # the seconds of stages are sums over the processes
         return cls(
-            ratio(report.prefilled_tokens, report.prefill_seconds),
-            ratio(report.context_tokens - report.prefilled_tokens, report.restore_seconds),
-            ratio(report.answer_tokens, report.answer_seconds),
+            ratio(report.prefilled_tokens * together, report.prefill_seconds),
+            ratio((report.context_tokens - report.prefilled_tokens) * together, report.restore_seconds),
+            ratio(report.answer_tokens * together, report.answer_seconds),
             ratio(report.answer_tokens, report.rows_answered),
             report.load_seconds or None,
         )

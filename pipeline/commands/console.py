@@ -160,16 +160,6 @@ def table(rows: Sequence[Sequence[str]]) -> str:
     return printable("\n".join(line.rstrip() for line in lines))
 
 
-def usable_memory() -> int:
-    """Return the bytes of memory of the machine, or of the container (cgroup version 2) if that has less."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-    except OSError:
-        return total
-    return min(total, int(limit)) if limit.isdigit() else total
-
-
 def ask(question: str, default: str) -> str:
     """Return the user's answer, or the default if there is no terminal to ask on."""
     return str(typer.prompt(question, default, err=True)) if sys.stdin.isatty() else default

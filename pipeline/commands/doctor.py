@@ -16,8 +16,9 @@ from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
 
-from pipeline.commands.console import table, usable_memory
-from turboquant.runtime.blas import Blas, blas_in_use, measure_gflops, usable_cpus
+from pipeline.commands.console import table
+from turboquant.runtime.blas import Blas, blas_in_use, measure_gflops
+from turboquant.runtime.machine import usable_cpus, usable_memory
 
 DISTRIBUTION = "turboquant-pipeline"
 PACKAGES = ("pipeline", "turboquant")  # other distributions on PyPI have packages of these names

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel
 
-from pipeline.commands.console import quoted, usable_memory
+from pipeline.commands.console import quoted
 from pipeline.errors import InputError, JobError
 from pipeline.files.atomic import atomic_file
 from pipeline.files.tables import first_rows
@@ -26,6 +26,7 @@ from pipeline.inputs.prompts import template_columns
 from pipeline.job.job import Job, id_of
 from pipeline.job.job_file import CACHE, load_job
 from pipeline.job.job_schema import KEYS, job_schema
+from turboquant.runtime.machine import usable_memory
 
 # Models by the least memory of a GPU, or of a machine whose GPU shares it, in GB. They leave room for a long context.
 # A CPU holds weights in float32 and is slow.

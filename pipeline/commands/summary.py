@@ -24,9 +24,9 @@ def summary(job: Job, show_command: str, report: Report) -> list[tuple[str, str]
         bits = f"{report.effective_bits:.2f} bits a value" if report.effective_bits else "uncompressed"
         rows.append(("prefixes", f"{built}; {size(report.prefix_bytes / prefixes)} each, {bits}"))
     if report.prefilled_tokens:
-        rows.append(("prefill", _rate(report.prefilled_tokens, report.prefill_seconds)))
+        rows.append(("prefill", _rate(report.prefilled_tokens, report.prefill_seconds, report.processes)))
     if report.answer_tokens:
-        rows.append(("answers", _rate(report.answer_tokens, report.answer_seconds)))
+        rows.append(("answers", _rate(report.answer_tokens, report.answer_seconds, report.processes)))
     if workers := report.workers.values():
         machines, lost = len({worker.host for worker in workers}), sum(worker.lost for worker in workers)
         where = f"{machines:,} machine{'s' * (machines > 1)}"
@@ -126,5 +126,7 @@ def _more_tokens(job: Job, query_id: str, limit: int) -> str:
     return f"--set queries.{number}.max_tokens={limit}"
 
 
-def _rate(tokens: int, seconds: float) -> str:
+def _rate(tokens: int, seconds: float, processes: int) -> str:
+    """Return the speed of a stage. seconds: the sum over the processes, which work side by side."""
+    seconds /= processes
     return f"{tokens:,} tokens in {seconds:.1f} s ({tokens / max(seconds, 1e-9):,.0f} tokens/s)"

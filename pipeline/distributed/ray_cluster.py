@@ -57,7 +57,8 @@ def run_on_ray(
     _check_address(address)
     name = f"{job.name} {shard}" if shard else job.name
     with RunDisplay(name, quiet, metrics) as display, _connected(address):
-        from pipeline.distributed.ray_executor import RayExecutor
+        from pipeline.distributed.ray_pool import RayPool
+        from pipeline.execution.pool_executor import PoolExecutor
         from pipeline.execution.runner import Runner
 
         lock = Lock()
@@ -66,7 +67,13 @@ def run_on_ray(
             with lock:  # another thread says that documents are done
                 display.show(message)
 
-        runner = Runner(job, MessageObserver(show), options=options, shard=shard, executor=RayExecutor)
+        runner = Runner(
+            job,
+            MessageObserver(show),
+            options=options,
+            shard=shard,
+            executor=lambda context, inputs, done: PoolExecutor(context, inputs, done, RayPool(job)),
+        )
         report = runner.run()
         display.show(Finished(report))
         return report

@@ -7,27 +7,28 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Mapping
+from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
 import ray
+from ray.exceptions import RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipeline.distributed.leases import Lease
-from pipeline.distributed.ray_worker import RayWorker, TokenCounts, WorkerReply
-from pipeline.errors import JobError, PipelineError
+from pipeline.errors import JobError, PipelineError, one_line
+from pipeline.execution.lease_worker import LeaseWorker
 from pipeline.execution.quarantine import MOST_DEATHS
+from pipeline.execution.worker_pool import CALLS_AT_ONCE, NEVER_STARTED, Death, WorkerHandle, WorkerLost, WorkerPool
 from pipeline.job.job import Job, Scale
 from pipeline.report import WorkerReport
+from turboquant.runtime.versions import package_versions
 
-LEASES_PER_WORKER = 2  # one is answered while the other waits, so that the worker never waits
 _SECONDS_BETWEEN_LOOKS = 2.0
 _SECONDS_BETWEEN_WARNINGS = 30.0
-_CALLS_AT_ONCE = LEASES_PER_WORKER + 2  # the leases, and calls to the worker meanwhile
 _log = logging.getLogger(__name__)
 
 
@@ -40,66 +41,51 @@ class Machine:
     resources: Mapping[str, float]
 
 
-@dataclass(eq=False)
-class WorkerHandle:
-    """The driver's view of one worker.
+@dataclass(eq=False, kw_only=True)
+class RayHandle(WorkerHandle):
+    """A worker on a machine of the cluster. actor: Ray's handle of it."""
 
-    store: the name of its store, None until it is ready. leases: what it was given; it works on the first.
-    leases_given: how many it was ever given. prefill_seconds: as far as its replies tell. ready_since: on the monotonic
-    clock. tokens_shown: what the observer counts already.
-    """
-
-    name: str
     machine: Machine
     actor: Any
-    store: str | None = None
-    leases: deque[Lease] = field(default_factory=deque)
-    leases_given: int = 0
-    report: WorkerReport = field(default_factory=lambda: WorkerReport("", 0, ""))
-    prefill_seconds: float = 0.0
-    ready_since: float = 0.0
-    tokens_shown: TokenCounts = field(default_factory=TokenCounts)
 
-    @property
-    def has_room(self) -> bool:
-        """Whether it may be given another lease."""
-        return len(self.leases) < LEASES_PER_WORKER and not (self.leases and self.leases[0].is_suspect)
+    def call(self, method: str, *arguments: Any) -> Future[Any]:
+        """Call a method of the actor."""
+        future: Future[Any] = getattr(self.actor, method).remote(*arguments).future()
+        return future
 
-    def count(self, reply: WorkerReply) -> None:
-        """Add what a reply says to the worker's report."""
-        results = reply.results or ()
-        seconds = max(time.monotonic() - self.ready_since, 1e-9)
-        documents = self.report.documents + len(results)
-        answers = self.report.answers + sum(len(result.rows) for result in results)
-        tokens = self.report.prefilled_tokens + reply.stats.prefilled_tokens
-        self.prefill_seconds += reply.stats.prefill_seconds
-        self.report = replace(
-            self.report,
-            documents=documents,
-            answers=answers,
-            prefilled_tokens=tokens,
-            documents_per_second=documents / seconds,
-            answers_per_second=answers / seconds,
-            prefill_tokens_per_second=tokens / max(self.prefill_seconds, 1e-9),
-        )
+    def result(self, future: Future[Any]) -> Any:
+        """Return what a call returned. Ray's exceptions become ours."""
+        try:
+            return future.result()
+        except RayTaskError as error:
+            raise PipelineError(f"worker {self.name}: {one_line(error)}") from error
+        except RayError as error:
+            if getattr(error, "actor_init_failed", False):
+                reason = str(error).strip().splitlines()[-1]
+                raise JobError(
+                    f"worker {self.name} cannot be started; install the same packages there: {reason}"
+                ) from None
+            raise WorkerLost(one_line(error)) from error
 
 
-class WorkerPool:
-    """The workers of one run. ``workers``: those that live, as far as is known, by name."""
+class RayPool(WorkerPool):
+    """As many workers as the cluster holds, or as the job's ``scale`` says. Ray must be connected."""
 
     def __init__(self, job: Job) -> None:
+        super().__init__()
         self._job = job
-        self.workers: dict[str, WorkerHandle] = {}
         self._numbers = count(1)
         self._failed_starts: Counter[str] = Counter()  # by node
         self._last_look = float("-inf")
         self._last_ready = time.monotonic()  # when a worker was ready, or a warning said that none is
 
-    def start_missing(self) -> list[WorkerHandle]:
-        """Start workers where there is room, and return the new ones. The cluster is looked at every two seconds.
+    @property
+    def versions(self) -> Mapping[str, str]:
+        """The versions of packages, which are the same on all machines; each worker has its own device."""
+        return package_versions()
 
-        Raises JobError if no machine has what a worker asks for, PipelineError if no worker can be started.
-        """
+    def start_missing(self) -> list[WorkerHandle]:
+        """Start workers where there is room, and return the new ones. The cluster is looked at every two seconds."""
         now = time.monotonic()
         if now - self._last_look < _SECONDS_BETWEEN_LOOKS:
             return []
@@ -107,7 +93,7 @@ class WorkerPool:
         if any(worker.store is not None for worker in self.workers.values()):
             self._last_ready = now
         alive = machines()
-        started = [
+        started: list[WorkerHandle] = [
             self._start(machine, options)
             for machine, options in workers_by_machine(self._job.scale, alive)
             if self._failed_starts[machine.node] < MOST_DEATHS
@@ -116,8 +102,10 @@ class WorkerPool:
         self._check_progress(alive, is_first, now)
         return started
 
-    def remove(self, worker: WorkerHandle) -> bool:
-        """Remove a dead worker and return whether its machine is still alive."""
+    def remove(self, worker: WorkerHandle, error: WorkerLost) -> Death:
+        """Remove a worker that was lost. Its machine may be lost with it."""
+        assert isinstance(worker, RayHandle)
+        _log.debug("worker %s: %s", worker.name, error)
         self.workers.pop(worker.name, None)
         with suppress(Exception):
             ray.kill(worker.actor)
@@ -125,34 +113,43 @@ class WorkerPool:
         if worker.store is None and is_machine_alive:
             self._failed_starts[worker.machine.node] += 1
         self._last_look = 0.0
-        return is_machine_alive
+        cause = f"died on {worker.machine.host}" if is_machine_alive else "was lost with its machine"
+        return Death(cause, by_machine=not is_machine_alive)
 
     def has_started(self, worker: WorkerHandle) -> None:
         """Note that a worker is ready."""
+        assert isinstance(worker, RayHandle)
         self._failed_starts.pop(worker.machine.node, None)
 
+    def reports(self, worker: WorkerHandle) -> dict[str, WorkerReport]:
+        """Return the worker's report."""
+        return {worker.name: worker.report}
+
+    def close(self) -> None:
+        """Do nothing: workers end with the connection to Ray."""
+
     def _missing(self, machine: Machine, workers: int) -> int:
-        running = sum(worker.machine.node == machine.node for worker in self.workers.values())
+        running = sum(
+            isinstance(worker, RayHandle) and worker.machine.node == machine.node for worker in self.workers.values()
+        )
         most = self._job.scale.workers
         return max(0, min(workers - running, workers if most is None else most - len(self.workers)))
 
-    def _start(self, machine: Machine, options: Mapping[str, Any]) -> WorkerHandle:
+    def _start(self, machine: Machine, options: Mapping[str, Any]) -> RayHandle:
         placement = NodeAffinitySchedulingStrategy(machine.node, soft=False)
-        actor = ray.remote(RayWorker).options(**options, max_concurrency=_CALLS_AT_ONCE, scheduling_strategy=placement)
+        actor = ray.remote(LeaseWorker).options(**options, max_concurrency=CALLS_AT_ONCE, scheduling_strategy=placement)
         name = f"{machine.host}/{next(self._numbers)}"
         level = logging.getLogger("pipeline").getEffectiveLevel()
-        self.workers[name] = WorkerHandle(name, machine, actor.remote(self._job, level))
+        worker = RayHandle(name, machine=machine, actor=actor.remote(self._job, level))
+        self.workers[name] = worker
         _log.debug("worker %s is started", name)
-        return self.workers[name]
+        return worker
 
     def _check_progress(self, alive: list[Machine], is_first: bool, now: float) -> None:
         """Warn if no worker is ready for a while. Raise an error if waiting is of no use."""
         failed = [machine.host for machine in alive if self._failed_starts[machine.node] >= MOST_DEATHS]
         if failed and not self.workers:
-            raise PipelineError(
-                f"the model's process died on {failed[0]}, twice, before a document was in hand, most likely while the "
-                "model was loaded; what was committed is kept, and the same command resumes"
-            )
+            raise PipelineError(f"the model's process died on {failed[0]}, {NEVER_STARTED}")
         if is_first and not self.workers:
             raise JobError(f"scale: none of the cluster's {len(alive):,} machines has what a worker asks for")
         if now - self._last_ready > _SECONDS_BETWEEN_WARNINGS:

@@ -1,4 +1,4 @@
-"""Executors answer the groups of a run: this process, or workers on other machines (distributed/ray_executor.py).
+"""Executors answer the groups of a run: this process, or workers in others (pool_executor.py).
 
 An executor also pins the contexts that the job still needs, so that no other run evicts their segments.
 """

@@ -49,6 +49,7 @@ def _run(outbox: Outbox, request: RunRequest) -> Finished | Failed:
 
         load_tuned_blas()
 
+        from pipeline.execution.process_pool import local_executor
         from pipeline.execution.runner import Runner
         from pipeline.models.ranks import leading_ranks
 
@@ -62,6 +63,7 @@ def _run(outbox: Outbox, request: RunRequest) -> Finished | Failed:
                 options=request.options,
                 shard=request.shard,
                 ranks=ranks,
+                executor=local_executor,
             )
             return Finished(runner.run())
     except Exception as error:

@@ -369,8 +369,9 @@ class Output(_Section):
 
 
 class Scale(_Section):
-    """How a job is spread: over ranks that hold one model, or over workers of a Ray cluster and their resources."""
+    """How a job is spread: over processes of one machine, ranks that hold one model, or workers of a Ray cluster."""
 
+    processes: Annotated[int, Field(ge=1, le=_LARGEST_INT)] | None = None  # None: as cores, memory and documents allow
     ranks: Annotated[int, Field(ge=1, le=_LARGEST_INT)] = 1  # processes that hold the model between them
     workers: Annotated[int, Field(ge=1, le=_LARGEST_INT)] | None = None  # None: as many as the cluster has room for
     num_cpus: _Amount | None = None
@@ -411,6 +412,8 @@ class Job(_Section):
         else:
             check_unique(self.queries)
         self._check_output_is_no_input("documents", self.documents.path)
+        if self.scale.ranks > 1 and (self.scale.processes or 1) > 1:
+            raise ValueError("scale.processes: the ranks of one model are processes already; leave it out")
         if self.scale.ranks > 1 and self.adapter is not None:
             raise ValueError("adapter: mlx-lm splits no model with an adapter over ranks; fuse them with `mlx_lm.fuse`")
         if self.scale.ranks > 1 and self.cache.keep == "job":

@@ -75,6 +75,7 @@ KEYS = {
     "output.columns": "columns of the documents that the result has too, as [title, year]; all: every other one",
     "output.layout": "long: a row for each document and query; wide: for each document; batch: as OpenAI's",
     "scale": "how a job is spread over machines and processes; see docs/scaling.md",
+    "scale.processes": "processes with a model each; null: one, on a CPU one a core, as documents and memory allow",
     "scale.ranks": "how many processes hold the model between them, as mlx.launch starts them",
     "scale.workers": "workers of a run with --on ray; null: as many as the cluster has room for",
     "scale.num_cpus": "CPUs of each worker; null: all that its machine has for it",

@@ -30,6 +30,7 @@ from importlib import metadata, util
 from pathlib import Path
 
 from turboquant.runtime.cblas_shim import TARGETS, export
+from turboquant.runtime.machine import usable_cpus
 
 SWITCH, FORMER_SWITCH = "TURBOQUANT_BLAS", "PIPELINE_BLAS"
 INSTALL_HINT = "install OpenBLAS (Debian, Ubuntu: apt install libopenblas0-pthread), or NumPy's wheel from PyPI"
@@ -114,25 +115,6 @@ def set_threads() -> int:
     threads = usable_cpus()
     os.environ["OPENBLAS_NUM_THREADS"] = str(threads)
     return threads
-
-
-def usable_cpus() -> int:
-    """Count the CPUs that this process may use: its affinity mask, cut to the quotas of its cgroups (version 2)."""
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return cpus
-    root = Path("/sys/fs/cgroup")
-    inner = next((root / line[3:].lstrip("/") for line in lines if line.startswith("0::")), root)
-    for folder in (inner, *inner.parents):
-        try:
-            quota, period = (folder / "cpu.max").read_text().split()
-        except (OSError, ValueError):
-            continue
-        if quota != "max":
-            cpus = min(cpus, int(quota) // int(period))
-    return max(1, cpus)
 
 
 def measure_gflops(size: int = 1024, seconds: float = 0.5) -> float:

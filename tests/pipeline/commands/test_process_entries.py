@@ -44,6 +44,6 @@ def test_other_commands_compute_where_they_run(command: list[str], workplace: Wo
         assert set(modules.values()) == {"after"}
 
 
-@pytest.mark.parametrize("module", ["pipeline.cli", "pipeline.distributed.ray_worker", "pipeline.execution.worker"])
+@pytest.mark.parametrize("module", ["pipeline.cli", "pipeline.execution.lease_worker", "pipeline.execution.worker"])
 def test_modules_that_a_process_imports_at_its_start_import_no_mlx(module: str, recorder: Path) -> None:
     assert imports_of(recorder, ["-c", f"import {module}"]) == []

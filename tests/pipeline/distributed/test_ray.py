@@ -27,7 +27,7 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # with it, a child of Ra
 import ray
 from ray.cluster_utils import Cluster
 
-from pipeline.distributed.ray_worker import RayWorker
+from pipeline.execution.lease_worker import LeaseWorker
 
 # Ray's own warnings; and the client servers of two clusters on one machine want the same port.
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.xdist_group("ray")]
@@ -71,10 +71,10 @@ def alone(place: Workplace, *overrides: str) -> bytes:
     return other.output.read_bytes()
 
 
-def dying(folder: Path, deaths: dict[str, int], seconds: float = 0.5) -> type[RayWorker]:
+def dying(folder: Path, deaths: dict[str, int], seconds: float = 0.5) -> type[LeaseWorker]:
     """A worker that is killed a moment after it has begun with a document, so many times."""
 
-    class Dying(RayWorker):
+    class Dying(LeaseWorker):
         def _answer(self, prepared: Any) -> Any:
             for each in prepared:
                 file = folder / f"deaths-{each.task.document_id}"
@@ -88,10 +88,10 @@ def dying(folder: Path, deaths: dict[str, int], seconds: float = 0.5) -> type[Ra
     return Dying
 
 
-def waiting(folder: Path) -> type[RayWorker]:
+def waiting(folder: Path) -> type[LeaseWorker]:
     """A worker that says when it is about to answer, and waits until it may."""
 
-    class Waiting(RayWorker):
+    class Waiting(LeaseWorker):
         def _answer(self, prepared: Any) -> Any:
             (folder / f"at-{os.getpid()}").write_text(prepared[0].task.document_id)
             while not (folder / "go").exists():
@@ -102,10 +102,10 @@ def waiting(folder: Path) -> type[RayWorker]:
     return Waiting
 
 
-def waiting_in_prefill(folder: Path) -> type[RayWorker]:
+def waiting_in_prefill(folder: Path) -> type[LeaseWorker]:
     """A worker that waits in the middle of each prefill until it may go on."""
 
-    class Waiting(RayWorker):
+    class Waiting(LeaseWorker):
         def _start(self, *arguments: Any) -> Any:
             from pipeline.execution import prefixes
 
@@ -122,11 +122,11 @@ def waiting_in_prefill(folder: Path) -> type[RayWorker]:
     return Waiting
 
 
-def with_stores_of_their_own(meeting: Path) -> type[RayWorker]:
+def with_stores_of_their_own(meeting: Path) -> type[LeaseWorker]:
     """Workers whose nodes have a store each, and which begin when both are there."""
     meeting.mkdir()
 
-    class NodeLocal(RayWorker):
+    class NodeLocal(LeaseWorker):
         def __init__(self, job: Any, log_level: int) -> None:
             import ray
 
@@ -223,15 +223,15 @@ def test_prefixes_are_dropped_with_the_last_answer(place: Workplace) -> None:
 
 
 def test_documents_go_to_the_machine_that_has_their_prefixes(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.distributed.leases.PATIENCE", 60.0)
-    monkeypatch.setattr("pipeline.distributed.ray_pool.RayWorker", with_stores_of_their_own(place.folder / "first"))
+    monkeypatch.setattr("pipeline.execution.leases.PATIENCE", 60.0)
+    monkeypatch.setattr("pipeline.distributed.ray_pool.LeaseWorker", with_stores_of_their_own(place.folder / "first"))
     on_ray(place)
     expected = place.output.read_bytes()
     stored = sorted(place.folder.glob("store-*/??/*/segment.json"))
     assert len(stored) == 8
     assert len({file.parents[2] for file in stored}) == 2
     place.output.unlink()
-    monkeypatch.setattr("pipeline.distributed.ray_pool.RayWorker", with_stores_of_their_own(place.folder / "second"))
+    monkeypatch.setattr("pipeline.distributed.ray_pool.LeaseWorker", with_stores_of_their_own(place.folder / "second"))
     on_ray(place)
     assert (place.report()["prefixes_built"], place.report()["prefixes_restored"]) == (0, 8)
     assert place.output.read_bytes() == expected
@@ -261,7 +261,7 @@ def test_rows_fail_as_on_one_machine(place: Workplace) -> None:
 def test_a_worker_that_is_killed_costs_nothing(
     place: Workplace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("pipeline.distributed.ray_pool.RayWorker", dying(place.folder, {"d1": 1, "e2": 1}))
+    monkeypatch.setattr("pipeline.distributed.ray_pool.LeaseWorker", dying(place.folder, {"d1": 1, "e2": 1}))
     on_ray(place)
     assert place.output.read_bytes() == alone(place)
     assert "with document 'd1' in hand; its leases go to others" in caplog.text
@@ -273,7 +273,7 @@ def test_a_worker_that_is_killed_costs_nothing(
 def test_a_document_that_kills_its_worker_twice_becomes_error_rows(
     place: Workplace, monkeypatch: pytest.MonkeyPatch, seconds: float
 ) -> None:
-    monkeypatch.setattr("pipeline.distributed.ray_pool.RayWorker", dying(place.folder, {"d1": 99}, seconds))
+    monkeypatch.setattr("pipeline.distributed.ray_pool.LeaseWorker", dying(place.folder, {"d1": 99}, seconds))
     on_ray(place, code=3)
     failed = {pair: row for pair, row in place.rows().items() if row["status"] == "error"}
     assert list(failed) == [("d1", query["id"]) for query in place.queries]
@@ -287,7 +287,7 @@ def test_a_document_that_kills_its_worker_twice_becomes_error_rows(
 def test_a_node_that_is_removed_costs_nothing(
     place: Workplace, cluster: Cluster, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("pipeline.distributed.ray_pool.RayWorker", waiting(place.folder))
+    monkeypatch.setattr("pipeline.distributed.ray_pool.LeaseWorker", waiting(place.folder))
     node = cluster.add_node(**NODE)
 
     def remove() -> None:
@@ -305,8 +305,8 @@ def test_a_node_that_is_removed_costs_nothing(
 
 
 def test_the_run_file_moves_while_workers_prefill(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.distributed.ray_pool.RayWorker", waiting_in_prefill(place.folder))
-    monkeypatch.setattr("pipeline.distributed.ray_executor._SECONDS_WITHOUT_TOKENS", 0.5)
+    monkeypatch.setattr("pipeline.distributed.ray_pool.LeaseWorker", waiting_in_prefill(place.folder))
+    monkeypatch.setattr("pipeline.distributed.ray_pool.RayPool.seconds_between_counts", 0.5)
     monkeypatch.setattr("pipeline.output.run_file.SECONDS_BETWEEN_WRITES", 0.01)
     paces: list[dict[str, Any]] = []
 
@@ -373,11 +373,11 @@ def test_ctrl_c_finishes_what_is_in_hand(place: Workplace) -> None:
 
 
 def test_a_machine_without_the_model_is_named(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Elsewhere(RayWorker):
+    class Elsewhere(LeaseWorker):
         def __init__(self, job: Any, log_level: int) -> None:
             super().__init__(job.model_copy(update={"model": "/nowhere/model"}), log_level)
 
-    monkeypatch.setattr("pipeline.distributed.ray_pool.RayWorker", Elsewhere)
+    monkeypatch.setattr("pipeline.distributed.ray_pool.LeaseWorker", Elsewhere)
     error = error_of(invoke("run", place.job_file, "--on", "ray", "--quiet"))
     assert error.startswith("worker ")
     assert "model /nowhere/model: there is no such folder" in error
@@ -388,7 +388,7 @@ def test_other_versions_are_refused(place: Workplace, monkeypatch: pytest.Monkey
     from turboquant.runtime.versions import package_versions
 
     versions = dict(package_versions())
-    monkeypatch.setattr("pipeline.distributed.ray_executor.package_versions", lambda: versions | {package: "9.9"})
+    monkeypatch.setattr("pipeline.distributed.ray_pool.package_versions", lambda: versions | {package: "9.9"})
     error = error_of(invoke("run", place.job_file, "--on", "ray", "--quiet"))
     assert f"{package} is {versions[package]} here and 9.9 where the run was started" in error
 
@@ -396,21 +396,21 @@ def test_other_versions_are_refused(place: Workplace, monkeypatch: pytest.Monkey
 def test_other_weights_are_refused(place: Workplace, monkeypatch: pytest.MonkeyPatch, write_model: Any) -> None:
     other = str(write_model(place.folder / "other", seed=1))
 
-    class Elsewhere(RayWorker):
+    class Elsewhere(LeaseWorker):
         def __init__(self, job: Any, log_level: int) -> None:
             super().__init__(job.model_copy(update={"model": other}), log_level)
 
-    monkeypatch.setattr("pipeline.distributed.ray_pool.RayWorker", Elsewhere)
+    monkeypatch.setattr("pipeline.distributed.ray_pool.LeaseWorker", Elsewhere)
     error = error_of(invoke("run", place.job_file, "--on", "ray", "--quiet"))
     assert "its weights here and where the run was started are not the same" in error
 
 
 def test_a_worker_that_cannot_start_ends_the_run(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Stillborn(RayWorker):
+    class Stillborn(LeaseWorker):
         def _start(self, *arguments: Any) -> Any:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    monkeypatch.setattr("pipeline.distributed.ray_pool.RayWorker", Stillborn)
+    monkeypatch.setattr("pipeline.distributed.ray_pool.LeaseWorker", Stillborn)
     result = invoke("run", place.job_file, "--on", "ray", "--quiet")
     assert result.exit_code == 1
     assert "twice, before a document was in hand, most likely while the model was loaded" in result.stderr

@@ -214,7 +214,8 @@ print(json.dumps([blas.threads, ctypes.CDLL(blas.path).scipy_openblas_get_num_th
 def test_threads_default_to_the_usable_cpus():
     code = """
 import json, os
-from turboquant.runtime.blas import set_threads, usable_cpus
+from turboquant.runtime.blas import set_threads
+from turboquant.runtime.machine import usable_cpus
 print(json.dumps([set_threads(), usable_cpus(), int(os.environ["OPENBLAS_NUM_THREADS"])]))
 """
     threads, usable, variable = run_python(code)
@@ -261,7 +262,7 @@ def test_only_the_entries_of_processes_load_it():
         "pipeline/cli.py",  # the worker of a rank
         "pipeline/commands/bench.py",  # the process of a baseline
         "pipeline/commands/console.py",
-        "pipeline/distributed/ray_worker.py",
+        "pipeline/execution/lease_worker.py",
         "pipeline/execution/worker.py",
         "turboquant/bench.py",
         "turboquant/chat.py",

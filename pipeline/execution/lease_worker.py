@@ -1,6 +1,6 @@
-"""A worker of a run on Ray: a process with a model of its own that answers leases.
+"""A worker of a run: a process with a model of its own that answers leases.
 
-The driver of the run imports this module too, so heavy imports are inside the methods that need them.
+The process that hands out the leases imports this module too, so heavy imports are inside the methods that need them.
 """
 
 from __future__ import annotations
@@ -46,10 +46,11 @@ class WorkerInfo:
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """Tokens of contexts that a worker has prefilled and restored since it started."""
+    """Tokens of contexts that a worker has prefilled and restored since it started, and rows that it has answered."""
 
     prefilled: int = 0
     restored: int = 0
+    rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -79,14 +80,17 @@ class _TokenCounter(RunObserver):
     def restore_advanced(self, tokens: int) -> None:
         self.counts = replace(self.counts, restored=self.counts.restored + tokens)
 
+    def rows_done(self, count: int) -> None:
+        self.counts = replace(self.counts, rows=self.counts.rows + count)
 
-class RayWorker:
-    """Answers leases one after the other, while the next lease is prepared. Ray calls its methods in several threads.
 
-    All computations of MLX run in one thread.
+class LeaseWorker:
+    """Answers leases one after the other, while the next lease is prepared. Its methods are called in several threads.
+
+    All computations of MLX run in one thread. logs_to_stderr: whether stderr is the log of this worker.
     """
 
-    def __init__(self, job: Job, log_level: int) -> None:
+    def __init__(self, job: Job, log_level: int, logs_to_stderr: bool = True) -> None:
         from turboquant.runtime.blas import load_tuned_blas
 
         self._blas = load_tuned_blas()
@@ -98,12 +102,14 @@ class RayWorker:
         self._is_stopping = False
         self._tokens = _TokenCounter()
         self._engine: Engine | None = None
-        for handler in (MessageLogHandler(self._keep_line), logging.StreamHandler()):
-            logging.getLogger().addHandler(handler)
+        self._logs_to_stderr = logs_to_stderr
+        logging.getLogger().addHandler(MessageLogHandler(self._keep_line))
+        if logs_to_stderr:
+            logging.getLogger().addHandler(logging.StreamHandler())
         logging.getLogger("pipeline").setLevel(log_level)
 
     def start(self, identity: Identity, versions: Mapping[str, str], schemas: Collection[str]) -> WorkerReply:
-        """Load the model, if the model and the packages are the same as on the driver's machine."""
+        """Load the model, if the model and the packages are the same as where the run was started."""
         try:
             return self._reply(info=self._model.submit(self._start, identity, versions, schemas).result())
         except Exception as error:
@@ -165,7 +171,7 @@ class RayWorker:
         self._engine = Engine(RunContext(self._job, identity, schemas, self._tokens, self._check_stop), store)
         device = f"a CPU, {self._blas.threads} threads" if on_cpu() else "a GPU"
         stderr = Path("/proc/self/fd/2")  # Ray has made it a file, whose name the kernel tells
-        log = os.readlink(stderr) if stderr.exists() else ""
+        log = os.readlink(stderr) if self._logs_to_stderr and stderr.exists() else ""
         return WorkerInfo(socket.gethostname(), os.getpid(), log, store.folder_id(), device)
 
     def _check_equal(self, identity: Identity, driver_versions: Mapping[str, str]) -> None:

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline.distributed.leases import Lease, Leases
 from pipeline.errors import RowError
+from pipeline.execution.leases import Lease, Leases
 from pipeline.execution.task import DocumentTask
 from pipeline.inputs.documents import Document
 from pipeline.inputs.prompts import Rendered
@@ -104,7 +104,7 @@ def test_documents_go_where_their_prefixes_are(monkeypatch: pytest.MonkeyPatch) 
     assert [taken(given.take("near", True)) for _ in range(3)] == ["b", "c", "d"]
     assert given.take("near", False) is None
     assert given.take("near", True) is None  # a worker of the other store may be free soon
-    monkeypatch.setattr("pipeline.distributed.leases.PATIENCE", 0.0)
+    monkeypatch.setattr("pipeline.execution.leases.PATIENCE", 0.0)
     assert given.take("near", False) is None
     assert taken(given.take("near", True)) == "a"
 

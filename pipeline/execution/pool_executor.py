@@ -1,7 +1,7 @@
-"""An executor whose workers are on the machines of a Ray cluster. They answer a run's groups as leases.
+"""An executor whose workers are processes, on this machine or on those of a Ray cluster. They answer groups as leases.
 
-Ray carries leases and results, and reports deaths. Which group is next, and what happens to the group of a lost worker,
-is decided in leases.py; which workers run where, in ray_pool.py.
+A pool starts the workers, carries leases and results, and reports deaths (worker_pool.py). Which group is next, and
+what happens to the group of a lost worker, is decided in leases.py.
 """
 
 from __future__ import annotations
@@ -11,46 +11,41 @@ import time
 from array import array
 from collections import Counter
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import closing, suppress
 from dataclasses import replace
 from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Any
 
-import ray
-from ray.exceptions import RayError, RayTaskError
-
 from pipeline.cache.hit_index import label_number
-from pipeline.distributed.leases import Lease, Leases
-from pipeline.distributed.ray_pool import LEASES_PER_WORKER, WorkerHandle, WorkerPool
-from pipeline.distributed.ray_worker import TokenCounts, WorkerReply
-from pipeline.errors import Interrupted, JobError, PipelineError, one_line
+from pipeline.errors import Interrupted
 from pipeline.execution.asking import Asker
 from pipeline.execution.context import RunContext
 from pipeline.execution.executor import Executor, drop_segments
+from pipeline.execution.lease_worker import TokenCounts, WorkerReply
+from pipeline.execution.leases import Lease, Leases
 from pipeline.execution.quarantine import name_documents
 from pipeline.execution.task import DocumentTask, GroupResult, TaskResult
+from pipeline.execution.worker_pool import LEASES_PER_WORKER, WorkerHandle, WorkerLost, WorkerPool
 from pipeline.inputs.batching import ahead
 from pipeline.inputs.inputs import Inputs
 from pipeline.report import WorkerReport, WorkStats
-from turboquant.runtime.versions import package_versions
 
 _MOST_LABELS = 1_000_000  # labels of which it is remembered which store has them
 _SECONDS_PER_WAIT = 0.2
-_SECONDS_WITHOUT_TOKENS = 5.0  # until the workers are asked how many they have prefilled
 _SECONDS_FOR_DROPPING = 60.0
 _log = logging.getLogger(__name__)
 
 
-class RayExecutor(Executor):
-    """As many workers as the cluster holds, or as the job's ``scale`` says. Ray must be connected."""
+class PoolExecutor(Executor):
+    """Hands out the groups of a run to the workers of a pool."""
 
-    def __init__(self, context: RunContext, inputs: Inputs, documents_done: int = 0) -> None:
+    def __init__(self, context: RunContext, inputs: Inputs, documents_done: int, pool: WorkerPool) -> None:
         super().__init__(context, inputs, documents_done)
-        self._pool = WorkerPool(context.job)
+        self._pool = pool
         self._asker = Asker(context.job, context.identity)
-        self._events: SimpleQueue[Callable[[], GroupResult | None]] = SimpleQueue()  # filled by Ray's threads
+        self._events: SimpleQueue[Callable[[], GroupResult | None]] = SimpleQueue()  # filled by the pool's threads
         self._has_started = False
         self._stats: list[WorkStats] = []  # not taken yet
         self._known_stores: set[str] = set()  # stores whose labels are known or asked for
@@ -74,14 +69,14 @@ class RayExecutor(Executor):
                     raise
                 if leases.is_waiting:
                     for worker in self._pool.start_missing():
-                        reference = worker.actor.start.remote(context.identity, self.versions, list(context.schemas))
-                        self._when_done(reference, self._on_started, worker)
+                        started = worker.call("start", context.identity, self.versions, list(context.schemas))
+                        self._when_done(started, self._on_started, worker)
                     if not self._has_started:
                         self._has_started = True
                         self._pins.pin(self._labels_to_come())
                 self._give_leases()
                 if (answered := self._next_event()()) is not None:
-                    yield self._counted(answered)
+                    yield answered
 
     def take_stats(self) -> list[WorkStats]:
         """Return the statistics of the work since the last call."""
@@ -90,17 +85,18 @@ class RayExecutor(Executor):
 
     @property
     def versions(self) -> Mapping[str, str]:
-        """The versions of packages, which are the same on all machines; each worker has its own device."""
-        return package_versions()
+        """The versions that compute the answers, as far as they are the same for all workers."""
+        return self._pool.versions
 
     @property
     def has_started(self) -> bool:
         """Whether workers were started."""
         return self._has_started
 
-    def _counted(self, group: GroupResult) -> GroupResult:
+    def _counted(self, group: GroupResult, shown: int = 0) -> GroupResult:
+        """Count a group's documents, and its rows but for those that were shown."""
         self._documents_done += len(group.tasks)
-        self._context.observer.rows_done(sum(len(result.rows) for result in group.results))
+        self._context.observer.rows_done(sum(len(result.rows) for result in group.results) - shown)
         return group
 
     # ---- leases
@@ -120,7 +116,7 @@ class RayExecutor(Executor):
             for worker in ready:
                 if idle > 0 and len(worker.leases) == LEASES_PER_WORKER and not worker.leases[-1].is_recalled:
                     worker.leases[-1].is_recalled = True
-                    worker.actor.recall.remote(worker.leases[-1].number)
+                    worker.call("recall", worker.leases[-1].number)
                     idle -= 1
 
     def _send(self, worker: WorkerHandle, lease: Lease) -> None:
@@ -132,7 +128,7 @@ class RayExecutor(Executor):
             for task in lease.tasks
             if task.open_queries
         ]
-        self._when_done(worker.actor.answer.remote(lease.number, tasks), self._on_answered, worker, lease)
+        self._when_done(worker.call("answer", lease.number, tasks), self._on_answered, worker, lease)
 
     def _find_store(self, tasks: list[DocumentTask]) -> str | None:
         """Return the store that has most of a group's prefixes."""
@@ -145,23 +141,23 @@ class RayExecutor(Executor):
     def _finish_leases(self) -> Iterator[GroupResult]:
         """Let workers finish the lease that they work on."""
         for worker in self._pool.workers.values():
-            worker.actor.stop.remote()
+            worker.call("stop")
         while any(worker.leases for worker in self._pool.workers.values()):
             if (group := self._next_event()()) is not None:
-                yield self._counted(group)
+                yield group
 
     # ---- replies of workers, handled in this thread
 
-    def _when_done(self, reference: Any, handler: Callable[..., GroupResult | None], *arguments: Any) -> None:
+    def _when_done(self, future: Future[Any], handler: Callable[..., GroupResult | None], *arguments: Any) -> None:
         """Call a handler in this thread with the arguments and the future of a reply."""
-        reference.future().add_done_callback(lambda future: self._events.put(partial(handler, *arguments, future)))
+        future.add_done_callback(lambda future: self._events.put(partial(handler, *arguments, future)))
 
     def _next_event(self) -> Callable[[], GroupResult | None]:
-        if time.monotonic() - self._last_tokens > _SECONDS_WITHOUT_TOKENS:
+        if time.monotonic() - self._last_tokens > self._pool.seconds_between_counts:
             self._last_tokens = time.monotonic()
             for worker in self._pool.workers.values():
                 if worker.leases:
-                    self._when_done(worker.actor.token_counts.remote(), self._on_token_counts, worker)
+                    self._when_done(worker.call("token_counts"), self._on_token_counts, worker)
         try:
             return self._events.get(timeout=_SECONDS_PER_WAIT)
         except Empty:
@@ -183,11 +179,11 @@ class RayExecutor(Executor):
             self._on_ready(worker, store)
         else:
             self._known_stores.add(store)
-            self._when_done(worker.actor.stored_labels.remote(), self._on_stored_labels, worker, store)
+            self._when_done(worker.call("stored_labels"), self._on_stored_labels, worker, store)
 
     def _on_stored_labels(self, worker: WorkerHandle, store: str, future: Future[bytes]) -> None:
-        with suppress(RayError):
-            labels = array("Q", future.result())
+        with suppress(WorkerLost):
+            labels = array("Q", worker.result(future))
             room = _MOST_LABELS - len(self._store_of_label)
             self._store_of_label.update((label, store) for label in labels[:room])
             self._leases.find_stores()
@@ -196,7 +192,7 @@ class RayExecutor(Executor):
 
     def _on_ready(self, worker: WorkerHandle, store: str) -> None:
         worker.store, worker.ready_since = store, time.monotonic()
-        self._stats.append(WorkStats(workers={worker.name: worker.report}))
+        self._stats.append(WorkStats(processes=self._pool.processes, workers=self._pool.reports(worker)))
         self._pool.has_started(worker)
         self._leases.stores.add(store)
 
@@ -206,7 +202,7 @@ class RayExecutor(Executor):
             return None
         worker.leases.remove(lease)
         worker.count(reply)
-        self._stats.append(replace(reply.stats, workers={worker.name: worker.report}))
+        self._stats.append(replace(reply.stats, workers=self._pool.reports(worker)))
         self._show_tokens(worker, reply.tokens)
         if reply.results is None:
             self._leases.lose(lease, lease.store, None)
@@ -222,35 +218,32 @@ class RayExecutor(Executor):
             if result.own_keys and self._job.cache.keep == "job":
                 self._worker_of_document[task.document_id] = worker, result.own_keys
             results.append(result)
-        return GroupResult(lease.tasks, results)
+        return self._counted(GroupResult(lease.tasks, results), shown=sum(len(each.rows) for each in reply.results))
 
     def _on_token_counts(self, worker: WorkerHandle, future: Future[TokenCounts]) -> None:
-        with suppress(RayError):  # the lease's own reply tells that the worker is lost
-            self._show_tokens(worker, future.result())
+        with suppress(WorkerLost):  # the lease's own reply tells that the worker is lost
+            self._show_tokens(worker, worker.result(future))
 
     def _show_tokens(self, worker: WorkerHandle, counts: TokenCounts) -> None:
-        """Show the tokens since the counts that came last. Replies may overtake each other."""
-        shown, self._last_tokens = worker.tokens_shown, time.monotonic()
-        if prefilled := max(0, counts.prefilled - shown.prefilled):
+        """Show the tokens and rows since the counts that came last. Replies may overtake each other."""
+        shown, self._last_tokens = worker.shown, time.monotonic()
+        if worker.name not in self._pool.workers or counts.prefilled < shown.prefilled:
+            return
+        if prefilled := counts.prefilled - shown.prefilled:
             self._context.observer.prefill_advanced(prefilled)
         if restored := max(0, counts.restored - shown.restored):
             self._context.observer.restore_advanced(restored)
-        worker.tokens_shown = TokenCounts(shown.prefilled + prefilled, shown.restored + restored)
+        if rows := counts.rows - shown.rows:
+            self._context.observer.rows_done(rows)
+        worker.shown = replace(counts, restored=shown.restored + restored)
 
     def _reply_of(self, worker: WorkerHandle, future: Future[WorkerReply]) -> WorkerReply | None:
         """Return a worker's reply and pass its log on; None if the worker is lost. Raises the error that it reports."""
         if worker.name not in self._pool.workers:
             return None
         try:
-            reply = future.result()
-        except RayTaskError as error:
-            raise PipelineError(f"worker {worker.name}: {one_line(error)}") from error
-        except RayError as error:
-            if getattr(error, "actor_init_failed", False):
-                reason = str(error).strip().splitlines()[-1]
-                raise JobError(
-                    f"worker {worker.name} cannot be started; install the same packages there: {reason}"
-                ) from None
+            reply: WorkerReply = worker.result(future)
+        except WorkerLost as error:
             self._handle_death(worker, error)
             return None
         for line in reply.lines:
@@ -259,19 +252,19 @@ class RayExecutor(Executor):
             replace(reply.failed, message=f"worker {worker.name}: {reply.failed.message}").reraise()
         return reply
 
-    def _handle_death(self, worker: WorkerHandle, error: RayError) -> None:
+    def _handle_death(self, worker: WorkerHandle, error: WorkerLost) -> None:
         """Decide what happens to a lost worker's leases. A machine that is lost is not the documents' fault."""
-        is_machine_alive = self._pool.remove(worker)
-        cause = f"died on {worker.machine.host}" if is_machine_alive else "was lost with its machine"
+        death = self._pool.remove(worker, error)
         in_hand = f", with {name_documents(worker.leases[0].documents)} in hand" if worker.leases else ""
-        _log.warning("worker %s %s%s; its leases go to others", worker.name, cause, in_hand)
-        _log.debug("worker %s: %s", worker.name, one_line(error))
-        lost = {} if worker.store is None else {worker.name: replace(worker.report, lost=True)}
+        _log.warning("worker %s %s%s; its leases go to others", worker.name, death.cause, in_hand)
+        self._context.observer.rows_done(worker.rows_answered - worker.shown.rows)  # the others are answered again
+        lost = {} if worker.store is None else self._pool.reports(worker)
+        lost = {name: replace(report, lost=True) for name, report in lost.items()}
         self._stats.append(WorkStats(restarts=1, workers=lost))
         while worker.leases:
             lease = worker.leases.pop()
             is_first = not worker.leases
-            self._leases.lose(lease, worker.store, cause if is_machine_alive and is_first else None)
+            self._leases.lose(lease, worker.store, death.cause if is_first and not death.by_machine else None)
         self._leases.stores = {str(other.store) for other in self._pool.workers.values() if other.store}
 
     # ---- segments that are not needed any more
@@ -279,12 +272,16 @@ class RayExecutor(Executor):
     def _drop(self, task: DocumentTask, result: TaskResult) -> None:
         worker, keys = self._worker_of_document.pop(task.document_id, (None, ()))
         if worker is not None and not self._pins.is_pinned(task.label):
-            worker.actor.drop.remote(keys)
+            worker.call("drop", keys)
 
     def _drop_all(self) -> None:
         from pipeline.cache.store import open_store
 
         drop_segments(open_store(self._job.cache, self._pins.is_pinned), self._job)
-        dropped = [worker.actor.drop.remote(None) for worker in self._pool.workers.values() if worker.store]
-        with suppress(RayError):
-            ray.get(dropped, timeout=_SECONDS_FOR_DROPPING)
+        ready = [worker for worker in self._pool.workers.values() if worker.store]
+        wait([worker.call("drop", None) for worker in ready], _SECONDS_FOR_DROPPING)
+
+    def finish(self, done: bool) -> None:
+        """End the run and the workers."""
+        super().finish(done)
+        self._pool.close()
