@@ -33,8 +33,7 @@ from pipeline.commands.bench_result import (
 from pipeline.commands.console import size, table
 from pipeline.errors import InputError, JobError, NotApplicable, RowError
 from pipeline.execution.messages import Failed, receive
-from pipeline.execution.supervisor import SPAWN, cause_of_death
-from pipeline.execution.worker import end_with_parent
+from pipeline.execution.processes import SPAWN, cause_of_death, end_with_parent
 from pipeline.job.budget import existing
 from pipeline.job.job import Job, Query, QueryTable
 from pipeline.signals import stops_handled, stops_held_back

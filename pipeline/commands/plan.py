@@ -17,6 +17,7 @@ from pipeline.cache.hit_index import HitIndex, label_number
 from pipeline.errors import JobError, RowError
 from pipeline.execution.fingerprint import job_identity
 from pipeline.execution.planner import TaskPlanner
+from pipeline.execution.process_pool import processes_and_threads
 from pipeline.execution.pruning import Surplus, find_surplus
 from pipeline.execution.task import DocumentTask
 from pipeline.inputs.inputs import Inputs
@@ -83,7 +84,8 @@ class Plan:
     would build; documents of the same text share one. seconds: how long the run would take, None if the speeds are not
     known yet. tokens_to_answer: as many for each answer as answers had before, otherwise as many as it may have;
     answers_at_most says that these are. load_seconds: how long loading the model took, None if not known yet.
-    stages: how many groups of a document's queries are asked one behind the other.
+    processes: how many answer, with a model each. stages: how many groups of a document's queries are asked one behind
+    the other.
     estimated: some tokens were estimated from characters, and with them the bytes and which documents are too long.
     """
 
@@ -108,6 +110,7 @@ class Plan:
     estimated: bool = False
     batching: str | None = None
     weights_bytes: int = 0
+    processes: int = 1
     load_seconds: float | None = None
     stages: int = 1
 
@@ -157,6 +160,7 @@ def plan_job(
     planner.plan.stages = inputs.stages
     plan = planner.plan
     plan.load_seconds = speeds.load
+    plan.processes, _ = processes_and_threads(job, inputs)
     plan.seconds = speeds.seconds(plan.tokens_to_prefill, plan.tokens_to_restore, plan.tokens_to_answer)
     if not selection:
         with _results(job) as results:

@@ -64,6 +64,7 @@ def costs(job: Job, plan: Plan, run_command: str) -> list[tuple[str, str]]:
     to_store, free = size(plan.bytes_to_store), size(plan.free_bytes)
     budget = f", budget {size(plan.budget_bytes)}" if plan.budget_bytes else ""
     loading = "" if plan.load_seconds is None else f", loaded in about {plan.load_seconds:,.1f} s on this machine"
+    each = f" in each of {plan.processes:,} processes" if plan.processes > 1 else ""
     stages = f", in {plan.stages:,} stages: some use the answers of others" if plan.stages > 1 else ""
     return [
         ("documents", f"{status.documents:,} ({about}{plan.tokens:,} tokens, the longest {plan.longest:,})"),
@@ -73,7 +74,7 @@ def costs(job: Job, plan: Plan, run_command: str) -> list[tuple[str, str]]:
         ("will fail", f"documents: {failing}" if failing else "nothing known beforehand"),
         *cut_documents(plan.truncated, plan.split),
         *([("batches", plan.batching)] if plan.batching else []),
-        ("weights", f"{size(plan.weights_bytes)} of memory{loading}"),
+        ("weights", f"{size(plan.weights_bytes)} of memory{each}{loading}"),
         ("prefixes", f"{plan.hits:,} in the store, {plan.misses:,} to build"),
         ("prefill", f"{about}{plan.tokens_to_prefill:,} tokens"),
         ("time", time_needed(plan)),

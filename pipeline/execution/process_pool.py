@@ -25,9 +25,8 @@ from pipeline.execution.context import RunContext
 from pipeline.execution.executor import Executor, LocalExecutor
 from pipeline.execution.lease_worker import LeaseWorker
 from pipeline.execution.pool_executor import PoolExecutor
+from pipeline.execution.processes import SPAWN, cause_of_death, end_with_parent
 from pipeline.execution.quarantine import MOST_DEATHS
-from pipeline.execution.supervisor import SPAWN, cause_of_death
-from pipeline.execution.worker import end_with_parent
 from pipeline.execution.worker_pool import CALLS_AT_ONCE, NEVER_STARTED, Death, WorkerHandle, WorkerLost, WorkerPool
 from pipeline.inputs.inputs import Inputs
 from pipeline.job.job import Job
@@ -44,25 +43,30 @@ _log = logging.getLogger(__name__)
 
 def local_executor(context: RunContext, inputs: Inputs, documents_done: int = 0) -> Executor:
     """Return the executor of a run on this machine: this process answers, or several share the cores of a CPU."""
-    processes, threads = share_cores(context.job, inputs)
+    processes, threads = processes_and_threads(context.job, inputs)
     if processes == 1:
         return LocalExecutor(context, inputs, documents_done)
     _log.info("%d processes of %d threads each, with a model each", processes, threads)
     return PoolExecutor(context, inputs, documents_done, ProcessPool(context.job, processes, threads))
 
 
-def share_cores(job: Job, inputs: Inputs) -> tuple[int, int]:
-    """Return how many processes answer the job, and how many threads of the BLAS each of them has.
+def processes_and_threads(job: Job, inputs: Inputs) -> tuple[int, int]:
+    """Return how many processes answer the job on this machine, and how many threads each of them has."""
+    from turboquant.runtime.blas import blas_in_use
+    from turboquant.runtime.device import on_cpu
+
+    return share_cores(job, inputs, blas_in_use().threads, on_cpu())
+
+
+def share_cores(job: Job, inputs: Inputs, cores: int, on_cpu: bool) -> tuple[int, int]:
+    """Return how many processes answer the job, and how many of the cores each of them has as threads of the BLAS.
 
     If the job leaves it open, there is one process on a GPU, and on a CPU as many as there are cores, as groups of
     documents, and as models fit in half of the memory. All of this is the same when a run is resumed.
     """
-    from turboquant.runtime.blas import blas_in_use
-    from turboquant.runtime.device import on_cpu
-
-    cores, wanted = blas_in_use().threads, job.scale.processes
+    wanted = job.scale.processes
     if wanted is None:
-        wanted = cores if on_cpu() and job.scale.ranks == 1 else 1
+        wanted = cores if on_cpu and job.scale.ranks == 1 else 1
         if wanted > 1:
             folder = model_folder(job)
             weights = weights_bytes(folder, read_config(folder))
@@ -120,13 +124,13 @@ class ProcessHandle(WorkerHandle):
 
 
 class ProcessPool(WorkerPool):
-    """Workers in processes of this machine. count: how many. threads: of the BLAS, for each."""
+    """Workers in processes of this machine. count: how many. threads: of the BLAS, for each. worker: their class."""
 
     seconds_between_counts = 1.0
 
-    def __init__(self, job: Job, count: int, threads: int) -> None:
+    def __init__(self, job: Job, count: int, threads: int, worker: type[LeaseWorker] = LeaseWorker) -> None:
         super().__init__()
-        self._job, self._count, self._threads = job, count, threads
+        self._job, self._count, self._threads, self._worker = job, count, threads, worker
         self.processes = count
         self._started = self._failed_starts = 0
 
@@ -173,7 +177,8 @@ class ProcessPool(WorkerPool):
         name = f"process {self._started}"
         ours, theirs = SPAWN.Pipe()
         level = logging.getLogger("pipeline").getEffectiveLevel()
-        process = SPAWN.Process(target=_serve, args=(theirs, self._job, level, self._threads), name=name, daemon=True)
+        arguments = theirs, self._worker, self._job, level, self._threads
+        process = SPAWN.Process(target=_serve, args=arguments, name=name, daemon=True)
         with theirs, stops_held_back():
             process.start()
         worker = ProcessHandle(name, process=process, connection=ours)
@@ -182,7 +187,7 @@ class ProcessPool(WorkerPool):
         return worker
 
 
-def _serve(connection: Connection, job: Job, level: int, threads: int) -> None:
+def _serve(connection: Connection, worker_class: type[LeaseWorker], job: Job, level: int, threads: int) -> None:
     """Answer calls until the connection ends; the entry of a worker's process."""
     os.setsid()  # only the parent hears Ctrl-C; it tells its workers to stop
     end_with_parent()
@@ -190,7 +195,7 @@ def _serve(connection: Connection, job: Job, level: int, threads: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     for variable in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS"):  # read when NumPy and MLX are imported
         os.environ[variable] = str(threads)
-    worker, lock = LeaseWorker(job, level, logs_to_stderr=False), threading.Lock()
+    worker, lock = worker_class(job, level, logs_to_stderr=False), threading.Lock()
 
     def answer(number: int, method: str, arguments: tuple[Any, ...]) -> None:
         value, failure = None, None

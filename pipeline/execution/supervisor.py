@@ -8,7 +8,6 @@ quarantine.py.
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
 import signal
 import sys
@@ -26,7 +25,6 @@ from typing import TYPE_CHECKING, Any
 from pipeline.errors import PipelineError
 from pipeline.execution.context import RunOptions
 from pipeline.execution.display import RunDisplay
-from pipeline.execution.gpu_faults import find_gpu_fault, has_nvidia_driver
 from pipeline.execution.messages import (
     DocumentsDone,
     DocumentsStarted,
@@ -36,6 +34,7 @@ from pipeline.execution.messages import (
     RunStarted,
     receive,
 )
+from pipeline.execution.processes import SPAWN, cause_of_death
 from pipeline.execution.quarantine import Quarantine, Verdict, name_documents, quarantine_error
 from pipeline.execution.worker import run_in_process
 from pipeline.job.shards import Shard
@@ -48,7 +47,6 @@ from pipeline.signals import stops_handled, stops_held_back
 if TYPE_CHECKING:
     from pipeline.job.job import Job
 
-SPAWN = multiprocessing.get_context("spawn")  # not fork: neither Metal nor CUDA survives a fork
 _log = logging.getLogger(__name__)
 
 
@@ -229,26 +227,3 @@ def _main_module_hidden() -> Iterator[None]:
         yield
     finally:
         sys.modules["__main__"] = main
-
-
-def cause_of_death(process: SpawnProcess, started: float) -> str:
-    """Wait for a process to end, and explain its exit code, as the end of a sentence that starts with its name.
-
-    started: when it started, by ``time.monotonic``.
-    """
-    process.join()
-    code = process.exitcode or 0
-    if code >= 0:
-        return f"ended with exit status {code}"
-    name = signal.Signals(-code).name if -code in set(signal.Signals) else "unknown"
-    return f"was killed by signal {-code} ({name}){_guess(-code, process.pid, started)}"
-
-
-def _guess(number: int, pid: int | None, started: float) -> str:
-    if number != signal.SIGABRT:
-        return ", probably out of memory" if number == signal.SIGKILL else ""
-    if (fault := find_gpu_fault(pid, started)) is not None:
-        return f", after a fault of the GPU: {fault}"
-    if has_nvidia_driver():
-        return ", probably out of memory or after a fault of the GPU; `dmesg` may have a line of the driver with Xid"
-    return ", probably out of memory"

@@ -5,21 +5,16 @@ The parent imports this module too, so heavy imports are inside the functions th
 
 from __future__ import annotations
 
-import ctypes
 import logging
-import multiprocessing
 import os
 import signal
-import sys
-import threading
 from collections.abc import Callable
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import Connection
 from typing import Any
 
 from pipeline.execution.messages import Failed, Finished, MessageLogHandler, MessageObserver, Outbox, RunRequest
+from pipeline.execution.processes import end_with_parent
 from pipeline.signals import STOP_SIGNALS
-
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def run_in_process(connection: Connection, request: RunRequest) -> None:
@@ -78,17 +73,3 @@ def _stop(number: int, frame: Any) -> None:
 def _handle_stop_signals(handler: Callable[[int, Any], None] | signal.Handlers) -> None:
     for number in STOP_SIGNALS:
         signal.signal(number, handler)
-
-
-def end_with_parent() -> None:
-    """End this process as soon as its parent ends in any way: otherwise it would keep the lock of the result."""
-    if sys.platform == "linux":  # the kernel does it even while a library holds the GIL
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def watch() -> None:
-        wait([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=watch, name="watch the parent", daemon=True).start()

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.execution import supervisor
+from pipeline.execution import processes
 from pipeline.execution.gpu_faults import find_gpu_fault, has_nvidia_driver
-from pipeline.execution.supervisor import SPAWN, cause_of_death
+from pipeline.execution.processes import SPAWN, cause_of_death
 
 FAULT = (
     "Xid (PCI:0000:00:07): 31, pid={pid}, name=python3, Ch 00000008, intr 00000000. MMU Fault: ENGINE GRAPHICS "
@@ -63,8 +63,8 @@ def test_a_log_that_cannot_be_read_has_no_faults(tmp_path: Path) -> None:
 def test_an_abort_is_told_as_what_is_known_of_it(
     fault: str | None, driver: bool, told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(supervisor, "find_gpu_fault", lambda pid, since: fault)
-    monkeypatch.setattr(supervisor, "has_nvidia_driver", lambda: driver)
+    monkeypatch.setattr(processes, "find_gpu_fault", lambda pid, since: fault)
+    monkeypatch.setattr(processes, "has_nvidia_driver", lambda: driver)
     started = time.monotonic()
     process = SPAWN.Process(target=os.abort)
     process.start()

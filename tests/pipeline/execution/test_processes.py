@@ -1,0 +1,241 @@
+"""A run in several processes on one machine: the same bytes as in one, whoever is killed meanwhile."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.execution import process_pool
+from pipeline.execution.context import RunContext
+from pipeline.execution.lease_worker import LeaseWorker
+from pipeline.execution.pool_executor import PoolExecutor
+from pipeline.execution.process_pool import ProcessPool, share_cores
+from pipeline.execution.runner import Runner
+from pipeline.inputs.inputs import Inputs
+from pipeline.job.job_file import load_job
+from tests import ROOT
+from tests.pipeline.command_line import invoke
+from tests.pipeline.workplace import Interrupting, Recorder, Workplace
+
+GIB = 1 << 30
+
+
+@pytest.fixture
+def place(workplace: Workplace) -> Workplace:
+    """A workplace of eight documents, each of which is a lease, for two processes."""
+    workplace.documents |= {f"e{number}": f"Paper {number} says {number * 7}. " * 20 for number in range(5)}
+    workplace.tree["scale"] = {"processes": 2}
+    workplace.save()
+    return workplace
+
+
+def alone(place: Workplace, *overrides: str) -> bytes:
+    """What a run in one process writes, which is removed with its store."""
+    other = Workplace(place.folder / "alone", place.model)
+    other.documents, other.queries, other.tree = place.documents, place.queries, place.tree
+    other.run("scale.processes=1", *overrides)
+    return other.output.read_bytes()
+
+
+class Dying(LeaseWorker):
+    """A worker that is killed when it begins with a document, as often as a file beside the store says."""
+
+    def _answer(self, prepared: Any) -> Any:
+        for each in prepared:
+            file = self._job.cache.dir.parent / f"deaths-{each.task.document_id}"
+            if file.exists() and (left := int(file.read_text())):
+                file.write_text(str(left - 1))
+                os.kill(os.getpid(), signal.SIGKILL)
+        return super()._answer(prepared)
+
+
+class Stillborn(LeaseWorker):
+    """A worker that dies while it loads the model."""
+
+    def _start(self, *arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Broken(LeaseWorker):
+    """A worker with a fault of its own."""
+
+    def _answer(self, prepared: Any) -> Any:
+        raise ZeroDivisionError("a fault")
+
+
+def run_with(place: Workplace, worker: type[LeaseWorker], observer: Recorder | None = None) -> Any:
+    """Run the job with such workers, without the command line."""
+    job = load_job(place.save())
+
+    def executor(context: RunContext, inputs: Inputs, done: int) -> PoolExecutor:
+        return PoolExecutor(context, inputs, done, ProcessPool(job, 2, 1, worker))
+
+    return Runner(job, observer or Recorder(), executor=executor).run()
+
+
+# ---- what a run gives
+
+
+def test_the_same_bytes_as_in_one_process(place: Workplace) -> None:
+    result = invoke("run", place.job_file)
+    assert result.exit_code == 0, result.output
+    assert place.output.read_bytes() == alone(place)
+    told = place.report()
+    assert (told["state"], told["processes"], told["prefixes_built"], told["documents_done"]) == ("finished", 2, 8, 8)
+    assert (told["workers"], told["restarts"]) == ({}, 0)
+    assert told["prefilled_tokens"] == told["context_tokens"] > 1000
+    assert json.loads(invoke("run", place.job_file, "--json").stdout)["rows_kept"] == 24
+    place.output.unlink()
+    assert json.loads(invoke("run", place.job_file, "--json").stdout)["prefixes_restored"] == 8
+    assert place.output.read_bytes() == alone(place)
+
+
+def test_queries_that_use_answers_give_the_same_bytes(place: Workplace) -> None:
+    place.queries[2] |= {"text": "Who of {{ answers.what }}?", "when": "id != 'd1'"}
+    place.queries.append({"id": "all", "text": "Which of these?", "previous": True})
+    report = json.loads(invoke("run", place.save(), "--json").stdout)
+    assert (report["rows"], report["rows_skipped"], report["rows_failed"]) == (32, 1, 0)
+    assert place.output.read_bytes() == alone(place)
+
+
+def test_prefixes_are_dropped_with_the_last_answer(place: Workplace) -> None:
+    assert invoke("run", place.job_file, "--set", "cache.keep=job").exit_code == 0
+    assert place.segments() == []
+    assert place.output.read_bytes() == alone(place)
+
+
+def test_rows_fail_as_in_one_process(place: Workplace) -> None:
+    place.documents |= {"blank": " ", "long": "word " * 3000}
+    assert invoke("run", place.save()).exit_code == 3
+    assert place.output.read_bytes() == alone(place)
+
+
+def test_every_row_is_shown_once(place: Workplace) -> None:
+    (place.folder / "deaths-d1").write_text("1")
+    observer = Recorder()
+    run_with(place, Dying, observer)
+    assert sum(observer.rows) == 24
+    assert sum(observer.chunks) >= place.report()["prefilled_tokens"]
+
+
+# ---- who dies
+
+
+def test_a_process_that_is_killed_costs_nothing(place: Workplace, caplog: pytest.LogCaptureFixture) -> None:
+    (place.folder / "deaths-d1").write_text("1")
+    assert run_with(place, Dying).restarts == 1
+    assert place.output.read_bytes() == alone(place)
+    assert "was killed by signal 9 (SIGKILL), probably out of memory, with document 'd1' in hand" in caplog.text
+    assert "going on with 1 of the processes, because memory may be short" in caplog.text
+
+
+def test_a_document_that_kills_its_process_twice_becomes_error_rows(place: Workplace) -> None:
+    (place.folder / "deaths-d1").write_text("9")
+    assert run_with(place, Dying).rows_failed == 3
+    failed = {pair: row for pair, row in place.rows().items() if row["status"] == "error"}
+    assert list(failed) == [("d1", query["id"]) for query in place.queries]
+    assert {row["error_type"] for row in failed.values()} == {"ModelProcessDied"}
+    place.run("scale.processes=1")
+    assert place.output.read_bytes() == alone(place)
+
+
+def test_a_model_that_kills_every_process_ends_the_run(place: Workplace) -> None:
+    with pytest.raises(Exception, match="died, twice, before a document was in hand"):
+        run_with(place, Stillborn)
+
+
+def test_a_fault_in_a_process_ends_the_run_with_its_reason(place: Workplace) -> None:
+    with pytest.raises(Exception, match=r"process [12]: .*a fault"):
+        run_with(place, Broken)
+
+
+def test_an_interrupted_run_is_resumed_to_the_same_bytes(place: Workplace) -> None:
+    report = run_with(place, LeaseWorker, Interrupting(chunk=2))
+    assert report.interrupted
+    assert 0 < report.documents_done < 8
+    assert invoke("run", place.job_file).exit_code == 0
+    assert place.output.read_bytes() == alone(place)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are found in /proc")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)])
+def test_no_process_is_left(place: Workplace, number: signal.Signals, code: int) -> None:
+    place.documents = {f"d{each}": f"Paper {each} says much. " * 30 for each in range(16)}
+    command = [sys.executable, "-m", "pipeline.cli", "run", str(place.save()), "--quiet"]
+    run = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True)
+    wait_until(lambda: len(place.segments()) > 2)
+    family = descendants(run.pid)
+    assert len(family) >= 3  # the process that runs the job, and two with models
+    run.send_signal(number)
+    assert run.wait(60) == code
+    wait_until(lambda: not any(is_running(pid) for pid in family))
+    assert invoke("run", place.job_file).exit_code == 0
+    assert place.output.read_bytes() == alone(place)
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def descendants(pid: int) -> list[int]:
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [each for child in children for each in (int(child), *descendants(int(child)))]
+
+
+# ---- how many
+
+
+@pytest.mark.parametrize(
+    ("overrides", "memory", "weights", "device", "expected"),
+    [
+        ([], 64 * GIB, GIB, "cpu", (8, 1)),
+        ([], 16 * GIB, GIB, "cpu", (4, 2)),  # half of the memory holds four
+        ([], GIB, GIB, "cpu", (1, 8)),
+        ([], 64 * GIB, 1 << 20, "cpu", (1, 8)),  # it would have answered before a second process has started
+        ([], 64 * GIB, GIB, "gpu", (1, 8)),
+        (["documents.limit=3"], 64 * GIB, GIB, "cpu", (3, 2)),
+        (["generation.batch_size=24"], 64 * GIB, GIB, "cpu", (1, 8)),  # all rows share a batch
+        (["scale.processes=3"], GIB, GIB, "gpu", (3, 2)),
+        (["scale.processes=99"], GIB, GIB, "cpu", (8, 1)),
+        (["scale.processes=1"], 64 * GIB, GIB, "cpu", (1, 8)),
+    ],
+)
+def test_how_many_processes_and_threads(
+    workplace: Workplace,
+    monkeypatch: pytest.MonkeyPatch,
+    overrides: list[str],
+    memory: int,
+    weights: int,
+    device: str,
+    expected: tuple[int, int],
+) -> None:
+    workplace.documents |= {f"e{number}": "A text. " for number in range(5)}
+    job = load_job(workplace.save(), overrides)
+    monkeypatch.setattr(process_pool, "usable_memory", lambda: memory)
+    monkeypatch.setattr(process_pool, "weights_bytes", lambda folder, config: weights)
+    assert share_cores(job, Inputs(job), cores=8, on_cpu=device == "cpu") == expected
+
+
+def test_ranks_are_processes_already(workplace: Workplace) -> None:
+    result = invoke("run", workplace.job_file, "--set", "scale.ranks=2", "--set", "scale.processes=2")
+    assert result.exit_code == 2
+    assert "scale.processes: the ranks of one model are processes already; leave it out" in result.stderr
