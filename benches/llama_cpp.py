@@ -16,6 +16,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -51,15 +52,21 @@ def server_program() -> Path:
 
 @contextmanager
 def server(program: Path, model: Path, context: int, threads: int) -> Iterator[str]:
-    """Start the server, and yield its address when the model is loaded."""
+    """Start the server, and yield its address when the model is loaded.
+
+    Without repacked weights if it needs instructions (AMX) that the compiler knows and this machine does not allow.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     options = ["-m", str(model), "-c", str(context), "-np", "1", "-t", str(threads), "-fa", "on", "--port", str(port)]
-    environment = os.environ | {"LD_LIBRARY_PATH": str(program.parent)}
-    process = subprocess.Popen(
-        [str(program), *options], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+
+    def start(*more: str) -> subprocess.Popen[bytes]:
+        environment = os.environ | {"LD_LIBRARY_PATH": str(program.parent)}
+        command = [str(program), *options, *more]
+        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    process = start()
     try:
         address = f"http://127.0.0.1:{port}"
         while True:
@@ -67,7 +74,9 @@ def server(program: Path, model: Path, context: int, threads: int) -> Iterator[s
                 urllib.request.urlopen(f"{address}/health", timeout=5).close()
                 break
             except OSError:
-                if process.poll() is not None:
+                if process.poll() == -signal.SIGILL and "--no-repack" not in process.args:
+                    process = start("--no-repack")
+                elif process.poll() is not None:
                     raise SystemExit(f"llama-server ended with exit code {process.returncode}") from None
                 time.sleep(0.2)
         yield address
