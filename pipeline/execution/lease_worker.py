@@ -99,6 +99,7 @@ class LeaseWorker:
         self._model = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._turns, self._turn = Condition(), 0
         self._queued: dict[int, Future[tuple[Sequence[TaskResult] | None, WorkStats]]] = {}
+        self._recalled: set[int] = set()
         self._is_stopping = False
         self._tokens = _TokenCounter()
         self._engine: Engine | None = None
@@ -129,9 +130,10 @@ class LeaseWorker:
             self._queued.pop(number, None)
 
     def recall(self, number: int) -> None:
-        """Do not start the lease of that number, if it still waits."""
-        if number in self._queued:
-            self._queued[number].cancel()
+        """Do not start the lease of that number, if it still waits or is being prepared."""
+        self._recalled.add(number)
+        if (queued := self._queued.get(number)) is not None:
+            queued.cancel()
 
     def stop(self) -> None:
         """Start no more leases."""
@@ -198,8 +200,14 @@ class LeaseWorker:
         with self._turns:
             self._turns.wait_for(lambda: self._turn == number)
             try:
-                prepared = [self._engine.prepare(task) for task in tasks]
+                prepared = []
+                for task in tasks:
+                    if number in self._recalled:
+                        raise CancelledError
+                    prepared.append(self._engine.prepare(task))
                 self._queued[number] = self._model.submit(self._answer, prepared)
+                if number in self._recalled:  # since it was looked at last
+                    self._queued[number].cancel()
             finally:
                 self._turn += 1
                 self._turns.notify_all()

@@ -9,7 +9,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import pytest
@@ -22,6 +24,7 @@ from pipeline.execution.process_pool import ProcessPool, share_cores
 from pipeline.execution.runner import Runner
 from pipeline.inputs.inputs import Inputs
 from pipeline.job.job_file import load_job
+from pipeline.report import WorkStats
 from tests import ROOT
 from tests.pipeline.command_line import invoke
 from tests.pipeline.workplace import Interrupting, Recorder, Workplace
@@ -125,6 +128,33 @@ def test_every_row_is_shown_once(place: Workplace) -> None:
     run_with(place, Dying, observer)
     assert sum(observer.rows) == 24
     assert sum(observer.chunks) >= place.report()["prefilled_tokens"]
+
+
+def test_a_lease_that_is_being_prepared_can_be_recalled(workplace: Workplace) -> None:
+    """Preparing may take long, since it restores prefixes; another process may be idle meanwhile."""
+    worker, begun, may_go_on, answered = LeaseWorker(load_job(workplace.job_file), 20), Event(), Event(), []
+
+    class Engine:
+        def prepare(self, task: Any) -> Any:
+            begun.set()
+            may_go_on.wait(60)
+            return task
+
+        def answer(self, prepared: Any) -> Any:
+            answered.append(prepared)
+            return []
+
+        def take_stats(self) -> WorkStats:
+            return WorkStats()
+
+    worker._engine = Engine()  # type: ignore[assignment]
+    with ThreadPoolExecutor(2) as threads:
+        replies = [threads.submit(worker.answer, number, [number]) for number in (0, 1)]  # type: ignore[list-item]
+        assert begun.wait(60)
+        worker.recall(1)
+        may_go_on.set()
+        assert [reply.result(60).results for reply in replies] == [[], None]
+    assert answered == [[0]]
 
 
 # ---- who dies
