@@ -48,7 +48,7 @@ def encode_layer(
     if on_cpu():  # where NumPy computes, and may fail on other numbers
         _require_finite(finite)
     first = min(codec.sinks, keys.shape[1])
-    metric, order, fine = _order_tokens(keys, codec, queries)
+    metric, _, order, fine = order_tokens(keys, codec, queries)
     rounding_metric = None
     if metric is not None:
         factorise = encoding_gpu.feedback if encoding_gpu.factors(keys.shape[-1]) else None
@@ -78,28 +78,29 @@ def _require_finite(finite: mx.array) -> None:
         raise ValueError("K/V hold numbers that are not finite: the model overflows on this context")
 
 
-def _order_tokens(keys: mx.array, codec: CacheCodec, queries: QueryStatistics | None) -> tuple[Any, mx.array, int]:
+def order_tokens(keys: mx.array, codec: CacheCodec, queries: QueryStatistics | None) -> tuple[Any, Any, mx.array, int]:
     """Order the tokens after the sinks, so that the finer ones come last.
 
-    Returns the metric in which keys are rounded, or None; the tokens in their order, (n_kv_heads, T - S) int32, counted
-    from the end of the sinks; and the number of finer ones.
+    Returns the metric in which keys are rounded, or None; the squared attention that each token gets from the context's
+    own queries, (n_kv_heads, T) of ``device.array_module``, or None; the tokens in their order, (n_kv_heads, T - S)
+    int32, counted from the end of the sinks; and the number of finer ones.
     """
     heads, tokens, _ = keys.shape
     window, attended = codec.fine_tokens(tokens, queries is not None)
     count = max(0, tokens - codec.sinks)
     order = mx.broadcast_to(mx.arange(count, dtype=mx.int32), (heads, count))
     if queries is None:
-        return None, order, window
+        return None, None, order, window
     kernel = query_stats_gpu.squared_attention if query_stats_gpu.usable() else None
     metric, attention = queries.metric_and_attention(keys, kernel)
     split = count - window - attended
     if 0 < split < count:
         xp = array_module()
-        attention = xp.where(xp.arange(count) < count - window, attention[:, codec.sinks :], np.inf)
-        by_attention = xp.argpartition(attention, split, axis=1)
+        ranked = xp.where(xp.arange(count) < count - window, attention[:, codec.sinks :], np.inf)
+        by_attention = xp.argpartition(ranked, split, axis=1)
         parts = [xp.sort(part, axis=1) for part in (by_attention[:, :split], by_attention[:, split:])]
         order = mx.array(xp.concatenate(parts, axis=1)).astype(mx.int32)
-    return metric if codec.query_aware else None, order, window + attended
+    return metric if codec.query_aware else None, attention, order, window + attended
 
 
 def _mean(x: mx.array) -> mx.array:
