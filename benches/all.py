@@ -89,6 +89,16 @@ ALL = (
     Figures("ray-kills", "scaling.md", ("benches.ray_kills --set documents.limit=6",)),
     Figures("peers", "fidelity.md", ("benches.peers --model {model} --data {data} --tokens 600 --contracts 2",)),
     Figures("fidelity", "fidelity.md", ("benches.contracts --model {model} --data {data}",), gpu=True),
+    Figures(
+        "trellis",
+        "fidelity.md",
+        (
+            "benches.viterbi",
+            "benches.trellis --model {model} --data {data} --tokens 4000",
+            "benches.trellis --model {model} --data {data} --tokens 1500",
+        ),
+        gpu=True,
+    ),
     Figures("kernels", "kernels.md", ("turboquant.bench", "benches.metal_report"), gpu=True),
     Figures(
         "steps",
