@@ -23,7 +23,10 @@ from pipeline.commands.bench_result import WARM, BenchResult, Pair
 from pipeline.errors import NotApplicable, PipelineError, RowError, one_line
 from pipeline.execution.decode import make_sampler, row_name
 from pipeline.execution.engine import too_long
+from pipeline.execution.pool_executor import PoolExecutor
+from pipeline.execution.process_pool import ProcessPool, processes_and_threads
 from pipeline.execution.runner import Runner
+from pipeline.execution.worker_pool import WorkerHandle
 from pipeline.inputs.inputs import Inputs
 from pipeline.inputs.prompts import PromptTokenizer, Renderer
 from pipeline.inputs.windows import WindowCutter
@@ -43,7 +46,7 @@ from turboquant.eval.baselines import group_size_of
 from turboquant.eval.results import CannotRun
 from turboquant.runtime.device import on_cpu
 
-_PROC = Path("/proc/self")
+_PROC = Path("/proc")
 
 
 def run_contender(contender: str, job: Job, small: Job, folder: Path) -> BenchResult:
@@ -82,7 +85,7 @@ class ResourceMeter:
         mx.clear_cache()
         if on_cpu():
             with suppress(OSError):
-                (_PROC / "clear_refs").write_text("5")  # sets VmHWM to VmRSS, see proc(5)
+                _reset_peak("self")
             self._held = _resident_bytes("VmRSS")
         else:
             mx.reset_peak_memory()
@@ -96,10 +99,15 @@ class ResourceMeter:
         return seconds, peak, max(0, peak - self._held)
 
 
-def _resident_bytes(name: str) -> int:
-    """Return a value of /proc/self/status in bytes; without /proc, the peak of this process."""
+def _reset_peak(pid: object) -> None:
+    """Set the process's VmHWM to its VmRSS, see proc(5)."""
+    (_PROC / str(pid) / "clear_refs").write_text("5")
+
+
+def _resident_bytes(name: str, pid: object = "self") -> int:
+    """Return a value of /proc/PID/status in bytes; without /proc, the peak of this process."""
     with suppress(OSError):
-        for line in (_PROC / "status").read_text().splitlines():
+        for line in (_PROC / str(pid) / "status").read_text().splitlines():
             if line.startswith(f"{name}:"):
                 return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -117,11 +125,43 @@ class _MeterStart(RunObserver):
         self.meter = self.meter or ResourceMeter()
 
 
+class _MeteredPool(ProcessPool):
+    """Measures the time since the first process is ready, and the memory of all of them, as ResourceMeter does."""
+
+    started: float | None = None
+    held = peak = 0
+
+    def has_started(self, worker: WorkerHandle) -> None:
+        super().has_started(worker)
+        pid = worker.report.pid
+        with suppress(OSError):
+            _reset_peak(pid)
+        self.started = self.started or time.monotonic()
+        self.held += _resident_bytes("VmRSS", pid)
+
+    def close(self) -> None:
+        self.peak = sum(_resident_bytes("VmHWM", worker.report.pid) for worker in self.workers.values())
+        super().close()
+
+    def read(self) -> tuple[float, int, int]:
+        """Return the seconds, the peak in bytes, and the part of the peak beyond the memory in use at the start."""
+        return time.monotonic() - (self.started or 0.0), self.peak, max(0, self.peak - self.held)
+
+
 def _run_pipeline(job: Job, warm: bool) -> BenchResult:
-    observer = _MeterStart()
-    report = Runner(job.model_copy(update={"retries": 0}), observer).run()
-    assert observer.meter is not None
-    measured = observer.meter.read()
+    job = job.model_copy(update={"retries": 0})
+    processes, threads = processes_and_threads(job, Inputs(job))
+    if processes > 1:
+        pool = _MeteredPool(job, processes, threads)
+        report = Runner(
+            job, RunObserver(), executor=lambda context, inputs, done: PoolExecutor(context, inputs, done, pool)
+        ).run()
+        measured = pool.read()
+    else:
+        observer = _MeterStart()
+        report = Runner(job, observer).run()
+        assert observer.meter is not None
+        measured = observer.meter.read()
     if warm and report.prefixes_built:
         raise PipelineError(f"{report.prefixes_built} prefixes were not in the store, so this was no warm run")
     if broken := report.failures.get("GenerationFailed"):
@@ -131,7 +171,7 @@ def _run_pipeline(job: Job, warm: bool) -> BenchResult:
         {(row["document_id"], row["query_id"]): row["answer"] for row in rows if row["status"] == "ok"},
         report.answer_tokens,
         report.rows_failed,
-        report.prefill_seconds,
+        report.prefill_seconds / report.processes,
         sum(file.stat().st_size for file in job.cache.dir.glob("??/*/*")),
         *measured,
     )

@@ -1,4 +1,7 @@
-"""A run in several processes on one machine: the same bytes as in one, whoever is killed meanwhile."""
+"""A run in several processes on one machine: the same bytes as in one, whoever is killed meanwhile.
+
+What all pools of workers do alike (chained queries, failed rows, segments that are dropped) is in test_ray.py.
+"""
 
 from __future__ import annotations
 
@@ -102,34 +105,6 @@ def test_the_same_bytes_as_in_one_process(place: Workplace) -> None:
     assert place.output.read_bytes() == alone(place)
 
 
-def test_queries_that_use_answers_give_the_same_bytes(place: Workplace) -> None:
-    place.queries[2] |= {"text": "Who of {{ answers.what }}?", "when": "id != 'd1'"}
-    place.queries.append({"id": "all", "text": "Which of these?", "previous": True})
-    report = json.loads(invoke("run", place.save(), "--json").stdout)
-    assert (report["rows"], report["rows_skipped"], report["rows_failed"]) == (32, 1, 0)
-    assert place.output.read_bytes() == alone(place)
-
-
-def test_prefixes_are_dropped_with_the_last_answer(place: Workplace) -> None:
-    assert invoke("run", place.job_file, "--set", "cache.keep=job").exit_code == 0
-    assert place.segments() == []
-    assert place.output.read_bytes() == alone(place)
-
-
-def test_rows_fail_as_in_one_process(place: Workplace) -> None:
-    place.documents |= {"blank": " ", "long": "word " * 3000}
-    assert invoke("run", place.save()).exit_code == 3
-    assert place.output.read_bytes() == alone(place)
-
-
-def test_every_row_is_shown_once(place: Workplace) -> None:
-    (place.folder / "deaths-d1").write_text("1")
-    observer = Recorder()
-    run_with(place, Dying, observer)
-    assert sum(observer.rows) == 24
-    assert sum(observer.chunks) >= place.report()["prefilled_tokens"]
-
-
 def test_a_lease_that_is_being_prepared_can_be_recalled(workplace: Workplace) -> None:
     """Preparing may take long, since it restores prefixes; another process may be idle meanwhile."""
     worker, begun, may_go_on, answered = LeaseWorker(load_job(workplace.job_file), 20), Event(), Event(), []
@@ -162,8 +137,10 @@ def test_a_lease_that_is_being_prepared_can_be_recalled(workplace: Workplace) ->
 
 def test_a_process_that_is_killed_costs_nothing(place: Workplace, caplog: pytest.LogCaptureFixture) -> None:
     (place.folder / "deaths-d1").write_text("1")
-    assert run_with(place, Dying).restarts == 1
+    observer = Recorder()
+    assert run_with(place, Dying, observer).restarts == 1
     assert place.output.read_bytes() == alone(place)
+    assert sum(observer.rows) == 24  # each is shown once
     assert "was killed by signal 9 (SIGKILL), probably out of memory, with document 'd1' in hand" in caplog.text
     assert "going on with 1 of the processes, because memory may be short" in caplog.text
 
@@ -197,7 +174,7 @@ def test_an_interrupted_run_is_resumed_to_the_same_bytes(place: Workplace) -> No
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are found in /proc")
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 130), (signal.SIGKILL, -9)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 130), (signal.SIGKILL, -9)])
 def test_no_process_is_left(place: Workplace, number: signal.Signals, code: int) -> None:
     place.documents = {f"d{each}": f"Paper {each} says much. " * 30 for each in range(16)}
     command = [sys.executable, "-m", "pipeline.cli", "run", str(place.save()), "--quiet"]
