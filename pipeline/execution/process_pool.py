@@ -46,7 +46,7 @@ def local_executor(context: RunContext, inputs: Inputs, documents_done: int = 0)
     processes, threads = processes_and_threads(context.job, inputs)
     if processes == 1:
         return LocalExecutor(context, inputs, documents_done)
-    _log.info("%d processes of %d threads each, with a model each", processes, threads)
+    _log.info("%d processes with a model each; threads of each: %d", processes, threads)
     return PoolExecutor(context, inputs, documents_done, ProcessPool(context.job, processes, threads))
 
 
