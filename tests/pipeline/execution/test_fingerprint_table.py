@@ -105,7 +105,10 @@ CHANGES: dict[str, Change] = {
     "queries.retries": lambda place: place.queries[0].update(check="len(answer) < 200", retries=1),
     "queries.id": lambda place: [query.update(id=f"new {query['id']}") for query in place.queries],
     **set_keys("generation", SETTINGS | {"thinking": "drop", "batch_size": 1}),
-    **set_keys("scale", {"ranks": 2, "workers": 2, "num_cpus": 2, "num_gpus": 1, "resources": {"mac": 1}}),
+    **set_keys(
+        "scale",
+        {"processes": 2, "ranks": 2, "workers": 2, "num_cpus": 2, "num_gpus": 1, "resources": {"mac": 1}},
+    ),
     "model": move("model", "model"),
     "documents.path": move("docs.parquet", "documents.path"),
     **set_keys("output", {"path": "out/b.parquet", "columns": ["other"], "layout": "wide"}),
