@@ -13,9 +13,9 @@ from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from threading import Condition
+from threading import Condition, Lock
 from typing import TYPE_CHECKING
 
 from pipeline.errors import Interrupted, JobError
@@ -46,11 +46,15 @@ class WorkerInfo:
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """Tokens of contexts that a worker has prefilled and restored since it started, and rows that it has answered."""
+    """Tokens of contexts that a worker has prefilled and restored since it started, and rows that it has answered.
+
+    changes: how often they have changed; of two counts, the one with more is the later one.
+    """
 
     prefilled: int = 0
     restored: int = 0
     rows: int = 0
+    changes: int = 0
 
 
 @dataclass(frozen=True)
@@ -73,15 +77,23 @@ class WorkerReply:
 class _TokenCounter(RunObserver):
     def __init__(self) -> None:
         self.counts = TokenCounts()
+        self._lock = Lock()  # prefixes are restored in other threads
 
     def prefill_advanced(self, tokens: int) -> None:
-        self.counts = replace(self.counts, prefilled=self.counts.prefilled + tokens)
+        self._add(prefilled=tokens)
 
     def restore_advanced(self, tokens: int) -> None:
-        self.counts = replace(self.counts, restored=self.counts.restored + tokens)
+        self._add(restored=tokens)
 
     def rows_done(self, count: int) -> None:
-        self.counts = replace(self.counts, rows=self.counts.rows + count)
+        self._add(rows=count)
+
+    def _add(self, prefilled: int = 0, restored: int = 0, rows: int = 0) -> None:
+        with self._lock:
+            now = self.counts
+            self.counts = TokenCounts(
+                now.prefilled + prefilled, now.restored + restored, now.rows + rows, now.changes + 1
+            )
 
 
 class LeaseWorker:

@@ -227,15 +227,15 @@ class PoolExecutor(Executor):
     def _show_tokens(self, worker: WorkerHandle, counts: TokenCounts) -> None:
         """Show the tokens and rows since the counts that came last. Replies may overtake each other."""
         shown, self._last_tokens = worker.shown, time.monotonic()
-        if worker.name not in self._pool.workers or counts.prefilled < shown.prefilled:
+        if worker.name not in self._pool.workers or counts.changes <= shown.changes:
             return
+        worker.shown = counts
         if prefilled := counts.prefilled - shown.prefilled:
             self._context.observer.prefill_advanced(prefilled)
-        if restored := max(0, counts.restored - shown.restored):
+        if restored := counts.restored - shown.restored:
             self._context.observer.restore_advanced(restored)
         if rows := counts.rows - shown.rows:
             self._context.observer.rows_done(rows)
-        worker.shown = replace(counts, restored=shown.restored + restored)
 
     def _reply_of(self, worker: WorkerHandle, future: Future[WorkerReply]) -> WorkerReply | None:
         """Return a worker's reply and pass its log on; None if the worker is lost. Raises the error that it reports."""
