@@ -60,7 +60,8 @@ def server_program() -> Path:
 def server(program: Path, model: Path, context: int, threads: int) -> Iterator[str]:
     """Start the server, and yield its address when the model is loaded.
 
-    Without repacked weights if it needs instructions (AMX) that the compiler knows and this machine does not allow.
+    If it dies of instructions (AMX) that the compiler knows and this machine does not allow, it is started again
+    without repacked weights, which need them.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -122,11 +123,11 @@ def by_llama_cpp(job: Job, model: Path, threads: int) -> dict[str, float]:
         return {"seconds": time.monotonic() - started, "answer_tokens": answered}
 
 
-def by_pipeline(job_file: Path, folder: Path, *options: str) -> dict[str, Any]:
+def by_pipeline(job_file: Path, folder: Path) -> dict[str, Any]:
     """Run the job and return the run's report; ``seconds`` are without loading the model."""
     output = f"output.path={folder / 'answers.parquet'}"
     command = [sys.executable, "-m", "pipeline.cli", "run", str(job_file), "--json", "--quiet", "--set", output]
-    command += ["--set", f"cache.dir={folder / 'cache'}", *options]
+    command += ["--set", f"cache.dir={folder / 'cache'}"]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.returncode)

@@ -26,7 +26,7 @@ NEVER_STARTED = (
 
 
 class WorkerLost(Exception):
-    """A worker does not answer any more. The text says what became of it, as the end of a sentence."""
+    """A worker does not answer any more. `WorkerPool.remove` says what became of it."""
 
 
 @dataclass(eq=False)
