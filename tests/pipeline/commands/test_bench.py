@@ -140,6 +140,22 @@ def test_warm_prefills_nothing_and_what_keeps_caches_says_how_big_they_are(ran: 
         assert (row["disk_bytes"] == 0) == (contender in ("naive", "copied"))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the memory of processes is read in /proc")
+def test_a_pipeline_in_two_processes_is_measured_as_a_whole(workplace: Workplace) -> None:
+    rows = {}
+    for processes in (1, 2):
+        options = ["--json", "--contender", "pipeline-cold", "--set", "cache.resident=packed"]
+        done = start(workplace, *options, "--set", f"scale.processes={processes}")
+        out, error = done.communicate()
+        assert done.returncode == 0, error
+        (rows[processes],) = json.loads(out)
+    one, two = rows[1], rows[2]
+    assert (two["answers"], two["answer_tokens"]) == (one["answers"], one["answer_tokens"])
+    assert two["seconds"] > two["prefill_seconds"] > 0
+    assert two["peak_bytes"] > 1.2 * one["peak_bytes"]  # both processes have the packages and a model
+    assert 0 <= two["extra_bytes"] < two["peak_bytes"]
+
+
 def test_pairs_that_cannot_be_answered_are_left_out_and_counted(ran: Ran) -> None:
     assert "document 'blank' is left out: the document's text is empty" in ran.error
     assert "copied: 4 answered in " in ran.error
