@@ -3,8 +3,10 @@
     python -m benches.all OUT --model SMOLLM2 --data CUAD [--gpu] [--only NAME ...] [--list]
 
 What a bench prints goes to OUT/NAME.txt, beneath the version of the code and what ``pipeline doctor`` says of the
-machine. SMOLLM2 is a folder that ``pipeline smollm2`` wrote, CUAD one with contracts.jsonl.gz and questions.json. The
-benches of a CPU take a night, those of a GPU (``--gpu``) an hour; nothing else should run meanwhile.
+machine. What it prints as JSON goes to docs/figures/NAME.json too, with the date, the machine and the versions;
+``python -m docs.pictures`` draws pictures of it. SMOLLM2 is a folder that ``pipeline smollm2`` wrote, CUAD one with
+contracts.jsonl.gz and questions.json. The benches of a CPU take a night, those of a GPU (``--gpu``) an hour; nothing
+else should run meanwhile.
 """
 
 from __future__ import annotations
@@ -12,13 +14,24 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
+import platform
+import re
 import subprocess
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
+from typing import IO, Any
+
+import mlx.core as mx
+
+from turboquant.runtime.machine import usable_cpus, usable_memory
 
 ROOT = Path(__file__).resolve().parent.parent
+FIGURES = ROOT / "docs" / "figures"
 DEMO_MODEL = str(ROOT / "jobs" / "demo" / "model")
 
 
@@ -32,7 +45,8 @@ class Figures:
     gpu: bool = False
 
 
-# {out}, {model}, {data}: folders, of the command line; {contract}: a text; {demo}: the demo's model; {job}: the name.
+# {out}, {model}, {data}: folders, of the command line; {contract}: a text; {demo}: the demo's model; {job}: the name;
+# {json}: a file that the bench writes its figures to.
 BENCH = "pipeline.cli bench {out}/jobs/{job}/job.yaml --json "
 ON_GPU = "benches.big {out}/jobs/{job} --queries 32 --max-tokens 128 --tokens "
 IN_OUT = "--set cache.dir={out}/jobs/{job}/cache --set output.path={out}/jobs/{job}/answers.parquet"
@@ -51,6 +65,14 @@ ALL = (
         "against-mlx-lm",
         "performance.md",
         ("benches.questions {out}/jobs/{job}", BENCH + "--documents 8 --naive-queries 1"),
+    ),
+    Figures(
+        "against-queries",
+        "performance.md",
+        (
+            "benches.questions {out}/jobs/{job}",
+            *(f"{BENCH}--documents 4 --naive-queries 1 --queries {count}" for count in (1, 2, 4, 8, 16, 32)),
+        ),
     ),
     Figures(
         "contracts-job",
@@ -96,19 +118,23 @@ ALL = (
         ("benches.ray_overhead efficiency", "benches.ray_overhead driver", "benches.ray_overhead data"),
     ),
     Figures("ray-kills", "scaling.md", ("benches.ray_kills --set documents.limit=6",)),
-    Figures("peers", "fidelity.md", ("benches.peers --model {model} --data {data} --tokens 600 --contracts 2",)),
-    Figures("fidelity", "fidelity.md", ("benches.contracts --model {model} --data {data}",), gpu=True),
+    Figures(
+        "peers",
+        "fidelity.md",
+        ("benches.peers --model {model} --data {data} --tokens 600 --contracts 2 --json {json}",),
+    ),
+    Figures("fidelity", "fidelity.md", ("benches.contracts --model {model} --data {data} --json {json}",), gpu=True),
     Figures(
         "trellis",
         "fidelity.md",
         (
             "benches.viterbi",
-            "benches.trellis --model {model} --data {data} --tokens 4000",
-            "benches.trellis --model {model} --data {data} --tokens 1500",
+            "benches.trellis --model {model} --data {data} --tokens 4000 --json {json}",
+            "benches.trellis --model {model} --data {data} --tokens 1500 --json {json}",
         ),
         gpu=True,
     ),
-    Figures("kernels", "kernels.md", ("turboquant.bench", "benches.metal_report"), gpu=True),
+    Figures("kernels", "kernels.md", ("turboquant.bench --json", "benches.metal_report"), gpu=True),
     Figures(
         "steps",
         "kernels.md",
@@ -145,25 +171,84 @@ ALL = (
 )
 
 
-def run(figures: Figures, out: Path, places: dict[str, str]) -> bool:
-    """Do what gives some figures; whether all of it went well."""
+def run(figures: Figures, out: Path, places: Mapping[str, str], machine: str, folder: Path = FIGURES) -> bool:
+    """Run the commands of some figures and write what they print; return whether all of them succeeded.
+
+    machine: what is said of the machine, above what the commands print.
+    """
+    written, runs = out / f"{figures.name}.json", []
+    names = {"out": "OUT", "model": "SMOLLM2", "data": "CUAD", "contract": "CONTRACT", "demo": "jobs/demo/model"}
     with (out / f"{figures.name}.txt").open("w", encoding="utf-8") as file:
-        _write(file, ["git", "-C", str(ROOT), "log", "-1", "--format=%H %cI"])
-        _write(file, [sys.executable, "-m", "pipeline.cli", "doctor"])
+        print(machine, file=file)
         for command in figures.commands:
-            words = [word.format(job=figures.name, **places) for word in command.split()]
-            if not words[0].endswith(".py"):
-                words.insert(0, "-m")
-            print(f"\n$ python {' '.join(words)}", file=file, flush=True)
+            whole = ("python " if command.partition(" ")[0].endswith(".py") else "python -m ") + command
+            words = whole.format(job=figures.name, json=written, **places).split()
+            print(f"\n$ {' '.join(words)}", file=file, flush=True)
             started = time.monotonic()
-            if _write(file, [sys.executable, *words]) not in (0, 3):  # some rows of a run may fail
+            code, printed = _output([sys.executable, *words[1:]], file)
+            if code not in (0, 3):  # some rows of a run may fail
                 return False
             print(f"({time.monotonic() - started:.0f} s)", file=file, flush=True)
+            if written.exists():
+                printed += f"\n{written.read_text(encoding='utf-8')}"
+                written.unlink()
+            if rows := objects(printed.replace(str(out), "OUT")):
+                runs.append({"command": whole.format(job=figures.name, json="FILE", **names), "rows": rows})
+    if runs:
+        write(folder / f"{figures.name}.json", {"page": f"docs/{figures.page}", **about(), "runs": runs})
     return True
 
 
-def _write(file: object, command: list[str]) -> int:
-    return subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, check=False).returncode  # type: ignore[call-overload,no-any-return]
+def objects(printed: str) -> list[dict[str, Any]]:
+    """Return the JSON objects among what a command printed: one on a line, or several in a list."""
+    found: list[dict[str, Any]] = []
+    end = 0
+    for line in re.finditer(r"^(?=[\[{])", printed, re.MULTILINE):
+        if line.start() >= end:
+            try:
+                value, end = json.JSONDecoder().raw_decode(printed, line.start())
+            except ValueError:  # a line of another kind
+                continue
+            found += value if isinstance(value, list) else [value]
+    return found
+
+
+def about() -> dict[str, Any]:
+    """Return what figures depend on: the date, the code's commit, the machine and the versions."""
+    machine = {
+        "device": mx.device_info(mx.default_device())["device_name"],
+        "cpu": mx.device_info(mx.Device(mx.cpu))["device_name"],
+        "cores": usable_cpus(),
+        "memory_GB": round(usable_memory() / 1e9),
+    }
+    commit = _output(["git", "-C", str(ROOT), "log", "-1", "--format=%H"])[1].strip()
+    versions = {"python": platform.python_version()} | {name: version(name) for name in ("mlx", "mlx-lm", "numpy")}
+    return {"date": date.today().isoformat(), "commit": commit, "machine": machine, "versions": versions}
+
+
+def write(path: Path, figures: Mapping[str, Any]) -> None:
+    """Write figures as JSON, with one row of a run on a line."""
+    head = json.dumps({name: value for name, value in figures.items() if name != "runs"}, ensure_ascii=False, indent=1)
+    runs = [
+        f'  {{"command": {json.dumps(run["command"])}, "rows": [\n   '
+        + ",\n   ".join(json.dumps(row, ensure_ascii=False) for row in run["rows"])
+        + "\n  ]}"
+        for run in figures["runs"]
+    ]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(head[:-2] + ',\n "runs": [\n' + ",\n".join(runs) + "\n ]\n}\n", encoding="utf-8")
+
+
+def _output(command: Sequence[str], file: IO[str] | None = None) -> tuple[int, str]:
+    """Run a command and copy what it prints to a file meanwhile; return its exit code and what it printed."""
+    lines = []
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line)
+            if file:
+                print(line, end="", file=file, flush=True)
+    return process.returncode, "".join(lines)
 
 
 def _first_contract(data: Path, out: Path) -> Path:
@@ -198,9 +283,11 @@ def main() -> None:
     model, data = arguments.model.resolve(), arguments.data.resolve()
     contract = _first_contract(data, out)
     places = {"out": out, "model": model, "data": data, "contract": contract, "demo": DEMO_MODEL}
+    version_of_code = _output(["git", "-C", str(ROOT), "log", "-1", "--format=%H %cI"])[1]
+    machine = version_of_code + _output([sys.executable, "-m", "pipeline.cli", "doctor"])[1]
     for figures in chosen:
         print(figures.name, file=sys.stderr, flush=True)
-        if not run(figures, out, {name: str(place) for name, place in places.items()}):
+        if not run(figures, out, {name: str(place) for name, place in places.items()}, machine):
             print(f"{figures.name} failed: see {out / figures.name}.txt", file=sys.stderr)
 
 

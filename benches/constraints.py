@@ -106,7 +106,7 @@ def main() -> None:
     texts = [json.dumps(schema) for schema in SCHEMAS]
     started = time.perf_counter()
     grammars, marks = Grammars(loaded.tokenizer, texts), ThinkingMarks(loaded.tokenizer)
-    print(f"vocabulary {vocabulary:,}; 8 schemas compiled in {time.perf_counter() - started:.2f} s", flush=True)
+    compiling = time.perf_counter() - started
     packed = prefill(loaded.model, random_tokens(arguments.tokens, vocabulary, -1), CacheCodec(), 512)
     (prefix,) = make_resident([packed], "dense")
     for rows in arguments.rows:
@@ -115,11 +115,9 @@ def main() -> None:
         with enabled(loaded.model):
             ways = [None] * rows, [Timed(each, seconds) for each in held]
             before, after = measure([begin(loaded.model, prefix, vocabulary, way) for way in ways])
-        print(
-            f"{rows:4} rows  free {before:7.2f} ms  held {after:7.2f} ms  {after / before - 1:+.1%}"
-            f"  mask {1e6 * statistics.median(seconds):.0f} us",
-            flush=True,
-        )
+        times = {"free_ms": before, "held_ms": after, "mask_us": 1e6 * statistics.median(seconds)}
+        rounded = {name: round(value, 2) for name, value in {**times, "compiling_8_schemas_s": compiling}.items()}
+        print(json.dumps({"vocabulary": vocabulary, "rows": rows, **rounded}), flush=True)
 
 
 if __name__ == "__main__":

@@ -85,13 +85,12 @@ def seconds_per_document(store: Store, segment: Segment, documents: int, name: s
 
 
 def main() -> None:
-    """Print a line for each size."""
+    """Print a line of JSON for each size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--segments", type=int, nargs="+", default=[1000, 10_000, 100_000])
     parser.add_argument("--documents", type=int, default=50)
     arguments = parser.parse_args()
     segment = make_segment()
-    print(f"{'segments':>10}{'first use, s':>14}{'keep: job, ms':>15}{'evicting, ms':>14}{'saving, ms':>12}")
     for segments in arguments.segments:
         with tempfile.TemporaryDirectory() as folder:
             empty = Store(Path(folder) / "empty")
@@ -103,9 +102,9 @@ def main() -> None:
             job = seconds_per_document(Store(path, 1 << 50), segment, arguments.documents, "job", keep=False)
             full = Store(path, Store(path).used_bytes() + 100_000)
             evicting = seconds_per_document(full, segment, arguments.documents, "evict", keep=True)
-        print(
-            f"{segments:>10,}{first:>14.2f}{1e3 * job:>15.1f}{1e3 * evicting:>14.1f}{1e3 * saving:>12.1f}", flush=True
-        )
+        milliseconds = {"keep_job_ms": job, "evicting_ms": evicting, "saving_ms": saving}
+        rounded = {name: round(1e3 * value, 2) for name, value in milliseconds.items()}
+        print(json.dumps({"segments": segments, "first_use_s": round(first, 3), **rounded}), flush=True)
 
 
 if __name__ == "__main__":

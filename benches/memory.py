@@ -15,6 +15,7 @@ documents.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import signal
@@ -39,14 +40,13 @@ SECONDS_BETWEEN_LOOKS = 0.02
 
 
 def main() -> None:
-    """Print a line a job."""
+    """Print a line of JSON for each job."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=int, nargs="*", default=[10, 1000])
     parser.add_argument("--megabytes", type=int, nargs="*", default=[300], help="of text in one row group")
     parser.add_argument("--joined", type=int, nargs="*", default=[1000], help="documents with queries of their own")
     parser.add_argument("--kilobytes", type=int, default=100, help="of text in each of those")
     arguments = parser.parse_args()
-    print("job                              parent MB  model MB  seconds")
     with tempfile.TemporaryDirectory() as folder:
         model = make_model(Path(folder) / "model")
         for count in arguments.documents:
@@ -126,7 +126,8 @@ def show(name: str, place: Place, kill_at: int | None = None) -> None:
     """Run a job, killed when so many documents are done, and print its peaks."""
     started = time.monotonic()
     parent, child = peaks(place, kill_at)
-    print(f"{name:32} {parent / 1024:9.1f} {child / 1024:9.1f} {time.monotonic() - started:8.1f}", flush=True)
+    megabytes = {"parent_MB": round(parent / 1024, 1), "model_MB": round(child / 1024, 1)}
+    print(json.dumps({"job": name, **megabytes, "seconds": round(time.monotonic() - started, 1)}), flush=True)
 
 
 def peaks(place: Place, kill_at: int | None) -> tuple[int, int]:

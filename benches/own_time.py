@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import tempfile
 import threading
 import time
@@ -25,6 +26,7 @@ from pipeline.progress import RunObserver
 ROOT = Path(__file__).resolve().parent.parent
 GROUP = "pipeline.execution.engine:Engine.answer"
 REST = "everything else"
+OWN = "the pipeline itself"
 MODEL = {"prefill: the model", "prefill: encoding", "answers: the model, in BatchGenerator", "decoding prefixes once"}
 STAGES = {
     "turboquant.caches.prefix:feed": "prefill: the model",
@@ -91,7 +93,7 @@ class Clock:
 
 
 def main() -> None:
-    """Print a table."""
+    """Print a line of JSON for each stage."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--job", type=Path, default=ROOT / "jobs" / "summarize.yaml")
     parser.add_argument("--warm", action="store_true")
@@ -114,11 +116,10 @@ def main() -> None:
             clock.watch(target, stage)
         Runner(job, RunObserver()).run()
     total = clock.seconds.total()
-    print(f"{clock.groups - 1} groups of documents, {total:.1f} s")
-    for stage, seconds in clock.seconds.most_common():
-        print(f"{stage:40}{seconds:9.3f} s{seconds / total:8.2%}")
     own = sum(seconds for stage, seconds in clock.seconds.items() if stage not in MODEL)
-    print(f"{'the pipeline itself':40}{own:9.3f} s{own / total:8.2%}")
+    stages = {f"{clock.groups - 1} groups of documents": total, **dict(clock.seconds.most_common()), OWN: own}
+    for stage, seconds in stages.items():
+        print(json.dumps({"stage": stage, "seconds": round(seconds, 3), "percent": round(100 * seconds / total, 2)}))
 
 
 if __name__ == "__main__":

@@ -29,20 +29,20 @@ ROWS_PER_TABLE = 1000
 
 
 def main() -> None:
-    """Print a row a number of documents."""
+    """Print a line of JSON for each number of documents."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--documents", type=int, nargs="+", default=[1000, 10_000, 100_000])
     parser.add_argument("--words", type=int, default=225, help="on average; from two thirds to four thirds of it")
     parser.add_argument("--command", choices=("plan", "status"), default="plan")
     arguments = parser.parse_args()
-    print("documents  characters  seconds  peak MB  counted")
     for count in arguments.documents:
         with tempfile.TemporaryDirectory() as folder:
             characters = write_documents(Path(folder) / "documents.parquet", count, arguments.words)
             seconds, megabytes, output = measure(arguments.command, write_job(Path(folder)))
         found = json.loads(output)
         counted = {name: found[name] for name in ("tokens", "misses", "estimated", "left") if name in found}
-        print(f"{count:9,}  {characters:10,}  {seconds:7.1f}  {megabytes:7.0f}  {counted}", flush=True)
+        measured = {"seconds": round(seconds, 1), "peak_MB": round(megabytes), "counted": counted}
+        print(json.dumps({"documents": count, "characters": characters, **measured}), flush=True)
 
 
 def write_documents(path: Path, count: int, words: int) -> int:

@@ -9,6 +9,7 @@ and with what encoding the finished context takes. The logits of the last tokens
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -84,16 +85,16 @@ def main() -> None:
 
     loaded = load_model(arguments.model)
     text = loaded.tokenizer.encode(arguments.text.read_text())
-    print(f"{blas.name}, {blas.threads} threads")
     for count in arguments.tokens:
         if len(text) < count:
             parser.error(f"{arguments.text} has only {len(text)} tokens")
         best = measure(loaded.model, text[:count], arguments.rounds)
         base = next(iter(best.values()))
         for name, seconds in best.items():
-            print(f"{count:7,} tokens  {name:44}{seconds:8.2f} s {base / seconds:6.2f}", flush=True)
+            measured = {"seconds": round(seconds, 2), "rate_by_mlx_lm": round(base / seconds, 2)}
+            print(json.dumps({"tokens": count, "way": name, **measured, "blas": blas.name}), flush=True)
         difference, greatest = logit_difference(loaded.model, text[:count])
-        print(f"{count:7,} tokens  greatest difference of a logit {difference:.1e}, greatest logit {greatest:.1f}")
+        print(json.dumps({"tokens": count, "greatest_difference_of_a_logit": difference, "greatest_logit": greatest}))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ Each is done in a process of its own, on a cluster of this machine that has a CP
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import resource
 import subprocess
@@ -127,7 +128,7 @@ def ray_data(documents: int) -> None:
     data = ray.data.from_items(rows, override_num_blocks=documents)  # or an actor takes a block of many at once
     pool = data.map_batches(Echo, batch_size=1, concurrency=2, num_cpus=1)
     count = sum(1 for _ in pool.iter_rows())
-    print(f"Ray Data, actor pool of 2: {(time.monotonic() - started) / count * 1e3:.2f} ms a document, start included")
+    _show("Ray Data, actor pool of 2", started, count)
     actors = [ray.remote(Echo).options(num_cpus=1).remote() for _ in range(2)]
     started, waiting, done = time.monotonic(), {}, 0
     todo = iter(rows)
@@ -140,7 +141,12 @@ def ray_data(documents: int) -> None:
         done += 1
         if (row := next(todo, None)) is not None:
             waiting[actor.__call__.remote(row)] = actor
-    print(f"Ray Core, 2 actors: {(time.monotonic() - started) / done * 1e3:.2f} ms a document, start included")
+    _show("Ray Core, 2 actors", started, done)
+
+
+def _show(way: str, started: float, count: int) -> None:
+    milliseconds = (time.monotonic() - started) / count * 1e3
+    print(json.dumps({"way": way, "documents": count, "ms_per_document_with_start": round(milliseconds, 2)}))
 
 
 def _apart(*arguments: object) -> str:
@@ -150,22 +156,23 @@ def _apart(*arguments: object) -> str:
 
 
 def efficiency(latency: float, workers: Sequence[int], documents: int) -> None:
-    """Print a line a number of workers."""
+    """Print a line of JSON for each number of workers."""
     alone = 0.0
     for number in workers:
         rate = float(
             _apart("one", "--latency", latency, "--documents", documents * number, "--workers", number).split()[0]
         )
         alone = alone or rate / number
-        print(f"{number} workers: {rate:.2f} documents/s, {rate / number / alone:.1%}", flush=True)
+        figures = {"documents_per_s": round(rate, 2), "efficiency_percent": round(100 * rate / number / alone, 1)}
+        print(json.dumps({"workers": number, "model_s": latency, **figures}), flush=True)
 
 
 def driver(documents: Sequence[int]) -> None:
-    """Print a line a number of documents."""
+    """Print a line of JSON for each number of documents."""
     for number in documents:
         _, cpu, wall, peak = map(float, _apart("one", "--latency", 0, "--documents", number, "--workers", 1).split())
-        each = f"{wall / number * 1e3:.2f} ms a document, {cpu / number * 1e3:.2f} ms of CPU"
-        print(f"{number:,} documents: {each}, {peak / 1e6:.0f} MB at most", flush=True)
+        each = {"ms_per_document": round(wall / number * 1e3, 2), "cpu_ms_per_document": round(cpu / number * 1e3, 2)}
+        print(json.dumps({"documents": number, **each, "peak_MB": round(peak / 1e6)}), flush=True)
 
 
 def main() -> None:

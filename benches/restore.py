@@ -9,11 +9,12 @@ of the same files to /dev/null takes, and the rate of either.
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,9 +31,9 @@ class Measured:
 
     name: str
     tokens: int
-    size: int
-    prefill: float
-    restore: float
+    bytes: int
+    prefill_s: float
+    restore_s: float
 
 
 def measure(job_file: Path, folder: Path, rounds: int, count: int | None = None) -> Iterator[Measured]:
@@ -82,7 +83,7 @@ def seconds_of_cat(files: list[Path], rounds: int) -> float:
 
 
 def main() -> None:
-    """Print a line a document, and the sums."""
+    """Print a line of JSON for each document, and one of the sums."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--job", type=Path, default=ROOT / "jobs" / "summarize.yaml")
     parser.add_argument("--rounds", type=int, default=5)
@@ -91,24 +92,24 @@ def main() -> None:
     from turboquant.runtime.blas import load_tuned_blas
 
     load_tuned_blas()
-    print("document      tokens      bytes  prefill s  restore ms   ratio")
     found: list[Measured] = []
     with tempfile.TemporaryDirectory() as folder:
         for one in measure(arguments.job, Path(folder), arguments.rounds, arguments.documents):
             found.append(one)
-            print(
-                f"{one.name:12}{one.tokens:8,}{one.size:11,}{one.prefill:11.3f}{one.restore * 1e3:12.2f}"
-                f"{one.prefill / one.restore:8.0f}",
-                flush=True,
-            )
+            print(json.dumps(asdict(one)), flush=True)
         files = list(Path(folder).glob("*/segment.*"))
         cat = seconds_of_cat(files, arguments.rounds)
-    size, prefill, restore = (sum(getattr(one, name) for one in found) for name in ("size", "prefill", "restore"))
-    print(f"all: prefill {prefill:.2f} s, restore {restore * 1e3:.1f} ms, ratio {prefill / restore:.0f}")
-    print(
-        f"restoring reads {size / restore / 1e6:,.0f} MB/s, cat {size / cat / 1e6:,.0f} MB/s; "
-        f"ratio {cat / restore:.2f}; the least of a document: {min(one.prefill / one.restore for one in found):.0f}"
-    )
+    size, prefill, restore = (sum(getattr(one, name) for one in found) for name in ("bytes", "prefill_s", "restore_s"))
+    total = {
+        "name": "all",
+        "prefill_s": prefill,
+        "restore_s": restore,
+        "prefill_by_restore": prefill / restore,
+        "least_prefill_by_restore": min(one.prefill_s / one.restore_s for one in found),
+        "restore_MB_per_s": size / restore / 1e6,
+        "cat_MB_per_s": size / cat / 1e6,
+    }
+    print(json.dumps({name: round(value, 4) if isinstance(value, float) else value for name, value in total.items()}))
 
 
 if __name__ == "__main__":

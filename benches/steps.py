@@ -11,6 +11,7 @@ milliseconds, and the most memory that the model, the context and the rows take.
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import statistics
 import time
@@ -81,11 +82,10 @@ def prefill_both(model: Any, context: Sequence[int]) -> tuple[list[Any], Prefix]
         rounds.append((plain, before, whole))
     plain, before, whole = (statistics.median(way) for way in zip(*rounds[1:], strict=True))
     count, encoding = len(context), whole - before
-    print(
-        f"{count:8,} tokens  prefill: {count / plain:,.0f} tokens/s, ours {count / whole:,.0f}; encoding "
-        f"{1e3 * encoding / len(model.layers):.1f} ms a layer, {100 * encoding / plain:.0f} % of mlx-lm's prefill",
-        flush=True,
-    )
+    rates = {"mlx_lm_prefill_tokens_per_s": round(count / plain), "prefill_tokens_per_s": round(count / whole)}
+    each = {"encoding_ms_per_layer": round(1e3 * encoding / len(model.layers), 1)}
+    each |= {"encoding_percent_of_mlx_lm_prefill": round(100 * encoding / plain)}
+    print(json.dumps({"tokens": count, **rates, **each}), flush=True)
     return caches, prefix
 
 
@@ -96,7 +96,7 @@ def random_tokens(count: int, vocabulary: int, seed: int) -> list[int]:
 
 
 def main() -> None:
-    """Print a line for each length, number of rows and way."""
+    """Print a line of JSON for each length, number of rows and way."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--tokens", type=int, nargs="+", default=[16384, 65536])
@@ -132,12 +132,13 @@ def main() -> None:
                     try:
                         milliseconds, more = step(model, [fork() for _ in range(rows)], vocabulary)
                     except RuntimeError as error:
-                        print(f"{tokens:8,} tokens {rows:4} rows  {name:12} {str(error)[:60]}", flush=True)
+                        print(json.dumps({"tokens": tokens, "rows": rows, "way": name, "failed": str(error)[:60]}))
                         continue
                     finally:
                         mx.clear_cache()
                 memory = (weights + nbytes + more) / 1e9
-                print(f"{tokens:8,} tokens {rows:4} rows  {name:12}{milliseconds:8.1f} ms{memory:8.1f} GB", flush=True)
+                figures = {"step_ms": round(milliseconds, 2), "memory_GB": round(memory, 1)}
+                print(json.dumps({"tokens": tokens, "rows": rows, "way": name, **figures}), flush=True)
 
 
 if __name__ == "__main__":
