@@ -128,9 +128,9 @@ def bars(
         y = begin + step * number
         content.append(text(MARGIN, y + 12, name, "strong" if colour.startswith("ours") else ""))
         for column, (x, form, value) in enumerate(zip(places, columns.values(), values, strict=True)):
-            length = max(2.0, width * (value or 0) / max(line[2][column] or 0 for line in lines))
             if value is None:
                 continue
+            length = max(2.0, width * value / max(line[2][column] or 0 for line in lines))
             content.append(f'<rect class="{colour}" x="{x:.1f}" y="{y + 19}" width="{length:.1f}" height="20" rx="2"/>')
             content.append(text(x + length + 7, y + 35, form.format(value)))
     return picture(title, note, begin + step * len(lines) + 4, content)
@@ -175,7 +175,7 @@ def speed() -> str:
     ]
     note = "32 questions on each of 8 documents of 5,600 tokens, a small model, two CPU cores."
     columns = {"answers per second": "{:.3g}", "memory beyond the model": "{:,.0f} MB"}
-    return bars("More answers per second, in as much memory", note, columns, lines)
+    return bars("3 to 8 times as many answers per second", note, columns, lines)
 
 
 def steps() -> str:
