@@ -71,7 +71,7 @@ ALL = (
         "performance.md",
         (
             "benches.questions {out}/jobs/{job}",
-            *(f"{BENCH}--documents 2 --naive-queries 1 --queries {count}" for count in (1, 4, 16)),
+            *(f"{BENCH}--documents 2 --naive-queries 1 --queries {count}" for count in (1, 4)),
         ),
     ),
     Figures(

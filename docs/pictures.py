@@ -27,14 +27,14 @@ COLOURS = {
     "theirs-3": ("#946f00", "#e0b63c"),
     "plain": ("#6e7781", "#8d96a0"),
 }
-# Contenders of `pipeline bench`, with how they held prefixes: their names in README, short names and colours of lines.
+# Contenders of `pipeline bench`, with how they held prefixes: their names in README.
 WAYS = {
-    ("naive", None): ("mlx-lm, the whole prompt for each question", "mlx-lm, whole prompts", "plain"),
-    ("reloaded", None): ("mlx-lm, a saved prompt cache for each question", "mlx-lm, saved caches", "theirs"),
-    ("copied", None): ("mlx-lm, batches with a copy of the cache for each row", "mlx-lm, batches", "theirs-2"),
-    ("quantized", None): ("mlx-lm, a saved cache in 4 bits", "mlx-lm, 4 bits", "theirs-3"),
-    ("pipeline-cold", "dense"): ("this, first run", "this, first run", "ours-2"),
-    ("pipeline-warm", "dense"): ("this, new questions on the same documents", "this, again", "ours"),
+    ("naive", None): "mlx-lm, the whole prompt for each question",
+    ("reloaded", None): "mlx-lm, a saved prompt cache for each question",
+    ("copied", None): "mlx-lm, batches with a copy of the cache for each row",
+    ("quantized", None): "mlx-lm, a saved cache in 4 bits",
+    ("pipeline-cold", "dense"): "this, first run",
+    ("pipeline-warm", "dense"): "this, new questions on the same documents",
 }
 FONT = "system-ui, -apple-system, 'Segoe UI', 'Helvetica Neue', Arial, sans-serif"
 
@@ -62,15 +62,10 @@ class Axis:
         return begin + (end - begin) * (at - low) / (high - low)
 
 
-def runs(name: str) -> list[dict[str, Any]]:
-    """Return the runs of docs/figures/NAME.json: of each its command and its rows."""
-    found: list[dict[str, Any]] = json.loads((DOCS / "figures" / f"{name}.json").read_text(encoding="utf-8"))["runs"]
-    return found
-
-
 def rows(name: str, command: str = "") -> list[dict[str, Any]]:
-    """Return the rows of some figures, or of those of their runs whose command ends with some words."""
-    return [row for run in runs(name) if run["command"].endswith(command) for row in run["rows"]]
+    """Return the rows of docs/figures/NAME.json, or of those of its runs whose command ends with some words."""
+    runs = json.loads((DOCS / "figures" / f"{name}.json").read_text(encoding="utf-8"))["runs"]
+    return [row for run in runs if run["command"].endswith(command) for row in run["rows"]]
 
 
 def text(x: float, y: float, words: str, kind: str = "", anchor: str = "start") -> str:
@@ -170,7 +165,7 @@ def speed() -> str:
     found = {(row["contender"], row["resident"]): row for row in rows("against-mlx-lm")}
     lines = [
         (name, "plain" if resident is None else "ours", (row["answers_per_second"], row["extra_bytes"] / 1e6))
-        for (contender, resident), (name, _, _) in WAYS.items()
+        for (contender, resident), name in WAYS.items()
         if (row := found[contender, resident])
     ]
     note = "32 questions on each of 8 documents of 5,600 tokens, a small model, two CPU cores."
@@ -260,22 +255,6 @@ def stages() -> str:
     note = "The demo on two CPU cores: share of the time of the thread that drives the model."
     columns = {"first run": "{:.3g} %", "prefixes restored": "{:.3g} %"}
     return bars("Where a job's time goes", note, columns, lines)
-
-
-def queries() -> str:
-    """Draw answers per second against the questions on each document."""
-    points: dict[tuple[str, str | None], list[tuple[int, float]]] = {}
-    for run in runs("against-queries"):
-        for row in run["rows"]:
-            point = int(run["command"].rpartition(" ")[2]), row["answers_per_second"]
-            points.setdefault((row["contender"], row["resident"]), []).append(point)
-    lines = [Line(name, colour, points[way]) for way, (_, name, colour) in WAYS.items()]
-    x_axis, y_axis = (
-        Axis("questions on each document", (1, 2, 4, 8, 16, 32), log=True),
-        Axis("answers per second", (0.1, 0.3, 1, 3, 10, 30), log=True),
-    )
-    note = "Four documents of 5,600 tokens, a small model, two CPU cores."
-    return curves("The more questions, the more it gains", note, x_axis, y_axis, lines)
 
 
 def growth() -> str:
