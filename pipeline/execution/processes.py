@@ -34,6 +34,26 @@ def end_with_parent() -> None:
     threading.Thread(target=watch, name="watch the parent", daemon=True).start()
 
 
+def keep_pandas_out() -> None:
+    """Have pyarrow find no pandas: importing it takes .4 seconds, and no process that this package starts uses it.
+
+    pyarrow imports pandas, where it is installed, before it converts its first value. Its `to_pandas` tries again.
+    """
+    import pyarrow
+
+    class NoPandas:
+        @staticmethod
+        def find_spec(name: str, path: object = None, target: object = None) -> None:
+            if name == "pandas":
+                raise ModuleNotFoundError("pandas is not needed here", name=name)
+
+    sys.meta_path.insert(0, NoPandas)
+    try:
+        pyarrow.scalar(0)
+    finally:
+        sys.meta_path.remove(NoPandas)
+
+
 def cause_of_death(process: SpawnProcess, started: float) -> str:
     """Wait for a process to end, and explain its exit code, as the end of a sentence that starts with its name.
 

@@ -13,7 +13,7 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 from pipeline.execution.messages import Failed, Finished, MessageLogHandler, MessageObserver, Outbox, RunRequest
-from pipeline.execution.processes import end_with_parent
+from pipeline.execution.processes import end_with_parent, keep_pandas_out
 from pipeline.signals import STOP_SIGNALS
 
 
@@ -43,6 +43,7 @@ def _run(outbox: Outbox, request: RunRequest) -> Finished | Failed:
         from turboquant.runtime.blas import load_tuned_blas
 
         load_tuned_blas()
+        keep_pandas_out()
 
         from pipeline.execution.process_pool import local_executor
         from pipeline.execution.runner import Runner

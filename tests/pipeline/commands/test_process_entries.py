@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from tests import ROOT
 from tests.import_recorder import imports_of
 from tests.pipeline.workplace import Workplace
 
+# Python runs this at the start of each process that has its folder in PYTHONPATH.
+NOTE_MODULES = """
+import atexit, sys
+
+def note():
+    with open("modules.txt", "a") as file:
+        print(*sorted({"pandas", "pyarrow"} & set(sys.modules)), file=file)
+
+atexit.register(note)
+"""
 IN_ORDER = {"numpy": "after", "mlx.core": "after"}
 
 
@@ -42,6 +56,14 @@ def test_other_commands_compute_where_they_run(command: list[str], workplace: Wo
     arguments = [] if command == ["doctor"] else [job]
     for modules in imports_of(recorder, ["-m", "pipeline.cli", *command, *arguments]):
         assert set(modules.values()) == {"after"}
+
+
+def test_no_process_of_a_run_imports_pandas(workplace: Workplace, recorder: Path) -> None:
+    """pyarrow imports it, where it is installed, unless it is kept out."""
+    (recorder / "sitecustomize.py").write_text(NOTE_MODULES)
+    command = [sys.executable, "-m", "pipeline.cli", "run", workplace.save()]
+    subprocess.run(command, check=True, cwd=recorder, env=os.environ | {"PYTHONPATH": f"{recorder}:{ROOT}"})
+    assert (recorder / "modules.txt").read_text().split() == ["pyarrow"]
 
 
 @pytest.mark.parametrize("module", ["pipeline.cli", "pipeline.execution.lease_worker", "pipeline.execution.worker"])
