@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -168,6 +170,15 @@ def _dominant_bias(attention: Any) -> mx.array:
     bias = mx.random.normal((heads, head_dim)) * slow
     bias *= (20 * rest / mx.linalg.norm(bias, axis=1))[:, None]
     return bias.reshape(-1)
+
+
+@pytest.fixture(scope="session")
+def compiled_kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the emulator compiles kernels, once each for all processes of the tests."""
+    folder = tmp_path_factory.getbasetemp()
+    folder = (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "kernels"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="session")

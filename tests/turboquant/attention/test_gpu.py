@@ -22,20 +22,14 @@ pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++
 SCALE = 0.125
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where kernels are compiled, once each."""
-    return tmp_path_factory.mktemp("kernels")
-
-
 @pytest.fixture(params=["cuda", "metal"])
-def emulated(request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def emulated(request: pytest.FixtureRequest, compiled_kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels run in the emulator, with lanes as one of the backends has them, and the memory that may not be read
     right behind arrays or right before them.
     """
     attention_gpu._plan.cache_clear()
     monkeypatch.setattr(attention_gpu, "gpu", lambda: request.param)
-    launched = functools.partial(emulated_launch, folder, request.param, at_end=request.param == "cuda")
+    launched = functools.partial(emulated_launch, compiled_kernels, request.param, at_end=request.param == "cuda")
     monkeypatch.setattr(attention_gpu, "launch", launched)
 
 

@@ -1,13 +1,12 @@
 // What the GPU kernels' text is written in, for a C++ compiler: a thread-group's threads take turns, each until it waits
 // for others. With METAL_LANES lanes hold blocks as Metal's do, else as CUDA's.
+#include <math.h>
+#include <setjmp.h>
 #include <signal.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
 #include <ucontext.h>
-
-#include <cmath>
-#include <cstdint>
-#include <cstdlib>
-#include <cstring>
-#include <vector>
 
 typedef uint8_t u8;
 typedef uint16_t u16;
@@ -57,27 +56,39 @@ struct Box {
     u32 left[4], right[2];
     float value;
 };
-static ucontext_t scheduler, contexts[1024];
-static bool done[1024];
+static ucontext_t beginnings[1024];
+static jmp_buf scheduler, places[1024];  // not contexts, whose every change of turns is two calls of the system
+static Gate* closed[1024];               // the gate at which a thread waits
+static int closed_since[1024];
+static bool begun[1024], done[1024];
 static Gate group_gate, lane_gates[32];
 static Box boxes[1024];
 static int current, thread_count, group_place[3];
 
+static __attribute__((noinline)) void let_others_go_on(int self) {
+    if (!_setjmp(places[self])) _longjmp(scheduler, 1);
+}
+static __attribute__((noinline)) void let_go_on(int thread) {
+    if (_setjmp(scheduler)) return;
+    current = thread;
+    if (begun[thread]) _longjmp(places[thread], 1);
+    begun[thread] = true;
+    setcontext(&beginnings[thread]);
+}
 static void wait(Gate& gate, int count) {
-    int opened = gate.opened, self = current;
+    int self = current;
     if (++gate.arrived == count) {
         gate.arrived = 0;
         ++gate.opened;
+        return;
     }
-    while (gate.opened == opened) swapcontext(&contexts[self], &scheduler);
+    closed[self] = &gate, closed_since[self] = gate.opened;
+    let_others_go_on(self);
 }
 
 static void wait_for_lanes() { wait(lane_gates[current / 32], 32); }
-static Box& box_at(int row, int column) {
-    for (int lane = 0;; ++lane) {
-        if (ROW(lane) == row && COLUMN(lane) == column / 2 * 2) return boxes[current / 32 * 32 + lane];
-    }
-}
+static int lane_at[8][8];  // by row and column
+static Box& box_at(int row, int column) { return boxes[current / 32 * 32 + lane_at[row][column]]; }
 static float half_of(u32 pair, int i) {
     u16 bits = u16(pair >> (16 * i));
     half value;
@@ -99,7 +110,7 @@ static float over(float x, bool rows, Combine combine) {
     for (int lane = 0; lane < 32; ++lane) {
         if (rows && COLUMN(lane) != COLUMN(current % 32)) continue;
         float other = boxes[current / 32 * 32 + lane].value;
-        result = std::isnan(result) ? other : combine(result, other);
+        result = isnan(result) ? other : combine(result, other);
     }
     wait_for_lanes();
     return result;
@@ -164,9 +175,11 @@ static u32 right_factor_of(const float* vectors, int stride, int run, int first,
 
 static void body();
 static void enter(int thread) {
-    current = thread;
-    body();
-    done[thread] = true;
+    while (true) {  // once for each group
+        body();
+        done[thread] = true;
+        let_others_go_on(thread);
+    }
 }
 
 // Where a thread read or wrote outside of all arrays, if one did: arrays lie between pages that nobody may touch.
@@ -175,38 +188,44 @@ extern "C" { void* outside_at; }
 static void leave(int, siginfo_t* info, void*) {
     outside = true;
     outside_at = info->si_addr;
-    setcontext(&scheduler);
+    _longjmp(scheduler, 1);
 }
 
 enum Result { ENDED, WAITS_FOR_EVER, OUTSIDE };
 
 static Result run_all(int x, int y, int z, int threads) {
-    static std::vector<char> stacks(1024 << 16);
+    static char* stacks = (char*)malloc(1024 << 16);
     thread_count = threads;
     outside = false;
+    for (int lane = 0; lane < 32; ++lane) {
+        lane_at[ROW(lane)][COLUMN(lane)] = lane_at[ROW(lane)][COLUMN(lane) + 1] = lane;
+    }
+    for (int thread = 0; thread < threads; ++thread) {
+        getcontext(&beginnings[thread]);
+        beginnings[thread].uc_stack.ss_sp = stacks + (size_t(thread) << 16);
+        beginnings[thread].uc_stack.ss_size = 1 << 16;
+        makecontext(&beginnings[thread], (void (*)())enter, 1, thread);
+        begun[thread] = false;
+    }
     for (int group = 0; group < x * y * z; ++group) {
         group_place[0] = group % x, group_place[1] = group / x % y, group_place[2] = group / x / y;
         group_gate = Gate();
         for (Gate& gate : lane_gates) gate = Gate();
-        for (int thread = 0; thread < threads; ++thread) {
-            getcontext(&contexts[thread]);
-            contexts[thread].uc_stack.ss_sp = stacks.data() + (size_t(thread) << 16);
-            contexts[thread].uc_stack.ss_size = 1 << 16;
-            contexts[thread].uc_link = &scheduler;
-            done[thread] = false;
-            makecontext(&contexts[thread], (void (*)())enter, 1, thread);
-        }
+        for (int thread = 0; thread < threads; ++thread) closed[thread] = nullptr, done[thread] = false;
         int left = threads;
-        for (long turn = 0; left; ++turn) {
-            if (turn > 1000000) return WAITS_FOR_EVER;
+        while (left) {
+            bool any = false;
             left = 0;
             for (int thread = 0; thread < threads; ++thread) {
                 if (done[thread]) continue;
-                current = thread;
-                swapcontext(&scheduler, &contexts[thread]);
+                ++left;
+                if (closed[thread] && closed[thread]->opened == closed_since[thread]) continue;
+                closed[thread] = nullptr;
+                any = true;
+                let_go_on(thread);
                 if (outside) return OUTSIDE;
-                left += !done[thread];
             }
+            if (left && !any) return WAITS_FOR_EVER;
         }
     }
     return ENDED;
@@ -215,7 +234,7 @@ static Result run_all(int x, int y, int z, int threads) {
 static Result run_groups(int x, int y, int z, int threads) {
     struct sigaction ours = {}, before;
     ours.sa_sigaction = leave;
-    ours.sa_flags = SA_SIGINFO;
+    ours.sa_flags = SA_SIGINFO | SA_NODEFER;  // a jump out of the handler leaves the signal as it was
     sigaction(SIGSEGV, &ours, &before);
     Result result = run_all(x, y, z, threads);
     sigaction(SIGSEGV, &before, nullptr);

@@ -29,24 +29,24 @@ WHAT = Launch("body", (), ("x",), (("y", (4,), mx.float32),), (1, 1, 1), 32, str
     ],
 )
 def test_outside_of_arrays(
-    body: str, at_end: bool, complaint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    body: str, at_end: bool, complaint: str, compiled_kernels: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(emulator, "text", lambda _: body)
     inputs = [mx.array([1.0, 2, 3, 4])]
     if not complaint:
-        assert emulated_launch(tmp_path, "cuda", WHAT, inputs, at_end)[0].tolist() == [1, 2, 3, 4]
+        assert emulated_launch(compiled_kernels, "cuda", WHAT, inputs, at_end)[0].tolist() == [1, 2, 3, 4]
         return
     with pytest.raises(AssertionError, match=complaint):
-        emulated_launch(tmp_path, "cuda", WHAT, inputs, at_end)
+        emulated_launch(compiled_kernels, "cuda", WHAT, inputs, at_end)
 
 
-def test_a_slice_is_read_where_it_lies_and_no_further(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slice_is_read_where_it_lies_and_no_further(compiled_kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What lies between its parts is no number, and what lies behind them may not be read."""
     body = "int i = THREAD_INDEX; if (i < 4) y[i] = x[i / 2 * x_strides[1] + i % 2 * x_strides[2]];"
     monkeypatch.setattr(emulator, "text", lambda _: body)
     whole = mx.arange(40, dtype=mx.float32).reshape(1, 4, 10)[:, :2, None].swapaxes(2, 3)
-    found = emulated_launch(tmp_path, "cuda", WHAT, [Beginning(whole, 2)])
+    found = emulated_launch(compiled_kernels, "cuda", WHAT, [Beginning(whole, 2)])
     assert found[0].tolist() == [0, 1, 10, 11]
     monkeypatch.setattr(emulator, "text", lambda _: body.replace("i < 4", "i < 6"))
     with pytest.raises(AssertionError, match="outside"):
-        emulated_launch(tmp_path, "cuda", WHAT, [Beginning(whole, 2)])
+        emulated_launch(compiled_kernels, "cuda", WHAT, [Beginning(whole, 2)])

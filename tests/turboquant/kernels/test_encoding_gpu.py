@@ -26,20 +26,14 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a
 HEADS = 2
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where kernels are compiled, once each."""
-    return tmp_path_factory.mktemp("kernels")
-
-
 @pytest.fixture
-def emulated(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def emulated(compiled_kernels: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The kernel is run as C++; lanes hold no blocks in it, so there is one layout. Arrays lie now before, now behind
     pages that may not be read.
     """
     ends = itertools.cycle([True, False])
     monkeypatch.setattr(
-        encoding_gpu, "launch", lambda *given: emulated_launch(folder, "cuda", *given, at_end=next(ends))
+        encoding_gpu, "launch", lambda *given: emulated_launch(compiled_kernels, "cuda", *given, at_end=next(ends))
     )
     monkeypatch.setattr(encoding_gpu, "on_cpu", lambda: False)
     _forget()

@@ -25,10 +25,10 @@ def test_every_pair_of_bits_is_checked_with_every_head_dim() -> None:
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16])
-def test_a_combination_is_checked(dtype: mx.Dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_combination_is_checked(dtype: mx.Dtype, compiled_kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     attention_gpu._plan.cache_clear()
     monkeypatch.setattr(attention_gpu, "gpu", lambda: "metal")
-    monkeypatch.setattr(attention_gpu, "launch", functools.partial(emulated_launch, tmp_path, "metal"))
+    monkeypatch.setattr(attention_gpu, "launch", functools.partial(emulated_launch, compiled_kernels, "metal"))
     case = Case(64, (4, 3), 200, 3, dtype)
     assert 0 < error_of(case) < metal_report.LARGEST_ERROR
     monkeypatch.setattr(attention_gpu, "launch", lambda what, _: [mx.ones(x, dtype) for _, x, dtype in what.outputs])

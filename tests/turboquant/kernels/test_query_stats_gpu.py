@@ -21,9 +21,9 @@ HEADS, REPEATS = 2, 3
 
 
 @pytest.fixture(params=[True, False])
-def emulated(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def emulated(request: pytest.FixtureRequest, compiled_kernels: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Kernels run as C++, arrays right before or right behind pages that may not be read."""
-    launch = functools.partial(emulated_launch, tmp_path, "cuda", at_end=request.param)
+    launch = functools.partial(emulated_launch, compiled_kernels, "cuda", at_end=request.param)
     monkeypatch.setattr(query_stats_gpu, "launch", launch)
     monkeypatch.setattr(query_stats_gpu, "on_cpu", lambda: False)
     query_stats_gpu._runs.cache_clear()
