@@ -3,7 +3,8 @@
 The first kernel rotates the queries, looks codes up in tables and multiplies in the matrix units; each thread-group
 works on a split of the tokens. The second kernel merges the splits and rotates back. Together they compute the same as
 ``attend_layer`` of reference.py, which is used for layers of sizes that the kernels do not support. Their text is
-``codes.h``, ``attend.h`` and ``merge.h`` in ``kernels/text/``.
+``codes.h``, ``tiles.h``, ``attend.h`` and ``merge.h`` in ``kernels/text/``. NVIDIA's Hopper GPUs have another first
+kernel for many queries: ``attend_many.h``, ``many.h`` and ``hopper.h``.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from turboquant.kernels import trials
 from turboquant.kernels.encoding import encode_layer
 from turboquant.kernels.kernel_text import Input, Launch
 from turboquant.kernels.launch import gpu, launch, runs
-from turboquant.kernels.programs import Variant, variant_of
+from turboquant.kernels.programs import Variant, is_hopper, variant_of
 from turboquant.quant.cache_codec import CacheCodec
 from turboquant.quant.codebook import lloyd_max
 from turboquant.quant.layer import EncodedLayer
@@ -33,6 +34,10 @@ WARPS = 4  # SIMD-groups a thread-group
 TILES, FEW_TILES = 4, 2  # of 8 queries a thread-group, where there are more than 8; the fewer for few tokens
 FEW_TOKENS = 8192
 GROUPS = {1: 528, 2: 264, 4: 264}  # thread-groups wanted, by tiles: as many as a large GPU's 132 cores hold at once
+SPACED = 64  # words between entries of tables, where there is room; see codes.h
+HELD_WARPS, HELD_GROUPS = 8, 264  # with such tables, which take 64 KB, for up to 8 queries and many tokens
+MANY, MANY_QUERIES, MANY_GROUPS = 32, 64, 264  # more queries than the first number are taken 64 at a time on Hopper
+BLOCK_WORDS = 40  # of 8 tokens' 8 coordinates in a tile, with a gap; see many.h
 PARTS = {64: 4, 128: 2, 256: 1}  # a merging thread-group's threads, by coordinates: as its registers allow
 MOST_SPLITS = 256  # no more than a merging thread-group has threads
 SHARED_WORDS = {"cuda": 9216, "metal": 4608}  # of tables, four bytes each
@@ -59,7 +64,7 @@ FEWEST = 16  # tokens of each kind in memory, as they are read 16 at a time
 SIZES = 16  # whole numbers in a plan, before its floats
 AT_ONCE = 8  # splits that a merging thread reads before it needs the first
 Bits = tuple[int, int, int, int]
-_TRIED = ((2, 200), (2, 200), (1, 4, 1))  # keys, values and queries
+_TRIED = ((2, 200), (2, 200), (1, 4, 1))  # keys, values and queries, of which two belong to each KV head
 
 attend_dense = attention.attend_dense
 
@@ -120,8 +125,13 @@ def usable(codec: CacheCodec, dim: int) -> bool:
             layer, some = encode_layer(keys, values, codec), keys[None, :, :20]
             past = attention.attend_layer(queries, layer, 0.125)
             expected = [past, attention.merge([past, attention.attend_dense(queries, some, some, 0.125, None)])]
-            mx.eval(layer.tensors(), queries, some, [part.output for part in expected])
+            many = mx.random.normal((MANY, *_TRIED[2][1:], dim), key=mx.random.key(len(_TRIED)))
+            if MANY_KIND in _kinds(dim):
+                expected.append(attention.attend_layer(many, layer, 0.125))
+            mx.eval(layer.tensors(), queries, some, many, [part.output for part in expected])
         found = [_attend(queries, layer, 0.125)[0], attend_step(queries, layer, some, some, 0.125, None)]
+        if MANY_KIND in _kinds(dim):
+            found.append(_attend(many, layer, 0.125)[0])
         mx.eval(found)
         with mx.stream(mx.cpu):
             offs = [x - y.output for x, y in zip(found, expected, strict=True)]
@@ -154,14 +164,14 @@ def _plan(
 ) -> _Plan:
     batch, n_heads, length, dim = shape
     rows = batch * (n_heads // n_kv_heads) * length
-    tiles = 1 if rows <= 8 or dim == 256 else FEW_TILES if counts[0] <= FEW_TOKENS else TILES
-    blocks = -(-rows // (8 * tiles))
-    most = max(1, min(GROUPS[tiles] // (n_kv_heads * blocks), MOST_SPLITS))
-    splits = max(1, min(most, -(-counts[0] // (32 * WARPS))))
-    fine_splits = -(-counts[1] // (16 * WARPS))
+    kind = _kind(rows, dim, counts[0])
+    blocks = -(-rows // kind.queries)
+    most = max(1, min(kind.groups // (n_kv_heads * blocks), MOST_SPLITS))
+    splits = max(1, min(most, -(-counts[0] // (32 * kind.warps))))
+    fine_splits = -(-counts[1] // 64)
     if splits + fine_splits > most:
         fine_splits = 0  # all splits share the finer tokens out
-    attend = _attend_launch(bits, dim, tiles, (splits + fine_splits, n_kv_heads, blocks), rows)
+    attend = _attend_launch(bits, dim, kind, (splits + fine_splits, n_kv_heads, blocks), rows)
     sizes = [batch, n_heads, n_kv_heads, length, *counts, splits + fine_splits, fine_splits]
     numbers = np.zeros(SIZES + 2, np.int32)
     numbers[: len(sizes)] = sizes
@@ -171,16 +181,58 @@ def _plan(
     return _Plan(attend, _merge(shape, n_kv_heads, dtype, suffix), in_memory)
 
 
-def _attend_launch(bits: Bits, dim: int, tiles: int, groups: tuple[int, int, int], rows: int) -> Launch:
+@dataclass(frozen=True)
+class _Kind:
+    """A kind of the first kernel.
+
+    tiles: of 8 queries, which a thread-group attends; 0 in attend_many.h. queries: their number. groups: thread-groups
+    wanted. warps: SIMD-groups of a thread-group. held: queries are held in registers, and tables are SPACED.
+    """
+
+    tiles: int
+    queries: int
+    groups: int
+    warps: int = WARPS
+    held: bool = False
+
+
+MANY_KIND = _Kind(0, MANY_QUERIES, MANY_GROUPS)
+HELD_KIND = _Kind(1, 8, HELD_GROUPS, HELD_WARPS, held=True)
+
+
+def _of_tiles(tiles: int) -> _Kind:
+    return _Kind(tiles, 8 * tiles, GROUPS[tiles], WARPS)
+
+
+def _kind(rows: int, dim: int, tokens: int) -> _Kind:
+    """Choose the first kernel for so many queries of each KV head, and so many tokens."""
+    on_hopper = dim <= 128 and is_hopper()
+    if on_hopper and rows > MANY:
+        return MANY_KIND
+    if on_hopper and rows <= 8 and tokens > FEW_TOKENS:
+        return HELD_KIND
+    return _of_tiles(1 if rows <= 8 or dim == 256 else FEW_TILES if tokens <= FEW_TOKENS else TILES)
+
+
+def _kinds(dim: int) -> list[_Kind]:
+    """Return all kinds for a head_dim, the one for few queries and few tokens first."""
+    found = [_of_tiles(tiles) for tiles in ((1,) if dim == 256 else (1, FEW_TILES, TILES))]
+    return [*found, HELD_KIND, MANY_KIND] if dim <= 128 and is_hopper() else found
+
+
+def _attend_launch(bits: Bits, dim: int, kind: _Kind, groups: tuple[int, int, int], rows: int) -> Launch:
     splits, n_kv_heads, _ = groups
+    constants = _defined(bits, dim, kind)
+    dynamic = "DYNAMIC_SHARED" in dict(constants)
     return Launch(
-        "attend",
-        _defined(bits, dim, tiles),
+        "attend" if kind.tiles else "attend_many",
+        constants,
         INPUTS,
         (("partials", (n_kv_heads, splits, rows, dim + 4), mx.float32),),
         groups,
-        32 * WARPS,
-        ("layout.h", "codes.h"),
+        32 * kind.warps,
+        ("layout.h", "codes.h", "tiles.h") if kind.tiles else ("hopper.h", "layout.h", "codes.h", "many.h"),
+        shared_bytes=4 * int(dict(constants)["SHARED_WORDS"]) if dynamic else 0,
     )
 
 
@@ -200,11 +252,11 @@ def variants(codec: CacheCodec, dim: int, dtype: mx.Dtype) -> list[Variant | Non
     found = []
     for queries in dict.fromkeys((dtype, *trial)):
         kinds |= dict.fromkeys(("queries", "keys", "values"), (queries, 4))
-        launches = [_attend_launch(bits, dim, tiles, (1, 1, 1), 1) for tiles in ((1,) if dim == 256 else (1, 2, 4))]
-        for suffix in ((), OWN[:3], OWN):
+        of_trial = queries != dtype  # few queries, or many, and no mask
+        kernels = [kind for kind in _kinds(dim) if not of_trial or kind in (_of_tiles(1), MANY_KIND)]
+        launches = [_attend_launch(bits, dim, kind, (1, 1, 1), 1) for kind in kernels]
+        for suffix in ((), OWN[:3]) if of_trial else ((), OWN[:3], OWN):
             launches.append(_merge((1, 1, 1, dim), 1, queries, suffix))
-        if queries != dtype:  # the trial has few queries and no mask
-            launches = [launches[0], *launches[-3:-1]]
         found += [variant_of(what, [kinds[name] for name in what.inputs]) for what in launches]
     return found
 
@@ -239,27 +291,42 @@ def _kernel_bits(codec: CacheCodec) -> Bits:
     return codec.key_bits, codec.value_bits, fine.key_bits, fine.value_bits
 
 
-def _defined(bits: Bits, dim: int, tiles: int) -> tuple[tuple[str, int], ...]:
+def _defined(bits: Bits, dim: int, kind: _Kind) -> tuple[tuple[str, int], ...]:
     """Return the constants that are compiled into the kernel."""
     most = SHARED_WORDS[gpu()]
-    copies, fine_copies = (_copies(*pair, most) for pair in (bits[:2], bits[2:]))
-    tables = (_entries(*pair) * n for pair, n in ((bits[:2], copies), (bits[2:], fine_copies)))
-    return (
+    if kind.held:
+        copies = fine_copies = SPACED
+        tables = [SPACED * 256]
+    else:
+        copies, fine_copies = (_copies(*pair, most) if kind.tiles else 32 for pair in (bits[:2], bits[2:]))
+        tables = [_entries(*pair) * n for pair, n in ((bits[:2], copies), (bits[2:], fine_copies))]
+    common = (
         ("DIM", dim),
-        ("TILES", tiles),
-        ("ROWS", 8 * tiles),
-        ("WARPS", WARPS),
-        ("THREADS", 32 * WARPS),
+        ("THREADS", 32 * kind.warps),
         ("KEY_BITS", bits[0]),
         ("VALUE_BITS", bits[1]),
         ("FINE_KEY_BITS", bits[2]),
         ("FINE_VALUE_BITS", bits[3]),
         ("COPIES", copies),
         ("FINE_COPIES", fine_copies),
-        ("STRIDE", dim + 8),  # padded, so that lanes seldom read the same bank of memory
         ("HEADROOM", HEADROOM),
-        ("SHARED_WORDS", max(8 * tiles * (dim + 8), *tables)),
     )
+    if not kind.tiles:
+        tile = BLOCK_WORDS * dim  # of 64 tokens; two tiles, their scales and tables are shared
+        sizes = ("BLOCK_WORDS", BLOCK_WORDS), ("TILE_WORDS", tile), ("SHARED_WORDS", 2 * tile + 4 * 64 + max(tables))
+        return *common, *sizes, ("DYNAMIC_SHARED", 1)
+    stride = dim + 8  # padded, so that lanes seldom read the same bank of memory
+    found = (
+        *common,
+        ("TILES", kind.tiles),
+        ("ROWS", 8 * kind.tiles),
+        ("WARPS", kind.warps),
+        ("STRIDE", stride),
+        ("HELD", int(kind.held)),
+        ("SHARED_WORDS", max(8 * kind.tiles * stride, *tables)),
+    )
+    # So many thread-groups fit by their memory, so registers are for as many.
+    return (*found, ("DYNAMIC_SHARED", 1), ("GROUPS_AT_ONCE", 2)) if kind.held else found
 
 
 def _copies(key_bits: int, value_bits: int, most: int) -> int:

@@ -20,6 +20,7 @@ class Launch:
 
     constants: compiled into the kernel. outputs: names, shapes and dtypes. headers: texts that the body needs.
     strided: the body reads inputs by their strides; else inputs that are not contiguous are copied.
+    shared_bytes: what a thread-group shares beside the arrays that the text declares; only for launches of programs.py.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Launch:
     threads: int
     headers: tuple[str, ...] = ()
     strided: bool = False
+    shared_bytes: int = 0
 
     @functools.cached_property
     def programs(self) -> dict[tuple[tuple[mx.Dtype, int], ...], Any]:

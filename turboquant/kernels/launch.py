@@ -21,11 +21,15 @@ _log = logging.getLogger(__name__)
 
 
 def launch(what: Launch, inputs: Sequence[Input]) -> list[mx.array]:
-    """Run a kernel on its inputs; returns its outputs."""
+    """Run a kernel on its inputs; returns its outputs. Raises RuntimeError if the kernel cannot be started."""
     if gpu() == "cuda":
         found = programs.launch(what, inputs)
         if found is not None:
             return found
+        if what.shared_bytes:
+            raise RuntimeError(
+                f"NVRTC cannot compile the kernel {what.name}, and MLX cannot start it with so much memory"
+            )
     names = tuple(name for name, _, _ in what.outputs)
     kernel = _kernel(what.name, what.constants, what.headers, what.inputs, names, what.strided)
     outputs: list[mx.array] = kernel(

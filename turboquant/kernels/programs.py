@@ -26,6 +26,7 @@ from turboquant.kernels import nvrtc
 from turboquant.kernels.compiled_files import compiled_files, key_of
 from turboquant.kernels.kernel_text import Beginning, Input, Launch, defines, text
 from turboquant.kernels.mlx_modules import own_folder
+from turboquant.runtime.device import on_cpu
 
 TYPES = {
     mx.float32: "float",
@@ -115,6 +116,7 @@ def _ready(what: Launch, kinds: Sequence[Kind]) -> Ready:
         "output_dtypes": [dtype for _, _, dtype in what.outputs],
         "grid": (what.groups[0] * what.threads, *what.groups[1:]),
         "threadgroup": (what.threads, 1, 1),
+        "shared_memory": what.shared_bytes,
         "ensure_row_contiguous": True,
     }
     return Ready(program, settings)
@@ -137,6 +139,15 @@ def finish() -> list[Program]:
     """Wait for the programs that this process has begun to read or to compile, and return those that are ready."""
     wait(list(_programs.values()))
     return in_use()
+
+
+@functools.cache
+def is_hopper() -> bool:
+    """Return whether this is a GPU of compute capability 9.0, for which kernels are compiled here."""
+    try:
+        return not on_cpu() and _architecture() == "sm_90a" and bool(nvrtc.version())
+    except nvrtc.CannotCompile:
+        return False
 
 
 def summary() -> str | None:
@@ -177,7 +188,8 @@ def source(variant: Variant, symbol: str) -> tuple[str, tuple[tuple[int, str, in
             scalars += [(index, kind, axis) for axis in range(dimensions)]
             declared += f"const size_type {name}_{kind}[] = {{{', '.join(numbers)}}};\n"
     headers = "".join(text(file) for file in ("cuda_types.h", "cuda.h", *variant.headers))
-    head = f'extern "C" __global__ void {symbol}({", ".join(arguments)}) {{\n{declared}'
+    bounds = "__launch_bounds__(THREADS, GROUPS_AT_ONCE) " if "GROUPS_AT_ONCE" in dict(variant.constants) else ""
+    head = f'extern "C" __global__ void {bounds}{symbol}({", ".join(arguments)}) {{\n{declared}'
     return defines(variant.constants) + headers + head + body + "}\n", tuple(scalars)
 
 

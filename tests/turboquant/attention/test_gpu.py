@@ -33,6 +33,19 @@ def emulated(request: pytest.FixtureRequest, compiled_kernels: Path, monkeypatch
     monkeypatch.setattr(attention_gpu, "launch", launched)
 
 
+@pytest.fixture(params=["many", "held"])
+def on_hopper(request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels of Hopper GPUs run in the emulator: for many queries, or for few queries and many tokens."""
+    attention_gpu._plan.cache_clear()
+    monkeypatch.setattr(attention_gpu, "gpu", lambda: "cuda")
+    monkeypatch.setattr(attention_gpu, "is_hopper", lambda: True)
+    monkeypatch.setattr(attention_gpu, "MANY", 0 if request.param == "many" else 1 << 30)
+    monkeypatch.setattr(attention_gpu, "FEW_TOKENS", 0)
+    monkeypatch.setattr(
+        attention_gpu, "launch", functools.partial(emulated_launch, folder, "cuda", at_end=request.param == "many")
+    )
+
+
 def assert_equal(queries: mx.array, layer: EncodedLayer, tolerance: float = 1e-3) -> None:
     part = attention.Partial(*attention_gpu._attend(queries, layer, SCALE))
     expected = attention.attend_layer(queries, layer, SCALE)
@@ -152,6 +165,63 @@ def test_values_of_any_size(size: float) -> None:
 @pytest.mark.parametrize("dtype", [mx.float16])
 def test_queries_in_half_precision(dtype: mx.Dtype, random_layer: Callable[..., EncodedLayer]) -> None:
     assert_equal(mx.random.normal((1, 4, 1, 64)).astype(dtype), random_layer(100, CacheCodec()))
+
+
+@pytest.mark.usefixtures("on_hopper")
+@pytest.mark.parametrize(("dim", "bits"), [(128, (4, 4)), (128, (3, 3)), (64, (4, 3)), (64, (2, 6)), (64, (8, 5))])
+def test_hopper_all_bits(bits: tuple[int, int], dim: int, random_layer: Callable[..., EncodedLayer]) -> None:
+    layer = random_layer(150, CacheCodec(*bits, extra_bits=1.0), key_dim=dim)
+    assert layer.keys.tokens
+    assert layer.fine_keys.tokens
+    assert_equal(mx.random.normal((1, 4, 1, dim)) * 2, layer)
+
+
+@pytest.mark.usefixtures("on_hopper")
+@pytest.mark.parametrize("tokens", [1, 63, 64, 700])
+@pytest.mark.parametrize("codec", [CacheCodec(), CacheCodec(sinks=0, window=0, extra_bits=0.0), CacheCodec(sinks=80)])
+def test_hopper_any_number_of_tokens_of_each_kind(
+    tokens: int, codec: CacheCodec, random_layer: Callable[..., EncodedLayer]
+) -> None:
+    assert_equal(mx.random.normal((1, 2, 1, 64)), random_layer(tokens, codec))
+
+
+@pytest.mark.usefixtures("on_hopper")
+def test_hopper_more_queries_than_a_thread_group_takes(random_layer: Callable[..., EncodedLayer]) -> None:
+    assert_equal(mx.random.normal((5, 4, 7, 64)).astype(mx.float16), random_layer(300, CacheCodec()))
+
+
+@pytest.mark.usefixtures("on_hopper")
+def test_hopper_scores_that_grow_shrink_or_are_all_very_low(random_layer: Callable[..., EncodedLayer]) -> None:
+    """Weights are relative to a score that the first tile decides, and that a later tile may raise."""
+    layer = random_layer(700, CacheCodec(sinks=0))
+    directions = mx.array(np.linalg.qr(np.random.default_rng(0).normal(size=(64, 64)))[0][:4].astype(np.float32))
+    for size in (-60.0, 60.0):
+        assert_equal(size * directions[None, :, None], layer, 1e-2)
+
+
+@pytest.mark.usefixtures("on_hopper")
+@pytest.mark.parametrize("size", [1e-5, 1e4])
+def test_hopper_values_of_any_size(size: float) -> None:
+    keys, values = mx.random.normal((2, 200, 64)), mx.random.normal((2, 200, 64)) * size
+    assert_equal(mx.random.normal((1, 4, 1, 64)), encode_layer(keys, values, CacheCodec()))
+
+
+def test_hopper_kernels_are_tried_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def launched(what: Launch, inputs: list[mx.array]) -> list[mx.array]:
+        seen.append(what.name)
+        return emulated_launch(folder, "cuda", what, inputs)
+
+    attention_gpu._plan.cache_clear()
+    attention_gpu.usable.cache_clear()
+    monkeypatch.setattr(attention_gpu, "gpu", lambda: "cuda")
+    monkeypatch.setattr(attention_gpu, "is_hopper", lambda: True)
+    monkeypatch.setattr(attention_gpu, "launch", launched)
+    assert attention_gpu.usable(CacheCodec(), 64)
+    assert seen == ["attend", "merge", "attend", "merge", "attend_many", "merge"]
+    attention_gpu.usable.cache_clear()
+    attention_gpu._plan.cache_clear()
 
 
 def test_other_layers_take_the_reference_s_way(random_layer: Callable[..., EncodedLayer]) -> None:

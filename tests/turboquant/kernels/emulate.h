@@ -20,6 +20,7 @@ typedef _Float16 half;
 #define GLOBAL
 #define THREAD
 #define UNROLL
+#define UNROLL_4
 #define BARRIER wait(group_gate, thread_count)
 #define DEVICE_BARRIER BARRIER
 #define THREAD_INDEX current
@@ -31,11 +32,19 @@ typedef _Float16 half;
 #define ABSOLUTE(x) fabsf(x)
 #define SQRT(x) sqrtf(x)
 #define MASKED_OR(x, mask, others) (((x) & (mask)) | (others))
+#define CHOSEN(x, y, mask) (((x) & (mask)) | ((y) & ~(mask)))
+#define PLACED_BYTE(word, i, others) (((word) >> (8 * (i)) & 0xff) << 8 | (others))
+#define EVEN_BYTES(x, y) (((x) & 0xffu) | ((x) >> 8 & 0xff00u) | ((y) & 0xffu) << 16 | ((y) << 8 & 0xff000000u))
+#define ODD_BYTES(x, y) EVEN_BYTES((x) >> 8, (y) >> 8)
 #define LOW_HALVES(x, y) (((x) & 0xffffu) | ((y) << 16))
 #define HIGH_HALVES(x, y) (((x) >> 16) | ((y) & 0xffff0000u))
 #define READ_8(from, to) memcpy(to, from, 8)
 #define READ_16(from, to) memcpy(to, from, 16)
+#define WRITE_8(to, x, y) ((to)[0] = (x), (to)[1] = (y))
 #define READ_FLOATS(from, to) memcpy(to, from, 16)
+#define STORE_16(to, from) memcpy(to, from, 16)
+#define GROUP_SHARED(name) static ALIGNED u32 name[SHARED_WORDS]
+#define SHOW_TO_PRODUCTS
 #define WRITE_4(to, x) { for (int n_ = 0; n_ < 4; ++n_) (to)[n_] = (x); }
 #ifdef METAL_LANES
 #define ROW(lane) (((lane) / 4 & 4) + (lane) / 2 % 4)
@@ -148,6 +157,38 @@ static void multiply_add(float (&sums)[4], const u32 (&left)[4], const u32 (&rig
     }
     wait_for_lanes();
 }
+
+// Products of hopper.h, at once: each SIMD-group's own rows. The words of a right factor are where hopper.h says.
+template <int COUNT>
+static void begin_products(float (&sums)[COUNT]) {}
+static void end_products() {}
+template <int COUNT>
+static void wait_for_products(float (&sums)[COUNT]) {}
+template <int COUNT, class Right>
+static void group_multiply(float (&sums)[COUNT], const u32 (&left)[4], bool more, Right right) {
+    memcpy(boxes[current].left, left, sizeof left);
+    wait_for_lanes();
+    int row = ROW(current % 32), column = COLUMN(current % 32);
+    for (int i = 0; i < COUNT; ++i) {
+        if (!more) sums[i] = 0;
+        for (int k = 0; k < 16; ++k) {
+            float one = half_of(box_at(row, k % 8).left[i / 2 % 2 + k / 8 * 2], k % 2);
+            sums[i] += one * right(k, i / 4 * 8 + column + i % 2);
+        }
+    }
+    wait_for_lanes();
+}
+#ifdef BLOCK_WORDS
+static float of_tile(const u32* tile, int token, int coordinate) {
+    return half_of(tile[(token / 8 * (DIM / 8) + coordinate / 8) * BLOCK_WORDS + token % 8 * 4 + coordinate % 8 / 2], coordinate % 2);
+}
+static void multiply_keys(float (&sums)[32], const u32 (&left)[4], const u32* tile, int k) {
+    group_multiply(sums, left, k > 0, [&](int i, int n) { return of_tile(tile, n, 16 * k + i); });
+}
+static void multiply_values(float (&sums)[DIM / 2], const u32 (&left)[4], const u32* tile, int k) {
+    group_multiply(sums, left, true, [&](int i, int n) { return of_tile(tile, 16 * k + i, n); });
+}
+#endif
 
 static u32 as_right_factor(u32 block) {
 #ifdef METAL_LANES

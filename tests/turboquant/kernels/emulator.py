@@ -45,7 +45,7 @@ def emulated_launch(
     types |= {name: f"{TYPES[dtype]}*" for name, _, dtype in what.outputs}
     source = defines(what.constants)
     source += ("#define METAL_LANES\n" if backend == "metal" else "") + EMULATOR
-    source += "".join(text(file) for file in what.headers)
+    source += "".join(text(file) for file in what.headers if file != "hopper.h")
     source += "".join(f"static {kind} {key};\n" for key, kind in types.items())
     if what.strided:
         source += "".join(f'extern "C" {{ long long {x}_shape[8], {x}_strides[8]; }}\n' for x in what.inputs)

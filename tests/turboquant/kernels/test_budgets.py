@@ -1,4 +1,6 @@
-"""What thread-groups need on Apple's GPUs, counted from the texts: 32 KiB of memory and 1,024 threads at most."""
+"""What thread-groups need, counted from the texts: on Apple's GPUs 32 KiB of memory and 1,024 threads at most, and on
+NVIDIA's Hopper a half of 227 KiB.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,7 @@ from turboquant.kernels import encoding_gpu, query_stats_gpu
 from turboquant.kernels.kernel_text import Launch, text
 
 LARGEST_GROUP, MOST_THREADS = 32768, 1024
+HOPPER_CORE, HOPPER_RESERVED = 228 << 10, 1024  # of a core, and of it for each thread-group
 DECLARED = re.compile(r"^SHARED (?:ALIGNED )?(?:u32|float) (.*);", flags=re.MULTILINE)
 ARRAY = re.compile(r"\w+((?:\[[^]]+\])+)")
 
@@ -40,8 +43,8 @@ def group_bytes(what: Launch) -> int:
 
 def launches(codec: CacheCodec, dim: int) -> list[Launch]:
     found = [
-        attention_gpu._attend_launch(attention_gpu._kernel_bits(codec), dim, tiles, (1, 1, 1), 1)
-        for tiles in ((1,) if dim == 256 else (1, 2, 4))
+        attention_gpu._attend_launch(attention_gpu._kernel_bits(codec), dim, kind, (1, 1, 1), 1)
+        for kind in attention_gpu._kinds(dim)
     ]
     for suffix in ((), attention_gpu.OWN):
         found.append(attention_gpu._merge((1, 1, 1, dim), 1, mx.float16, suffix))
@@ -59,3 +62,20 @@ def test_thread_groups_fit_on_apple_s_gpus(bits: tuple[int, int], dim: int, monk
         assert 0 <= group_bytes(what) <= LARGEST_GROUP, what.name
         assert what.threads <= MOST_THREADS
         assert what.threads % 32 == 0
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("bits", [(2, 2), (3, 3), (4, 4), (3, 4), (2, 6), (5, 8), (8, 4)])
+def test_two_thread_groups_fit_on_a_hopper_core(
+    bits: tuple[int, int], dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_gpu, "gpu", lambda: "cuda")
+    monkeypatch.setattr(attention_gpu, "is_hopper", lambda: True)
+    codec = attention_gpu._kernel_bits(CacheCodec(*bits))
+    kinds = [kind for kind in attention_gpu._kinds(dim) if kind.held or not kind.tiles]
+    assert len(kinds) == 2
+    for kind in kinds:
+        what = attention_gpu._attend_launch(codec, dim, kind, (1, 1, 1), 1)
+        declared = 4 * (kind.warps * 8 * 3 + 2 * 8 + 8 * dim // 2) if kind.tiles else 0
+        assert 2 * (what.shared_bytes + declared + HOPPER_RESERVED) <= HOPPER_CORE
+        assert kind.groups == 2 * 132

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 
 from turboquant import CacheCodec
 from turboquant.attention import gpu as attention_gpu
-from turboquant.kernels import compiled_files, encoding_gpu, nvrtc, programs, query_stats_gpu, trials
+from turboquant.kernels import compiled_files, encoding_gpu, launch, nvrtc, programs, query_stats_gpu, trials
 from turboquant.kernels.compiled_files import CompiledFiles
 from turboquant.kernels.kernel_text import Beginning, Launch
 from turboquant.kernels.programs import Variant, hash_of
@@ -144,6 +145,25 @@ def test_without_a_compiler_mlx_compiles(machine: Machine, monkeypatch: pytest.M
     assert programs.in_use() == []
 
 
+def test_a_kernel_that_needs_more_memory_than_mlx_gives_is_not_handed_to_mlx(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    large = dataclasses.replace(DOUBLE, shared_bytes=65536)
+    monkeypatch.setattr(launch, "gpu", lambda: "cuda")
+    launch.launch(large, [mx.array([1.0])])
+    assert machine.launched[-1]["shared_memory"] == 65536
+
+    def refuse(text: str, architecture: str) -> bytes:
+        raise nvrtc.CannotCompile("no such instruction")
+
+    machine.restart()
+    for path in machine.files.folder.iterdir():
+        path.unlink()
+    monkeypatch.setattr(nvrtc, "compile_cubin", refuse)
+    with pytest.raises(RuntimeError, match="NVRTC cannot compile the kernel double"):
+        launch.launch(dataclasses.replace(large), [mx.array([1.0])])
+
+
 def test_files_that_were_tidied_away_before_the_first_launch_are_written_again(machine: Machine) -> None:
     x = mx.array([1.0])
     variant = programs.variant_of(DOUBLE, [(x.dtype, x.ndim)])
@@ -191,7 +211,8 @@ def all_variants(codec: CacheCodec, dim: int, dtype: mx.Dtype) -> list[Variant]:
     return [variant for variant in found if variant is not None]
 
 
-def test_what_is_compiled_ahead_is_what_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("hopper", [False, True])
+def test_what_is_compiled_ahead_is_what_is_launched(hopper: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Recorded launches of an encoding and of steps, on a GPU that is not there."""
     seen: list[Variant | None] = []
 
@@ -201,6 +222,8 @@ def test_what_is_compiled_ahead_is_what_is_launched(monkeypatch: pytest.MonkeyPa
         return [mx.ones(shape, dtype) for _, shape, dtype in what.outputs]
 
     monkeypatch.setattr(attention_gpu, "gpu", lambda: "cuda")
+    monkeypatch.setattr(attention_gpu, "is_hopper", lambda: hopper)
+    monkeypatch.setattr(attention_gpu, "FEW_TOKENS", 100)
     attention_gpu._plan.cache_clear()
     codec = CacheCodec()
     random = np.random.default_rng(0)
@@ -209,7 +232,7 @@ def test_what_is_compiled_ahead_is_what_is_launched(monkeypatch: pytest.MonkeyPa
     for module in (attention_gpu, encoding_gpu, query_stats_gpu):
         monkeypatch.setattr(module, "launch", record)
     dtype = mx.bfloat16
-    for rows in (1, 3, 9):
+    for rows in (1, 3, 9, 17):
         queries = mx.zeros((rows, 4, 1, 64), dtype)
         own = [Beginning(mx.zeros((rows, 2, 256, 64), dtype), 9) for _ in range(2)]
         for mask in (None, mx.ones((rows, 1, 1, 9), mx.bool_)):
@@ -223,6 +246,7 @@ def test_what_is_compiled_ahead_is_what_is_launched(monkeypatch: pytest.MonkeyPa
     query_stats_gpu.squared_attention(mx.zeros((2, 6, 300)), (100, 200, 299), None, 4)
     attention_gpu._plan.cache_clear()
     assert set(seen) <= set(all_variants(codec, 64, dtype))
+    assert hopper == ("attend_many" in {variant.name for variant in seen if variant is not None})
 
 
 def encoding_gpu_layer(keys: mx.array, values: mx.array, codec: CacheCodec) -> Any:
@@ -235,9 +259,10 @@ def encoding_gpu_layer(keys: mx.array, values: mx.array, codec: CacheCodec) -> A
 def test_texts_are_whole_programs(dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled by NVRTC, which needs no GPU, where it is installed; else as far as names go."""
     monkeypatch.setattr(attention_gpu, "gpu", lambda: "cuda")
+    monkeypatch.setattr(attention_gpu, "is_hopper", lambda: True)
     variants = all_variants(CacheCodec(), dim, mx.bfloat16)
     names = {"attend", "merge", "encode", "feedback", "sample_sums", "sample_squares"}
-    assert {variant.name for variant in variants} == names
+    assert {variant.name for variant in variants} == names | ({"attend_many"} if dim <= 128 else set())
     for variant in variants:
         whole, scalars = programs.source(variant, "a_kernel")
         assert whole.count("a_kernel(") == 1
@@ -247,7 +272,8 @@ def test_texts_are_whole_programs(dim: int, monkeypatch: pytest.MonkeyPatch) -> 
         nvrtc.version()
     except nvrtc.CannotCompile:
         return
-    for variant in [variants[0], *(variant for variant in variants if variant.name == "feedback")]:
+    some = [variants[0], *(variant for variant in variants if variant.name in ("feedback", "attend_many"))]
+    for variant in some[:3]:
         assert nvrtc.compile_cubin(programs.source(variant, "a_kernel")[0], "sm_90a").startswith(b"\x7fELF")
     with pytest.raises(nvrtc.CannotCompile, match="no_such_type"):
         nvrtc.compile_cubin("no_such_type x;", "sm_90a")

@@ -1,6 +1,5 @@
 // Attention of a block of queries over one split of a layer's tokens: a body of a kernel, see attention/gpu.py.
-// A thread-group has WARPS SIMD-groups, which share out the tokens; all attend the same TILES * 8 queries. Coordinates of
-// outputs are in the order of blocks: 2 neighbours of each row's run, and so on.
+// A thread-group has WARPS SIMD-groups, which share out the tokens; all attend the same TILES * 8 queries.
 
 const int index = THREAD_INDEX, lane = index % 32, warp = index / 32;
 const int split = GROUP_X, head = GROUP_Y, block = GROUP_Z;
@@ -13,7 +12,12 @@ GLOBAL const float* key_mean = constants + KEY_MEAN(n_kv_heads);
 GLOBAL const float* signs = constants + SIGNS(n_kv_heads);
 GLOBAL const u32* levels = (GLOBAL const u32*)(constants + LEVELS(n_kv_heads));
 
-SHARED ALIGNED u32 shared[SHARED_WORDS];  // the queries at first, then tables, then outputs
+// The queries at first, then tables, then outputs.
+#ifdef DYNAMIC_SHARED
+GROUP_SHARED(shared);
+#else
+SHARED ALIGNED u32 shared[SHARED_WORDS];
+#endif
 SHARED float statistics[WARPS][ROWS][3];
 SHARED float means[ROWS], highest[ROWS];
 SHARED u32 factors[ROWS * DIM / 2];  // the queries as they enter products
@@ -43,6 +47,9 @@ for (int at = warp; at < TILES * DIM / 16; at += WARPS) {
     }
 }
 BARRIER;
+Queries of_group;
+of_group.shared = factors;
+of_group.hold(lane);
 float mean_scores[TILES][2];
 State state;
 UNROLL for (int n = 0; n < TILES; ++n) {
@@ -61,24 +68,24 @@ tokens.value_factor = constants[VALUE_FACTORS(n_kv_heads) + head];
 tokens.set<KEY_BITS, VALUE_BITS>(key_codes, key_scales, value_codes, value_scales, head, counts[0]);
 const int coarse_splits = splits - fine_splits;  // without splits for finer tokens alone, all share these out too
 attend_split<KEY_BITS, VALUE_BITS, COPIES, true>(
-    state, factors, mean_scores, tokens, levels, shared, split, coarse_splits, counts[0], index);
+    state, of_group, mean_scores, tokens, levels, shared, split, coarse_splits, counts[0], index);
 const int fine_heads = n_kv_heads * (counts[1] < 16 ? 16 : counts[1]);
 tokens.set<FINE_KEY_BITS, FINE_VALUE_BITS>(
     fine_key_codes, fine_scales, fine_value_codes, fine_scales + fine_heads, head, counts[1]);
 const int fine_split = fine_splits ? split - coarse_splits : split;
 if (fine_split >= 0) {  // the same for all threads
     attend_split<FINE_KEY_BITS, FINE_VALUE_BITS, FINE_COPIES, false>(
-        state, factors, mean_scores, tokens, levels + 512, shared, fine_split, fine_splits ? fine_splits : splits, counts[1],
+        state, of_group, mean_scores, tokens, levels + 512, shared, fine_split, fine_splits ? fine_splits : splits, counts[1],
         index);
 }
 if (split == splits - 1) {
     const size_type halves = (size_type)n_kv_heads * (counts[2] < 16 ? 16 : counts[2]) * (DIM / 2);
     tokens.set<16, 16>(
         (GLOBAL const u32*)sinks, key_scales, (GLOBAL const u32*)sinks + halves, value_scales, head, counts[2]);
-    attend_tokens<16, 16, 1, false>(state, factors, mean_scores, tokens, 16 * warp, counts[2], 16 * WARPS, lane);
+    attend_split<16, 16, 1, false>(state, of_group, mean_scores, tokens, levels, shared, 0, 1, counts[2], index);
 }
 
-// What the SIMD-groups found, put together.
+// What the SIMD-groups found, put together: runs of DIM / 8 coordinates, with a gap behind each.
 UNROLL for (int n = 0; n < TILES; ++n) {
     UNROLL for (int i = 0; i < 2; ++i) {
         float total = over_rows_sum(state.total[n][i]), mean_share = over_rows_sum(state.mean_share[n][i]);
@@ -104,7 +111,7 @@ for (int turn = 0; turn < WARPS; ++turn) {
                 int r = n * 8 + column + i;
                 float factor = state.highest[n][i] == -INFINITY ? 0.0f : EXP2(state.highest[n][i] - highest[r]);
                 UNROLL for (int m = 0; m < DIM / 16; ++m) {
-                    int at = r * STRIDE + m * 16 + row * 2;
+                    int at = r * STRIDE + row * (DIM / 8 + 1) + m * 2;
                     float one = state.output[n][m][i] * factor, other = state.output[n][m][i + 2] * factor;
                     vectors[at] = turn ? vectors[at] + one : one;
                     vectors[at + 1] = turn ? vectors[at + 1] + other : other;
@@ -117,7 +124,7 @@ for (int turn = 0; turn < WARPS; ++turn) {
 const int from = (head * splits + split) * rows + block * ROWS;
 const int here = rows - block * ROWS < ROWS ? rows - block * ROWS : ROWS;
 for (int i = index; i < here * DIM; i += THREADS) {
-    partials[(size_type)(from + i / DIM) * (DIM + 4) + i % DIM] = vectors[i / DIM * STRIDE + i % DIM];
+    partials[(size_type)(from + i / DIM) * (DIM + 4) + i % DIM] = vectors[i / DIM * STRIDE + i % DIM + i % DIM / (DIM / 8)];
 }
 for (int r = index; r < here; r += THREADS) {
     float total = 0, mean_share = 0;

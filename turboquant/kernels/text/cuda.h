@@ -3,9 +3,12 @@
 #define SHARED __shared__
 #define ALIGNED __attribute__((aligned(16)))
 #define SHARED_POINTER
+// Memory that the launch adds: more than a text may declare.
+#define GROUP_SHARED(name) extern __shared__ __align__(128) u32 name[]
 #define GLOBAL
 #define THREAD
 #define UNROLL _Pragma("unroll")
+#define UNROLL_4 _Pragma("unroll 4")
 #define BARRIER __syncthreads()
 #define DEVICE_BARRIER __syncthreads()  // also of what is written to arrays
 #define THREAD_INDEX int(threadIdx.x)
@@ -20,6 +23,11 @@
 #define SQRT(x) sqrtf(x)
 // (x & mask) | others, in one instruction: written as C++ it would become a sum that takes two.
 #define MASKED_OR(x, mask, others) masked_or(x, mask, others)
+#define CHOSEN(x, y, mask) (((x) & (mask)) | ((y) & ~(mask)))
+// Byte i of a word, as the second byte of `others`, whose other bytes but the first are 0.
+#define PLACED_BYTE(word, i, others) __byte_perm(word, others, 0x5504 | (i) << 4)
+#define EVEN_BYTES(x, y) __byte_perm(x, y, 0x6420)
+#define ODD_BYTES(x, y) __byte_perm(x, y, 0x7531)
 #define LOW_HALVES(x, y) __byte_perm(x, y, 0x5410)
 #define HIGH_HALVES(x, y) __byte_perm(x, y, 0x7632)
 #ifndef INFINITY
@@ -39,6 +47,7 @@ FUNCTION void put(GLOBAL T* to, float x) { *to = T(x); }
     { uint4 read_ = *(const uint4*)(from); (to)[0] = read_.x; (to)[1] = read_.y; (to)[2] = read_.z; (to)[3] = read_.w; }
 // Four times the same word.
 #define WRITE_4(to, x) { const u32 word_ = (x); *(uint4*)(to) = make_uint4(word_, word_, word_, word_); }
+#define WRITE_8(to, x, y) *(float2*)(to) = make_float2(x, y)
 #define READ_FLOATS(from, to) \
     { float4 read_ = *(const float4*)(from); (to)[0] = read_.x; (to)[1] = read_.y; (to)[2] = read_.z; (to)[3] = read_.w; }
 

@@ -2,7 +2,6 @@
 // own sequence's full-precision tokens. PARTS times as many threads as coordinates share out splits and tokens.
 
 const int index = THREAD_INDEX, lane = index % 32, d = index % DIM, part = index / DIM;
-const int run = DIM / 8, place_of_d = d % run / 2 * 16 + d / run * 2 + d % 2;
 const int r = GROUP_X, head = GROUP_Y;
 const int n_heads = plan[1], n_kv_heads = plan[2], length = plan[3], splits = plan[7];
 const int repeats = n_heads / n_kv_heads, rows = plan[0] * repeats * length;
@@ -41,7 +40,7 @@ const float mean_share = known[2];
 for (int first = part; first < splits; first += PARTS * AT_ONCE) {
     UNROLL for (int i = 0; i < AT_ONCE; ++i) {
         const int s = first + i * PARTS;
-        if (s < splits) sum += factors[s] * own[s * stride + place_of_d];
+        if (s < splits) sum += factors[s] * own[s * stride + d];
     }
 }
 vectors[part][d] = sum;

@@ -21,7 +21,11 @@
 #define LOG2(x) metal::log2(x)
 #define ABSOLUTE(x) metal::fabs(x)
 #define SQRT(x) metal::sqrt(x)
+#define CHOSEN(x, y, mask) (((x) & (mask)) | ((y) & ~(mask)))
+#define PLACED_BYTE(word, i, others) (((word) >> (8 * (i)) & 0xffu) << 8 | (others))
 #define MASKED_OR(x, mask, others) (((x) & (mask)) | (others))
+#define EVEN_BYTES(x, y) (((x) & 0xffu) | ((x) >> 8 & 0xff00u) | ((y) & 0xffu) << 16 | ((y) << 8 & 0xff000000u))
+#define ODD_BYTES(x, y) EVEN_BYTES((x) >> 8, (y) >> 8)
 #define LOW_HALVES(x, y) (((x) & 0xffffu) | ((y) << 16))
 #define HIGH_HALVES(x, y) (((x) >> 16) | ((y) & 0xffff0000u))
 typedef uchar u8;
