@@ -34,16 +34,15 @@ def emulated(request: pytest.FixtureRequest, compiled_kernels: Path, monkeypatch
 
 
 @pytest.fixture(params=["many", "held"])
-def on_hopper(request: pytest.FixtureRequest, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def on_hopper(request: pytest.FixtureRequest, compiled_kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The kernels of Hopper GPUs run in the emulator: for many queries, or for few queries and many tokens."""
     attention_gpu._plan.cache_clear()
     monkeypatch.setattr(attention_gpu, "gpu", lambda: "cuda")
     monkeypatch.setattr(attention_gpu, "is_hopper", lambda: True)
     monkeypatch.setattr(attention_gpu, "MANY", 0 if request.param == "many" else 1 << 30)
     monkeypatch.setattr(attention_gpu, "FEW_TOKENS", 0)
-    monkeypatch.setattr(
-        attention_gpu, "launch", functools.partial(emulated_launch, folder, "cuda", at_end=request.param == "many")
-    )
+    launched = functools.partial(emulated_launch, compiled_kernels, "cuda", at_end=request.param == "many")
+    monkeypatch.setattr(attention_gpu, "launch", launched)
 
 
 def assert_equal(queries: mx.array, layer: EncodedLayer, tolerance: float = 1e-3) -> None:
@@ -206,12 +205,12 @@ def test_hopper_values_of_any_size(size: float) -> None:
     assert_equal(mx.random.normal((1, 4, 1, 64)), encode_layer(keys, values, CacheCodec()))
 
 
-def test_hopper_kernels_are_tried_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hopper_kernels_are_tried_too(compiled_kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
 
     def launched(what: Launch, inputs: list[mx.array]) -> list[mx.array]:
         seen.append(what.name)
-        return emulated_launch(folder, "cuda", what, inputs)
+        return emulated_launch(compiled_kernels, "cuda", what, inputs)
 
     attention_gpu._plan.cache_clear()
     attention_gpu.usable.cache_clear()
