@@ -119,13 +119,17 @@ def bars(
     width = (WIDTH - 2 * MARGIN) / len(columns) - gap
     places = [MARGIN + number * (width + gap) for number in range(len(columns))]
     content = [text(x, begin - 16, name, "small") for x, name in zip(places, columns, strict=True)]
+    largest = dict.fromkeys(columns.values(), 0.0)  # columns of one unit have one scale
+    for _, _, values in lines:
+        for form, value in zip(columns.values(), values, strict=True):
+            largest[form] = max(largest[form], value or 0)
     for number, (name, colour, values) in enumerate(lines):
         y = begin + step * number
         content.append(text(MARGIN, y + 12, name, "strong" if colour.startswith("ours") else ""))
-        for column, (x, form, value) in enumerate(zip(places, columns.values(), values, strict=True)):
+        for x, form, value in zip(places, columns.values(), values, strict=True):
             if value is None:
                 continue
-            length = max(2.0, width * value / max(line[2][column] or 0 for line in lines))
+            length = max(2.0, width * value / largest[form])
             content.append(f'<rect class="{colour}" x="{x:.1f}" y="{y + 19}" width="{length:.1f}" height="20" rx="2"/>')
             content.append(text(x + length + 7, y + 35, form.format(value)))
     return picture(title, note, begin + step * len(lines) + 4, content)
@@ -170,7 +174,12 @@ def speed() -> str:
     ]
     note = "32 questions on each of 8 documents of 5,600 tokens, a small model, two CPU cores."
     columns = {"answers per second": "{:.3g}", "memory beyond the model": "{:,.0f} MB"}
-    return bars("3 to 8 times as many answers per second", note, columns, lines)
+    best, first, again = (
+        max(values[0] for name, _, values in lines if name.startswith(begin))
+        for begin in ("mlx-lm", "this, first", "this, new")
+    )
+    title = f"{first / best:.0f} to {again / best:.0f} times the answers of mlx-lm's fastest way"
+    return bars(title, note, columns, lines)
 
 
 def steps() -> str:
@@ -258,27 +267,20 @@ def stages() -> str:
 
 
 def growth() -> str:
-    """Draw the time of one document against the number of documents in a job, and of segments in a store."""
-    segments = rows("many-segments")
-    driver = [row for row in rows("ray-overhead", "driver") if "memory" not in row.get("note", "")]
+    """Draw what a document costs the driver of a cluster, for few and many documents."""
     lines = [
-        Line(name, colour, [(row["segments"], row[key]) for row in segments])
-        for key, name, colour in (
-            ("keep_job_ms", "store, keep: job", "ours-2"),
-            ("evicting_ms", "store, evicting", "theirs"),
-            ("saving_ms", "saving alone", "plain"),
-        )
+        (f"{row['documents']:,} documents", "ours", (row["ms_per_document"], row["peak_MB"]))
+        for row in rows("ray-overhead", "driver")
+        if "memory" not in row.get("note", "")
     ]
-    lines.append(Line("driver of a cluster", "ours", [(row["documents"], row["ms_per_document"]) for row in driver]))
-    x_axis, y_axis = (
-        Axis("documents of the job, or segments in the store", (1e3, 1e4, 1e5), log=True),
-        Axis("milliseconds", (0, 2, 4, 6, 8, 10, 12)),
+    note = (
+        "The driver of a Ray cluster, whose workers answer at once. Each document has 8,000 characters, two CPU cores."
     )
-    note = "What a document costs besides the model, on two CPU cores."
-    return curves("The cost of a document stays nearly the same", note, x_axis, y_axis, lines)
+    columns = {"time for each document": "{:.3g} ms", "peak memory": "{:,.0f} MB"}
+    return bars("The cost of a document does not grow", note, columns, lines)
 
 
-DRAWN = {"speed": speed, "steps": steps, "fidelity": fidelity, "peers": peers, "stages": stages}
+DRAWN = {"speed": speed, "steps": steps, "fidelity": fidelity, "peers": peers, "stages": stages, "growth": growth}
 
 
 def main() -> None:
