@@ -1,7 +1,8 @@
-"""NumPy in place of two MLX functions that are slow on a CPU: SwiGLU, and the log-sum-exp of logits.
+"""NumPy in place of MLX functions that are slow on a CPU: SwiGLU, the log-sum-exp of logits, products of a few rows.
 
-Both spend their time on exponentials, which MLX computes one at a time and on one core. The results are equal up to
-rounding.
+SwiGLU and log-sum-exp spend their time on exponentials, which MLX computes one at a time and on one core. A product of
+a few rows spends it in the BLAS, which first copies all weights in the order of its kernel, as for a large product. The
+results are equal up to rounding.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 from mlx.nn.layers.base import Module
+from mlx.nn.layers.embedding import Embedding
+from mlx.nn.layers.linear import Linear
 from numpy.typing import NDArray
 
 from turboquant.mlx_lm.internals import STOCK_SWIGLU, SWIGLU
@@ -22,18 +25,24 @@ from turboquant.runtime.device import on_cpu
 from turboquant.runtime.threads import run_in_parallel
 
 BLOCK = 1 << 16  # numbers that one thread takes at a time: about the size of a core's cache
-_mlx_logsumexp = mx.logsumexp
+FEW_ROWS = 64  # a product of more rows goes to the BLAS as it is
+UNCOPIED = 16  # products of up to this many rows are cut into blocks that OpenBLAS multiplies without copies
+OUTPUTS, STRIPE = 64, 256  # outputs in such a block, and in the blocks that one thread takes at a time
+_mlx_logsumexp, _mlx_linear, _mlx_as_linear = mx.logsumexp, Linear.__call__, Embedding.as_linear
 
 
 @contextlib.contextmanager
 def numpy_functions(model: Module) -> Iterator[None]:
-    """While the block runs on a CPU, ``model`` computes SwiGLU, and MLX the log-sum-exp of float32 rows, by NumPy."""
+    """While the block runs on a CPU, NumPy computes the model's SwiGLU, all log-sum-exps and products of few rows."""
     if not on_cpu():
         yield
         return
     modules = [module for module in modules_of(model) if vars(module).get(SWIGLU) is STOCK_SWIGLU]
     with replaced(
-        *((module, SWIGLU, swiglu) for module in modules), (sys.modules[mx.__name__], "logsumexp", logsumexp)
+        *((module, SWIGLU, swiglu) for module in modules),
+        (sys.modules[mx.__name__], "logsumexp", logsumexp),
+        (Linear, "__call__", linear),
+        (Embedding, "as_linear", as_linear),
     ):
         yield
 
@@ -56,6 +65,50 @@ def swiglu(gate: mx.array, x: mx.array) -> mx.array:
 
     run_in_parallel(compute, range(0, len(output), BLOCK))
     return mx.array(output.reshape(gate.shape))
+
+
+def linear(layer: Linear, x: mx.array) -> mx.array:
+    """Compute what ``mlx.nn.Linear`` does; of a few float32 rows by NumPy."""
+    product = multiply_few(x, layer.weight)
+    if product is None:
+        output: mx.array = _mlx_linear(layer, x)
+        return output
+    return product + layer.bias if "bias" in layer else product
+
+
+def as_linear(layer: Embedding, x: mx.array) -> mx.array:
+    """Compute what ``mlx.nn.Embedding.as_linear`` does; of a few float32 rows by NumPy."""
+    product = multiply_few(x, layer.weight)
+    if product is None:
+        output: mx.array = _mlx_as_linear(layer, x)  # type: ignore[no-untyped-call]
+        return output
+    return product
+
+
+def multiply_few(x: mx.array, weight: mx.array) -> mx.array | None:
+    """Multiply x (..., K) by weight (N, K).
+
+    Returns None where x has one row or many, where one of them is not float32, and on a GPU.
+
+    OpenBLAS's kernels for small matrices read the weights where they are. For somewhat more rows it copies them, and
+    that takes less time if the weights are the left factor.
+    """
+    rows = x.size // x.shape[-1]
+    if not 1 < rows <= FEW_ROWS or x.dtype != mx.float32 or weight.dtype != mx.float32 or not on_cpu():
+        return None
+    columns, weights = np.asarray(x).reshape(rows, -1).T, np.asarray(weight)
+    output = np.empty((len(weights), rows), np.float32)
+
+    def multiply(start: int) -> None:
+        for first in range(start, min(start + STRIPE, len(weights)), OUTPUTS):
+            some = slice(first, first + OUTPUTS)
+            np.matmul(weights[some], columns, out=output[some])
+
+    if rows <= UNCOPIED:
+        run_in_parallel(multiply, range(0, len(weights), STRIPE))
+    else:
+        np.matmul(weights, columns, out=output)
+    return mx.array(output.T.reshape(*x.shape[:-1], -1))
 
 
 def logsumexp(a: mx.array, /, axis: Any = None, keepdims: bool = False, **options: Any) -> mx.array:

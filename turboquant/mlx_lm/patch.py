@@ -21,10 +21,10 @@ from turboquant.mlx_lm.internals import ATTENTION, STOCK_ATTENTION
 
 
 @contextlib.contextmanager
-def replaced(*replacements: tuple[ModuleType, str, Any]) -> Iterator[None]:
-    """While the block runs, give names in modules other values; put the old values back when it ends.
+def replaced(*replacements: tuple[ModuleType | type, str, Any]) -> Iterator[None]:
+    """While the block runs, give names in modules and classes other values; put the old values back when it ends.
 
-    replacements: (module, name, value) for each name, which the module must have.
+    replacements: (module or class, name, value) for each name, which the module or class must have.
     """
     with contextlib.ExitStack() as stack:
         for module, name, value in replacements:

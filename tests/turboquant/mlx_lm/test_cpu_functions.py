@@ -1,4 +1,4 @@
-"""NumPy's SwiGLU and log-sum-exp equal MLX's, and take their place only where they may."""
+"""NumPy's SwiGLU, log-sum-exp and products of few rows equal MLX's, and take their place only where they may."""
 
 from __future__ import annotations
 
@@ -9,9 +9,20 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.nn.layers.embedding import Embedding
+from mlx.nn.layers.linear import Linear
 from mlx_lm.generate import BatchGenerator
 
-from turboquant.mlx_lm.cpu_functions import logsumexp, numpy_functions, swiglu
+from turboquant.mlx_lm.cpu_functions import (
+    FEW_ROWS,
+    UNCOPIED,
+    as_linear,
+    linear,
+    logsumexp,
+    multiply_few,
+    numpy_functions,
+    swiglu,
+)
 from turboquant.mlx_lm.internals import STOCK_SWIGLU
 
 SHAPES = [(1, 1, 7), (1, 300, 1536), (32, 1, 576), (0, 4)]
@@ -42,6 +53,30 @@ def test_masked_logits_and_rows_without_any() -> None:
     np.testing.assert_array_equal(logsumexp(logits, axis=-1), mx.logsumexp(logits, axis=-1))
 
 
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(2, 1), (UNCOPIED, 1), (1, UNCOPIED + 1), (4, FEW_ROWS // 4)])
+def test_products_of_a_few_rows_equal_mlx_s(shape: tuple[int, int], bias: bool) -> None:
+    layer = Linear(96, 300, bias)  # more outputs than a stripe, and no whole number of blocks
+    x = mx.random.normal((*shape, 96), key=mx.random.key(0))
+    assert multiply_few(x, layer.weight) is not None
+    np.testing.assert_allclose(linear(layer, x), layer(x), rtol=1e-5, atol=1e-5)
+
+
+def test_logits_of_a_few_rows_equal_mlx_s() -> None:
+    layer, x = Embedding(500, 64), mx.random.normal((3, 1, 64), key=mx.random.key(0))
+    expected = layer.as_linear(x)  # type: ignore[no-untyped-call]
+    np.testing.assert_allclose(as_linear(layer, x), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [0, 1, FEW_ROWS + 1])
+def test_other_numbers_of_rows_and_dtypes_are_left_to_mlx_s_products(rows: int) -> None:
+    layer = Linear(8, 4)
+    x = mx.zeros((rows, 8))
+    assert multiply_few(x, layer.weight) is None
+    assert multiply_few(mx.zeros((2, 8), mx.bfloat16), layer.weight.astype(mx.bfloat16)) is None
+    np.testing.assert_array_equal(linear(layer, x), layer(x))
+
+
 @pytest.mark.parametrize("axis", [None, 0, (0, 1)])
 def test_other_axes_and_dtypes_are_left_to_mlx(axis: Any) -> None:
     logits = mx.random.normal((4, 5), key=mx.random.key(0))
@@ -53,13 +88,15 @@ def test_other_axes_and_dtypes_are_left_to_mlx(axis: Any) -> None:
 def test_they_take_the_place_of_mlx_s_while_the_block_runs(build_model: Callable[..., Any]) -> None:
     model = build_model("llama")
     module = sys.modules[type(model).__module__]
-    before = mx.logsumexp
+    before = mx.logsumexp, Linear.__call__, Embedding.as_linear
     tokens = mx.array([[3, 1, 4, 1, 5]])
     expected = model(tokens)
     with numpy_functions(model):
         assert (vars(module)["swiglu"], mx.logsumexp) == (swiglu, logsumexp)
+        assert (Linear.__call__, Embedding.as_linear) == (linear, as_linear)
         np.testing.assert_allclose(model(tokens), expected, rtol=1e-4, atol=1e-5)
-    assert (vars(module)["swiglu"], mx.logsumexp) == (STOCK_SWIGLU, before)
+    assert vars(module)["swiglu"] is STOCK_SWIGLU
+    assert (mx.logsumexp, Linear.__call__, Embedding.as_linear) == before
 
 
 def test_the_generator_normalises_logits_with_what_is_replaced(build_model: Callable[..., Any]) -> None:
