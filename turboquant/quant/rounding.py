@@ -100,7 +100,7 @@ def _sweep(xp: Any, unit: Any, error: Any, pull: Any, scale: Any, bits: int, ste
     scale: (H, T), of each vector's levels. step: 1 to begin with the first coordinate, -1 with the last.
     Returns codes (H, dim, T) uint8.
     """
-    levels, dim = xp.array(lloyd_max(bits).levels), unit.shape[1]
+    level_of_bin, dim = xp.array(lloyd_max(bits).levels[code_of_bin(bits)]), unit.shape[1]
     codes: list[Any] = [None] * dim
     for start in range(0, dim, BLOCK)[::step]:
         block = slice(start, min(start + BLOCK, dim))
@@ -109,16 +109,27 @@ def _sweep(xp: Any, unit: Any, error: Any, pull: Any, scale: Any, bits: int, ste
         changes = xp.zeros_like(target)  # of the block's errors
         for i in range(target.shape[1])[::step]:
             moved = target[:, i] - (within[:, i : i + 1] @ changes)[:, 0]
-            codes[start + i] = nearest_codes(xp, moved / scale, bits)
-            changes[:, i] = scale * levels[codes[start + i]] - exact[:, i] - before[:, i]
+            bins = _bins(xp, moved / scale)
+            codes[start + i] = _look_up(xp, xp.array(code_of_bin(bits)), bins)
+            changes[:, i] = scale * _look_up(xp, level_of_bin, bins) - exact[:, i] - before[:, i]
         error[:, block] = before + changes
     return xp.stack(codes, axis=1)
 
 
 def nearest_codes(xp: Any, x: Any, bits: int) -> Any:
     """Look up the code of the level nearest to the middle of the bin that each x is in."""
-    bins = xp.clip(x * (BINS / (2 * REACH)) + BINS / 2, 0, BINS - 1)
-    return xp.array(code_of_bin(bits))[bins.astype(xp.int32)]
+    return _look_up(xp, xp.array(code_of_bin(bits)), _bins(xp, x))
+
+
+def _bins(xp: Any, x: Any) -> Any:
+    """Return the number of the bin that each x is in; in NumPy it may lie outside the table, see ``_look_up``."""
+    bins = x * (BINS / (2 * REACH)) + BINS / 2
+    return bins.astype(np.intp) if xp is np else xp.clip(bins, 0, BINS - 1).astype(xp.int32)
+
+
+def _look_up(xp: Any, table: Any, bins: Any) -> Any:
+    """Look up bins; with NumPy those outside the table get its ends, which is faster than any indexing there."""
+    return table.take(bins, mode="clip") if xp is np else table[bins]
 
 
 @functools.cache
