@@ -14,7 +14,7 @@ from pathlib import Path
 from typer.testing import CliRunner, Result
 
 from pipeline.cli import app
-from tests import ROOT
+from tests import ROOT, warm
 
 PROGRAM = f"{sys.executable} -m pipeline.cli"  # how these tests start the command in a process of its own
 
@@ -37,7 +37,7 @@ def in_terminal(width: int, *arguments: str | Path, typed: str = "", code: int =
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 50, width, 0, 0))
     cleared = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "NO_COLOR", "CI")}
-    process = subprocess.Popen(
+    process = warm.Popen(
         [sys.executable, "-m", "pipeline.cli", *map(str, arguments)],
         stdin=slave,
         stdout=slave,

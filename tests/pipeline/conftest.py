@@ -11,7 +11,15 @@ import pytest
 
 from benches import tiny
 from pipeline.progress import RunObserver
+from tests import warm
 from tests.pipeline.workplace import Workplace
+
+
+@pytest.fixture(scope="session", autouse=True)
+def warm_children() -> Iterator[None]:
+    """What the tests' own process starts with multiprocessing has imported everything."""
+    with warm.children_of_this_process():
+        yield
 
 
 @pytest.fixture(scope="session")

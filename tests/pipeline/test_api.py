@@ -20,7 +20,7 @@ import pytest
 import pipeline
 from pipeline.errors import InputError, Interrupted, JobError, OutputError
 from pipeline.progress import Pace
-from tests import ROOT
+from tests import ROOT, warm
 from tests.pipeline.workplace import Workplace
 
 BLOCKS = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/python.md").read_text(), re.MULTILINE | re.DOTALL)
@@ -220,5 +220,5 @@ def test_a_killed_notebook_is_resumed_by_the_command_line(workplace: Workplace) 
     output = workplace.folder / "out/b.parquet"
     assert not output.exists()
     command = [sys.executable, "-m", "pipeline.cli", "run", f"{output}.job.yaml"]
-    assert subprocess.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode == 0
+    assert warm.run(command, env=os.environ | {"PYTHONPATH": str(ROOT)}).returncode == 0
     assert output.read_bytes() == expected

@@ -20,7 +20,7 @@ from pipeline.cli import app
 from pipeline.commands import bench
 from pipeline.commands.bench_result import CONTENDERS, BenchRow
 from pipeline.job.job_file import load_job
-from tests import ROOT
+from tests import ROOT, warm
 from tests.pipeline.workplace import Workplace
 
 PIPELINE = {
@@ -40,9 +40,9 @@ if __name__ == "__mp_main__":
     from turboquant.runtime.blas import load_tuned_blas
 
     load_tuned_blas()
-    from mlx_lm.models import cache
+    from pipeline.commands import baselines
 
-    save = cache.save_prompt_cache
+    save = baselines.save_prompt_cache
 
     def fated(file, *rest):
         if "reloaded" in file and os.environ["FATE"] == "kill":
@@ -52,7 +52,7 @@ if __name__ == "__mp_main__":
             signal.pause()
         save(file, *rest)
 
-    cache.save_prompt_cache = fated
+    baselines.save_prompt_cache = fated
 
 if __name__ == "__main__":
     from pipeline.cli import main
@@ -68,7 +68,7 @@ def contents(folder: Path) -> dict[Path, bytes]:
 def start(workplace: Workplace, *options: str, fate: str = "") -> subprocess.Popen[str]:
     main = workplace.folder / "main.py"
     main.write_text(MAIN)
-    return subprocess.Popen(
+    return warm.Popen(
         [sys.executable, str(main), "bench", str(workplace.save()), *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -20,6 +20,7 @@ import typer
 
 from pipeline import __version__
 from pipeline.cli import app
+from tests import warm
 from tests.pipeline.command_line import ROOT, error_of, invoke
 from tests.pipeline.workplace import Workplace
 
@@ -266,7 +267,7 @@ def test_a_result_that_another_run_writes(workplace: Workplace) -> None:
 
 
 def start(*arguments: str | Path, main: tuple[str, ...] = ("-m", "pipeline.cli")) -> subprocess.Popen[str]:
-    return subprocess.Popen(
+    return warm.Popen(
         [sys.executable, *main, *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

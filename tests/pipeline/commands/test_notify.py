@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import ROOT
+from tests import ROOT, warm
 from tests.pipeline.command_line import error_of, invoke
 from tests.pipeline.workplace import Workplace
 
@@ -30,7 +30,7 @@ def told(workplace: Workplace) -> Path:
 def run(place: Workplace, *options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pipeline.cli", "run", str(place.job_file), *options]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    return warm.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
 def test_a_run_that_ends_well_is_told_with_the_path_of_its_run_file(workplace: Workplace, told: Path) -> None:
@@ -55,7 +55,7 @@ def test_failed_rows_and_errors_are_told_with_their_exit_codes(workplace: Workpl
 def test_an_interrupted_run_is_told(workplace: Workplace, told: Path) -> None:
     command = [sys.executable, "-m", "pipeline.cli", "run", str(workplace.job_file)]
     command += ["--notify", f"'{workplace.folder}/notify' x"]
-    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE) as process:
+    with warm.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE) as process:
         while not workplace.output.with_name("a.parquet.lock").exists():
             assert process.poll() is None
             time.sleep(0.01)

@@ -14,7 +14,7 @@ import pytest
 
 from pipeline.evaluation.tuning import allocate
 from pipeline.job.job_file import load_job
-from tests import ROOT
+from tests import ROOT, warm
 from tests.pipeline.command_line import error_of, invoke
 from tests.pipeline.workplace import Workplace
 
@@ -86,7 +86,7 @@ def test_an_interrupted_measurement_ends_with_one_line_and_writes_nothing(job: P
     start = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
     start += "; from pipeline.cli import main; main()"
     command = [sys.executable, "-c", start, "tune", str(job), "--kl", "1", "--write"]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    process = warm.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stderr is not None
     assert process.stderr.readline().startswith("measured ")
     os.kill(process.pid, signal.SIGINT)

@@ -10,6 +10,8 @@ import pytest
 from tests.pipeline.command_line import error_of, invoke
 from tests.pipeline.workplace import Interrupting, Workplace
 
+pytestmark = pytest.mark.usefixtures("here")
+
 Rows = dict[tuple[str, str], dict[str, Any]]
 ASKED = {"id": "why", "text": "Why {{ answers.what }}, and {{ answers['when'] }}?"}
 CHAIN = [
@@ -43,7 +45,6 @@ def without_counts(row: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in row.items() if key not in ("document_id", "query_id")}
 
 
-@pytest.mark.usefixtures("here")
 def test_a_question_is_filled_in_with_answers_as_if_it_had_been_written_so(place: Workplace) -> None:
     result = invoke("run", place.job_file, "--json")
     assert result.exit_code == 0, result.output

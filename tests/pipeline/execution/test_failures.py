@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 
@@ -13,7 +12,8 @@ import pytest
 from pipeline import retry
 from pipeline.errors import GenerationFailed, Interrupted
 from pipeline.retry import attempts
-from tests.pipeline.command_line import ROOT, invoke
+from tests import warm
+from tests.pipeline.command_line import invoke
 from tests.pipeline.workplace import Workplace
 
 # The command line, with a model that fails in so many of its first calls, when all is computed.
@@ -48,13 +48,8 @@ def run(workplace: Workplace, fails: int, *options: str, error: str = "RuntimeEr
     """Run a job with a model that fails so often: exit code, output, and what is said."""
     main = workplace.folder / "main.py"
     main.write_text(MAIN)
-    done = subprocess.run(
-        [sys.executable, str(main), "run", str(workplace.save()), *options],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "FAILURES": str(fails), "ERROR": error},
-    )
+    environment = os.environ | {"FAILURES": str(fails), "ERROR": error}
+    done = warm.run([sys.executable, str(main), "run", str(workplace.save()), *options], env=environment)
     return done.returncode, done.stdout, done.stderr
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests import ROOT
+from tests import ROOT, warm
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="steps are watched through /proc")
 STREAMING = ["cache.prefill=streaming", "cache.segment=512"]
@@ -21,7 +20,7 @@ def killed_at_steps(model: Path, folder: Path, every: int, overrides: list[str])
     """What steps.py tells of the undisturbed run and of those that were killed and resumed."""
     command = [sys.executable, str(Path(__file__).parents[1] / "steps.py"), str(model), str(folder), str(every)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run([*command, *overrides], capture_output=True, text=True, check=False, env=environment)
+    done = warm.run([*command, *overrides], capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     whole, *killed = map(json.loads, done.stdout.splitlines())
     return whole, killed

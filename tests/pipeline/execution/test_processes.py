@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -28,7 +27,7 @@ from pipeline.execution.runner import Runner
 from pipeline.inputs.inputs import Inputs
 from pipeline.job.job_file import load_job
 from pipeline.report import WorkStats
-from tests import ROOT
+from tests import ROOT, warm
 from tests.pipeline.command_line import invoke
 from tests.pipeline.workplace import Interrupting, Recorder, Workplace
 
@@ -179,7 +178,7 @@ def test_an_interrupted_run_is_resumed_to_the_same_bytes(place: Workplace) -> No
 def test_no_process_is_left(place: Workplace, number: signal.Signals, code: int) -> None:
     place.documents = {f"d{each}": f"Paper {each} says much. " * 30 for each in range(16)}
     command = [sys.executable, "-m", "pipeline.cli", "run", str(place.save()), "--quiet"]
-    run = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True)
+    run = warm.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True)
     wait_until(lambda: len(place.segments()) > 2)
     family = descendants(run.pid)
     assert len(family) >= 3  # the process that runs the job, and two with models

@@ -22,7 +22,7 @@ import pipeline.cache.store
 import pipeline.execution.engine
 import pipeline.execution.prefixes
 from pipeline.errors import ModelError, OutputError
-from tests import ROOT
+from tests import ROOT, warm
 from tests.pipeline.workplace import Interrupting, Workplace
 from turboquant.mlx_lm.families import Support
 from turboquant.runtime.versions import package_versions
@@ -540,7 +540,7 @@ Runner(load_job(Path(job)), RunObserver()).run()
 def run_python(*arguments: str, code: str = DIE) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-c", code, *arguments]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    return warm.run(command, env=environment)
 
 
 @pytest.mark.parametrize(

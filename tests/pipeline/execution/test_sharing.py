@@ -18,7 +18,7 @@ import pipeline.execution.engine
 from pipeline.cache.entries import size_of
 from pipeline.cache.pins import Pins
 from pipeline.cache.store import Store
-from tests import ROOT
+from tests import ROOT, warm
 from tests.pipeline.steps import watching
 from tests.pipeline.workplace import Interrupting, Workplace
 
@@ -247,7 +247,7 @@ Runner(load_job(Path(job)), Waiting()).run()
 
 def start(place: Workplace, folder: Path, how: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", RUN, str(place.save()), str(folder), how]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    return warm.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
 
 def wait_for(is_so: Callable[[], bool], process: subprocess.Popen[str]) -> None:

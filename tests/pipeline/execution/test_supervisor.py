@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import ROOT
+from tests import ROOT, warm
 from tests.pipeline.workplace import Workplace
 
 # The command line, with a model's process that does FATE in a call of TARGET. The first such process does it in the
@@ -111,7 +111,7 @@ class Supervised(Workplace):
         main = self.folder / "main.py"
         main.write_text(MAIN)
         environment = {"FOLDER": str(self.folder), "FATE": fate, "TARGET": target, "CALLS": calls}
-        return subprocess.Popen(
+        return warm.Popen(
             [sys.executable, str(main), "run", str(self.save()), *options],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

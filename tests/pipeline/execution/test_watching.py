@@ -21,6 +21,7 @@ from pipeline.job.job import QueryTable
 from pipeline.metrics import write_metrics
 from pipeline.progress import Progress, RunObserver
 from pipeline.report import Report
+from tests import warm
 from tests.pipeline.command_line import ROOT, in_terminal, invoke
 from tests.pipeline.workplace import Workplace
 
@@ -58,7 +59,7 @@ if __name__ == "__main__":
 def run(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pipeline.cli", "run", *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    return warm.run(command, env=environment)
 
 
 @pytest.fixture
@@ -135,7 +136,7 @@ def test_an_unknown_log_format(workplace: Workplace) -> None:
 def test_files_are_current_while_a_run_goes_on(workplace: Workplace, numbers: Any) -> None:
     main, metrics = workplace.folder / "main.py", workplace.folder / "metrics" / "run.prom"
     main.write_text(MAIN)
-    process = subprocess.Popen(
+    process = warm.Popen(
         [sys.executable, str(main), "run", str(workplace.job_file), "--metrics", str(metrics)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -194,7 +195,7 @@ def test_the_run_file_moves_while_a_document_is_prefilled(workplace: Workplace) 
     main = workplace.folder / "main.py"
     main.write_text(PREFILLING)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, str(main), "run", str(workplace.job_file), "-q"], env=environment)
+    process = warm.Popen([sys.executable, str(main), "run", str(workplace.job_file), "-q"], env=environment)
     end, pace = time.monotonic() + 60, None
     while not (pace and pace["prefilled_tokens"] and pace["seconds"] > 1):
         assert time.monotonic() < end

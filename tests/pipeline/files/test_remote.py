@@ -30,6 +30,7 @@ from pipeline.files import remote
 from pipeline.inputs.documents import check_documents, stream_documents
 from pipeline.job.job import Documents
 from pipeline.output.results import Results, Row
+from tests import warm
 from tests.pipeline.command_line import ROOT, error_of, invoke
 from tests.pipeline.files.formatted import pdf
 from tests.pipeline.workplace import Workplace
@@ -201,7 +202,7 @@ def test_an_interrupted_run_is_resumed_from_what_is_here(
 ) -> None:
     expected = local_bytes(workplace)
     workplace.save(documents={"path": server.upload(texts, "texts")}, output={"path": URL})
-    process = subprocess.Popen(
+    process = warm.Popen(
         [sys.executable, "-m", "pipeline.cli", "run", workplace.job_file],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stderr=subprocess.PIPE,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import sqlite3
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from tests import warm
 from tests.pipeline.command_line import ROOT, error_of, invoke
 from tests.pipeline.workplace import Workplace
 
@@ -201,7 +201,7 @@ def test_queries_from_json_lines(workplace: Workplace) -> None:
 def test_a_killed_run_resumes(workplace: Workplace) -> None:
     workplace.documents |= {f"e{number}": f"Paper {number}. " * 20 for number in range(30)}
     job = own(workplace, [{"document": d, "id": q, "text": "Why?"} for q in "ab" for d in workplace.documents])
-    process = subprocess.Popen([sys.executable, "-m", "pipeline.cli", "run", str(job), "--quiet"], cwd=ROOT)
+    process = warm.Popen([sys.executable, "-m", "pipeline.cli", "run", str(job), "--quiet"], cwd=ROOT)
     parts = Path(f"{workplace.output}.parts")
     while len(list(parts.glob("??/*.parquet"))) < 3 and process.poll() is None:
         pass

@@ -23,7 +23,7 @@ from pipeline.errors import ModelError
 from pipeline.job.job import Query, Settings
 from pipeline.job.job_file import load_job
 from pipeline.models.output_parser import OutputParser
-from tests import ROOT
+from tests import ROOT, warm
 from tests.pipeline.workplace import Workplace
 
 pytestmark = pytest.mark.usefixtures("here")
@@ -79,7 +79,7 @@ def run_without_llguidance(*arguments: str | Path, folder: Path) -> subprocess.C
     )
     command = [sys.executable, str(main), *map(str, arguments)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    return warm.run(command, capture_output=True, text=True, check=False, env=environment)
 
 
 # ---- bad input: nothing here needs the package but where it says so
@@ -395,7 +395,7 @@ def test_mlx_lm_is_held_to_the_same_schemas_in_a_bench(structured: Workplace) ->
     names = [part for name in ("naive", "copied", "pipeline-cold") for part in ("--contender", name)]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "pipeline.cli", "bench", structured.save(), "--json", "--documents", "1", *names]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    done = warm.run(command, capture_output=True, text=True, check=False, env=environment)
     rows = {row["contender"]: row for row in json.loads(done.stdout)}
     assert rows["pipeline-cold"]["agreement"] == 1.0
     assert "holds all rows to one schema" in rows["copied"]["failed"]

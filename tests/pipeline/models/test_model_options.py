@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from pipeline.errors import ModelError
-from tests import ROOT
+from tests import ROOT, warm
 from tests.pipeline.workplace import Workplace
 
 
@@ -40,7 +40,8 @@ def write_adapter(folder: Path, model: Path, rank: int = 4) -> Path:
 
 
 def command(name: str, job: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+    run = subprocess.run if environment else warm.run  # huggingface_hub reads its variables when it is imported
+    return run(
         [sys.executable, "-m", "pipeline.cli", name, str(job), *options],
         capture_output=True,
         text=True,

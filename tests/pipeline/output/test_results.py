@@ -26,6 +26,7 @@ from hypothesis import strategies as st
 from pipeline.errors import JobError, OutputError
 from pipeline.output.results import Results
 from pipeline.output.rows import SCHEMA, Row, read_metadata
+from tests import warm
 
 QUERIES = ["a", "b"]
 
@@ -493,6 +494,7 @@ import sys
 from pathlib import Path
 from pipeline.output.results import Results
 from pipeline.output.rows import Row
+from tests import warm
 
 with Results(Path(sys.argv[1])) as results:
     for number in range(1_000_000):
@@ -505,7 +507,7 @@ with Results(Path(sys.argv[1])) as results:
 @pytest.mark.parametrize("commits", [1, 5, 20])
 def test_a_killed_run_keeps_its_committed_rows(output: Path, commits: int) -> None:
     command = [sys.executable, "-c", _COMMIT_FOR_EVER, str(output)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+    with warm.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         committed = [int(next(process.stdout)) for _ in range(commits)]
         process.kill()
