@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import signal
@@ -27,7 +28,10 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # with it, a child of Ra
 import ray
 from ray.cluster_utils import Cluster
 
+from pipeline.errors import JobError
+from pipeline.execution.fingerprint import job_identity
 from pipeline.execution.lease_worker import LeaseWorker
+from pipeline.job.job_file import load_job
 
 # Ray's own warnings; and the client servers of two clusters on one machine want the same port.
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.xdist_group("ray")]
@@ -383,14 +387,28 @@ def test_a_machine_without_the_model_is_named(place: Workplace, monkeypatch: pyt
     assert "model /nowhere/model: there is no such folder" in error
 
 
-@pytest.mark.parametrize("package", ["mlx", "mlx-lm", "turboquant-pipeline"])
-def test_other_versions_are_refused(place: Workplace, monkeypatch: pytest.MonkeyPatch, package: str) -> None:
+def test_other_versions_are_refused(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     from turboquant.runtime.versions import package_versions
 
     versions = dict(package_versions())
-    monkeypatch.setattr("pipeline.distributed.ray_pool.package_versions", lambda: versions | {package: "9.9"})
+    monkeypatch.setattr("pipeline.distributed.ray_pool.package_versions", lambda: versions | {"mlx": "9.9"})
     error = error_of(invoke("run", place.job_file, "--on", "ray", "--quiet"))
-    assert f"{package} is {versions[package]} here and 9.9 where the run was started" in error
+    assert f"mlx is {versions['mlx']} here and 9.9 where the run was started" in error
+
+
+@pytest.mark.parametrize("package", ["mlx", "mlx-lm", "turboquant-pipeline"])
+def test_a_worker_compares_the_versions_of_packages(workplace: Workplace, package: str) -> None:
+    from turboquant.runtime.versions import package_versions
+
+    versions, job = dict(package_versions()), load_job(workplace.save())
+    failed = (
+        LeaseWorker(job, logging.INFO, logs_to_stderr=False)
+        .start(job_identity(job), versions | {package: "9.9"}, ())
+        .failed
+    )
+    assert failed is not None
+    with pytest.raises(JobError, match=f"^{package} is {versions[package]} here and 9.9 where the run was started"):
+        failed.reraise()
 
 
 def test_other_weights_are_refused(place: Workplace, monkeypatch: pytest.MonkeyPatch, write_model: Any) -> None:

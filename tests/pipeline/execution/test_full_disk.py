@@ -19,7 +19,7 @@ import pytest
 import pipeline.execution.commit
 from pipeline.errors import InputError, OutputError, PipelineError
 from pipeline.progress import RunObserver
-from tests import ROOT
+from tests import ROOT, warm
 from tests.pipeline.steps import files_hold
 from tests.pipeline.workplace import Workplace
 
@@ -63,13 +63,12 @@ def files_of_at_most(size: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def whole_bytes(workplace: Workplace) -> bytes:
-    """What a run gives that is not disturbed; nothing of it is left."""
-    workplace.run()
-    content = workplace.output.read_bytes()
-    shutil.rmtree(workplace.output.parent)
-    shutil.rmtree(workplace.cache)
-    return content
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> bytes:
+    """What a run of the workplace's job writes that is not disturbed."""
+    place = Workplace(tmp_path_factory.mktemp("undisturbed"), tiny_model)
+    place.run()
+    return place.output.read_bytes()
 
 
 def stop(workplace: Workplace) -> PipelineError | None:
@@ -100,8 +99,7 @@ def assert_clear(error: PipelineError) -> None:
     assert "\n" not in str(error)
 
 
-def test_a_full_disk_stops_the_run_until_there_is_space(workplace: Workplace, disk: Disk) -> None:
-    expected = whole_bytes(workplace)
+def test_a_full_disk_stops_the_run_until_there_is_space(workplace: Workplace, disk: Disk, expected: bytes) -> None:
     for pages in SIZES:
         small = Workplace(disk.folder / "job", workplace.model)
         disk.resize(pages)
@@ -113,8 +111,7 @@ def test_a_full_disk_stops_the_run_until_there_is_space(workplace: Workplace, di
         shutil.rmtree(small.folder)
 
 
-def test_a_full_disk_of_results(workplace: Workplace, disk: Disk) -> None:
-    expected = whole_bytes(workplace)
+def test_a_full_disk_of_results(workplace: Workplace, disk: Disk, expected: bytes) -> None:
     workplace.tree["output"] = {"path": str(disk.folder / "a.parquet")}
     workplace.output = disk.folder / "a.parquet"
     workplace.save()
@@ -135,7 +132,7 @@ def test_a_full_disk_in_the_command_line(workplace: Workplace, disk: Disk) -> No
     workplace.save()
     disk.resize(20)
     command = [sys.executable, "-m", "pipeline.cli", "run", str(workplace.job_file), "--quiet"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = warm.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
@@ -143,8 +140,7 @@ def test_a_full_disk_in_the_command_line(workplace: Workplace, disk: Disk) -> No
 
 
 @pytest.mark.parametrize("size", [*range(0, 5000, 500), *range(8000, 50_000, 8000)])
-def test_a_file_that_cannot_grow_stops_the_run(workplace: Workplace, size: int) -> None:
-    expected = whole_bytes(workplace)
+def test_a_file_that_cannot_grow_stops_the_run(workplace: Workplace, size: int, expected: bytes) -> None:
     workplace.save()
     with files_of_at_most(size):
         assert_clear(stopped(workplace))
@@ -153,8 +149,10 @@ def test_a_file_that_cannot_grow_stops_the_run(workplace: Workplace, size: int) 
     assert workplace.output.read_bytes() == expected
 
 
-def test_a_disk_that_is_full_when_bytes_are_made_durable(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected, real, fewest = whole_bytes(workplace), os.fsync, 0
+def test_a_disk_that_is_full_when_bytes_are_made_durable(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch, expected: bytes
+) -> None:
+    real, fewest = os.fsync, 0
     while True:
         left = iter(range(fewest))
 
@@ -201,8 +199,8 @@ def test_a_store_that_becomes_read_only(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
     override: tuple[str, ...],
+    expected: bytes,
 ) -> None:
-    expected = whole_bytes(workplace)
     workplace.tree["cache"] = {"dir": str(disk.folder / "cache")}
     at_commit(monkeypatch, 1, lambda: disk.resize(64, "ro"))
     report = workplace.run(*override)
@@ -214,8 +212,7 @@ def test_a_store_that_becomes_read_only(
     assert workplace.output.read_bytes() == expected
 
 
-def test_a_store_that_vanishes(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
-    expected = whole_bytes(workplace)
+def test_a_store_that_vanishes(workplace: Workplace, monkeypatch: pytest.MonkeyPatch, expected: bytes) -> None:
     at_commit(monkeypatch, 2, lambda: shutil.rmtree(workplace.cache))
     assert workplace.run().prefixes_built == 3
     assert workplace.output.read_bytes() == expected
@@ -223,8 +220,9 @@ def test_a_store_that_vanishes(workplace: Workplace, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
-def test_a_result_folder_that_vanishes(workplace: Workplace, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    expected = whole_bytes(workplace)
+def test_a_result_folder_that_vanishes(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch, number: int, expected: bytes
+) -> None:
     with monkeypatch.context() as patch:
         at_commit(patch, number, lambda: shutil.rmtree(workplace.output.parent))
         if number > 1:  # what had been committed is gone

@@ -18,17 +18,36 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.job.shards import Shard
+from pipeline.progress import RunObserver
+from tests import warm
 from tests.pipeline.command_line import ROOT, error_of, in_terminal, invoke
 from tests.pipeline.workplace import Workplace
 
 FEW = {"max_tokens": 3, "batch_size": 8}  # three documents of three queries share a batch
 
 
+def with_more_documents(place: Workplace) -> Workplace:
+    place.documents |= {f"e{number}": f"Paper {number} says {number * 7}. " * 6 for number in range(8)}
+    place.save(generation=FEW)
+    return place
+
+
 @pytest.fixture
 def place(workplace: Workplace) -> Workplace:
-    workplace.documents |= {f"e{number}": f"Paper {number} says {number * 7}. " * 6 for number in range(8)}
-    workplace.save(generation=FEW)
-    return workplace
+    return with_more_documents(workplace)
+
+
+@pytest.fixture(scope="module")
+def three_shards(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Path:
+    """The folder of a job whose three shards are done."""
+    from pipeline.execution.runner import Runner
+    from pipeline.job.job_file import load_job
+
+    done = with_more_documents(Workplace(tmp_path_factory.mktemp("shards"), tiny_model))
+    for number in (1, 2, 3):
+        shard = Shard(number, 3)
+        Runner(load_job(done.job_file, (), shard), RunObserver(), shard=shard).run()
+    return done.folder
 
 
 def test_three_machines_over_ssh(place: Workplace, tmp_path: Path) -> None:
@@ -188,7 +207,7 @@ def test_a_shard_keeps_what_is_answered_and_the_merge_wants_what_is_new(place: W
 
 def start(place: Workplace, shard: str, *options: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "pipeline.cli", "run", str(place.job_file), "--quiet", "--shard", shard, *options]
-    return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    return warm.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)})
 
 
 def test_a_killed_shard_resumes(place: Workplace) -> None:
@@ -363,8 +382,10 @@ def _change_a_text(place: Workplace) -> None:
         (_move_a_document, "the job changed between them; to put that right: pipeline run "),
     ],
 )
-def test_shards_that_are_not_all_of_the_job(place: Workplace, spoil: Callable[[Workplace], None], words: str) -> None:
-    run_shards(place, 3)
+def test_shards_that_are_not_all_of_the_job(
+    place: Workplace, three_shards: Path, spoil: Callable[[Workplace], None], words: str
+) -> None:
+    shutil.copytree(three_shards, place.folder, dirs_exist_ok=True)
     spoil(place)
     assert words in error_of(invoke("merge", place.job_file))
     assert not place.output.exists()

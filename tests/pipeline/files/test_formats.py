@@ -156,18 +156,21 @@ def lines(folder: Path) -> None:
     (folder / "docs" / "a.jsonl").write_text('{"id": "docs/a.txt", "text": "The board met."}')
 
 
-@pytest.mark.parametrize("name", ["proj [v2]", "what?", "a*b", "[ab]", "[[]", "{x}"])
+PATHS: list[tuple[str, Callable[[Path], None]]] = [
+    ("docs/*.txt", texts),
+    ("docs", texts),
+    ("docs/a.txt", texts),
+    ("*/*.txt", texts),
+    ("**/*.txt", texts),
+    ("docs/[ab].txt", texts),
+    ("docs/?.jsonl", lines),
+]
+NAMES = ["proj [v2]", "what?", "a*b", "[ab]", "[[]", "{x}"]
+
+
+# The folder's name is escaped before the path is looked at, so each path is tried in one folder and each name with one.
 @pytest.mark.parametrize(
-    ("path", "make"),
-    [
-        ("docs/*.txt", texts),
-        ("docs", texts),
-        ("docs/a.txt", texts),
-        ("*/*.txt", texts),
-        ("**/*.txt", texts),
-        ("docs/[ab].txt", texts),
-        ("docs/?.jsonl", lines),
-    ],
+    ("name", "path", "make"), [(NAMES[0], *each) for each in PATHS] + [(name, *PATHS[4]) for name in NAMES[1:]]
 )
 def test_wildcards_in_the_name_of_the_jobs_own_folder_are_characters(
     workplace: Workplace, name: str, path: str, make: Callable[[Path], None]
