@@ -33,8 +33,9 @@ if TYPE_CHECKING:
     from turboquant.eval.results import Baseline
     from turboquant.eval.teacher_forcing import Context
 
-# By bits: the table's size in bits, and the power of squared attention by which tokens are weighted.
-ROWS = {4: ((8, 0.5), (9, 0.25), (9, 0.5), (10, 0.5)), 3: ((8, 0.25), (9, 0.25)), 2: ((8, 0.25), (9, 0.25))}
+SIZES = {4: (8, 9), 3: (6, 8), 2: (7, 8)}  # of tables, in bits, by the bits of a number
+POWER = 0.25  # of squared attention, by which tokens are weighted
+BLOCK = 16  # coordinates that are searched by one start of a kernel
 LEAST_ATTENTION = 0.01  # share of the mean that is added to a token's squared attention, so that all tokens count
 
 
@@ -42,19 +43,21 @@ LEAST_ATTENTION = 0.01  # share of the mean that is added to a token's squared a
 class Trellis:
     """How coarse tokens are coded by a trellis.
 
-    keys, values: their codes; values None for the codec's own.
+    keys, values: their codes; None for the codec's own.
     projected: whether values are rounded in the metric of the output projection.
     attention_power: of the squared attention that a token gets, by which its errors are weighted.
     length_power: of a vector's squared length, by which its errors are weighted.
     feedback: whether vectors in a metric are rounded with feedback before coordinate descent.
+    sweeps: of coordinate descent.
     """
 
-    keys: TrellisCode
+    keys: TrellisCode | None
     values: TrellisCode | None
     projected: bool = False
     attention_power: float = 0.0
     length_power: float = 0.0
     feedback: bool = True
+    sweeps: int = SWEEPS
 
 
 def trellis_baselines(codec: CacheCodec, rows: dict[str, Trellis]) -> list[Baseline]:
@@ -151,18 +154,19 @@ def _output_metric(projection: Any, n_heads: int, values: mx.array) -> Any:
 def _decoded(layers: list[_Layer], trellis: Trellis) -> Iterator[DenseLayer]:
     """Return the layers with their coarse tokens coded by a trellis and decoded again."""
     weights = mx.concatenate([layer.attention for layer in layers]) ** trellis.attention_power
-    keys = _coded([layer.keys for layer in layers], trellis.keys, weights, trellis)
     values = [layer.values for layer in layers]
     if not trellis.projected:
         values = [replace(one, metric=None) for one in values]
-    if trellis.values:
-        coded_values = _coded(values, trellis.values, weights, trellis)
+    keys = [layer.keys for layer in layers]
+    coded_keys = _coded(keys, trellis.keys, weights, trellis) if trellis.keys else None
+    coded_values = _coded(values, trellis.values, weights, trellis) if trellis.values else None
     for number, layer in enumerate(layers):
         all_keys, all_values = layer.scalar.decode()
         first = layer.scalar.sink_keys.shape[1]
         some = slice(first, first + layer.scalar.keys.tokens)
-        all_keys[:, some] = keys[number]
-        if trellis.values:
+        if coded_keys:
+            all_keys[:, some] = coded_keys[number]
+        if coded_values:
             all_values[:, some] = coded_values[number]
         mx.eval(all_keys, all_values)
         yield DenseLayer(all_keys, all_values)
@@ -204,9 +208,10 @@ def _coded(layers: list[Coarse], code: TrellisCode, weights: mx.array, trellis: 
 
 def nearest(xp: Any, code: TrellisCode, unit: Any, weight: Any) -> Any:
     """Return the levels (H, dim, T) of strings that are near to unit (H, dim, T); weight (H, T)."""
-    rows = unit.reshape(-1, unit.shape[-1])
-    weights = xp.broadcast_to(weight[:, None], unit.shape).reshape(rows.shape)
-    return code.encode(xp, rows, xp.ones_like(rows), weights)[1].reshape(unit.shape)
+    heads, dim, tokens = unit.shape
+    parts = unit.reshape(heads * dim // BLOCK, BLOCK, tokens)  # so that a GPU has enough strings at a time
+    root = xp.repeat(xp.sqrt(weight), dim // BLOCK, axis=0)
+    return code.encode(xp, parts, xp.ones_like(root), root)[1].reshape(unit.shape)
 
 
 def round_in_metric(
@@ -214,29 +219,46 @@ def round_in_metric(
 ) -> tuple[Any, Any]:
     """Do what ``rounding.round_in_metric`` does, with a string along the tokens of each coordinate.
 
-    unit: (H, dim, T) float32. weight: (H, T). Returns levels (H, dim, T) and factors (H, T).
+    unit: (H, dim, T) float32 or float16. weight: (H, T). Returns levels (H, dim, T) and factors (H, T).
     """
-    scaled, one = metric.damped @ unit, xp.ones_like(weight)
+    factor, pull, damped = (x.astype(unit.dtype) for x in (metric.factor, metric.pull, metric.damped))
+    scaled, root = damped @ unit, xp.sqrt(weight)
+    former = None
     if trellis.feedback:
-        levels = _sweep(xp, code, unit, xp.zeros_like(unit), metric.factor, one, weight, -1)
+        former, levels = _sweep(xp, code, unit, xp.zeros_like(unit), factor, xp.ones_like(weight), root, -1, None)
     else:
         levels = nearest(xp, code, unit, weight)
-    for _ in range(SWEEPS):
-        scale = (levels * scaled).sum(axis=1) / (levels * (metric.damped @ levels)).sum(axis=1)
-        scale = xp.clip(scale, 0.5, 2.0)
-        levels = _sweep(xp, code, unit, scale[:, None] * levels - unit, metric.pull, scale, weight, 1)
-    exact, found = (unit * scaled).sum(axis=1), (levels * scaled).sum(axis=1)
+    for _ in range(trellis.sweeps):
+        scale = xp.clip(_products(xp, levels, scaled) / _products(xp, levels, damped @ levels), 0.5, 2.0)
+        error = scale[:, None].astype(unit.dtype) * levels - unit
+        former, levels = _sweep(xp, code, unit, error, pull, scale, root, 1, former)
+    exact, found = _products(xp, unit, scaled), _products(xp, levels, scaled)
     return levels, xp.clip(exact / xp.maximum(found, 1e-9), 0.5, 2.0)
 
 
-def _sweep(xp: Any, code: TrellisCode, unit: Any, error: Any, pull: Any, scale: Any, weight: Any, step: int) -> Any:
-    """Choose strings coordinate by coordinate, each by how far ``pull`` and the errors of all others move it."""
-    levels = [None] * unit.shape[1]
-    for i in range(unit.shape[1])[::step]:
-        target = unit[:, i] - (pull[:, i : i + 1] @ error)[:, 0]
-        levels[i] = code.encode(xp, target, scale, weight)[1]
-        error[:, i] = scale * levels[i] - unit[:, i]
-    return xp.stack(levels, axis=1)
+def _products(xp: Any, one: Any, other: Any) -> Any:
+    """Return the scalar products of vectors (H, dim, T), as (H, T) float32."""
+    return (one * other).astype(xp.float32).sum(axis=1)
+
+
+def _sweep(
+    xp: Any, code: TrellisCode, unit: Any, error: Any, pull: Any, scale: Any, root: Any, step: int, former: Any
+) -> tuple[Any, Any]:
+    """Choose strings coordinate by coordinate, each by how far ``pull`` and the errors of all others move it.
+
+    error: (H, dim, T), the errors before; they are replaced. former: the states before, if there are any.
+    Returns states and levels (H, dim, T).
+    """
+    starts = range(0, unit.shape[1], BLOCK)[::step]
+    found = {}
+    for start in starts:
+        some = slice(start, start + BLOCK)
+        target = unit[:, some] - pull[:, some] @ error
+        others = pull[:, some, some], unit[:, some], error[:, some]
+        before = None if former is None else former[:, some]
+        found[start] = code.encode(xp, target, scale, root, others, step < 0, before)
+        error[:, some] = scale[:, None].astype(unit.dtype) * found[start][1] - unit[:, some]
+    return tuple(xp.concatenate([found[start][which] for start in sorted(found)], axis=1) for which in (0, 1))
 
 
 def main() -> None:
@@ -266,14 +288,16 @@ def _rows() -> list[Baseline]:
     from turboquant.eval.baselines import exact
 
     rows: list[Baseline] = []
-    for bits, sizes in ROWS.items():
-        codec, plain = CacheCodec(bits, bits), trained_code(bits, 8)
-        settings = {"trellis, 256 levels": Trellis(plain, plain)}
-        for log_states, power in sizes:
-            code = trained_code(bits, log_states)
-            settings[f"weighted ^{power:g}, {1 << log_states} levels"] = Trellis(
-                code, code, projected=True, attention_power=power, length_power=1.0
-            )
+    for bits, sizes in SIZES.items():
+        codec, settings = CacheCodec(bits, bits), dict[str, Trellis]()
+        for size in sizes:
+            code = trained_code(bits, size)
+            both = Trellis(code, code, projected=True, attention_power=POWER, length_power=1.0)
+            settings |= {
+                f"{1 << size} levels": both,
+                f"{1 << size}, 1 sweep": replace(both, sweeps=1),
+                f"{1 << size}, 1 sweep, values once": replace(both, sweeps=1, projected=False),
+            }
         rows += [exact(codec), *trellis_baselines(codec, settings)]
     return rows
 
