@@ -129,6 +129,7 @@ ALL = (
         "fidelity.md",
         (
             "benches.viterbi",
+            "benches.trellis_encoder",
             "benches.trellis --model {model} --data {data} --tokens 4000 --json {json}",
             "benches.trellis --model {model} --data {data} --tokens 1500 --json {json}",
         ),
