@@ -21,8 +21,8 @@ from tests.pipeline.workplace import Workplace
 
 @pytest.fixture
 def job(workplace: Workplace) -> Path:
-    """Documents of some 800 tokens."""
-    workplace.documents = {name: text * 8 for name, text in workplace.documents.items()}
+    """Documents of some 900 tokens, which are more than one segment of a streaming job."""
+    workplace.documents = {name: text * 3 for name, text in workplace.documents.items()}
     return workplace.save()
 
 
