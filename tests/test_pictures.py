@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from benches import all as benches
-from docs import pictures
+from docs import pictures, recordings
 from tests import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -99,6 +99,14 @@ def test_pages_show_pictures_that_exist_and_say_what_is_on_them() -> None:
             assert len(words.split()) >= 3, f"{page.name}: {source} has no description"
             shown.add((page.parent / source).resolve())
     assert shown == set(pictures.PICTURES.iterdir())
+
+
+def test_the_terminal_shows_the_commands_of_readme() -> None:
+    drawn = (pictures.PICTURES / "terminal.svg").read_text(encoding="utf-8")
+    assert recordings.terminal([("pipeline plan job.yaml", "2 rows")]).count("<text") == 2
+    for command in ("init", "plan", "run"):
+        assert f"$ pipeline {command} " in drawn
+        assert f".venv/bin/pipeline {command} " in README[README.index("## Your data") :]
 
 
 def test_what_a_bench_prints_as_json_is_kept(tmp_path: Path) -> None:
