@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable
+from multiprocessing import active_children
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -36,6 +37,9 @@ def run_in_process(connection: Connection, request: RunRequest) -> None:
         outbox.send(outcome)
     except KeyboardInterrupt:
         return
+    finally:
+        for worker in active_children():  # Python ends them with SIGTERM, which they ignore, and waits for them
+            worker.kill()
 
 
 def _run(outbox: Outbox, request: RunRequest) -> Finished | Failed:

@@ -189,6 +189,20 @@ def test_no_process_is_left(place: Workplace, number: signal.Signals, code: int)
     assert place.output.read_bytes() == alone(place)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are found in /proc")
+def test_a_second_signal_ends_a_run_and_its_processes_at_once(place: Workplace) -> None:
+    place.documents = {f"d{each}": f"Paper {each} says much. " * 30 for each in range(200)}
+    command = [sys.executable, "-m", "pipeline.cli", "run", str(place.save()), "--quiet"]
+    run = warm.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True)
+    wait_until(lambda: len(place.segments()) > 2)
+    family = descendants(run.pid)
+    run.send_signal(signal.SIGTERM)
+    time.sleep(0.05)  # signals that come at the same time count as one
+    run.send_signal(signal.SIGTERM)
+    assert run.wait(60) == 130
+    wait_until(lambda: not any(is_running(pid) for pid in family))
+
+
 def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
