@@ -101,6 +101,11 @@ ALL = (
         ),
     ),
     Figures("prefill", "performance.md", ("benches.prefill --model {model} --text {contract}",)),
+    Figures(
+        "step-parts",
+        "performance.md",
+        ("benches.step_parts --model {model}", "benches.step_parts --model {demo} --tokens 5600"),
+    ),
     Figures("schemas", "performance.md", ("benches.constraints --model {model}", "benches.constraints --model {demo}")),
     Figures("batch-sizes", "measured.md", ("benches.batch_sizes",)),
     Figures("restore", "performance.md", ("benches.restore",)),

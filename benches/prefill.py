@@ -27,6 +27,7 @@ def measure(model: Any, tokens: Sequence[int], rounds: int) -> dict[str, float]:
     from pipeline.execution.prefixes import CPU_CHUNK
     from turboquant import CacheCodec, enabled, prefill
     from turboquant.caches.prefix import feed, prefill_caches
+    from turboquant.mlx_lm.cpu_functions import numpy_functions
     from turboquant.mlx_lm.families import explain
 
     def stock(chunk: int) -> None:
@@ -34,7 +35,7 @@ def measure(model: Any, tokens: Sequence[int], rounds: int) -> dict[str, float]:
 
     def ours() -> None:
         caches = prefill_caches(model, len(tokens), explain(model).layers)
-        with enabled(model):
+        with enabled(model), numpy_functions(model):
             feed(model, caches, tokens, CPU_CHUNK)
 
     contenders: dict[str, Callable[[], Any]] = {

@@ -11,6 +11,7 @@ between them. OPENBLAS_NUM_THREADS sets the number of threads: a run with a proc
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from typing import Any
@@ -37,7 +38,7 @@ def attention(layers: list[Any], rows: int, n_heads: int, repeats: int = 7) -> f
 
 
 def main() -> None:
-    """Print a line for each number of rows."""
+    """Print a JSON object for each number of rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True)
     parser.add_argument("--tokens", type=int, default=2000)
@@ -58,17 +59,14 @@ def main() -> None:
     vocabulary, n_heads = int(loaded.config["vocab_size"]), int(loaded.config["num_attention_heads"])
     packed = prefill(loaded.model, random_tokens(arguments.tokens, vocabulary, -1), CacheCodec(), 512)
     (dense,) = make_resident([packed], "dense")
-    print(f"{blas.name}, {blas.threads} threads; {arguments.tokens:,} tokens of context, dense", flush=True)
     for rows in arguments.rows:
         with enabled(loaded.model), numpy_functions(loaded.model):
             whole, _ = step(loaded.model, [dense.fork() for _ in range(rows)], vocabulary)
             model, _ = step(loaded.model, [make_prompt_cache(loaded.model) for _ in range(rows)], vocabulary)
         context = attention(list(dense.layers), rows, n_heads)
-        print(
-            f"{rows:4} rows  step {whole:7.1f} ms  model {model:7.1f}  attention {context:7.1f}"
-            f"  step / parts {whole / (model + context):.2f}",
-            flush=True,
-        )
+        times = {"step_ms": whole, "model_ms": model, "attention_ms": context}
+        row = {"tokens": arguments.tokens, "rows": rows} | {name: round(ms, 1) for name, ms in times.items()}
+        print(json.dumps(row | {"blas": blas.name, "threads": blas.threads}), flush=True)
 
 
 if __name__ == "__main__":
