@@ -54,7 +54,7 @@ def measure(model: Any, tokens: Sequence[int], rounds: int) -> dict[str, float]:
 
 
 def product_gflop(model: Any, config: Any, tokens: int) -> float:
-    """Billions of floating-point operations in a prefill's products: of weights, and of attention's visible scores."""
+    """Count the floating-point operations of a prefill's products, with weights and in attention, in billions."""
     from mlx.utils import tree_flatten
 
     parameters: list[tuple[str, Any]] = tree_flatten(model.layers)

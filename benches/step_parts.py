@@ -20,7 +20,7 @@ from benches.steps import random_tokens, step
 
 
 def attention(layers: list[Any], rows: int, n_heads: int, repeats: int = 7) -> float:
-    """Milliseconds of attention of so many rows' queries, one each, to the context, of all layers."""
+    """Return how long all layers' attention to the context takes for so many rows of one query, in milliseconds."""
     import mlx.core as mx
 
     from turboquant.attention.dispatch import attend_past

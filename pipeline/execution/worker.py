@@ -38,7 +38,8 @@ def run_in_process(connection: Connection, request: RunRequest) -> None:
     except KeyboardInterrupt:
         return
     finally:
-        for worker in active_children():  # Python ends them with SIGTERM, which they ignore, and waits for them
+        # Python would send workers SIGTERM, which they ignore, and wait for them forever.
+        for worker in active_children():
             worker.kill()
 
 

@@ -100,7 +100,8 @@ def _sweep(xp: Any, unit: Any, error: Any, pull: Any, scale: Any, bits: int, ste
     scale: (H, T), of each vector's levels. step: 1 to begin with the first coordinate, -1 with the last.
     Returns codes (H, dim, T) uint8.
     """
-    level_of_bin, dim = xp.array(lloyd_max(bits).levels[code_of_bin(bits)]), unit.shape[1]
+    code_of, dim = code_of_bin(bits), unit.shape[1]
+    code_table, level_table = xp.array(code_of), xp.array(lloyd_max(bits).levels[code_of])
     codes: list[Any] = [None] * dim
     for start in range(0, dim, BLOCK)[::step]:
         block = slice(start, min(start + BLOCK, dim))
@@ -110,8 +111,8 @@ def _sweep(xp: Any, unit: Any, error: Any, pull: Any, scale: Any, bits: int, ste
         for i in range(target.shape[1])[::step]:
             moved = target[:, i] - (within[:, i : i + 1] @ changes)[:, 0]
             bins = _bins(xp, moved / scale)
-            codes[start + i] = _look_up(xp, xp.array(code_of_bin(bits)), bins)
-            changes[:, i] = scale * _look_up(xp, level_of_bin, bins) - exact[:, i] - before[:, i]
+            codes[start + i] = _look_up(xp, code_table, bins)
+            changes[:, i] = scale * _look_up(xp, level_table, bins) - exact[:, i] - before[:, i]
         error[:, block] = before + changes
     return xp.stack(codes, axis=1)
 
@@ -122,13 +123,16 @@ def nearest_codes(xp: Any, x: Any, bits: int) -> Any:
 
 
 def _bins(xp: Any, x: Any) -> Any:
-    """Return the number of the bin that each x is in; in NumPy it may lie outside the table, see ``_look_up``."""
+    """Return the number of the bin that each x is in. In NumPy it may lie outside the tables, see ``_look_up``."""
     bins = x * (BINS / (2 * REACH)) + BINS / 2
     return bins.astype(np.intp) if xp is np else xp.clip(bins, 0, BINS - 1).astype(xp.int32)
 
 
 def _look_up(xp: Any, table: Any, bins: Any) -> Any:
-    """Look up bins; with NumPy those outside the table get its ends, which is faster than any indexing there."""
+    """Return the table's entry for each bin. In NumPy a bin outside the table gets its first or last entry.
+
+    NumPy's ``take`` is faster than indexing.
+    """
     return table.take(bins, mode="clip") if xp is np else table[bins]
 
 
