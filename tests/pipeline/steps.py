@@ -1,21 +1,19 @@
-"""What a process does to a folder, step by step; and a run that is killed at every one of its steps.
+"""What a process does to a folder, step by step, and what a SIGKILL at each of its steps would leave.
 
-    python tests/pipeline/steps.py MODEL FOLDER EVERY [KEY.PATH=VALUE ...]
-
-runs a job undisturbed, then kills it with SIGKILL before its first step, its EVERY-th after that and so on, resumes
-each of these runs, and prints a line of JSON for each. A step is something done to the folder after which its files
-differ. Runs are forked from a process that has imported everything and built nothing, which MLX survives on a CPU.
-Knows files, signals and reports; the product does not know that it is watched.
+A step is something done to the folder after which its files differ. Knows files and reports; the product does not know
+that it is watched.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import signal
+import shutil
 import sys
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -92,62 +90,59 @@ def state_of(folder: Path) -> list[tuple[str, int, int]]:
     return sorted(found)
 
 
-class Killer:
-    """Kills this process at a step; at none where that is None, and counts. What was written last may be cut in half.
+@dataclass
+class Step:
+    """What a process is about to do, and what a SIGKILL would leave: a copy of the files."""
 
-    Where a file is about to be made durable there are two steps: amid the writing of it, and behind.
+    name: str
+    files: Path
+    noted: int
+
+
+class Steps:
+    """Copies a folder before every n-th step. `note` gives a number that is kept with each copy.
+
+    SIGKILL leaves the files as they are. What was written last may be cut in half, so where a file is about to be made
+    durable there are two steps: amid the writing of it, and behind.
     """
 
-    def __init__(self, folder: Path, step: int | None) -> None:
-        self.folder, self.step = folder, step
-        self.steps: list[str] = []
+    def __init__(self, folder: Path, copies: Path, every: int, note: Callable[[], int]) -> None:
+        self.copied: list[Step] = []
+        self.count = 0
+        self._folder, self._copies, self._every, self._note = folder, copies, every, note
         self._state: list[tuple[str, int, int]] = []
-        self._told = False
+        self._lock = threading.Lock()  # the others wait while one copies
 
     def tell(self, event: str, path: str) -> None:
         """A step, if the files have changed since the last."""
-        if self._told or (state := state_of(self.folder)) == self._state:
-            return
-        self._told, self._state = True, state  # what is done here is no step
-        name = f"{event} {Path(path).name}"
-        if event == "fsync" and os.path.isfile(path):
-            self._count(f"amid {name}", lambda: os.truncate(path, os.path.getsize(path) // 2))
-        self._count(name, lambda: None)
-        self._told = False
+        with self._lock:
+            if (state := state_of(self._folder)) == self._state:
+                return
+            self._state = state
+            name = f"{event} {Path(path).name}"
+            if event == "fsync" and os.path.isfile(path) and (step := self._step(f"amid {name}")):
+                half = step.files / Path(path).relative_to(self._folder)
+                os.truncate(half, half.stat().st_size // 2)
+            self._step(name)
 
-    def _count(self, name: str, prepare: Callable[[], None]) -> None:
-        if len(self.steps) == self.step:
-            prepare()
-            os.kill(os.getpid(), signal.SIGKILL)
-        self.steps.append(name)
-
-
-def run_watched(place: Any, overrides: list[str], step: int | None) -> tuple[list[str], Any]:
-    """Run a workplace's job, killed at a step; the steps and the report where it was not."""
-    place.save()
-    killer = Killer(place.folder, step)
-    with _noting_prefills(place.folder.with_suffix(".prefilled")), watching(place.folder, killer.tell):
-        report = place.run(*overrides)
-    return killer.steps, report
+    def _step(self, name: str) -> Step | None:
+        self.count += 1
+        if (self.count - 1) % self._every:
+            return None
+        self.copied.append(Step(name, self._copies / str(self.count), self._note()))
+        copy_at_one_moment(self._folder, self.copied[-1].files)
+        return self.copied[-1]
 
 
-@contextmanager
-def _noting_prefills(log: Path) -> Iterator[None]:
-    """Every prefill that is begun, by its tokens."""
-    import pipeline.execution.prefixes as module
-
-    real = module.prefill_segment
-
-    def prefill(model: Any, tokens: Any, *rest: Any) -> Any:
-        with log.open("a") as file:
-            print(hash(tuple(tokens)), file=file)
-        return real(model, tokens, *rest)
-
-    module.prefill_segment = prefill  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        module.prefill_segment = real
+def copy_at_one_moment(folder: Path, copy: Path) -> None:
+    """Copy a folder, once more where another thread has changed it meanwhile."""
+    while True:
+        before = state_of(folder)
+        with suppress(shutil.Error):
+            shutil.copytree(folder, copy)
+            if state_of(folder) == before:
+                return
+        shutil.rmtree(copy)
 
 
 def files_hold(place: Any) -> int:
@@ -173,102 +168,3 @@ def files_hold(place: Any) -> int:
         return int(pq.read_table(place.output).num_rows)
     group = [pq.read_table(file) for file in folder.glob(".group")]
     return len({row["document_id"] for part in [*parts, *group] for row in part.to_pylist()}) * len(place.queries)
-
-
-def resume(place: Any, overrides: list[str]) -> dict[str, Any]:
-    """Look at what a killed run left, run the job again, and tell what became of it."""
-    stored, committed = {path.name for path in place.segments()}, files_hold(place)
-    with _noting_prefills(place.folder.with_suffix(".prefilled")):
-        report = place.run(*overrides)
-    log = place.folder.with_suffix(".prefilled")
-    begun = log.read_text().split() if log.exists() else []
-    leftovers = [str(path.relative_to(place.folder)) for path in place.folder.rglob(".*")]
-    return {
-        "stored": len(stored),
-        "committed": committed,
-        "kept": report.rows_kept,
-        "answered": report.rows_answered,
-        "failed": report.rows_failed,
-        "again": len(begun) - len(set(begun)),
-        "leftovers": [*leftovers, *map(str, place.cache.glob("rejected/*")), *map(str, place.cache.glob("jobs/*"))],
-        "bytes": place.output.read_bytes().hex(),
-        "segments": sorted(path.name for path in place.segments()),
-    }
-
-
-def forked(task: Callable[[], Any], result: Path) -> int:
-    """Do something in a process of its own, which writes what it gives as JSON; its wait status."""
-    process = os.fork()
-    if process == 0:
-        status = 1
-        try:
-            result.write_text(json.dumps(task()))
-            status = 0
-        except BaseException:
-            import traceback
-
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(status)
-    return os.waitpid(process, 0)[1]
-
-
-def import_everything() -> None:
-    """What a run imports, and nothing that it builds."""
-    from turboquant.runtime.blas import load_tuned_blas
-
-    load_tuned_blas()
-    import mlx_lm.models.llama  # noqa: F401
-    import transformers.models.llama  # noqa: F401
-
-
-def make_place(folder: Path, model: Path, streaming: bool) -> Any:
-    """A workplace of two documents and two queries; where the prefill is streaming, of three segments a document."""
-    from tests.pipeline.workplace import Workplace
-
-    place = Workplace(folder, model)
-    del place.documents["d2"], place.queries[2]
-    if streaming:
-        place.documents = {
-            name: "".join(f"{n}{text[:50]}" for n in range(60)) for name, text in place.documents.items()
-        }
-    return place
-
-
-def main() -> None:
-    """Kill, resume, print."""
-    from pipeline.output import run_file as runfile
-
-    runfile.SECONDS_BETWEEN_WRITES = 1e6  # or the number of steps would depend on the time they take
-    model, folder, every, *overrides = sys.argv[1:]
-    base, streaming = Path(folder), "cache.prefill=streaming" in overrides
-    import_everything()
-
-    def place(name: object) -> Any:
-        return make_place(base / str(name), Path(model), streaming)
-
-    def undisturbed() -> Any:
-        whole = place("whole")
-        steps, report = run_watched(whole, overrides, None)
-        return {"steps": steps, "bytes": whole.output.read_bytes().hex(), "prefilled": report.prefilled_tokens} | {
-            "segments": sorted(path.name for path in whole.segments()),
-            "begun": len(whole.folder.with_suffix(".prefilled").read_text().split()),
-        }
-
-    assert forked(undisturbed, base / "whole.json") == 0
-    whole = json.loads((base / "whole.json").read_text())
-    print(json.dumps(whole))
-    chosen = range(0, len(whole["steps"]), int(every))
-    for step in chosen:
-        status = forked(lambda step=step: run_watched(place(step), overrides, step)[0], base / "killed.json")
-        # Two threads may write at once, which is one step then, so that a run may end a few steps earlier.
-        assert os.WIFSIGNALED(status) or (status == 0 and step > len(whole["steps"]) - 10), f"{step} was not reached"
-    outcome = base / "outcome.json"
-    assert forked(lambda: [resume(place(step), overrides) for step in chosen], outcome) == 0
-    for step, told in zip(chosen, json.loads(outcome.read_text()), strict=True):
-        print(json.dumps({"step": whole["steps"][step], **told}))
-
-
-if __name__ == "__main__":
-    main()
