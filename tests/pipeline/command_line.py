@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import fcntl
+import importlib
 import os
 import pty
 import struct
 import subprocess
 import sys
 import termios
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 from typer.testing import CliRunner, Result
 
 from pipeline.cli import app
@@ -21,6 +25,21 @@ PROGRAM = f"{sys.executable} -m pipeline.cli"  # how these tests start the comma
 
 def invoke(*arguments: str | Path) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@contextmanager
+def hub_settings(**environment: str) -> Iterator[None]:
+    """In the block, huggingface_hub has settings that it reads from the environment, but only when it is imported."""
+    from huggingface_hub import constants
+
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            importlib.reload(constants)
+            yield
+    finally:
+        importlib.reload(constants)
 
 
 def error_of(result: Result) -> str:

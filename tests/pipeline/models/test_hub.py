@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests import ROOT
+from tests.pipeline.command_line import Result, hub_settings, invoke
 from tests.pipeline.workplace import Workplace
 
 COMMIT = "c" * 40
@@ -100,17 +97,12 @@ def cache(workplace: Workplace, hub: Hub, *without: str) -> Path:
     return snapshot
 
 
-def plan(workplace: Workplace, hub: Hub, offline: bool) -> subprocess.CompletedProcess[str]:
+def plan(workplace: Workplace, hub: Hub, offline: bool) -> Result:
     job = workplace.save(model="owner/name")
-    environment = {
-        "HF_HUB_CACHE": str(workplace.folder / "hub"),
-        "HF_HUB_OFFLINE": str(int(offline)),
-        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
-        "HF_HUB_DISABLE_XET": "1",
-        "PYTHONPATH": str(ROOT),
-    }
-    command = [sys.executable, "-m", "pipeline.cli", "plan", str(job), "--prompt"]
-    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **environment})
+    address, cache = f"http://127.0.0.1:{hub.server_port}", str(workplace.folder / "hub")
+    settings = {"HF_ENDPOINT": address, "HF_HUB_CACHE": cache, "HF_HUB_OFFLINE": str(int(offline))}
+    with hub_settings(**settings, HF_HUB_DISABLE_XET="1"):
+        return invoke("plan", job, "--prompt")
 
 
 SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors")
@@ -130,37 +122,41 @@ def test_what_a_snapshot_lacks_is_named_without_a_hub_and_fetched_with_one(
 ) -> None:
     snapshot = cache(workplace, hub, *without)
     refused = plan(workplace, hub, offline=True)
-    assert refused.returncode == 2
+    assert refused.exit_code == 2
     assert f"error: model owner/name: its snapshot {snapshot} lacks {lacks}, and Hugging Face gives" in refused.stderr
     fetched = plan(workplace, hub, offline=False)
-    assert fetched.returncode == 0, fetched.stderr
+    assert fetched.exit_code == 0, fetched.stderr
     assert hub.fetched == set(without)
     assert plan(workplace, hub, offline=True).stdout == fetched.stdout
 
 
-def test_a_chat_template_that_was_not_fetched_is_fetched_or_told(workplace: Workplace, hub: Hub) -> None:
+def test_a_chat_template_that_was_not_fetched_is_fetched_or_told(
+    workplace: Workplace, hub: Hub, caplog: pytest.LogCaptureFixture
+) -> None:
     cache(workplace, hub, "chat_template.jinja")
     plain = plan(workplace, hub, offline=True)
-    assert plain.returncode == 0, plain.stderr
-    assert "its snapshot has no chat template, and Hugging Face cannot be asked now" in plain.stderr
+    assert plain.exit_code == 0, plain.stderr
+    assert "its snapshot has no chat template, and Hugging Face cannot be asked now" in caplog.text
     chat = plan(workplace, hub, offline=False)
     assert hub.fetched == {"chat_template.jinja"}
     assert chat.stdout.startswith("<|bos|><|system|>")
     assert plan(workplace, hub, offline=True).stdout == chat.stdout != plain.stdout
 
 
-def test_a_model_without_a_chat_template_is_asked_about_once(workplace: Workplace, hub: Hub) -> None:
+def test_a_model_without_a_chat_template_is_asked_about_once(
+    workplace: Workplace, hub: Hub, caplog: pytest.LogCaptureFixture
+) -> None:
     (hub.folder / "chat_template.jinja").unlink()
     cache(workplace, hub)
     shown = plan(workplace, hub, offline=False)
     again = plan(workplace, hub, offline=True)
-    assert (again.stdout, again.stderr) == (shown.stdout, "")
+    assert (again.stdout, again.stderr, caplog.messages) == (shown.stdout, "", [])
     assert not hub.fetched
 
 
 def test_a_complete_snapshot_needs_no_hub(workplace: Workplace, hub: Hub) -> None:
     cache(workplace, hub)
-    assert plan(workplace, hub, offline=True).returncode == 0
+    assert plan(workplace, hub, offline=True).exit_code == 0
 
 
 def test_weights_whose_link_leads_nowhere_are_missing(workplace: Workplace, hub: Hub) -> None:

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from pipeline.errors import ModelError
-from tests import ROOT, warm
+from tests import ROOT
+from tests.pipeline.command_line import error_of, hub_settings, invoke
 from tests.pipeline.workplace import Workplace
 
 
@@ -37,24 +38,6 @@ def write_adapter(folder: Path, model: Path, rank: int = 4) -> Path:
     config = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": parameters}
     (folder / "adapter_config.json").write_text(json.dumps(config))
     return folder
-
-
-def command(name: str, job: Path, *options: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    run = subprocess.run if environment else warm.run  # huggingface_hub reads its variables when it is imported
-    return run(
-        [sys.executable, "-m", "pipeline.cli", name, str(job), *options],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
-    )
-
-
-def error_of(done: subprocess.CompletedProcess[str]) -> str:
-    """The one line on stderr of a command that found its input wrong."""
-    assert (done.returncode, done.stdout) == (2, ""), done.stderr
-    (line,) = done.stderr.splitlines()
-    return line
 
 
 # ---- adapters
@@ -123,7 +106,7 @@ def test_a_quantised_model_answers_alike_in_batches_and_from_the_store(
     quantised = workplace.folder / "quantised"
     convert(str(workplace.model), str(quantised), quantize=True, **options)
     assert "quantization" in json.loads((quantised / "config.json").read_text())
-    assert "of memory" in command("plan", workplace.save(model=str(quantised))).stdout
+    assert "of memory" in invoke("plan", workplace.save(model=str(quantised))).stdout
     workplace.run()
     answers = workplace.answers()
     assert all(row["status"] == "ok" for row in workplace.rows().values())
@@ -136,15 +119,14 @@ def test_a_quantised_model_answers_alike_in_batches_and_from_the_store(
 @pytest.mark.parametrize("name", ["run", "plan"])
 def test_a_folder_that_holds_no_adapter(workplace: Workplace, name: str) -> None:
     (workplace.folder / "bare").mkdir()
-    line = error_of(command(name, workplace.save(adapter="bare")))
-    assert line.startswith(f"error: adapter {workplace.folder}/bare: no adapter_config.json; give the folder that ")
+    error = error_of(invoke(name, workplace.save(adapter="bare")))
+    assert error.startswith(f"adapter {workplace.folder}/bare: no adapter_config.json; give the folder that ")
 
 
 def test_an_adapter_of_another_model(workplace: Workplace, write_model: Callable[..., Path]) -> None:
     other = write_model(workplace.folder / "other", hidden_size=64, num_attention_heads=1)
     adapter = write_adapter(workplace.folder / "adapter", other)
-    line = error_of(command("run", workplace.save(adapter=str(adapter))))
-    assert "incompatible tensors" in line
+    assert "incompatible tensors" in error_of(invoke("run", workplace.save(adapter=str(adapter))))
     assert not workplace.output.exists()
 
 
@@ -170,15 +152,15 @@ def test_a_revision_is_the_one_that_is_asked_for(workplace: Workplace, write_mod
     shutil.copy(repo / "refs" / "v2", repo / "refs" / "main")
     hub = {"HF_HUB_CACHE": str(workplace.folder / "hub"), "HF_HUB_OFFLINE": "1"}
     job = workplace.save(model="owner/name", revision="v1")
-    assert command("run", job, **hub).returncode == 0
+    command = [sys.executable, "-m", "pipeline.cli", "run", str(job)]
+    subprocess.run(command, check=True, capture_output=True, env=os.environ | {"PYTHONPATH": str(ROOT)} | hub)
     first = workplace.answers()
-    report = json.loads(command("run", job, "--json", "--set", f"revision={'c' * 39}1", **hub).stdout)
-    assert report["rows_kept"] == 0
-    assert workplace.answers() != first
-    report = json.loads(command("run", job, "--json", "--set", "revision=null", **hub).stdout)
-    assert report["rows_kept"] == 9  # main is v2
-    line = error_of(command("run", job, "--set", "revision=v3", **hub))
-    assert line.startswith("error: model owner/name at revision v3: neither a folder here nor a repo that ")
+    with hub_settings(**hub):
+        assert workplace.run(f"revision={'c' * 39}1").rows_kept == 0
+        assert workplace.answers() != first
+        assert workplace.run("revision=null").rows_kept == 9  # main is v2
+        error = error_of(invoke("run", job, "--set", "revision=v3"))
+    assert error.startswith("model owner/name at revision v3: neither a folder here nor a repo that ")
 
 
 @pytest.mark.parametrize("policy", ["truncate", "split"])
@@ -192,10 +174,10 @@ def test_documents_are_cut_for_the_revision_that_is_asked_for(
     (repo / "refs" / "v1").write_text("c" * 40)
     hub = {"HF_HUB_CACHE": str(workplace.folder / "hub"), "HF_HUB_OFFLINE": "1"}
     workplace.documents["d0"] *= 4
-    job = workplace.save(model="owner/name", revision="v1", documents={"path": "docs.parquet", "too_long": policy})
-    done = command("run", job, **hub)
-    assert done.returncode == 0, done.stderr
-    assert workplace.report()["documents_truncated" if policy == "truncate" else "documents_split"] > 0
+    with hub_settings(**hub):
+        documents = {"path": "docs.parquet", "too_long": policy}
+        report = workplace.run_with(model="owner/name", revision="v1", documents=documents)
+    assert (report.documents_truncated if policy == "truncate" else report.documents_split) > 0
 
 
 def test_a_folder_has_no_revisions(workplace: Workplace) -> None:
@@ -222,9 +204,9 @@ def own_code(workplace: Workplace) -> Path:
 
 
 def test_a_model_s_own_code_is_not_run_unasked(workplace: Workplace, own_code: Path) -> None:
-    line = error_of(command("run", workplace.job_file))
-    assert line.endswith("; if you trust the code that comes with it, set `trust_remote_code: true` in the job")
-    assert command("plan", workplace.job_file).returncode == 0
+    error = error_of(invoke("run", workplace.job_file))
+    assert error.endswith("; if you trust the code that comes with it, set `trust_remote_code: true` in the job")
+    assert invoke("plan", workplace.job_file).exit_code == 0
     assert not (workplace.folder / "was-run").exists()
 
 
@@ -241,5 +223,5 @@ def test_a_tokenizer_s_own_code_is_not_run_unasked(workplace: Workplace, own_cod
     settings = json.loads(config.read_text()) | {"auto_map": {"AutoTokenizer": ["own.Model", None]}}
     config.write_text(json.dumps(settings | {"tokenizer_class": "Own"}))
     for name in ("plan", "run"):
-        command(name, workplace.job_file)
+        invoke(name, workplace.job_file)
         assert not (workplace.folder / "was-run").exists()
