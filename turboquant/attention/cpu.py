@@ -55,9 +55,10 @@ def attend_dense(
             scores = _multiply_groups(q[index], k[b, h, start:stop].swapaxes(-1, -2))
             if visible is not None:
                 row = b if visible.shape[0] > 1 else slice(None)
-                scores = np.where(visible[row, :, :, top:bottom, start:stop], scores, np.float32(-np.inf))
+                np.copyto(scores, -np.inf, where=~visible[row, :, :, top:bottom, start:stop])
             elif mask == "causal" and stop > first + 1:
-                scores[..., np.arange(start, stop) > np.arange(first, first + bottom - top)[:, None]] = -np.inf
+                hidden = np.arange(start, stop) > np.arange(first, first + bottom - top)[:, None]
+                np.copyto(scores, -np.inf, where=hidden)
             weights, fade = softmax.weigh(scores, index)
             softmax.add(index, fade, _multiply_groups(weights, v[b, h, start:stop]))
 
@@ -126,12 +127,16 @@ class OnlineSoftmax:
         weights = np.exp(scores, out=scores)
         fade = np.exp(self.highest[index] - finite)
         self.highest[index] = highest
-        self.total[index] = self.total[index] * fade + weights.sum(axis=-1, keepdims=True)
+        total = self.total[index]
+        total *= fade
+        total += multiply(weights, np.ones((weights.shape[-1], 1), np.float32))  # faster than NumPy's sum
         return weights, fade
 
     def add(self, index: tuple[Any, ...], fade: Floats, output: Floats) -> None:
         """Multiply the output by ``fade`` and add a tile's weighted values to it."""
-        self.output[index] = self.output[index] * fade + output
+        earlier = self.output[index]
+        earlier *= fade
+        earlier += output
 
     def finish(self) -> tuple[Floats, Floats]:
         """Return the normalised output (*shape, value_dim) and the logsumexp (*shape)."""

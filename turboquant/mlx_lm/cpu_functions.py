@@ -1,13 +1,15 @@
-"""NumPy in place of MLX functions that are slow on a CPU: SwiGLU, the log-sum-exp of logits, products of a few rows.
+"""NumPy in place of MLX functions that are slow on a CPU.
 
-SwiGLU and log-sum-exp spend their time on exponentials, which MLX computes one at a time and on one core. A product of
-a few rows spends it in the BLAS, which first copies all weights in the order of its kernel, as for a large product. The
-results are equal up to rounding.
+SwiGLU and the log-sum-exp of logits spend their time on exponentials, which MLX computes one at a time and on one core.
+RMSNorm and RoPE of many rows are made of several passes there, also on one core. A product of a few rows spends its
+time in the BLAS, which first copies all weights in the order of its kernel, as for a large product. The results are
+equal up to rounding.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -25,15 +27,16 @@ from turboquant.runtime.device import on_cpu
 from turboquant.runtime.threads import run_in_parallel
 
 BLOCK = 1 << 16  # numbers that one thread takes at a time: about the size of a core's cache
-FEW_ROWS = 64  # a product of more rows goes to the BLAS as it is
+FEW_ROWS = 64  # a product of more rows goes to the BLAS as it is; norms and rotations of more tokens go to NumPy
 UNCOPIED = 16  # products of up to this many rows are cut into blocks that OpenBLAS multiplies without copies
 OUTPUTS, STRIPE = 64, 256  # outputs in such a block, and in the blocks that one thread takes at a time
 _mlx_logsumexp, _mlx_linear, _mlx_as_linear = mx.logsumexp, Linear.__call__, Embedding.as_linear
+_mlx_rms_norm, _mlx_rope = mx.fast.rms_norm, mx.fast.rope
 
 
 @contextlib.contextmanager
 def numpy_functions(model: Module) -> Iterator[None]:
-    """While the block runs on a CPU, NumPy computes the model's SwiGLU, all log-sum-exps and products of few rows."""
+    """While the block runs on a CPU, NumPy computes the functions of this module."""
     if not on_cpu():
         yield
         return
@@ -41,6 +44,8 @@ def numpy_functions(model: Module) -> Iterator[None]:
     with replaced(
         *((module, SWIGLU, swiglu) for module in modules),
         (sys.modules[mx.__name__], "logsumexp", logsumexp),
+        (sys.modules[mx.fast.__name__], "rms_norm", rms_norm),
+        (sys.modules[mx.fast.__name__], "rope", rope),
         (Linear, "__call__", linear),
         (Embedding, "as_linear", as_linear),
     ):
@@ -65,6 +70,64 @@ def swiglu(gate: mx.array, x: mx.array) -> mx.array:
 
     run_in_parallel(compute, range(0, len(output), BLOCK))
     return mx.array(output.reshape(gate.shape))
+
+
+def rms_norm(x: mx.array, weight: mx.array | None, eps: float, **options: Any) -> mx.array:
+    """Compute ``mx.fast.rms_norm``; on a CPU, of float32 arrays (B, L, ...) with many tokens L, by NumPy."""
+    is_float32 = x.dtype == mx.float32 and (weight is None or weight.dtype == mx.float32)
+    if options or not is_float32 or x.ndim < 3 or x.shape[1] <= FEW_ROWS or not on_cpu():
+        return _mlx_rms_norm(x, weight, eps, **options)
+    dim = x.shape[-1]
+    rows, factors = np.asarray(x).reshape(-1, dim), None if weight is None else np.asarray(weight)
+    output = np.empty_like(rows)
+    together = max(1, BLOCK // dim)
+
+    def compute(start: int) -> None:
+        some = slice(start, start + together)
+        squares = np.einsum("rd,rd->r", rows[some], rows[some])[:, None]
+        part = np.divide(rows[some], np.sqrt(squares / np.float32(dim) + np.float32(eps)), out=output[some])
+        if factors is not None:
+            part *= factors
+
+    run_in_parallel(compute, range(0, len(rows), together))
+    return mx.array(output.reshape(x.shape))
+
+
+def rope(a: mx.array, dims: int, *, offset: int | mx.array, traditional: bool, **options: Any) -> mx.array:
+    """Compute ``mx.fast.rope``; on a CPU, of many float32 tokens whose dimensions are rotated in halves, by NumPy."""
+    tokens = a.shape[-2]
+    if traditional or isinstance(offset, mx.array) or a.dtype != mx.float32 or tokens <= FEW_ROWS or not on_cpu():
+        return _mlx_rope(a, dims, offset=offset, traditional=traditional, **options)
+    frequencies = options.pop("freqs", None)
+    cosines, sines = _rotation(
+        dims, offset, tokens, None if frequencies is None else np.asarray(frequencies).tobytes(), **options
+    )
+    x = np.asarray(a)
+    output = np.empty(x.shape, np.float32)
+
+    def rotate(head: tuple[int, ...]) -> None:
+        (first, second), (low, high) = (
+            (each[head][:, : dims // 2], each[head][:, dims // 2 : dims]) for each in (x, output)
+        )
+        np.multiply(first, cosines, out=low)
+        low -= second * sines
+        np.multiply(first, sines, out=high)
+        high += second * cosines
+        output[head][:, dims:] = x[head][:, dims:]
+
+    run_in_parallel(rotate, list(np.ndindex(*x.shape[:-2])))
+    return mx.array(output)
+
+
+@functools.lru_cache(maxsize=4)  # the layers of a model share one or two
+def _rotation(
+    dims: int, offset: int, tokens: int, frequencies: bytes | None, **options: Any
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return MLX's cosines and sines (tokens, dims / 2) of RoPE: what it makes of ones in the first half."""
+    ones = mx.broadcast_to((mx.arange(dims) < dims // 2).astype(mx.float32), (1, tokens, dims))
+    freqs = None if frequencies is None else mx.array(np.frombuffer(frequencies, np.float32))
+    rotated = np.asarray(_mlx_rope(ones, dims, offset=offset, traditional=False, freqs=freqs, **options))[0]
+    return rotated[:, : dims // 2], rotated[:, dims // 2 :]
 
 
 def linear(layer: Linear, x: mx.array) -> mx.array:

@@ -1,4 +1,4 @@
-"""NumPy's SwiGLU, log-sum-exp and products of few rows equal MLX's, and take their place only where they may."""
+"""NumPy's functions equal MLX's, and take their place only where they may."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from turboquant.mlx_lm.cpu_functions import (
     logsumexp,
     multiply_few,
     numpy_functions,
+    rms_norm,
+    rope,
     swiglu,
 )
 from turboquant.mlx_lm.internals import STOCK_SWIGLU
@@ -68,6 +70,32 @@ def test_logits_of_a_few_rows_equal_mlx_s() -> None:
     np.testing.assert_allclose(as_linear(layer, x), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("weight", [None, mx.random.normal((96,), key=mx.random.key(1))])
+@pytest.mark.parametrize("shape", [(0, 96), (1, FEW_ROWS, 96), (2, 700, 96), (1, 700, 3, 96)])
+def test_norms_equal_mlx_s(shape: tuple[int, ...], weight: mx.array | None) -> None:
+    x = mx.random.normal(shape, scale=30, key=mx.random.key(0))
+    np.testing.assert_allclose(rms_norm(x, weight, 1e-5), mx.fast.rms_norm(x, weight, 1e-5), rtol=2e-6)
+    assert rms_norm(x.astype(mx.bfloat16), None, 1e-5).dtype == mx.bfloat16
+
+
+ROTATIONS: list[dict[str, Any]] = [
+    {"dims": 32, "base": 10000.0, "scale": 1.0, "offset": 0, "traditional": False},
+    {"dims": 32, "base": 1e6, "scale": 0.5, "offset": 7000, "traditional": False},
+    {"dims": 20, "base": 10000.0, "scale": 1.0, "offset": 3, "traditional": False},  # the other dimensions stay
+    {"dims": 32, "base": None, "freqs": mx.arange(1.0, 17.0), "scale": 1.0, "offset": 5, "traditional": False},
+    {"dims": 32, "base": 10000.0, "scale": 1.0, "offset": 9, "traditional": True},
+    {"dims": 32, "base": 10000.0, "scale": 1.0, "offset": mx.array([3, 8]), "traditional": False},
+]
+
+
+@pytest.mark.parametrize("tokens", [1, FEW_ROWS + 1, 300])
+@pytest.mark.parametrize("rotation", ROTATIONS)
+def test_rotations_equal_mlx_s(rotation: dict[str, Any], tokens: int) -> None:
+    x = mx.random.normal((2, tokens, 3, 32), key=mx.random.key(0)).swapaxes(1, 2)
+    for _ in range(2):  # the second time with the same cosines
+        np.testing.assert_allclose(rope(x, **rotation), mx.fast.rope(x, **rotation), rtol=1e-5, atol=2e-6)
+
+
 @pytest.mark.parametrize("rows", [0, 1, FEW_ROWS + 1])
 def test_other_numbers_of_rows_and_dtypes_are_left_to_mlx_s_products(rows: int) -> None:
     layer = Linear(8, 4)
@@ -88,15 +116,16 @@ def test_other_axes_and_dtypes_are_left_to_mlx(axis: Any) -> None:
 def test_they_take_the_place_of_mlx_s_while_the_block_runs(build_model: Callable[..., Any]) -> None:
     model = build_model("llama")
     module = sys.modules[type(model).__module__]
-    before = mx.logsumexp, Linear.__call__, Embedding.as_linear
-    tokens = mx.array([[3, 1, 4, 1, 5]])
+    before = mx.logsumexp, mx.fast.rms_norm, mx.fast.rope, Linear.__call__, Embedding.as_linear
+    tokens = mx.arange(FEW_ROWS + 5)[None] % 50
     expected = model(tokens)
     with numpy_functions(model):
         assert (vars(module)["swiglu"], mx.logsumexp) == (swiglu, logsumexp)
+        assert (mx.fast.rms_norm, mx.fast.rope) == (rms_norm, rope)
         assert (Linear.__call__, Embedding.as_linear) == (linear, as_linear)
         np.testing.assert_allclose(model(tokens), expected, rtol=1e-4, atol=1e-5)
     assert vars(module)["swiglu"] is STOCK_SWIGLU
-    assert (mx.logsumexp, Linear.__call__, Embedding.as_linear) == before
+    assert (mx.logsumexp, mx.fast.rms_norm, mx.fast.rope, Linear.__call__, Embedding.as_linear) == before
 
 
 def test_the_generator_normalises_logits_with_what_is_replaced(build_model: Callable[..., Any]) -> None:
