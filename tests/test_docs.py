@@ -10,6 +10,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import typer
 import yaml
@@ -20,6 +22,7 @@ from docs import reference
 from pipeline.cli import app
 from pipeline.job.job import Generation, Job, QueryTable
 from pipeline.job.job_file import load_job
+from pipeline.output.rows import SCHEMA
 from tests import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -142,6 +145,25 @@ def test_figures_are_taken_again_by_one_command() -> None:
 @pytest.mark.parametrize("bench", sorted(file.stem for file in (ROOT / "benches").glob("*.py")))
 def test_a_bench_can_be_imported(bench: str) -> None:
     importlib.import_module(f"benches.{bench}")
+
+
+def test_queries_of_results_in_sql_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    duckdb = pytest.importorskip("duckdb")
+    queries = re.findall(r"^```sql\n(.*?)^```", text_of(ROOT / "docs" / "trust.md"), re.MULTILINE | re.DOTALL)
+    quotation = {"quote": "two years", "start": 9, "end": 18, "occurrences": 1, "page": None}
+    rows: list[dict[str, Any]] = [
+        {"query_id": "term", "answer": "two years", "evidence": [quotation]},
+        {"query_id": "signed", "answer": "yes", "choice_probabilities": [("yes", 0.8), ("no", 0.2)]},
+        {"query_id": "signed", "answer": "no", "choice_probabilities": [("yes", 0.05), ("no", 0.95)]},
+    ]
+    (tmp_path / "out").mkdir()
+    found = [{"document_id": "a", "status": "ok", "fingerprint": ""} | row for row in rows]
+    pq.write_table(pa.Table.from_pylist(found, SCHEMA), tmp_path / "out" / "contracts.parquet")
+    monkeypatch.chdir(tmp_path)
+    assert [[row[:3] for row in duckdb.sql(query).fetchall()] for query in queries] == [
+        [("a", "two years", "two years")],
+        [("a", "signed", "yes")],
+    ]
 
 
 def test_the_short_job_is_one(tmp_path: Path) -> None:
