@@ -100,6 +100,7 @@ class Runner:
                         [planner.plan(document, results.rows(document.id)) for document in group]
                         for group in self._open_groups(inputs)
                     )
+                    is_done = False
                     try:
                         with committer, closing(executor.execute(tasks)) as answered:
                             for group in answered:
@@ -108,12 +109,12 @@ class Runner:
                         wanted = current_fingerprints(job, inputs, identity, planner, results)
                         report.rows_beside = results.finish(wanted, every) - report.rows
                         publish(job, results)
-                        executor.finish(done=not inputs.is_part)
+                        is_done = not inputs.is_part
                     except Interrupted as error:
                         report.interrupted = True
                         report.stopped_at = str(error) if isinstance(error, StoppedAtFailure) else None
-                        executor.finish(done=False)
                     finally:
+                        executor.finish(is_done)
                         for stats in executor.take_stats():
                             report.add_work(stats)
                         if not report.workers:
