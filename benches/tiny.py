@@ -32,11 +32,17 @@ SCHEMA = pa.schema([("id", pa.string()), ("text", pa.string())])
 
 
 def write_model(
-    folder: Path, dtype: str = "float32", seed: int = 0, quantized_bits: int | None = None, **config: Any
+    folder: Path,
+    dtype: str = "float32",
+    seed: int = 0,
+    scale: float = 4.0,
+    quantized_bits: int | None = None,
+    **config: Any,
 ) -> Path:
     """Save a random llama of a byte-level vocabulary: two layers that read 2,048 tokens, unless ``config`` says more.
 
-    dtype: MLX's name of it. quantized_bits: of the weights, in groups of 64; None: not quantised. config: keys of
+    dtype: MLX's name of it. scale: of the projections' weights, large so that attention counts, or every context would
+    give the same answer. quantized_bits: of the weights, in groups of 64; None: not quantised. config: keys of
     config.json.
     """
     import mlx.core as mx
@@ -65,8 +71,7 @@ def write_model(
     mx.random.seed(seed)
     model = llama.Model(llama.ModelArgs.from_dict(settings))
     leaves: Any = tree_flatten(model.parameters())
-    # Attention must count, or every context would give the same answer.
-    weights = {name: x * 4 if name.endswith("_proj.weight") else x for name, x in leaves}
+    weights = {name: x * scale if name.endswith("_proj.weight") else x for name, x in leaves}
     weights = {name: x.astype(getattr(mx, dtype)) for name, x in weights.items()}
     if quantized_bits is not None:
         settings["quantization"] = {"group_size": 64, "bits": quantized_bits}

@@ -39,7 +39,8 @@ def write_model() -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_model(tmp_path_factory.mktemp("tiny-llama"))
+    """A model of one layer, which takes two thirds of the time of two. All nine answers of a workplace differ."""
+    return tiny.write_model(tmp_path_factory.mktemp("tiny-llama"), seed=1, scale=6.0, num_hidden_layers=1)
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ def test_no_setting_keeps_a_bound_of_nothing(job: Path) -> None:
     assert _tune(job, "--kl", "0", code=3)["chosen"] is None
 
 
-def test_layers_get_bits_by_their_own_effect(job: Path) -> None:
+def test_layers_get_bits_by_their_own_effect(job: Path, workplace: Workplace, write_model: Callable[..., Path]) -> None:
+    workplace.save(model=str(write_model(workplace.folder / "two-layers", num_hidden_layers=2)))
     tuned = _tune(job, "--layers", "--answers", "0")
     names = [each["setting"]["layer_bits"] for each in tuned["settings"]]
     assert len(names) > len(_tune(job, "--answers", "0")["settings"])

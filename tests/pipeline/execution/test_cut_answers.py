@@ -20,9 +20,9 @@ pytestmark = pytest.mark.usefixtures("here")
 
 @pytest.fixture
 def place(workplace: Workplace) -> Workplace:
-    """A job whose query `when` is cut off at three tokens, and whose other queries end at a letter."""
+    """A job whose query `when` is cut off at three tokens, and whose other queries end at a vowel."""
     for query in workplace.queries[::2]:
-        query |= {"stop": list("abcdefghijklmnopqrstuvwxyz "), "max_tokens": 200}
+        query |= {"stop": list("aeiou "), "max_tokens": 200}
     workplace.save()
     return workplace
 

@@ -32,8 +32,8 @@ def make_place(folder: Path, model: Path, is_streaming: bool) -> Workplace:
     [
         (1, [], 45, 2),
         (12, STREAMING, 80, 6),
-        (9, ["cache.budget=100000"], 45, 1),
-        (13, [*STREAMING, "cache.keep=job", "cache.budget=300000", "generation.batch_size=2"], 80, 0),
+        (9, ["cache.budget=70000"], 45, 1),
+        (13, [*STREAMING, "cache.keep=job", "cache.budget=150000", "generation.batch_size=2"], 80, 0),
     ],
     ids=["exact", "streaming", "exact in a budget", "streaming in a budget"],
 )

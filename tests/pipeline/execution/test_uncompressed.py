@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -49,7 +51,8 @@ def test_restored_prefixes_give_the_same_bytes(uncompressed: Workplace) -> None:
     assert uncompressed.output.read_bytes() == before
 
 
-def test_single_layers_may_be_left_uncompressed(uncompressed: Workplace) -> None:
+def test_single_layers_may_be_left_uncompressed(uncompressed: Workplace, write_model: Callable[..., Path]) -> None:
+    uncompressed.tree["model"] = str(write_model(uncompressed.folder / "two-layers", num_hidden_layers=2))
     uncompressed.tree["cache"] |= {"key_bits": 4, "value_bits": 4, "layer_bits": {0: 16}}
     report = uncompressed.run()
     assert report.effective_bits is not None
