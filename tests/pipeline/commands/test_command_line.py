@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from pipeline.commands.console import quoted
-from tests.pipeline.command_line import ROOT
+from tests import ROOT, warm
+from tests.pipeline.command_line import PROGRAM
 from tests.pipeline.workplace import Workplace
 
 OTHER = 'the $HOME\'s "new" out'  # a folder that a shell would read otherwise, were it not quoted
@@ -29,7 +30,14 @@ def place(workplace: Workplace) -> Workplace:
 
 
 def pipeline(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    return bash(quoted([sys.executable, "-m", "pipeline.cli", *arguments]), folder)
+    return as_bash_reads(quoted([*PROGRAM.split(), *arguments]), folder)
+
+
+def as_bash_reads(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run the program with the arguments that bash finds in a command, and in the folder that it goes to."""
+    words = bash(f'words() {{ printf "%s\\0" "$PWD" "$@"; }}; {command.replace(PROGRAM, "words")}', folder).stdout
+    place, *arguments = words.split("\0")[:-1]
+    return warm.run([*PROGRAM.split(), *arguments], cwd=place)
 
 
 def bash(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
@@ -58,13 +66,13 @@ def test_the_command_to_resume_resumes_the_same_job_the_same_way(place: Workplac
         assert f" {option}" in again
     place.documents["blank"] = "It is not blank any more."
     place.save()
-    resumed = bash(again, place.folder)
+    resumed = as_bash_reads(again, place.folder)
     assert resumed.returncode == 0, resumed.stderr
     assert "12 answered, 0 kept, 0 failed of 12" in resumed.stdout
     (finished,) = place.output.parent.glob("a.parquet.shards/*.run.json")
     told = json.loads(finished.read_text())
     assert told["command"] == f"cd {quoted([str(place.folder)])} && {again}"
-    kept = bash(told["command"], Path("/"))
+    kept = as_bash_reads(told["command"], Path("/"))
     assert "0 answered, 12 kept, 0 failed of 12" in kept.stdout
 
 
@@ -72,9 +80,9 @@ def test_the_commands_to_look_at_answers_and_failures_next(place: Workplace) -> 
     ran = pipeline("run", "./-my job's.yaml", *OPTIONS, folder=place.folder)
     assert ran.returncode == 3, ran.stderr
     (failed,) = re.findall(r"to see them: (.*)", ran.stdout)
-    assert bash(failed, place.folder).stdout.count("EmptyDocument") == 3
+    assert as_bash_reads(failed, place.folder).stdout.count("EmptyDocument") == 3
     (shown,) = re.findall(r"^next +(.*)", ran.stdout, re.MULTILINE)
-    assert len(bash(shown, place.folder).stdout.splitlines()) == 12
+    assert len(as_bash_reads(shown, place.folder).stdout.splitlines()) == 12
 
 
 def test_errors_name_commands_that_put_things_right(place: Workplace) -> None:
@@ -85,21 +93,21 @@ def test_errors_name_commands_that_put_things_right(place: Workplace) -> None:
     assert first.returncode in (0, 3), first.stderr
     missing = pipeline("merge", *job, folder=place.folder).stderr
     (second,) = re.findall(r"not done: 2/2; to put that right: (.*)", missing)
-    assert bash(second, place.folder).returncode in (0, 3)
+    assert as_bash_reads(second, place.folder).returncode in (0, 3)
     unmerged = pipeline("show", *job, folder=place.folder).stderr
     (merge,) = re.findall(r"no answers yet; (.*) takes them", unmerged)
-    assert bash(merge, place.folder).returncode == 3
+    assert as_bash_reads(merge, place.folder).returncode == 3
     place.output.unlink()
-    assert bash(run, place.folder).returncode == 3
+    assert as_bash_reads(run, place.folder).returncode == 3
     assert place.output.exists()
 
 
 def test_init_and_plan_say_what_comes_next(place: Workplace) -> None:
     begun = pipeline("init", "docs.parquet", "a b/job.yaml", "--model", str(place.model), folder=place.folder)
     (plan,) = re.findall("next: (.*)", begun.stdout)
-    planned = bash(f"{plan} --set generation.max_tokens=3", place.folder)
+    planned = as_bash_reads(f"{plan} --set generation.max_tokens=3", place.folder)
     (run,) = re.findall(r"^next +(.*)", planned.stdout, re.MULTILINE)
-    assert bash(run, place.folder).returncode == 3  # the first document is empty
+    assert as_bash_reads(run, place.folder).returncode == 3  # the first document is empty
     assert (place.folder / "a b" / "out" / "job.parquet").exists()
     (here,) = re.findall("In this folder, (.*) says", (place.folder / "a b" / "job.yaml").read_text())
     assert here == "pipeline plan job.yaml"

@@ -20,7 +20,8 @@ import pytest
 
 from pipeline.errors import PipelineError
 from pipeline.models.ranks import RankGroup
-from tests.pipeline.command_line import ROOT, error_of, invoke
+from tests import ROOT, warm
+from tests.pipeline.command_line import error_of, invoke
 from tests.pipeline.workplace import Workplace
 
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
@@ -61,13 +62,12 @@ def start(place: Workplace, *options: str, other: Sequence[str] = ()) -> list[su
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in free_ports(2)]))
     command = [sys.executable, "-m", "pipeline.cli", "run", str(place.save()), *options]
     return [
-        subprocess.Popen(
+        warm.Popen(
             [*command, *others],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             env=os.environ | {"PYTHONPATH": str(ROOT), "MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)},
-            start_new_session=True,
         )
         for rank, others in enumerate([(), other])
     ]
