@@ -1,4 +1,7 @@
-"""Jobs on a Ray cluster of two nodes on this machine: the same bytes, whoever is killed meanwhile."""
+"""Jobs on a Ray cluster of two nodes on this machine: the same bytes, whoever is killed meanwhile.
+
+What all pools of workers do alike (chained queries, failed rows, segments that are dropped) is in test_processes.py.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,8 @@ from typing import Any
 
 import pytest
 
-from tests.pipeline.command_line import PROGRAM, ROOT, error_of, invoke
+from tests import ROOT, warm
+from tests.pipeline.command_line import PROGRAM, error_of, invoke
 from tests.pipeline.workplace import Workplace
 
 pytest.importorskip("ray", reason="ray is not installed")
@@ -28,10 +32,12 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")  # with it, a child of Ra
 import ray
 from ray.cluster_utils import Cluster
 
-from pipeline.errors import JobError
+from pipeline.errors import PipelineError
 from pipeline.execution.fingerprint import job_identity
 from pipeline.execution.lease_worker import LeaseWorker
+from pipeline.job.job import Job
 from pipeline.job.job_file import load_job
+from turboquant.runtime.versions import package_versions
 
 # Ray's own warnings; and the client servers of two clusters on one machine want the same port.
 pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.xdist_group("ray")]
@@ -154,8 +160,12 @@ def with_stores_of_their_own(meeting: Path) -> type[LeaseWorker]:
 # ---- what a run gives
 
 
-def test_the_same_bytes_as_on_one_machine(place: Workplace) -> None:
-    result = on_ray(place)
+def test_the_same_bytes_as_on_one_machine(place: Workplace, caplog: pytest.LogCaptureFixture) -> None:
+    result = on_ray(place, "--debug")
+    # What workers log is in the log with their names.
+    built = [re.fullmatch(r"(\S+): prefix \w+ is built: .*", line) for line in caplog.messages]
+    assert {found[1] for found in built if found} <= set(place.report()["workers"])
+    assert sum(bool(found) for found in built) == 8
     assert place.output.read_bytes() == alone(place)
     assert "24 answered, 0 kept, 0 failed of 24 (8 documents)" in result.stdout
     assert re.search("workers   [12] on 1 machine, 0 of them lost", result.stdout)  # one may be slow to start
@@ -175,54 +185,17 @@ def test_the_same_bytes_as_on_one_machine(place: Workplace) -> None:
     assert json.loads(again.stdout)["workers"] == {}
 
 
-def test_queries_that_use_answers_give_the_same_bytes(place: Workplace) -> None:
-    place.queries[2] |= {"text": "Who of {{ answers.what }}?", "when": "id != 'd1'"}
-    place.queries.append({"id": "all", "text": "Which of these?", "previous": True})
-    report = json.loads(on_ray(place, "--json").stdout)
-    assert (report["rows"], report["rows_skipped"], report["rows_failed"]) == (32, 1, 0)
-    on_machines = place.output.read_bytes()
-    assert on_machines == alone(place)
-    place.queries[1]["text"] = "When does it begin?"  # so that what uses kept answers too is asked again
-    assert json.loads(on_ray(place, "--json").stdout)["rows_kept"] == 15
-
-
 def test_a_driver_that_is_elsewhere(place: Workplace, cluster: Cluster) -> None:
     result = invoke("run", place.job_file, "--on", cluster.client)
     assert result.exit_code == 0, result.output
     assert place.output.read_bytes() == alone(place)
 
 
-def test_documents_that_share_a_batch_are_handed_out_together(place: Workplace) -> None:
-    place.tree["generation"] = {"max_tokens": 3, "batch_size": 8}
-    on_ray(place)
-    assert place.output.read_bytes() == alone(place)
-
-
-def test_what_workers_log_is_in_the_log_with_their_names(place: Workplace, caplog: pytest.LogCaptureFixture) -> None:
-    on_ray(place, "--debug")
-    built = [re.fullmatch(r"(\S+): prefix \w+ is built: .*", line) for line in caplog.messages]
-    assert {found[1] for found in built if found} <= set(place.report()["workers"])
-    assert sum(bool(found) for found in built) == 8
-
-
-def test_a_run_that_is_to_stop_at_a_failure(place: Workplace) -> None:
-    place.documents = {"long": "word " * 3000, **place.documents}
-    result = on_ray(place, "--fail-fast", code=1)
-    assert "stopped at the first failure: document 'long'" in result.stderr
-    on_ray(place, code=3)
-    assert place.output.read_bytes() == alone(place)
-
-
 def test_shards_on_ray_are_merged_to_the_same_bytes(place: Workplace) -> None:
+    place.tree["scale"] = {"workers": 1, "num_cpus": 1}
     for shard in ("1/2", "2/2"):
         on_ray(place, "--shard", shard)
     assert invoke("merge", place.job_file).exit_code == 0
-    assert place.output.read_bytes() == alone(place)
-
-
-def test_prefixes_are_dropped_with_the_last_answer(place: Workplace) -> None:
-    on_ray(place, "--set", "cache.keep=job")
-    assert place.segments() == []
     assert place.output.read_bytes() == alone(place)
 
 
@@ -251,34 +224,19 @@ def test_scale_is_no_part_of_a_row(place: Workplace) -> None:
     assert (len(report["workers"]), report["prefixes_restored"]) == (1, 8)
 
 
-def test_rows_fail_as_on_one_machine(place: Workplace) -> None:
-    place.documents |= {"blank": " ", "long": "word " * 3000}
-    result = on_ray(place, code=3)
-    assert "3 ContextTooLong" in result.stdout
-    assert "3 EmptyDocument" in result.stdout
-    assert place.output.read_bytes() == alone(place)
-
-
 # ---- who dies
 
 
-def test_a_worker_that_is_killed_costs_nothing(
-    place: Workplace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr("pipeline.distributed.ray_pool.LeaseWorker", dying(place.folder, {"d1": 1, "e2": 1}))
-    on_ray(place)
-    assert place.output.read_bytes() == alone(place)
-    assert "with document 'd1' in hand; its leases go to others" in caplog.text
-    assert place.report()["restarts"] == 2
-    assert sum(worker["lost"] for worker in place.report()["workers"].values()) == 2
-
-
 @pytest.mark.parametrize("seconds", [0.0, 0.5])  # at once, what was answered just before may be lost too
-def test_a_document_that_kills_its_worker_twice_becomes_error_rows(
-    place: Workplace, monkeypatch: pytest.MonkeyPatch, seconds: float
+def test_a_worker_that_is_killed_costs_nothing_but_documents_that_kill_two(
+    place: Workplace, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, seconds: float
 ) -> None:
-    monkeypatch.setattr("pipeline.distributed.ray_pool.LeaseWorker", dying(place.folder, {"d1": 99}, seconds))
+    deaths = {"d1": 99, "e2": 1}
+    monkeypatch.setattr("pipeline.distributed.ray_pool.LeaseWorker", dying(place.folder, deaths, seconds))
     on_ray(place, code=3)
+    assert "with document 'd1' in hand; its leases go to others" in caplog.text
+    assert place.report()["restarts"] == 3
+    assert sum(worker["lost"] for worker in place.report()["workers"].values()) == 3
     failed = {pair: row for pair, row in place.rows().items() if row["status"] == "error"}
     assert list(failed) == [("d1", query["id"]) for query in place.queries]
     assert {row["error_type"] for row in failed.values()} == {"ModelProcessDied"}
@@ -334,7 +292,7 @@ def start(place: Workplace) -> subprocess.Popen[str]:
     """The command, in a process of its own."""
     command = [sys.executable, "-m", "pipeline.cli", "run", str(place.save()), "--on", "ray"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    return warm.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
 
 
 def wait_for_parts(place: Workplace, process: subprocess.Popen[str]) -> None:
@@ -369,58 +327,47 @@ def test_ctrl_c_finishes_what_is_in_hand(place: Workplace) -> None:
     assert process.returncode == 130, error
     assert error.splitlines()[-1] == f"interrupted; to resume: {PROGRAM} run {place.job_file} --on ray"
     assert place.report()["state"] == "interrupted"
-    assert on_ray(place)
+    place.run()
     assert place.output.read_bytes() == alone(place)
 
 
 # ---- what is wrong
 
 
-def test_a_machine_without_the_model_is_named(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Elsewhere(LeaseWorker):
-        def __init__(self, job: Any, log_level: int) -> None:
-            super().__init__(job.model_copy(update={"model": "/nowhere/model"}), log_level)
-
-    monkeypatch.setattr("pipeline.distributed.ray_pool.LeaseWorker", Elsewhere)
-    error = error_of(invoke("run", place.job_file, "--on", "ray", "--quiet"))
-    assert error.startswith("worker ")
-    assert "model /nowhere/model: there is no such folder" in error
-
-
 def test_other_versions_are_refused(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
-    from turboquant.runtime.versions import package_versions
-
     versions = dict(package_versions())
     monkeypatch.setattr("pipeline.distributed.ray_pool.package_versions", lambda: versions | {"mlx": "9.9"})
     error = error_of(invoke("run", place.job_file, "--on", "ray", "--quiet"))
+    assert error.startswith("worker ")
     assert f"mlx is {versions['mlx']} here and 9.9 where the run was started" in error
+
+
+def refusal(worker: LeaseWorker, job: Job, **versions: str) -> str:
+    """What a worker on another machine finds wrong before it starts, where a run of the job was started."""
+    failed = worker.start(job_identity(job), dict(package_versions()) | versions, ()).failed
+    assert failed is not None
+    with pytest.raises(PipelineError) as error:
+        failed.reraise()
+    return str(error.value)
 
 
 @pytest.mark.parametrize("package", ["mlx", "mlx-lm", "turboquant-pipeline"])
 def test_a_worker_compares_the_versions_of_packages(workplace: Workplace, package: str) -> None:
-    from turboquant.runtime.versions import package_versions
-
-    versions, job = dict(package_versions()), load_job(workplace.save())
-    failed = (
-        LeaseWorker(job, logging.INFO, logs_to_stderr=False)
-        .start(job_identity(job), versions | {package: "9.9"}, ())
-        .failed
-    )
-    assert failed is not None
-    with pytest.raises(JobError, match=f"^{package} is {versions[package]} here and 9.9 where the run was started"):
-        failed.reraise()
+    job = load_job(workplace.save())
+    found = refusal(LeaseWorker(job, logging.INFO, logs_to_stderr=False), job, **{package: "9.9"})
+    assert found.startswith(f"{package} is {package_versions()[package]} here and 9.9 where the run was started")
 
 
-def test_other_weights_are_refused(place: Workplace, monkeypatch: pytest.MonkeyPatch, write_model: Any) -> None:
-    other = str(write_model(place.folder / "other", seed=1))
+def test_a_worker_compares_the_weights(workplace: Workplace, write_model: Any) -> None:
+    job, other = load_job(workplace.save()), str(write_model(workplace.folder / "other"))
+    worker = LeaseWorker(job.model_copy(update={"model": other}), logging.INFO, logs_to_stderr=False)
+    assert "its weights here and where the run was started are not the same" in refusal(worker, job)
 
-    class Elsewhere(LeaseWorker):
-        def __init__(self, job: Any, log_level: int) -> None:
-            super().__init__(job.model_copy(update={"model": other}), log_level)
 
-    monkeypatch.setattr("pipeline.distributed.ray_pool.LeaseWorker", Elsewhere)
-    error = error_of(invoke("run", place.job_file, "--on", "ray", "--quiet"))
-    assert "its weights here and where the run was started are not the same" in error
+def test_a_machine_without_the_model_is_told(workplace: Workplace) -> None:
+    job = load_job(workplace.save())
+    worker = LeaseWorker(job.model_copy(update={"model": "/nowhere/model"}), logging.INFO, logs_to_stderr=False)
+    assert "model /nowhere/model: there is no such folder" in refusal(worker, job)
 
 
 def test_a_worker_that_cannot_start_ends_the_run(place: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -475,6 +422,7 @@ def test_a_head_whose_child_crashed_is_asked_once_more(
         return real(*arguments, **options)
 
     monkeypatch.setattr(ray, "init", crashing)
+    place.tree["scale"] = {"workers": 1, "num_cpus": 1}
     said = on_ray(place, code=code).stderr
     assert len(tries) == 2
     assert ("error: --on ray: no connection to Ray at " in said) == bool(code)

@@ -1,11 +1,9 @@
-"""A run in several processes on one machine: the same bytes as in one, whoever is killed meanwhile.
-
-What all pools of workers do alike (chained queries, failed rows, segments that are dropped) is in test_ray.py.
-"""
+"""A run in several processes on one machine: the same bytes as in one, whoever is killed meanwhile."""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import sys
@@ -105,6 +103,38 @@ def test_the_same_bytes_as_in_one_process(place: Workplace) -> None:
     assert place.output.read_bytes() == alone(place)
 
 
+def test_queries_that_use_answers_give_the_same_bytes(place: Workplace) -> None:
+    place.queries[2] |= {"text": "Who of {{ answers.what }}?", "when": "id != 'd1'"}
+    place.queries.append({"id": "all", "text": "Which of these?", "previous": True})
+    report = json.loads(invoke("run", place.save(), "--json").stdout)
+    assert (report["rows"], report["rows_skipped"], report["rows_failed"]) == (32, 1, 0)
+    assert place.output.read_bytes() == alone(place)
+    place.queries[1]["text"] = "When does it begin?"  # so that what uses kept answers too is asked again
+    assert json.loads(invoke("run", place.save(), "--json").stdout)["rows_kept"] == 15
+
+
+def test_documents_that_share_a_batch_are_handed_out_together_and_dropped_with_the_last_answer(
+    place: Workplace,
+) -> None:
+    place.tree["generation"] = {"max_tokens": 3, "batch_size": 8}
+    assert invoke("run", place.save(), "--set", "cache.keep=job").exit_code == 0
+    assert place.segments() == []
+    assert place.output.read_bytes() == alone(place)
+
+
+def test_rows_fail_as_in_one_process_or_stop_the_run(place: Workplace) -> None:
+    place.documents = {"long": "word " * 3000, **place.documents}
+    stopped = invoke("run", place.save(), "--fail-fast")
+    assert stopped.exit_code == 1
+    assert "stopped at the first failure: document 'long'" in stopped.stderr
+    place.documents["blank"] = " "
+    result = invoke("run", place.save())
+    assert result.exit_code == 3
+    assert "3 ContextTooLong" in result.stdout
+    assert "3 EmptyDocument" in result.stdout
+    assert place.output.read_bytes() == alone(place)
+
+
 def test_a_lease_that_is_being_prepared_can_be_recalled(workplace: Workplace) -> None:
     """Preparing may take long, since it restores prefixes; another process may be idle meanwhile."""
     worker, begun, may_go_on, answered = LeaseWorker(load_job(workplace.job_file), 20), Event(), Event(), []
@@ -163,6 +193,7 @@ def test_a_model_that_kills_every_process_ends_the_run(place: Workplace) -> None
 def test_a_fault_in_a_process_ends_the_run_with_its_reason(place: Workplace) -> None:
     with pytest.raises(Exception, match=r"process [12]: .*a fault"):
         run_with(place, Broken)
+    assert not multiprocessing.active_children()
 
 
 def test_an_interrupted_run_is_resumed_to_the_same_bytes(place: Workplace) -> None:
