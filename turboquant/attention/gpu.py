@@ -107,6 +107,8 @@ def _attend(
 
 def supports(layer: EncodedLayer) -> bool:
     """Return whether the kernels support a layer's sizes and its codec, and work on this device."""
+    if layer.derived:  # by a kernel's first call
+        return True
     if layer.codec.is_uncompressed:
         return False
     dim = layer.key_mean.shape[-1]
@@ -285,6 +287,7 @@ def _merge(shape: tuple[int, int, int, int], n_kv_heads: int, dtype: mx.Dtype, s
     )
 
 
+@functools.cache
 def _kernel_bits(codec: CacheCodec) -> Bits:
     """Return the bits of keys and values, and of finer keys and values: all of a codec that decides a kernel's text."""
     fine = codec.fine

@@ -156,6 +156,7 @@ class BatchForks(_BypassGuard):
     def set_layers(self, layers: Sequence[EncodedLayer | DenseLayer | None]) -> None:
         """Set each row's past, and derive from them once what every step needs."""
         self.layers = list(layers)
+        self._positions: tuple[mx.array, mx.array] | None = None
         self._past_tokens = mx.array([layer.tokens if layer is not None else 0 for layer in layers])
         groups: dict[int, list[int]] = {}
         for row, layer in enumerate(layers):
@@ -164,9 +165,11 @@ class BatchForks(_BypassGuard):
 
     @property
     def offset(self) -> mx.array:
-        """The position of each row's next token, (B,)."""
-        offset: mx.array = self.suffix.offset + self._past_tokens
-        return offset
+        """The position of each row's next token, (B,). A model asks for it twice in each layer."""
+        own = self.suffix.offset
+        if self._positions is None or self._positions[0] is not own:
+            self._positions = own, own + self._past_tokens
+        return self._positions[1]
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append keys and values (B, n_kv_heads, L, head_dim) to the suffixes, and return the suffixes."""

@@ -12,10 +12,11 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 import os
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,7 @@ PROBE = "const int index = threadIdx.x;\ny[index] = x[index] + 1.0f;\n"
 _log = logging.getLogger(__name__)
 
 Kind = tuple[mx.Dtype, int]  # of an input: dtype and dimensions
+Extent = tuple[tuple[int, ...], int | None]  # of an input: the array's shape; of a Beginning also its count
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,16 @@ _lock = threading.Lock()
 
 @dataclass(frozen=True)
 class Ready:
-    """A launch for inputs of certain kinds: its program, or None, and what MLX gets at each call."""
+    """A launch for inputs of certain kinds: its program, or None, and what MLX gets at each call.
+
+    measured: the inputs whose shapes or strides the program takes. scalars: its scalar arguments, by what ``_extent``
+    says of these inputs. A step asks for the same ones in each layer, so they are remembered.
+    """
 
     program: Program | None
     settings: dict[str, Any]
+    measured: tuple[int, ...] = ()
+    scalars: Callable[..., list[int]] = list
 
 
 def launch(what: Launch, inputs: Sequence[Input]) -> list[mx.array] | None:
@@ -95,7 +103,7 @@ def launch(what: Launch, inputs: Sequence[Input]) -> list[mx.array] | None:
         ready = what.programs[kinds] = _ready(what, kinds)
     if ready.program is None:
         return None
-    scalars = [_dimension(inputs[index], kind, axis) for index, kind, axis in ready.program.scalars]
+    scalars = ready.scalars(*[_extent(inputs[index]) for index in ready.measured])
     if scalars and max(scalars) > LARGEST_STRIDE:
         return None
     found: list[mx.array] = mx.fast.precompiled_cuda_kernel(inputs=arrays, scalars=scalars, **ready.settings)
@@ -119,7 +127,14 @@ def _ready(what: Launch, kinds: Sequence[Kind]) -> Ready:
         "shared_memory": what.shared_bytes,
         "ensure_row_contiguous": True,
     }
-    return Ready(program, settings)
+    measured = tuple(dict.fromkeys(index for index, _, _ in program.scalars))
+
+    @functools.lru_cache(maxsize=64)
+    def scalars(*extents: Extent) -> list[int]:
+        of = dict(zip(measured, extents, strict=True))
+        return [_dimension(of[index], kind, axis) for index, kind, axis in program.scalars]
+
+    return Ready(program, settings, measured, scalars)
 
 
 def compile_ahead(variants: Iterable[Variant | None]) -> None:
@@ -316,15 +331,13 @@ def _used(name: str, inputs: tuple[str, ...]) -> dict[str, tuple[str, ...]]:
     return {x: kinds for x, kinds in found.items() if kinds}
 
 
-def _array(x: Input) -> mx.array:
-    return x.whole if isinstance(x, Beginning) else x
+def _extent(x: Input) -> Extent:
+    return (tuple(x.whole.shape), x.count) if isinstance(x, Beginning) else (tuple(x.shape), None)
 
 
-def _dimension(x: Input, kind: str, axis: int) -> int:
+def _dimension(extent: Extent, kind: str, axis: int) -> int:
     """Return one length of an input, or one stride of the contiguous array that holds the input."""
+    shape, count = extent
     if kind == "shape":
-        return x.shape[axis]
-    stride = 1
-    for length in _array(x).shape[axis + 1 :]:
-        stride *= length
-    return stride
+        return count if count is not None and axis == 2 else shape[axis]
+    return math.prod(shape[axis + 1 :])

@@ -154,6 +154,7 @@ def test_forks_merge_and_come_back(random_layer: Any) -> None:
             fork.update_and_fetch(*(mx.random.normal((1, 2, count, 64)) for _ in range(2)))
     batch = Fork.merge(forks)
     assert batch.offset.tolist() == [53, 70, 55]
+    assert batch.offset is batch.offset  # a model asks for it twice in each layer
     for row, fork in enumerate(forks):
         again = batch.extract(row)
         assert again.layer is fork.layer
