@@ -21,7 +21,7 @@ import mlx.core as mx
 import numpy as np
 
 from benches.contracts import contract_samples, measure_contracts
-from benches.viterbi import TrellisCode, trained_code
+from benches.viterbi import SMALL, TrellisCode, trained_code
 from turboquant.fidelity import load_model, table
 from turboquant.quant.cache_codec import CacheCodec
 from turboquant.quant.codec import Codec, Encoded
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from turboquant.eval.results import Baseline
     from turboquant.eval.teacher_forcing import Context
 
-SIZES = {4: (8, 9), 3: (6, 8), 2: (7, 8)}  # of tables, in bits, by the bits of a number
+# Codes by the bits of a number: bits of a state, and masks of parities; see ``viterbi.trained_code``.
+CODES = {4: ((9, ()), SMALL[4]), 3: ((8, ()), SMALL[3]), 2: ((8, ()), SMALL[2])}
 POWER = 0.25  # of squared attention, by which tokens are weighted
 BLOCK = 16  # coordinates that are searched by one start of a kernel
 LEAST_ATTENTION = 0.01  # share of the mean that is added to a token's squared attention, so that all tokens count
@@ -288,16 +289,13 @@ def _rows() -> list[Baseline]:
     from turboquant.eval.baselines import exact
 
     rows: list[Baseline] = []
-    for bits, sizes in SIZES.items():
+    for bits, codes in CODES.items():
         codec, settings = CacheCodec(bits, bits), dict[str, Trellis]()
-        for size in sizes:
-            code = trained_code(bits, size)
-            both = Trellis(code, code, projected=True, attention_power=POWER, length_power=1.0)
-            settings |= {
-                f"{1 << size} levels": both,
-                f"{1 << size}, 1 sweep": replace(both, sweeps=1),
-                f"{1 << size}, 1 sweep, values once": replace(both, sweeps=1, projected=False),
-            }
+        for log_states, parities in codes:
+            code = trained_code(bits, log_states, parities)
+            name = f"{1 << (bits + len(parities) if parities else log_states)} levels"
+            once = Trellis(code, code, attention_power=POWER, length_power=1.0, sweeps=1)
+            settings |= {name: once, f"{name}, values in a metric": replace(once, projected=True)}
         rows += [exact(codec), *trellis_baselines(codec, settings)]
     return rows
 

@@ -11,8 +11,13 @@ than those of row r + 1. So each node is entered by one branch of each row. The 
 two rows that are nearest to a number: two branches enter a node, where a full search compares 2**bits. It computes in
 halves.
 
-Sources: the bitshift trellis and its approximate tail-biting, Tseng et al., "QTIP" (arXiv 2406.11235); the search,
-Viterbi (1967); training of a table on the best paths, after Lloyd (1982).
+A table may have fewer levels than states: then a few bits, parities of the node's bits, choose among the levels of a
+row. Parities are computed for many numbers at once, so a decoder looks a number up in a small table. This is a
+convolutional code, as in trellis-coded quantisation.
+
+Sources: the bitshift trellis and its approximate tail-biting, Tseng et al., "QTIP" (arXiv 2406.11235); a few bits that
+choose among levels, Marcellin and Fischer, "Trellis coded quantization" (1990); the search, Viterbi (1967); training of
+a table on the best paths, after Lloyd (1982).
 """
 
 from __future__ import annotations
@@ -36,6 +41,9 @@ LOOKAHEAD = 8  # numbers after which the best path has mostly met the final one,
 BINS, REACH = 256, 4.0  # numbers are looked up in BINS bins over -REACH .. REACH, for the nearest rows
 FAR = np.float16(20000)  # cost of nodes that a string does not begin at
 RENEWED = 16  # numbers after which the least cost is subtracted, so that halves stay precise
+# Bits of a state, and masks of a node's bits, of codes with 32 levels, by the bits of a number.
+SMALL = {4: (9, (16,)), 3: (8, (1, 24)), 2: (7, (5, 7, 25))}
+SIZES = (4, 8), (4, 9), (4, 10), (3, 6), (3, 8), (3, 9), (2, 6), (2, 7), (2, 8)  # bits of a number and of a state
 KERNEL = Path(__file__).with_name("viterbi.h")
 
 
@@ -100,25 +108,32 @@ class TrellisCode:
 
 
 @functools.cache
-def trained_code(bits: int, log_states: int, strings: int = 2048, iterations: int = 60) -> TrellisCode:
+def trained_code(
+    bits: int, log_states: int, parities: tuple[int, ...] = (), strings: int = 2048, iterations: int = 60
+) -> TrellisCode:
     """Return a code whose table was trained on normal numbers.
 
-    It starts with equally likely levels: the smallest ones in row 0, and so on. Within a row they are in a random
-    order. Then each level becomes the mean of the numbers that were coded by it, again and again.
+    parities: masks of a node's bits. Each gives one bit, the parity of the node's bits in the mask, and these bits
+    choose among the levels of a row. Without masks, each node has its own level in each row.
+    Training starts with equally likely levels: the smallest ones in row 0, and so on. Without masks, those of a row are
+    in a random order. Then each level becomes the mean of the numbers that were coded by it, again and again.
     """
     random = np.random.default_rng([bits, log_states])
-    nodes = 1 << (log_states - bits)
-    ranks = random.permutation(nodes)[:, None] + nodes * np.arange(1 << bits)
-    levels = np.empty(1 << log_states)
-    likely = np.quantile(random.normal(size=1 << 18), (ranks + 0.5) / ranks.size)
-    levels[states_of_rows(bits, log_states - bits)] = likely
+    nodes = np.arange(1 << (log_states - bits))
+    places, count = random.permutation(nodes.size), nodes.size
+    if parities:
+        places = sum(_parity(nodes & mask) << i for i, mask in enumerate(reversed(parities)))
+        count = 1 << len(parities)
+    which = np.empty(1 << log_states, np.int64)  # of the levels each state has
+    which[states_of_rows(bits, log_states - bits)] = places[:, None] + count * np.arange(1 << bits)
+    levels = np.quantile(random.normal(size=1 << 18), (np.arange(count << bits) + 0.5) / (count << bits))
     for _ in range(iterations):
         numbers = random.normal(size=(strings, LENGTH)).astype(np.float32)
-        states = encode_alone(_code(bits, levels), numbers)[0].reshape(-1)
-        counts = np.bincount(states, minlength=levels.size)
-        sums = np.bincount(states, numbers.reshape(-1), minlength=levels.size)
+        states = encode_alone(_code(bits, levels[which]), numbers)[0].reshape(-1)
+        counts = np.bincount(which[states], minlength=levels.size)
+        sums = np.bincount(which[states], numbers.reshape(-1), minlength=levels.size)
         levels = np.where(counts > 0, sums / np.maximum(counts, 1), levels)
-    return _code(bits, levels)
+    return _code(bits, levels[which])
 
 
 def encode_alone(code: TrellisCode, numbers: NDArray[np.float32]) -> tuple[NDArray[np.uint16], NDArray[np.float32]]:
@@ -127,6 +142,12 @@ def encode_alone(code: TrellisCode, numbers: NDArray[np.float32]) -> tuple[NDArr
     x = xp.array(numbers)
     states, levels = code.encode(xp, x[:, None], xp.ones_like(x), xp.ones_like(x))
     return np.array(states[:, 0]), np.array(levels[:, 0])
+
+
+def _parity(x: NDArray[np.int64]) -> NDArray[np.int64]:
+    for shift in (4, 2, 1):  # a node has 8 bits at most
+        x = x ^ x >> shift
+    return x & 1
 
 
 def cuts(tokens: int) -> list[slice]:
@@ -379,14 +400,18 @@ def main() -> None:
     xp = array_module()
     numbers = np.random.default_rng(9).normal(size=(90, 3780)).astype(np.float32)
     given = (xp.array(numbers[:, None]), *(xp.ones(numbers.shape, dtype=xp.float32) for _ in range(2)))
-    for bits, log_states in ((4, 8), (4, 9), (4, 10), (3, 6), (3, 8), (3, 9), (2, 6), (2, 7), (2, 8)):
-        code, times = trained_code(bits, log_states), []
+    for bits, log_states, parities in (*((*size, ()) for size in SIZES), *((n, *SMALL[n]) for n in SMALL)):
+        code, times = trained_code(bits, log_states, parities), []
         for _ in range(3):
             started = time.perf_counter()
-            levels = np.array(code.encode(xp, *given)[1])[:, 0]
+            found = np.array(code.encode(xp, *given)[1])[:, 0]
             times.append(time.perf_counter() - started)
-        error, each = np.square(levels - numbers).mean(), 1e9 * min(times) / numbers.size
-        print(f"{bits} bits, {1 << log_states} levels: error {error:.5f}, {each:.2f} ns a number", flush=True)
+        error, each = np.square(found - numbers).mean(), 1e9 * min(times) / numbers.size
+        levels = 1 << (bits + len(parities) if parities else log_states)
+        print(
+            f"{bits} bits, {1 << log_states} states, {levels} levels: error {error:.5f}, {each:.2f} ns a number",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
