@@ -135,6 +135,7 @@ ALL = (
         (
             "benches.viterbi",
             "benches.trellis_encoder",
+            "benches.trellis_attention",
             "benches.trellis --model {model} --data {data} --tokens 4000 --json {json}",
             "benches.trellis --model {model} --data {data} --tokens 1500 --json {json}",
         ),

@@ -116,10 +116,9 @@ def _ready(what: Launch, kinds: Sequence[Kind]) -> Ready:
     program = _program(variant).result() if variant is not None else None
     if program is None:
         return Ready(None, {})
-    by_name = _is_read_from_folder() and _put_where_mlx_looks(program)
     settings = {
         "name": program.name,
-        "compiled_source": program.stands_for if by_name else program.code,
+        "compiled_source": _for_mlx(program),
         "output_shapes": [shape for _, shape, _ in what.outputs],
         "output_dtypes": [dtype for _, _, dtype in what.outputs],
         "grid": (what.groups[0] * what.threads, *what.groups[1:]),
@@ -135,6 +134,15 @@ def _ready(what: Launch, kinds: Sequence[Kind]) -> Ready:
         return [_dimension(of[index], kind, axis) for index, kind, axis in program.scalars]
 
     return Ready(program, settings, measured, scalars)
+
+
+def compile_text(label: str, whole: str) -> tuple[str, bytes]:
+    """Compile a kernel that is not in ``text/``, whose function must be named SYMBOL, or read it from the cache.
+
+    Returns its name, and what ``precompiled_cuda_kernel`` takes as the compiled source.
+    """
+    program = _made(label, whole)
+    return program.name, _for_mlx(program)
 
 
 def compile_ahead(variants: Iterable[Variant | None]) -> None:
@@ -248,6 +256,12 @@ def _made(label: str, whole: str, scalars: tuple[tuple[int, str, int], ...] = ()
         code, created = found[0], str(found[1].get("created", ""))
     seconds, stands_for = time.perf_counter() - begin, f"{symbol} {key}".encode()
     return Program(symbol, code, scalars, origin, seconds, created, stands_for)
+
+
+def _for_mlx(program: Program) -> bytes:
+    """Return the bytes that MLX gets for a kernel: its code, or a few bytes if MLX finds the code in its folder."""
+    by_name = _is_read_from_folder() and _put_where_mlx_looks(program)
+    return program.stands_for if by_name else program.code
 
 
 def _put_where_mlx_looks(program: Program) -> bool:
