@@ -100,6 +100,15 @@ ALL = (
             "benches.llama_cpp {out}/jobs/{job}/job.yaml --rounds 3",
         ),
     ),
+    Figures(
+        "transformers",
+        "performance.md",
+        (
+            "benches.contracts_job {out}/jobs/{job} --data {data} --model {model} --contracts 8 --questions 8 "
+            "--tokens 2000",
+            "benches.transformers_cache {out}/jobs/{job}/job.yaml",
+        ),
+    ),
     Figures("prefill", "performance.md", ("benches.prefill --model {model} --text {contract}",)),
     Figures(
         "step-parts",
