@@ -271,6 +271,7 @@ def show(
     job_file: JobFile,
     document: SomeDocuments = None,
     query: SomeQueries = None,
+    limit: FirstDocuments = None,
     failed: Annotated[bool, typer.Option("--failed", help="Failed rows only.")] = False,
     cut: Annotated[bool, typer.Option("--cut", help="Answers that max_tokens cut off only.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Don't cut long answers on a terminal.")] = False,
@@ -289,10 +290,12 @@ def show(
     with errors_explained(debug, computes=False):
         from pipeline.commands.show import AnswerTable, lines, tables
         from pipeline.commands.summary import cut_answers
+        from pipeline.job.selection import Selection
 
         job, shard = load(job_file, set_, one_shard)
         commands = command_line(context, "run"), command_line(context, "merge")
-        answers = AnswerTable(job, document or (), query or (), failed, shard, commands, cut)
+        selection = Selection(tuple(document or ()), tuple(query or ()), limit)
+        answers = AnswerTable(job, selection, failed, shard, commands, cut)
         if html:
             from pipeline.commands.page import write_page
 

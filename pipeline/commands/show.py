@@ -5,7 +5,7 @@ The parts that are finished can be shown while the job runs.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from rich.cells import cell_len
@@ -32,20 +32,24 @@ _GAP = 2  # characters between columns
 
 @dataclass(frozen=True)
 class Passage:
-    """A quotation with what stands before and behind it in the document, and how often the document has it."""
+    """A quotation with what stands before and behind it in the document, and how often the document has it.
+
+    page: the page on which it begins, from 1; None if the document has no pages.
+    """
 
     before: str
     quote: str
     after: str
     occurrences: int
+    page: int | None
 
 
 class AnswerTable:
     """A job's answers by document and query, read from disk each time that they are iterated.
 
-    documents, queries: ids to show, or patterns of ids; empty for all. failed: show failed rows only. commands: the
-    commands that run and merge the job, which an error names. cut_only: show answers that `max_tokens` cut off only.
-    Raises JobError for unknown ids and OutputError if there is no result yet.
+    selection: the documents and queries to show. failed: show failed rows only. commands: the commands that run and
+    merge the job, which an error names. cut_only: show answers that `max_tokens` cut off only. Raises JobError for
+    unknown ids and OutputError if there is no result yet.
 
     cut: counts the answers cut off, of the rows that were iterated last.
     """
@@ -53,8 +57,7 @@ class AnswerTable:
     def __init__(
         self,
         job: Job,
-        documents: Collection[str] = (),
-        queries: Collection[str] = (),
+        selection: Selection | None = None,
         failed: bool = False,
         shard: Shard | None = None,
         commands: tuple[str, str] = ("pipeline run", "pipeline merge"),
@@ -62,7 +65,7 @@ class AnswerTable:
     ) -> None:
         self._job, self._failed, self._cut_only = job, failed, cut_only
         self.cut = CutAnswers()
-        self._inputs = Inputs(job, shard, Selection(tuple(documents), tuple(queries)), takes_along=False)
+        self._inputs = Inputs(job, shard, selection, takes_along=False)
         self.queries = self._inputs.queries
         self._text = ""  # of the document that is being shown, if any query has evidence
         with self._results() as results:
@@ -101,7 +104,8 @@ class AnswerTable:
             is_there = self._text[start:end] == quote  # the document may have changed since
             before = self._text[max(0, start - SURROUNDINGS) : start] if is_there else ""
             after = self._text[end : end + SURROUNDINGS] if is_there else ""
-            passages.append(Passage(before, quote, after, quotation["occurrences"]))
+            before, quote, after = (text.replace("\f", "\n") for text in (before, quote, after))  # the ends of pages
+            passages.append(Passage(before, quote, after, quotation["occurrences"], quotation["page"]))
         return passages
 
     def _documents(self) -> Iterator[tuple[str, str, list[str]]]:
@@ -183,7 +187,7 @@ def _cell(answers: AnswerTable, row: Row | None, console: Console, width: int, f
         wrapped = [*wrapped[: LINES - 1], Text("…", "dim")]
     for passage in answers.passages(row):
         quoted = Text.assemble(
-            ("» ", "dim"),
+            (f"» page {passage.page}: " if passage.page else "» ", "dim"),
             (_last_words(_printable_text(passage.before)), "dim"),
             (_printable_text(passage.quote), "italic"),
             (_first_words(_printable_text(passage.after)), "dim"),

@@ -74,6 +74,8 @@ def test_a_row_is_a_line(answered: Workplace) -> None:
         (["--failed"], ["d1 who"]),
         (["--failed", "--query", "what"], []),
         (["--document", "d2"], []),
+        (["--limit", "1"], ["d0 what", "d0 when", "d0 who"]),
+        (["--document", "d[12]", "--limit", "1", "--query", "who"], ["d1 who"]),
     ],
 )
 def test_documents_and_queries_can_be_selected(answered: Workplace, options: list[str], pairs: list[str]) -> None:
@@ -298,6 +300,27 @@ def test_a_page_shows_evidence_one_click_away(browser: Any, with_evidence: Workp
     assert 'so" on It ended on 3 May 2021. It ended' in page.query_selector("details").inner_text()
     assert visible(page, "small") == ["log-probability -0.25, at least -1.50", "probability 0.94"]
     page.close()
+
+
+@pytest.mark.parametrize("document_id", ["d0", "d1"])
+def test_evidence_is_shown_with_its_page_where_the_document_has_pages(workplace: Workplace, document_id: str) -> None:
+    workplace.documents = {"d0": "It began well.\fIt ended on 3 May 2021.\f", "d1": "It ended on 3 May 2021."}
+    workplace.queries = [{"id": "when", "text": "When did it end?", "evidence": True}]
+    workplace.save()
+    quotes = [located("It ended on 3 May 2021.", workplace.documents[document_id])]
+    with Results(workplace.output) as results:
+        results.commit({document_id: [replace(ok(document_id, "when", "On 3 May."), evidence=quotes)]})
+    options = [workplace.job_file, "--document", document_id]
+    shown = " ".join(re.sub("\x1b\\[[0-9;]*m", "", " ".join(in_terminal(100, "show", *options))).split())
+    file = workplace.folder / "page.html"
+    invoke("show", *options, "--html", file)
+    summary = re.findall("<summary>(.*?)</summary>", file.read_text())
+    if document_id == "d0":
+        assert shown.endswith("» page 2: It began well. It ended on 3 May 2021.")
+        assert summary == ["evidence, page 2"]
+    else:
+        assert shown.endswith("» It ended on 3 May 2021.")
+        assert summary == ["evidence"]
 
 
 def test_a_document_that_changed_since_is_not_quoted_around(with_evidence: Workplace) -> None:
