@@ -337,13 +337,15 @@ def init(
     Beside it pipeline.schema.json is written, by which editors complete and check the file.
     """
     with errors_explained(debug, computes=False):
-        from pipeline.commands.init import QUESTION, FirstJob, guess_columns, suitable_model, write_job
+        from pipeline.commands.init import QUESTION, FirstJob, are_tables, guess_columns, suitable_model, write_job
 
         id_guess, text_guess = (id_, text) if id_ and text else guess_columns(documents)
+        if are_tables(documents):
+            id_, text = id_ or ask("Column of ids", id_guess), text or ask("Column of texts", text_guess)
         first_job = FirstJob(
             documents=documents,
-            id=id_ or ask("Column of ids", id_guess),
-            text=text or ask("Column of texts", text_guess),
+            id=id_ or id_guess,
+            text=text or text_guess,
             model=model or ask("Model, a folder or a Hugging Face repo id", suitable_model()),
             queries=query or ask_questions(QUESTION),
         )

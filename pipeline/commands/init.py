@@ -20,10 +20,11 @@ from pydantic import BaseModel
 from pipeline.commands.console import quoted
 from pipeline.errors import InputError, JobError
 from pipeline.files.atomic import atomic_file
-from pipeline.files.tables import first_rows
+from pipeline.files.tables import Table, first_rows
+from pipeline.files.text_files import WholeText
 from pipeline.inputs.documents import check_documents
 from pipeline.inputs.prompts import template_columns
-from pipeline.job.job import Job, id_of
+from pipeline.job.job import Job, Query, id_of
 from pipeline.job.job_file import CACHE, load_job
 from pipeline.job.job_schema import KEYS, job_schema
 from turboquant.runtime.machine import usable_memory
@@ -56,6 +57,11 @@ class FirstJob:
     text: str
     model: str
     queries: Sequence[str]
+
+
+def are_tables(documents: str) -> bool:
+    """Return whether a path names tables, which have columns to choose, and not files that are a document each."""
+    return not isinstance(Table(documents, "DOCUMENTS").files[0].format, WholeText)
 
 
 def guess_columns(documents: str) -> tuple[str, str]:
@@ -150,9 +156,13 @@ def _section_lines(section: str, kind: type[BaseModel], given: dict[str, Any]) -
 
 
 def _query_lines(queries: Sequence[dict[str, str]]) -> Iterator[str]:
+    """Yield the lines of the queries. All other keys that a query may have follow the last one, as defaults."""
     for query in queries:
-        yield f"  - id: {_yaml(query['id'])}"
-        yield f"    text: {_yaml(query['text'])}"
+        yield _commented(f"  - id: {_yaml(query['id'])}", "queries.id")
+        yield _commented(f"    text: {_yaml(query['text'])}", "queries.text")
+    for name, field in Query.model_fields.items():
+        if name not in ("id", "text"):
+            yield _commented(f"#     {name}: {_yaml(field.default)}", f"queries.{name}")
 
 
 def _given(path: Path, first_job: FirstJob) -> dict[str, Any]:

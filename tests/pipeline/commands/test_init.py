@@ -16,6 +16,7 @@ from pipeline.job.job import Job, QueryTable
 from pipeline.job.job_file import load_job
 from pipeline.job.job_schema import KEYS, job_schema
 from tests.pipeline.command_line import ROOT, error_of, in_terminal, invoke
+from tests.pipeline.files.formatted import pdf
 from tests.pipeline.workplace import Workplace
 
 LONG = ["A long text. " * 20, "Another long text. " * 20, "A third. " * 20]
@@ -103,7 +104,7 @@ def test_every_key_is_shown_with_its_default_and_meaning(tmp_path: Path) -> None
     assert head == "# yaml-language-server: $schema=pipeline.schema.json"
     assert json.loads((tmp_path / "pipeline.schema.json").read_text()) == job_schema()
     for key, meaning in KEYS.items():
-        if not key.startswith(("queries.", "queries table.")):
+        if not key.startswith("queries table."):
             named = f"{key.rpartition('.')[2]}:"
             assert any(named in line and line.endswith(f"# {meaning}") for line in lines), key
     whole = "\n".join(line.removeprefix("# ").replace("#  ", "  ", 1) for line in lines[2:])
@@ -130,6 +131,21 @@ def test_missing_values_are_asked_for_on_a_terminal(workplace: Workplace) -> Non
     given = ("--id", "id", "--text", "page", "--model", workplace.model, "--query", "Who?", "--force")
     assert "[" not in "\n".join(in_terminal(100, "init", documents, file, *given))
     assert load_job(file).queries[0].text == "Who?"
+
+
+@pytest.mark.parametrize("name", ["a.md", "a.pdf"])
+def test_of_documents_that_are_files_no_columns_are_asked_for(workplace: Workplace, name: str) -> None:
+    if name == "a.pdf":
+        pytest.importorskip("pypdfium2", reason="the extra `documents` is not installed")
+    (workplace.folder / "papers").mkdir()
+    (workplace.folder / "papers" / name).write_bytes(pdf("It began.") if name == "a.pdf" else b"It began.")
+    file = workplace.folder / "asked.yaml"
+    screen = "\n".join(
+        in_terminal(100, "init", workplace.folder / "papers", file, typed=f"{workplace.model}\nWho?\n\n")
+    )
+    assert "Column" not in screen
+    assert "Model, a folder" in screen
+    assert [query.text for query in load_job(file).queries] == ["Who?"]
 
 
 def test_without_an_answer_no_file_is_written(tmp_path: Path) -> None:
