@@ -322,7 +322,11 @@ def show(
 def init(
     context: typer.Context,
     documents: Annotated[
-        str, typer.Argument(metavar="DOCUMENTS", help="Parquet, CSV, JSON, Arrow or texts: a file, a folder or a glob.")
+        str,
+        typer.Argument(
+            metavar="DOCUMENTS",
+            help="A file, a folder, a glob or a URL: Parquet, CSV, JSON, Arrow, text, PDF, DOCX, HTML or EPUB.",
+        ),
     ],
     job_file: Annotated[Path, typer.Argument(metavar="JOB", help="The job file to write.")] = Path("job.yaml"),
     id_: Annotated[str | None, typer.Option("--id", metavar="COLUMN", help="The column of ids.")] = None,
