@@ -42,6 +42,7 @@ COLUMNS = {
     "evidence": "quotations: `quote`, `start` and `end` in characters of the text, `occurrences`, `page`",
     "versions": "packages and kind of device that computed the row",
 }
+DEFAULTS = {"name": "the file's name", "cache": "as below", "cache.dir": '`".cache"`'}  # not in the model of the job
 EXIT_CODES = {
     0: "all rows are answered, or the command did what it was asked to do",
     1: "the run stopped: the disk is full, a server cannot be reached, a file changed, and all that is not below",
@@ -100,8 +101,12 @@ def _keys() -> Iterator[str]:
 
 def _keys_of(section: dict[str, Any], prefix: str, sections: dict[str, Any]) -> Iterator[str]:
     for name, key in section["properties"].items():
-        has_default = key.get("default") is not None and not isinstance(key["default"], dict)
-        default = f"`{json.dumps(key['default'])}`" if has_default else ""
+        if name in section.get("required", ()):
+            default = "required"
+        elif "default" in key:
+            default = "as below" if "$ref" in key else f"`{json.dumps(key['default'])}`"
+        else:
+            default = DEFAULTS[f"{prefix}{name}"]
         yield _row(f"`{prefix}{name}`", _kind(key), default, key["description"])
         for reference in re.findall(r"\$defs/(\w+)", json.dumps({**key, "description": ""})):
             inner = f"{prefix}{name}" + (" (as a table)" if reference == QueryTable.__name__ else "")
