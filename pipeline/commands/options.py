@@ -33,7 +33,7 @@ Overrides = Annotated[
     typer.Option(
         "--set",
         metavar="KEY.PATH=VALUE",
-        help="Override a key of the job file; may be repeated.",
+        help="Override a key of the job file; may be repeated. A path is relative to the current folder.",
         autocompletion=_keys,
     ),
 ]
