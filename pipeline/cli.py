@@ -213,7 +213,10 @@ def plan(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Check everything and say what a run would cost, without loading weights."""
+    """Check everything and say what a run would cost, without loading weights.
+
+    A model of Hugging Face that is not on this machine yet is downloaded first, with its weights.
+    """
     with errors_explained(debug):
         from pipeline.commands.plan import first_prompt, plan_job
         from pipeline.commands.summary import costs
