@@ -164,11 +164,15 @@ def finish() -> list[Program]:
     return in_use()
 
 
-@functools.cache
 def is_hopper() -> bool:
-    """Return whether this is a GPU of compute capability 9.0, for which kernels are compiled here."""
+    """Return whether MLX's default device is a GPU of compute capability 9.0, for which kernels are compiled here."""
+    return not on_cpu() and _compiles_for_hopper()
+
+
+@functools.cache
+def _compiles_for_hopper() -> bool:
     try:
-        return not on_cpu() and _architecture() == "sm_90a" and bool(nvrtc.version())
+        return _architecture() == "sm_90a" and bool(nvrtc.version())
     except nvrtc.CannotCompile:
         return False
 

@@ -96,6 +96,16 @@ def test_a_damaged_or_foreign_file_is_compiled_anew(machine: Machine, content: b
     assert path.read_bytes().partition(b"\n")[2] == whole.partition(b"\n")[2]
 
 
+def test_a_hopper_gpu_is_one_after_work_on_the_cpu(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reference of a trial is computed with the CPU as the default device."""
+    programs._compiles_for_hopper.cache_clear()
+    monkeypatch.setattr(programs, "on_cpu", lambda: True)
+    assert not programs.is_hopper()
+    monkeypatch.setattr(programs, "on_cpu", lambda: False)
+    assert programs.is_hopper()
+    programs._compiles_for_hopper.cache_clear()
+
+
 def test_another_compiler_compiles_anew(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     programs.launch(DOUBLE, [mx.array([1.0])])
     machine.restart()
