@@ -75,10 +75,11 @@ def _machine() -> tuple[str, ...]:
 
 @functools.cache
 def _sources() -> str:
-    """Return a digest of the kernels' texts and of the Python files that compile and start them."""
+    """Return a digest of the kernels' texts, and of the Python files that start them and that they are compared with."""
     digest = hashlib.sha256()
-    kernels = resources.files("turboquant.kernels")
-    files = [*kernels.iterdir(), *(kernels / "text").iterdir(), resources.files("turboquant.attention") / "gpu.py"]
-    for file in sorted((file for file in files if file.name.endswith((".py", ".h"))), key=lambda file: file.name):
-        digest.update(file.name.encode() + file.read_bytes())
+    folders = [resources.files("turboquant") / name for name in ("kernels", "kernels/text", "attention", "quant")]
+    for folder in folders:
+        for file in sorted(folder.iterdir(), key=lambda file: file.name):
+            if file.name.endswith((".py", ".h")):
+                digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Iterator
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from tests import ROOT
 from turboquant import CacheCodec
 from turboquant.attention import gpu as attention_gpu
 from turboquant.kernels import compiled_files, encoding_gpu, launch, nvrtc, programs, query_stats_gpu, trials
@@ -300,6 +303,16 @@ def test_trials_are_remembered_where_they_went_well(tmp_path: Path, monkeypatch:
     assert not trials.remembered("kernels", CacheCodec(3, 3), 0.01)
     monkeypatch.setattr(trials, "_sources", lambda: "other kernels")
     assert not trials.remembered("kernels", CacheCodec(), 0.01)
+
+
+@pytest.mark.parametrize("file", ["kernels/encoding_gpu.py", "kernels/text/encode.h", "quant/rounding.py"])
+def test_trials_are_those_of_the_code_they_compared(file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "turboquant"
+    shutil.copytree(ROOT / "turboquant", package, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(resources, "files", lambda name: tmp_path / name)
+    before = trials._sources.__wrapped__()
+    (package / file).write_text((package / file).read_text() + "\n")
+    assert trials._sources.__wrapped__() != before
 
 
 def test_nothing_is_remembered_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
