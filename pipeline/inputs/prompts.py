@@ -22,12 +22,11 @@ from itertools import chain, cycle
 from typing import Any
 
 from jinja2 import Template, meta, nodes
-from jinja2.sandbox import SandboxedEnvironment
 
 from pipeline.errors import EmptyDocument, JobError, ModelError, PromptFailed, UnreadableText, one_line
 from pipeline.inputs.documents import Document
 from pipeline.inputs.questions import Question
-from pipeline.inputs.templates import UsedNames, checked, environment, used_names
+from pipeline.inputs.templates import UsedNames, checked, compiled, environment, used_names
 from pipeline.inputs.time_limit import TimeLimit
 from pipeline.job.job import Documents, Prompt, SpecialTokensMode
 from pipeline.models.special_tokens import BREAK, BreakingTokenizer, SpecialTokens
@@ -106,12 +105,12 @@ class Renderer:
     """
 
     def __init__(self, prompt: Prompt, documents: Documents) -> None:
-        self._documents, sandbox, self._limit = documents, environment(), TimeLimit()
-        self._context = sandbox.from_string(checked("prompt.context", prompt.context))
-        self._system = sandbox.from_string(checked("prompt.system", prompt.system or ""))
+        self._documents, self._limit = documents, TimeLimit()
+        self._context = compiled(checked("prompt.context", prompt.context))
+        self._system = compiled(checked("prompt.system", prompt.system or ""))
         self._used_by_context = used_names("prompt.context", prompt.context)
         self._used_by_system = used_names("prompt.system", prompt.system or "")
-        self.shared = _shared(sandbox, prompt, self._limit)
+        self.shared = _shared(prompt, self._limit)
 
     def render(self, document: Document) -> Rendered:
         """Render a document.
@@ -319,9 +318,9 @@ def _columns(key: str, source: str, documents: Documents) -> set[str]:
     return {meanings.get(name, name) for name in used.names} | used.in_row
 
 
-def _shared(sandbox: SandboxedEnvironment, prompt: Prompt, limit: TimeLimit) -> Rendered | None:
+def _shared(prompt: Prompt, limit: TimeLimit) -> Rendered | None:
     """Return the system text and the beginning of the context if neither uses a column and they are long."""
-    system = prompt.system or ""
+    sandbox, system = environment(), prompt.system or ""
     if meta.find_undeclared_variables(sandbox.parse(system)):
         return None
     first = next(iter(sandbox.parse(prompt.context).body), None)
@@ -330,7 +329,7 @@ def _shared(sandbox: SandboxedEnvironment, prompt: Prompt, limit: TimeLimit) -> 
         literal = first.nodes[0].data
     try:
         with limit.limited():
-            system = sandbox.from_string(system).render()
+            system = compiled(system).render()
     except Exception:  # it fails for every document too, and each of their rows then has the error
         return None
     return Rendered(system or None, literal) if len(system) + len(literal) >= SHARED_CHARACTERS else None

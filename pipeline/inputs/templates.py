@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import wraps
+from functools import lru_cache, wraps
 from typing import Any
 
-from jinja2 import StrictUndefined, TemplateSyntaxError, Undefined, meta, nodes, pass_context
+from jinja2 import StrictUndefined, Template, TemplateSyntaxError, Undefined, meta, nodes, pass_context
 from jinja2.sandbox import SandboxedEnvironment
 
 from pipeline.errors import JobError, one_line
@@ -113,6 +113,12 @@ def environment() -> SandboxedEnvironment:
     return sandbox
 
 
+@lru_cache(maxsize=256)  # a run compiles the few templates of its job again and again
+def compiled(source: str) -> Template:
+    """Return a template of the sandbox that `environment` makes."""
+    return environment().from_string(source)
+
+
 def written(value: Any) -> Any:
     """Return a value as a template writes it. Raises TypeError if it has no text."""
     if value is None:
@@ -130,7 +136,7 @@ def _explained(error: TemplateSyntaxError) -> str:
 def checked(key: str, source: str, sandbox: SandboxedEnvironment | None = None) -> str:
     """Return the source of a template if it compiles. Raises JobError, which names `key`, if it does not."""
     try:
-        (sandbox or environment()).from_string(source)
+        compiled(source) if sandbox is None else sandbox.from_string(source)
     except TemplateSyntaxError as error:
         raise JobError(f"{key}: line {error.lineno} of the template: {_explained(error)}") from None
     except Exception as error:  # nested too deeply for Python, or a number with too many digits
