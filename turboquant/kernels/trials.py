@@ -75,7 +75,7 @@ def _machine() -> tuple[str, ...]:
 
 @functools.cache
 def _sources() -> str:
-    """Return a digest of the kernels' texts, and of the Python files that start them and that they are compared with."""
+    """Return a digest of the kernels' texts, and of the Python files that start them or define what is right."""
     digest = hashlib.sha256()
     folders = [resources.files("turboquant") / name for name in ("kernels", "kernels/text", "attention", "quant")]
     for folder in folders:

@@ -133,6 +133,24 @@ def test_a_batch_moves_padding_from_the_right_to_the_left() -> None:
     assert batch.left_padding.tolist() == [3, 0], message
 
 
+def test_a_batch_binds_its_offset_anew_whenever_it_changes() -> None:
+    cache, more = make("BatchKVCache"), mx.ones((2, 2, 4, 8))
+    changes = {
+        "update_and_fetch": lambda: cache.update_and_fetch(more, more),
+        "trim": lambda: cache.trim(1),
+        "prepare": lambda: cache.prepare(left_padding=None, lengths=[4, 3], right_padding=[0, 1]),
+        "finalize": lambda: (cache.update_and_fetch(more, more), cache.finalize()),
+        "extend": lambda: cache.extend(make("BatchKVCache")),
+        "filter": lambda: cache.filter(mx.array([1])),
+    }
+    for name, change in changes.items():
+        before = cache.offset
+        values = before.tolist()
+        change()
+        assert before.tolist() == values, f"{name} changes offset in place; {FORK} remembers positions by it"
+        assert cache.offset is not before or cache.offset.tolist() == values
+
+
 def test_a_mask_of_a_plain_cache_is_causal_over_what_it_holds() -> None:
     cache = filled(KVCache())
     message = f"mlx-lm's KVCache.make_mask no longer masks causally as {FORK} passes it on"
