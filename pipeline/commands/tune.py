@@ -51,7 +51,7 @@ def tune(
     Bits of keys and values and extra_bits, and with --layers bits by layer, are compared with full precision: the
     divergence (KL) of the predictions of greedy answers of up to 32 tokens, the share of their tokens that stay the
     likeliest, and of answers that stay the same. The smallest setting that keeps all bounds is chosen; a divergence
-    counts with its standard error added. Exit code 3: none keeps them.
+    counts with the upper end of its one-sided 95 % interval over documents. Exit code 3: none keeps them.
     """
     with errors_explained(debug):
         from pipeline.evaluation import tuning
@@ -91,9 +91,9 @@ def _show_step(done: int, total: int) -> None:
 
 def _render(tuned: Tuning) -> str:
     """Return the settings as a table, by size, with a mark at the chosen one."""
-    heading = ("", "bits K/V", "extra_bits", "bits", "kB/token", "KL", "+-", "top-1", "answers", "seconds")
+    heading = ("", "bits K/V", "extra_bits", "bits", "kB/token", "KL", "at most", "top-1", "answers", "seconds")
     lines = [heading, *(_line(each, each is tuned.chosen) for each in tuned.settings)]
-    full = ("", "16/16", "", "16.00", f"{tuned.full_bytes_per_token / 1000:.1f}", "0", "", "1.000", "1.000", "")
+    full = ("", "16/16", "", "16.00", f"{tuned.full_bytes_per_token / 1000:.1f}", "0", "0", "1.000", "1.000", "")
     mean = size(tuned.full_bytes_per_token * tuned.tokens / tuned.documents)
     return "\n".join(
         [
@@ -113,7 +113,7 @@ def _line(each: Measured, is_chosen: bool) -> tuple[str, ...]:
         f"{each.bits:.2f}",
         f"{each.bytes_per_token / 1000:.1f}",
         f"{each.kl:.2g}",
-        "" if each.kl_error is None else f"{each.kl_error:.1g}",
+        f"{each.kl_most:.2g}",
         f"{each.top1:.3f}",
         f"{each.answers:.3f}",
         f"{each.seconds:.1f}",
