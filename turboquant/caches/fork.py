@@ -166,7 +166,7 @@ class BatchForks(_BypassGuard):
     @property
     def offset(self) -> mx.array:
         """The position of each row's next token, (B,). A model asks for it twice in each layer."""
-        own = self.suffix.offset  # another array whenever it changes, as test_contract.py holds mlx-lm to
+        own = self.suffix.offset  # another array whenever it changes; a test holds mlx-lm to that
         if self._positions is None or self._positions[0] is not own:
             self._positions = own, own + self._past_tokens
         return self._positions[1]
