@@ -97,7 +97,7 @@ def by_transformers(job: Job, model: Transformers, way: str) -> tuple[float, lis
 
 
 def main() -> None:
-    """Run all sides in turn, and print a line of JSON for each round."""
+    """Run all sides in turn, and print a line of JSON for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("job", type=Path)
     parser.add_argument("--threads", type=int, default=usable_cpus())
@@ -114,22 +114,26 @@ def main() -> None:
         (folder / "answers.parquet").unlink()
         restored = by_pipeline(arguments.job, folder)
         shutil.rmtree(folder)
-        figures: dict[str, Any] = {
+        figures = {
+            "way": "pipeline",
             "rows": cold["rows"],
-            "pipeline": round(cold["seconds"], 1),
-            "of that prefill": round(cold["prefill_seconds"] / cold["processes"], 1),
-            "restored": round(restored["seconds"], 1),
+            "seconds": round(cold["seconds"], 1),
+            "of_that_prefill_s": round(cold["prefill_seconds"] / cold["processes"], 1),
+            "restored_s": round(restored["seconds"], 1),
         }
+        print(json.dumps(figures), flush=True)
         for dtype, way in WAYS:
             model.compute_in(dtype)
             seconds, theirs = by_transformers(job, model, way)
-            figures[f"{way} cache, {dtype}"] = {
+            figures = {
+                "way": f"{way} cache, {dtype}",
+                "rows": len(theirs),
                 "seconds": round(seconds, 1),
                 "ratio": round(seconds / cold["seconds"], 2),
-                "ratio restored": round(seconds / restored["seconds"], 2),
-                "equal answers": sum(a == b for a, b in zip(answers, theirs, strict=True)),
+                "ratio_restored": round(seconds / restored["seconds"], 2),
+                "equal_answers": sum(a == b for a, b in zip(answers, theirs, strict=True)),
             }
-        print(json.dumps(figures), flush=True)
+            print(json.dumps(figures), flush=True)
 
 
 if __name__ == "__main__":

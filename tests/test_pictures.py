@@ -62,6 +62,7 @@ def test_the_table_of_readme_has_the_figures() -> None:
     [
         ("performance.md", "## The demo job, stage by stage", "own-time"),
         ("performance.md", "## Against llama.cpp", "llama-cpp"),
+        ("performance.md", "## Against transformers", "transformers"),
         ("performance.md", "## Against mlx-lm on a CPU", "against-mlx-lm"),
         ("performance.md", "Fewer questions, on two of the documents", "against-queries"),
         ("performance.md", "A real model on real text", "contracts-job"),
