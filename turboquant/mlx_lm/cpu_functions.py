@@ -98,22 +98,17 @@ def rope(a: mx.array, dims: int, *, offset: int | mx.array, traditional: bool, *
     tokens = a.shape[-2]
     if traditional or isinstance(offset, mx.array) or a.dtype != mx.float32 or tokens <= FEW_ROWS or not on_cpu():
         return _mlx_rope(a, dims, offset=offset, traditional=traditional, **options)
-    frequencies = options.pop("freqs", None)
-    cosines, sines = _rotation(
-        dims, offset, tokens, None if frequencies is None else np.asarray(frequencies).tobytes(), **options
-    )
-    x = np.asarray(a)
+    freqs = options.pop("freqs", None)
+    cosines, sines = _rotation(dims, offset, tokens, None if freqs is None else np.asarray(freqs).tobytes(), **options)
+    x, half = np.asarray(a), dims // 2
     output = np.empty(x.shape, np.float32)
 
     def rotate(head: tuple[int, ...]) -> None:
-        (first, second), (low, high) = (
-            (each[head][:, : dims // 2], each[head][:, dims // 2 : dims]) for each in (x, output)
-        )
-        np.multiply(first, cosines, out=low)
-        low -= second * sines
-        np.multiply(first, sines, out=high)
-        high += second * cosines
-        output[head][:, dims:] = x[head][:, dims:]
+        given, rotated = x[head], output[head]
+        first, second = given[:, :half], given[:, half:dims]
+        rotated[:, :half] = first * cosines - second * sines
+        rotated[:, half:dims] = first * sines + second * cosines
+        rotated[:, dims:] = given[:, dims:]
 
     run_in_parallel(rotate, list(np.ndindex(*x.shape[:-2])))
     return mx.array(output)
@@ -121,12 +116,12 @@ def rope(a: mx.array, dims: int, *, offset: int | mx.array, traditional: bool, *
 
 @functools.lru_cache(maxsize=4)  # the layers of a model share one or two
 def _rotation(
-    dims: int, offset: int, tokens: int, frequencies: bytes | None, **options: Any
+    dims: int, offset: int, tokens: int, freqs: bytes | None, **options: Any
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Return MLX's cosines and sines (tokens, dims / 2) of RoPE: what it makes of ones in the first half."""
     ones = mx.broadcast_to((mx.arange(dims) < dims // 2).astype(mx.float32), (1, tokens, dims))
-    freqs = None if frequencies is None else mx.array(np.frombuffer(frequencies, np.float32))
-    rotated = np.asarray(_mlx_rope(ones, dims, offset=offset, traditional=False, freqs=freqs, **options))[0]
+    options["freqs"] = None if freqs is None else mx.array(np.frombuffer(freqs, np.float32))
+    rotated = np.asarray(_mlx_rope(ones, dims, offset=offset, traditional=False, **options))[0]
     return rotated[:, : dims // 2], rotated[:, dims // 2 :]
 
 

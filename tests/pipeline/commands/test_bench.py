@@ -171,8 +171,11 @@ def test_no_files_are_left_or_changed(ran: Ran) -> None:
 # ---- contenders that fail
 
 
-def test_a_contender_that_dies_is_a_failed_row_and_the_others_go_on(workplace: Workplace) -> None:
-    workplace.tree["cache"] |= {"key_bits": 16, "value_bits": 16}
+def test_a_contender_that_dies_is_a_failed_row_and_the_others_go_on(
+    workplace: Workplace, write_model: Callable[..., Path]
+) -> None:
+    workplace.tree["model"] = str(write_model(workplace.folder / "two-layers"))  # as in `ran`
+    workplace.tree["cache"] |= {"key_bits": 8, "value_bits": 8}
     workplace.tree["generation"] |= {"temperature": 0.7}
     names = [part for name in ("pipeline-warm", "copied", "reloaded", "naive") for part in ("--contender", name)]
     process = start(workplace, "--json", "--documents", "1", *names, fate="kill")
