@@ -16,10 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turboquant.attention.reference import Partial, fold_queries, unfold_part
+from turboquant.quant import trellis
 from turboquant.quant.codebook import lloyd_max
 from turboquant.quant.codec import Codec
 from turboquant.quant.layer import EncodedLayer
 from turboquant.quant.packing import PLANES
+from turboquant.quant.trellis import TrellisCodec
 from turboquant.runtime.threads import run_in_parallel
 
 Floats = NDArray[np.floating[Any]]  # always float32, which NumPy's type stubs cannot follow
@@ -82,7 +84,8 @@ def attend_layer(queries: mx.array, layer: EncodedLayer, scale: float) -> Partia
     mean_scores = multiply(block_view, _view(layer.key_mean).swapaxes(-1, -2))
     mean_share = np.zeros((n_kv_heads, rows, 1), np.float32)
     index = (slice(None),)
-    tile = max(64, BLOCK // (n_kv_heads * max(rows, layer.key_mean.shape[-1])))
+    tile = BLOCK // (n_kv_heads * max(rows, layer.key_mean.shape[-1]))
+    tile = max(1, tile // trellis.BLOCK) * trellis.BLOCK  # whole blocks of trellis codes
     for part in layer.parts:
         key_codes, value_codes = np.asarray(part.keys.codes), np.asarray(part.values.codes)
         key_scales, value_scales = _view(part.keys.scales)[:, None], _view(part.values.scales)[:, None]
@@ -147,11 +150,14 @@ class OnlineSoftmax:
 
 
 def decode_levels(words: NDArray[np.uint32], codec: Codec) -> Floats:
-    """Decode packed codes (..., words) to levels (..., head_dim) float32, without applying scales.
+    """Decode packed codes (H, T, words) to levels (H, T, head_dim) float32, without applying scales.
 
     The coordinates that share a byte of the plane of low bits are looked up together in one table. The index is this
     byte and, above it, their bits from the other plane.
     """
+    if isinstance(codec, TrellisCodec):
+        decoded: Floats = codec.decode_levels(np, words)
+        return decoded
     planes, dim = PLANES[codec.bits], codec.head_dim
     table = _table(codec.bits)
     low_words = -(-dim * planes[0] // 32)

@@ -109,7 +109,7 @@ def supports(layer: EncodedLayer) -> bool:
     """Return whether the kernels support a layer's sizes and its codec, and work on this device."""
     if layer.derived:  # by a kernel's first call
         return True
-    if layer.codec.is_uncompressed:
+    if layer.codec.is_uncompressed or layer.codec.coding == "trellis":
         return False
     dim = layer.key_mean.shape[-1]
     return dim in HEAD_DIMS and layer.value_mean.shape[-1] == dim and usable(layer.codec, dim)

@@ -20,11 +20,12 @@ import mlx.core as mx
 
 from turboquant.quant.codec import Encoded
 from turboquant.quant.layer import EncodedLayer, EncodedPart
+from turboquant.quant.trellis import BLOCK
 from turboquant.runtime.device import fused
 
 SCORES = 1 << 23  # scores, and numbers of decoded keys, in memory at a time, about
 LEAST = -1e30  # stands for the log-sum-exp of no tokens, from which nothing could be subtracted
-TILE = 2048  # tokens in a tile, at least, however many queries there are
+TILE = 2048  # tokens in a tile, at least, however many queries there are; a tile has whole blocks of trellis codes
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def attend_dense(
 
 def _tile(rows: int) -> int:
     """Return how many tokens a tile has for this number of queries."""
-    return max(TILE, SCORES // rows)
+    return max(TILE, SCORES // rows // BLOCK * BLOCK)
 
 
 def _visible(mask: mx.array | str | None, length: int, tokens: int, some: slice) -> mx.array | None:

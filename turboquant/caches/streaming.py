@@ -41,6 +41,8 @@ class TurboQuantKVCache(Fork):
     def __init__(self, codec: CacheCodec | None = None) -> None:
         super().__init__(None)
         self.codec = codec or CacheCodec()
+        if self.codec.coding != "scalar":
+            raise ValueError("this cache has scalar codes; trellis codes are for contexts that are encoded as a whole")
         if self.codec.is_uncompressed:
             raise ValueError("this cache has 2 to 8 bits; without compression, use mlx-lm's KVCache")
 

@@ -17,6 +17,7 @@ from turboquant.quant.codec import Codec, Encoded
 from turboquant.quant.layer import EncodedLayer
 from turboquant.quant.query_stats import QueryStatistics
 from turboquant.quant.rounding import RoundingMetric
+from turboquant.quant.trellis import TrellisCodec, attention_weights
 from turboquant.runtime.device import array_module, on_cpu
 
 # Tokens that are encoded at a time, so that temporary float32 arrays stay small; a GPU needs more to be busy.
@@ -48,11 +49,12 @@ def encode_layer(
     if on_cpu():  # where NumPy computes, and may fail on other numbers
         _require_finite(finite)
     first = min(codec.sinks, keys.shape[1])
-    metric, _, order, fine = order_tokens(keys, codec, queries)
+    metric, attention, order, fine = order_tokens(keys, codec, queries)
     rounding_metric = None
     if metric is not None:
         factorise = encoding_gpu.feedback if encoding_gpu.factors(keys.shape[-1]) else None
         rounding_metric = codec.keys(keys.shape[-1]).rounding_metric(metric, factorise)
+    weights = None if attention is None else mx.array(attention_weights(attention))
     split = order.shape[1] - fine
     key_mean, value_mean = means or (_mean(keys[:, first:]), _mean(values[:, first:]))
     tensors = {
@@ -66,7 +68,10 @@ def encode_layer(
             ("key", keys, codecs.keys(keys.shape[-1]), key_mean, rounding_metric),
             ("value", values, codecs.values(values.shape[-1]), value_mean, None),
         ):
-            encoded = _encode(x, first, some, vector_codec, mean, in_metric)
+            if isinstance(vector_codec, TrellisCodec):
+                encoded = _encode_blocks(x, first + some, vector_codec, mean, in_metric, weights)
+            else:
+                encoded = _encode(x, first, some, vector_codec, mean, in_metric)
             tensors |= {f"{prefix}{name}_codes": encoded.codes, f"{prefix}{name}_scales": encoded.scales}
     mx.async_eval(list(tensors.values()))  # type: ignore[no-untyped-call]
     _require_finite(finite)
@@ -121,6 +126,26 @@ def _encode(
     for start in range(0, max(1, order.shape[1]), tile):
         some = mx.take_along_axis(x, order[:, start : start + tile, None], axis=1)
         part = codec.encode(some, mean, metric)
+        mx.eval(part.codes, part.scales)
+        parts.append(part)
+    return parts[0] if len(parts) == 1 else Encoded.concatenate(parts)
+
+
+def _encode_blocks(
+    x: mx.array,
+    order: mx.array,
+    codec: TrellisCodec,
+    mean: mx.array,
+    metric: RoundingMetric | None,
+    weights: mx.array | None,
+) -> Encoded:
+    """Encode vectors of x (n_kv_heads, T, head_dim): those that ``order`` (.., E) names. weights: (n_kv_heads, T)."""
+    parts, tile = [], ENCODE_TILE if on_cpu() else GPU_ENCODE_TILE
+    for start in range(0, max(1, order.shape[1]), tile):
+        tokens = order[:, start : start + tile]
+        some = mx.take_along_axis(x, tokens[..., None], axis=1)
+        weight = None if weights is None else mx.take_along_axis(weights, tokens, axis=1)
+        part = codec.encode(some, mean, metric, weight)
         mx.eval(part.codes, part.scales)
         parts.append(part)
     return parts[0] if len(parts) == 1 else Encoded.concatenate(parts)

@@ -2,3 +2,4 @@
 
 # Bits of a code. They are here so that a command line can name them before it imports NumPy or MLX.
 SUPPORTED_BITS = (2, 3, 4, 5, 6, 8)
+CODINGS = ("scalar", "trellis")

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from typing import Any, Literal
 
+from turboquant.quant import CODINGS, trellis
 from turboquant.quant.codebook import lloyd_max
 from turboquant.quant.codec import Codec
+from turboquant.quant.trellis import TrellisCodec
 
 # Bits of the tokens that are kept finer, by the bits of the others.
 FINE_BITS = {2: 5, 3: 6, 4: 8, 5: 8, 6: 8, 8: 8}
@@ -32,6 +34,9 @@ class CacheCodec:
     query_aware: whether keys are rounded to suit the context's own queries, if these are known.
     seed: of the rotation.
     layer_bits: other bits for some layers, as (layer, key_bits, value_bits). A negative layer counts from the last one.
+    coding: ``trellis`` codes tokens of 2 to 4 bits, other than finer ones, by trellis codes (trellis.py): they lose
+        about half as much in the same bits, and take longer to encode. Vectors whose head_dim 32 does not divide, and
+        more bits, have scalar codes in any case.
 
     Raises ValueError for settings out of range.
 
@@ -47,6 +52,7 @@ class CacheCodec:
     query_aware: bool = True
     seed: int = 0
     layer_bits: tuple[tuple[int, int, int], ...] = ()
+    coding: str = "scalar"
 
     def __post_init__(self) -> None:
         for _, key_bits, value_bits in ((0, self.key_bits, self.value_bits), *self.layer_bits):
@@ -59,6 +65,8 @@ class CacheCodec:
             raise ValueError("sinks and window count tokens and cannot be negative")
         if not 0 <= self.extra_bits <= 16:
             raise ValueError("extra_bits must be between 0 and 16")
+        if self.coding not in CODINGS:
+            raise ValueError(f"coding is {' or '.join(CODINGS)}, not {self.coding!r}")
 
     def for_layer(self, index: int, n_layers: int) -> CacheCodec:
         """Return the codec of layer ``index`` of a model with ``n_layers`` layers; its ``layer_bits`` are empty."""
@@ -76,18 +84,36 @@ class CacheCodec:
         """Return the codec of the tokens that are kept finer."""
         if self.is_uncompressed:
             return self
-        return replace(self, key_bits=FINE_BITS[self.key_bits], value_bits=FINE_BITS[self.value_bits])
+        return replace(self, key_bits=FINE_BITS[self.key_bits], value_bits=FINE_BITS[self.value_bits], coding="scalar")
 
     def keys(self, head_dim: int) -> Codec:
         """Return the codec of keys with ``head_dim`` coordinates."""
-        return Codec(head_dim, min(self.key_bits, max(FINE_BITS)), self.seed)  # without compression, of no tokens
+        return self._codec(head_dim, self.key_bits, "keys")
 
     def values(self, head_dim: int) -> Codec:
         """Return the codec of values with ``head_dim`` coordinates."""
-        return Codec(head_dim, min(self.value_bits, max(FINE_BITS)), self.seed)
+        return self._codec(head_dim, self.value_bits, "values")
+
+    def _codec(self, head_dim: int, bits: int, of: Literal["keys", "values"]) -> Codec:
+        if self.coding == "trellis" and trellis.has_code(head_dim, bits):
+            return TrellisCodec(head_dim, bits, self.seed, of)
+        return Codec(head_dim, min(bits, max(FINE_BITS)), self.seed)  # without compression, of no tokens
 
     def fine_tokens(self, tokens: int, queries_known: bool) -> tuple[int, int]:
-        """Return how many of a context's ``tokens`` are kept finer: at its end, and those its queries attend to."""
+        """Return how many of a context's ``tokens`` are kept finer: at its end, and those its queries attend to.
+
+        With trellis codes, all others are whole blocks, so up to half a block more or fewer are finer; where the fewer are
+        too few, up to a block more.
+        """
+        window, attended = self._fine_tokens(tokens, queries_known)
+        fine = window + attended
+        if self.coding == "trellis" and min(self.key_bits, self.value_bits) <= max(trellis.CODES):
+            over = max(0, tokens - self.sinks - fine) % trellis.BLOCK
+            fine += over if over <= trellis.BLOCK // 2 or fine < trellis.BLOCK - over else over - trellis.BLOCK
+            window = min(window, fine) if queries_known else fine
+        return window, fine - window
+
+    def _fine_tokens(self, tokens: int, queries_known: bool) -> tuple[int, int]:
         added_bits = (self.fine.key_bits + self.fine.value_bits - self.key_bits - self.value_bits) / 2
         most = min(tokens - self.sinks, int(self.extra_bits * tokens / added_bits)) if added_bits else 0
         if most <= 0:
@@ -114,6 +140,7 @@ class CacheCodec:
         return (
             f"turboquant-2 keys={self.key_bits} values={self.value_bits} sinks={self.sinks} window={self.window} "
             f"extra={self.extra_bits} rounding={'queries' if self.query_aware else 'nearest'} seed={self.seed}"
+            + (f" coding=trellis-{trellis.digest()}" if self.coding == "trellis" else "")
             + "".join(f" layer{layer}={keys}/{values}" for layer, keys, values in self.layer_bits)
         )
 
@@ -131,6 +158,8 @@ def parse_codec(content: Any) -> CacheCodec:
     """Read a codec from what ``dump_codec`` wrote, parsed. Raises ValueError for anything else."""
     default = CacheCodec()
     names = {field.name for field in fields(default)}
+    if isinstance(content, dict):
+        content = {"coding": "scalar", **content}  # earlier versions had no other
     if not isinstance(content, dict) or content.keys() != names:
         raise ValueError(f"a codec's fields are {sorted(names)}")
     values = {name: _tuples(value) for name, value in content.items()}

@@ -34,7 +34,7 @@ SMALLEST_SCALE, LARGEST_SCALE = 2.0**-24, 65504.0  # float16's smallest and larg
 class Encoded:
     """Compressed vectors.
 
-    codes: (..., packed_words) uint32, see packing.py.
+    codes: (..., packed_words) uint32, see packing.py; of blocks of vectors if they are trellis codes, see trellis.py.
     scales: (...) float16. The magnitude multiplies the decoded levels. The sign is positive if the mean was
         subtracted from the vector before it was encoded, and negative if not.
     """
@@ -111,12 +111,14 @@ class Codec:
             ``device.array_module``: float64 of NumPy, or float32 of MLX.
         kernel: see ``RoundingMetric.prepare``.
         """
-        xp = array_module()
-        if xp is np:
+        return RoundingMetric.prepare(array_module(), self._rotated(metric), kernel)
+
+    def _rotated(self, metric: Any) -> Any:
+        if array_module() is np:
             basis = _basis(self.rotation)
-            return RoundingMetric.prepare(np, basis.T @ metric @ basis, kernel)
+            return basis.T @ metric @ basis
         half = self.rotation.forward(metric).swapaxes(1, 2)  # a matrix product on a GPU may round to 10 bits
-        return RoundingMetric.prepare(mx, self.rotation.forward(half), kernel)
+        return self.rotation.forward(half)
 
     def encode(self, x: mx.array, mean: mx.array | None = None, metric: RoundingMetric | None = None) -> Encoded:
         """Compress x (..., head_dim), any float dtype.
@@ -130,22 +132,27 @@ class Codec:
             raise ValueError(f"vectors of {x.shape[-1]} coordinates given to a codec for {self.head_dim}")
         if x.size == 0:  # several of MLX's operations refuse empty arrays
             return Encoded(mx.zeros((*x.shape[:-1], self.words), mx.uint32), mx.zeros(x.shape[:-1], mx.float16))
-        x = x.astype(mx.float32)
-        is_centred = None
-        if mean is not None:
-            centred = x - mean
-            is_centred = _norm(centred) < _norm(x)
-            x = mx.where(is_centred[..., None], centred, x)
-        norm = _norm(x) / math.sqrt(self.head_dim)
-        unit = self.rotation.forward(x) / mx.maximum(norm, 1e-30)[..., None]
+        unit, norm, is_centred = self.normalise(x, mean)
         if metric is None:
             codes = nearest_levels(self.bits)(unit)
             factors = math.sqrt(self.head_dim) / _norm(self.levels[codes])  # restore each vector's norm
         else:
             codes, factors = self._round_in_metric(unit, metric)
-        scales = mx.clip(norm * factors, SMALLEST_SCALE, LARGEST_SCALE)
-        scales = -scales if is_centred is None else mx.where(is_centred, scales, -scales)
-        return Encoded(pack(codes, self.bits), scales.astype(mx.float16))
+        return Encoded(pack(codes, self.bits), signed_scales(norm * factors, is_centred))
+
+    def normalise(self, x: mx.array, mean: mx.array | None) -> tuple[mx.array, mx.array, mx.array | None]:
+        """Centre and rotate vectors (..., head_dim) for quantisation.
+
+        Returns them with a norm of sqrt(head_dim), (..., head_dim) float32; their norms before, divided by that, (...);
+        and from which the mean was subtracted, (...) bool, or None without a mean.
+        """
+        x, is_centred = x.astype(mx.float32), None
+        if mean is not None:
+            centred = x - mean
+            is_centred = _norm(centred) < _norm(x)
+            x = mx.where(is_centred[..., None], centred, x)
+        norm = _norm(x) / math.sqrt(self.head_dim)
+        return self.rotation.forward(x) / mx.maximum(norm, 1e-30)[..., None], norm, is_centred
 
     def decode(self, encoded: Encoded, mean: mx.array | None = None, dtype: mx.Dtype = mx.float32) -> mx.array:
         """Reconstruct vectors (..., head_dim) in ``dtype``; mean: the one that ``encode`` was given."""
@@ -183,6 +190,12 @@ class Codec:
 def _basis(rotation: Rotation) -> NDArray[np.float64]:
     """Return the rotation as a matrix (dim, dim); row i is the rotated unit vector of coordinate i."""
     return np.array(rotation.forward(mx.eye(rotation.dim)), np.float64)
+
+
+def signed_scales(scales: mx.array, is_centred: mx.array | None) -> mx.array:
+    """Return scales as ``Encoded`` has them: float16, negative for vectors whose mean was not subtracted."""
+    scales = mx.clip(scales, SMALLEST_SCALE, LARGEST_SCALE)
+    return (-scales if is_centred is None else mx.where(is_centred, scales, -scales)).astype(mx.float16)
 
 
 def _norm(x: mx.array) -> mx.array:

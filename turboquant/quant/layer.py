@@ -15,6 +15,7 @@ import mlx.core as mx
 
 from turboquant.quant.cache_codec import CacheCodec
 from turboquant.quant.codec import Codec, Encoded
+from turboquant.quant.trellis import BLOCK, TrellisCodec
 
 
 @dataclass(frozen=True)
@@ -190,7 +191,10 @@ class EncodedLayer:
                 (own, self.keys.tokens, self.codec),
                 (fine, self.fine_keys.tokens, self.codec.fine),
             ):
-                words = (codec.keys(dim) if name == "key" else codec.values(dim)).words
+                vectors = codec.keys(dim) if name == "key" else codec.values(dim)
+                if isinstance(vectors, TrellisCodec) and tokens % BLOCK:
+                    raise ValueError(f"{tokens} tokens are not whole blocks of {BLOCK}, as trellis codes need")
+                words = vectors.words
                 expected.append((encoded.codes, (heads, tokens, words), (mx.uint32,)))
                 expected.append((encoded.scales, (heads, tokens), (mx.float16,)))
             for tensor, shape, dtypes in expected:
