@@ -102,8 +102,8 @@ class CacheCodec:
     def fine_tokens(self, tokens: int, queries_known: bool) -> tuple[int, int]:
         """Return how many of a context's ``tokens`` are kept finer: at its end, and those its queries attend to.
 
-        With trellis codes, all others are whole blocks, so up to half a block more or fewer are finer; where the fewer are
-        too few, up to a block more.
+        With trellis codes, all others are whole blocks, so up to half a block more or fewer are finer; in short
+        contexts up to a block more.
         """
         window, attended = self._fine_tokens(tokens, queries_known)
         fine = window + attended

@@ -178,14 +178,16 @@ class TrellisCodec(Codec):
             states, levels = (xp.concatenate(list(parts), axis=1) for parts in zip(*found, strict=True))
             factors = _norm_of(xp, unit) / _norm_of(xp, levels)
         else:
-            states, factors = self._round_in_metric(xp, unit, root, metric, search)
+            states, factors = self._round_keys(xp, unit, root, metric, search)
         # (heads, m, strings, q, c, blocks, g, tokens): coordinate 32 m + 8 q + 2 c is in row 4 m + q
         parts = states.reshape(heads, -1, 2, 4, 4, tokens // BLOCK, 8, LANE_TOKENS)
         lanes = parts.transpose(0, 5, 1, 3, 6, 4, 7, 2).reshape(heads, -1, dim // 8, 32, LANE_TOKENS, 2)
         return lanes, factors
 
-    def _choose_values(self, xp: Any, unit: Any, root: Any, metric: None, search: Search) -> tuple[Any, Any]:
-        """As ``_choose_keys``; values have no metric."""
+    def _choose_values(
+        self, xp: Any, unit: Any, root: Any, metric: RoundingMetric | None, search: Search
+    ) -> tuple[Any, Any]:
+        """Do what ``_choose_keys`` does, for values; there is no metric for them."""
         heads, dim, _ = unit.shape
         parts = unit.reshape(heads * dim // 16, 16, -1, 4, 2, LANE_TOKENS)
         roots = xp.repeat(root, dim // 16, axis=0).reshape(heads * dim // 16, -1, 4, 2, LANE_TOKENS)
@@ -200,9 +202,7 @@ class TrellisCodec(Codec):
         lanes = xp.stack(states, axis=-1).transpose(0, 3, 1, 2, 4, 5, 6)
         return lanes.reshape(*lanes.shape[:3], 32, LANE_TOKENS, 2), factors
 
-    def _round_in_metric(
-        self, xp: Any, unit: Any, root: Any, metric: RoundingMetric, search: Search
-    ) -> tuple[Any, Any]:
+    def _round_keys(self, xp: Any, unit: Any, root: Any, metric: RoundingMetric, search: Search) -> tuple[Any, Any]:
         """Do what ``rounding.round_in_metric`` does, with strings. Returns states (H, dim, T) and factors (H, T)."""
         scaled, one = metric.damped @ unit, xp.ones_like(root)
         states, levels = self._sweep(xp, unit, xp.zeros_like(unit), metric.factor, one, root, search, None)
@@ -230,7 +230,8 @@ class TrellisCodec(Codec):
             before = None if former is None else former[:, some]
             found[start] = search(self._code(start), target, scale, root, BLOCK, others, down, before)
             error[:, some] = scale[:, None] * found[start][1] - unit[:, some]
-        return tuple(xp.concatenate([found[start][i] for start in sorted(found)], axis=1) for i in (0, 1))  # type: ignore[return-value]
+        states, levels = zip(*(found[start] for start in sorted(found)), strict=True)
+        return xp.concatenate(list(states), axis=1), xp.concatenate(list(levels), axis=1)
 
     def _code(self, coordinate: int) -> TrellisCode:
         """Return the code of a coordinate of keys, in the order of ``_first_strings_first``."""
@@ -267,7 +268,7 @@ def _pack(xp: Any, lanes: Any, bits: int) -> Any:
     Returns (H, blocks * BLOCK, words) uint32.
     """
     one, two = (lanes[..., string].astype(xp.uint32) for string in (0, 1))
-    pairs = 0
+    pairs: Any = 0
     for k in range(bits):
         shift = bits - 1 - k
         pairs = pairs | (one >> shift & 1) << 2 * k | (two >> shift & 1) << (2 * k + 1)

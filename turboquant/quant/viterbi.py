@@ -85,7 +85,7 @@ def search(
     gain: Any,
     root: Any,
     length: int,
-    others: tuple[Any, Any, Any] | None = None,
+    others: Any | None = None,
     down: bool = False,
     former: Any | None = None,
 ) -> tuple[Any, Any]:
@@ -93,15 +93,15 @@ def search(
 
     target: (H, B, T) float32 of NumPy or MLX. gain, root: (H, T). Each coordinate's numbers are strings of ``length``
     numbers, at least ``WINDOW``, one after the other.
-    others: for coordinates that are chosen one by one, how far the error of each moves the targets of the others,
-    (H, B, B); the exact numbers, (H, B, T); and their errors before. down: begin with the last coordinate.
+    others: for coordinates that are chosen one by one, three arrays: how far the error of each moves the targets of the
+    others, (H, B, B); the exact numbers, (H, B, T); and their errors before. down: begin with the last coordinate.
     former: states of strings that were found for other targets; the new ones bite their tails at the same nodes.
     Returns the states (H, B, T) uint16, and their levels (H, B, T) float32, of the same module.
     """
     if isinstance(target, mx.array):
-        given = [None if x is None else np.asarray(x) for x in (target, gain, root, *(others or ()), former)]
-        of_others = (given[3], given[4], given[5]) if others else None
-        found = search(code, given[0], given[1], given[2], length, of_others, down, given[-1])
+        given = [None if x is None else np.asarray(x) for x in (target, gain, root, former)]
+        of_others = None if others is None else [np.asarray(x) for x in others]
+        found = search(code, *given[:3], length, of_others, down, given[3])
         return mx.array(found[0]), mx.array(found[1])
     heads, block, tokens = target.shape
     states, changes = np.empty(target.shape, np.uint16), np.zeros(target.shape, np.float16)
@@ -109,12 +109,12 @@ def search(
     gain_of_strings, root_of_strings = gain.reshape(-1, length), root.reshape(-1, length)
     for done, i in enumerate(order):
         moved = np.zeros((heads, tokens), np.float16)
-        for j in order[:done] if others else ():
+        for j in order[:done] if others is not None else ():
             moved = _multiply_add(others[0][:, i, j, None].astype(np.float16), changes[:, j], moved)
         strings = (target[:, i] - moved).reshape(-1, length), gain_of_strings, root_of_strings
         last = _around_ends(code, *strings) if former is None else former[:, i].reshape(-1, length)[:, -1]
         states[:, i] = _search(code, last, 0, *strings).reshape(heads, tokens)
-        if others:
+        if others is not None:
             changes[:, i] = gain * code.table[states[:, i]] - others[1][:, i] - others[2][:, i]
     return states, code.table[states]
 
@@ -143,10 +143,9 @@ def _search(
     every, node = np.arange(rows)[:, None], np.arange(1 << NODE_BITS)[None]
     offset = np.clip(target * (np.float32(BINS / (2 * REACH)) / gain) + BINS // 2, 0, BINS - 1)
     first = code.row_of_bin[offset.astype(np.int64)].astype(np.int64)
-    cost = np.zeros((rows, node.size), np.float16)
-    if last is not None:
-        ends = last.astype(np.int64) & (node.size - 1)
-        cost[:] = FAR
+    ends = None if last is None else last.astype(np.int64) & (node.size - 1)
+    cost = np.full((rows, node.size), 0 if ends is None else FAR, np.float16)
+    if ends is not None:
         cost[every[:, 0], ends] = 0
     came_from = []
     for t in range(tokens):
@@ -161,13 +160,12 @@ def _search(
             best, source = np.where(less, other, best), np.where(less, before, source)
         cost = best
         came_from.append(source)
-        if last is not None and t % RENEWED == RENEWED - 1:
+        if ends is not None and t % RENEWED == RENEWED - 1:
             cost = cost - cost.min(axis=1, keepdims=True)
-    if last is None:
+    if ends is None:
         places = _rotated(np.arange(node.size), bits * (tokens - free))
-        state = places[cost[:, places].argmin(axis=1)]
-    else:
-        state = ends
+        ends = places[cost[:, places].argmin(axis=1)]
+    state = ends
     states = np.empty((rows, tokens), np.uint16)
     for t in reversed(range(tokens)):
         before = came_from[t][every[:, 0], state]
