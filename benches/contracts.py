@@ -78,6 +78,7 @@ def _rows(affine_bits: list[int]) -> list[Baseline]:
 
     rows = [affine(bits) for bits in affine_bits]
     rows += [exact(CacheCodec(keys, values)) for keys, values in PAIRS]
+    rows += [exact(CacheCodec(bits, bits, coding="trellis")) for bits in EVEN if bits <= 4]
     for name, settings in WITHOUT.items():
         rows += [replace(exact(CacheCodec(bits, bits, **settings)), name=name) for bits in EVEN]
     rows += [in_segments(CacheCodec(bits, bits), SEGMENT) for bits in EVEN]

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from turboquant.eval import plot
 from turboquant.eval.columns import aligned
 from turboquant.mlx_lm.loading import is_repo_id, load_lazily, prepare_weights
-from turboquant.quant import SUPPORTED_BITS
+from turboquant.quant import CODINGS, SUPPORTED_BITS
 from turboquant.runtime.blas import load_tuned_blas
 
 if TYPE_CHECKING:
@@ -148,6 +148,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--sinks", type=int, metavar="N", help="first tokens kept in full precision")
     add("--window", type=int, metavar="N", help="last tokens kept finer (streaming: in full precision)")
     add("--extra-bits", type=float, metavar="BITS", help="the most that finer tokens may cost, in bits for one value")
+    add("--coding", nargs="+", choices=CODINGS, default=["scalar"],
+        help="codes of tokens that are not finer: scalar, or by a trellis where it has 2 to 4 bits (default: scalar)")  # fmt: skip
     add("--prefill", choices=("exact", "streaming", "both"), default="exact",
         help="compress the finished context, or while it is read (default: exact)")  # fmt: skip
     add("--segment", type=_count, metavar="N", help="also prefill N tokens at a time, as a streaming job")
@@ -247,14 +249,19 @@ def _baselines(options: argparse.Namespace) -> list[Baseline]:
     names = ("sinks", "window", "extra_bits")
     kept = {name: value for name in names if (value := getattr(options, name)) is not None}
     try:
-        codecs = [CacheCodec(k, v, layer_bits=tuple(options.layer_bits), **kept) for k, v in dict.fromkeys(pairs)]
+        codecs = [
+            CacheCodec(k, v, layer_bits=tuple(options.layer_bits), coding=coding, **kept)
+            for coding in dict.fromkeys(options.coding)
+            for k, v in dict.fromkeys(pairs)
+        ]
     except ValueError as error:
         raise UsageError(str(error)) from error
     modes = ("exact", "streaming") if options.prefill == "both" else (options.prefill,)
     rows = []
     for mode in modes:
         rows += [affine(bits, mode) for bits in options.mlx_kv_bits]
-        rows += [exact(codec) if mode == "exact" else streaming(codec) for codec in codecs]
+        rows += [exact(codec) for codec in codecs if mode == "exact"]
+        rows += [streaming(codec) for codec in codecs if mode == "streaming" and codec.coding == "scalar"]
     return rows + [in_segments(codec, options.segment) for codec in codecs if options.segment]
 
 

@@ -21,4 +21,5 @@ def job_codec(cache: Cache) -> CacheCodec:
         window=cache.window,
         extra_bits=cache.extra_bits,
         layer_bits=tuple((layer, bits, bits) for layer, bits in cache.layer_bits.items()),
+        coding=cache.coding,
     )

@@ -333,6 +333,7 @@ class Cache(_Section):
     sinks: Annotated[int, Field(ge=0, le=_LARGEST_INT)] = 16
     window: Annotated[int, Field(ge=0, le=_LARGEST_INT)] = 128
     extra_bits: Annotated[float, Field(ge=0, le=16)] = 0.2
+    coding: Literal["scalar", "trellis"] = "scalar"
     prefill: Literal["exact", "streaming"] = "exact"
     segment: Annotated[int, Field(ge=512, le=_LARGEST_INT)] = 4096  # tokens of a segment in a streaming prefill
     budget: Annotated[int | str, AfterValidator(checked_budget)] | None = None

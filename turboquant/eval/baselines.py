@@ -29,7 +29,7 @@ def exact(codec: CacheCodec) -> Baseline:
         prefix = Prefix.encode(copy.deepcopy(context.caches), len(context.tokens), codec, context.compressible)
         return Filled(prefix, _encoded_bytes(prefix))
 
-    return Baseline("turboquant", codec.key_bits, codec.value_bits, "exact", fill, codec)
+    return Baseline(_name(codec), codec.key_bits, codec.value_bits, "exact", fill, codec)
 
 
 def in_segments(codec: CacheCodec, length: int) -> Baseline:
@@ -44,7 +44,11 @@ def in_segments(codec: CacheCodec, length: int) -> Baseline:
         assert prefix is not None
         return Filled(prefix, _encoded_bytes(prefix))
 
-    return Baseline("turboquant", codec.key_bits, codec.value_bits, f"segments of {length}", fill)
+    return Baseline(_name(codec), codec.key_bits, codec.value_bits, f"segments of {length}", fill)
+
+
+def _name(codec: CacheCodec) -> str:
+    return "turboquant" if codec.coding == "scalar" else f"turboquant, {codec.coding}"
 
 
 def streaming(codec: CacheCodec) -> Baseline:

@@ -85,7 +85,7 @@ def search(
     gain: Any,
     root: Any,
     length: int,
-    others: Any | None = None,
+    others: Any = None,
     down: bool = False,
     former: Any | None = None,
 ) -> tuple[Any, Any]:
@@ -99,9 +99,9 @@ def search(
     Returns the states (H, B, T) uint16, and their levels (H, B, T) float32, of the same module.
     """
     if isinstance(target, mx.array):
-        given = [None if x is None else np.asarray(x) for x in (target, gain, root, former)]
-        of_others = None if others is None else [np.asarray(x) for x in others]
-        found = search(code, *given[:3], length, of_others, down, given[3])
+        target, gain, root = np.asarray(target), np.asarray(gain), np.asarray(root)
+        others = None if others is None else [np.asarray(x) for x in others]
+        found = search(code, target, gain, root, length, others, down, None if former is None else np.asarray(former))
         return mx.array(found[0]), mx.array(found[1])
     heads, block, tokens = target.shape
     states, changes = np.empty(target.shape, np.uint16), np.zeros(target.shape, np.float16)

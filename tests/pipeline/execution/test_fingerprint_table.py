@@ -35,7 +35,15 @@ def table() -> dict[str, tuple[str, str]]:
 TABLE = table()
 FILES = [name for name in TABLE if re.search(r"\.(safetensors|json|jinja|model|tiktoken|txt|md|py)$", name)]
 SETTINGS = {"max_tokens": 7, "temperature": 0.5, "top_p": 0.5, "seed": 3, "stop": ["x"]}
-CODEC = {"key_bits": 3, "value_bits": 3, "layer_bits": {0: 8}, "sinks": 3, "window": 3, "extra_bits": 0.5}
+CODEC = {
+    "key_bits": 3,
+    "value_bits": 3,
+    "layer_bits": {0: 8},
+    "sinks": 3,
+    "window": 3,
+    "extra_bits": 0.5,
+    "coding": "trellis",
+}
 CACHE = {"prefill": "exact", "segment": 600, "dir": "other", "budget": "1GB", "keep": "job", "resident": "packed"}
 # Named in the table, and tried in test_encodings.py, or no thing that can be changed here.
 ELSEWHERE = {"documents.encoding", "revision", "streaming"}

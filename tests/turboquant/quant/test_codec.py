@@ -184,6 +184,7 @@ def test_every_field_of_a_cache_codec_is_in_its_identity() -> None:
         CacheCodec(query_aware=False),
         CacheCodec(layer_bits=((0, 8, 8),)),
         CacheCodec(seed=5),
+        CacheCodec(coding="trellis"),
     ]
     assert len({codec.identity for codec in variants}) == len(variants)
 
