@@ -149,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--window", type=int, metavar="N", help="last tokens kept finer (streaming: in full precision)")
     add("--extra-bits", type=float, metavar="BITS", help="the most that finer tokens may cost, in bits for one value")
     add("--coding", nargs="+", choices=CODINGS, default=["scalar"],
-        help="codes of tokens that are not finer: scalar, or by a trellis where it has 2 to 4 bits (default: scalar)")  # fmt: skip
+        help="codes of tokens that are not finer; trellis is for 2 to 4 bits (default: scalar)")  # fmt: skip
     add("--prefill", choices=("exact", "streaming", "both"), default="exact",
         help="compress the finished context, or while it is read (default: exact)")  # fmt: skip
     add("--segment", type=_count, metavar="N", help="also prefill N tokens at a time, as a streaming job")
