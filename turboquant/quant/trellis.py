@@ -240,7 +240,8 @@ class TrellisCodec(Codec):
 
 def attention_weights(attention: Any) -> Any:
     """Return weights (H, T) for ``TrellisCodec.encode``, from the squared attention that a context's tokens get."""
-    return (attention / attention.mean(axis=1, keepdims=True) + LEAST_ATTENTION) ** ATTENTION_POWER
+    mean = attention.mean(axis=1, keepdims=True) + 1e-30  # zero where no token is far enough from a query to count
+    return (attention / mean + LEAST_ATTENTION) ** ATTENTION_POWER
 
 
 def has_code(head_dim: int, bits: int) -> bool:

@@ -22,6 +22,7 @@ Build = Callable[[str], Any]
 Tokens = Callable[[int, int], list[int]]
 FAMILIES = ["llama", "qwen3", "gemma3_text", "gpt_oss", "qwen3_next"]
 EIGHT = CacheCodec(8, 8)
+TRELLIS = ("llama", "trellis", 200)  # tokens enough for a block
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -46,15 +47,15 @@ def test_the_compressed_past_matters(family: str, build_model: Build, build_pref
     assert cosine(a, b) < 0.99
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "coding", "count"), [*((name, "scalar", 120) for name in FAMILIES), TRELLIS])
 @pytest.mark.parametrize("rows", [2, 8])
 def test_forks_in_a_batch_answer_as_they_do_alone(
-    family: str, rows: int, build_model: Build, build_prefix: Any, random_tokens: Tokens
+    family: str, coding: str, count: int, rows: int, build_model: Build, build_prefix: Any, random_tokens: Tokens
 ) -> None:
     """Rows have different lengths, and join the batch as others leave it."""
     model = build_model(family)
-    prefix = build_prefix(model, random_tokens(120, 0), CacheCodec(4, 3))
-    suffixes = [random_tokens(count, count) for count in (1, 7, 3, 12, 5)]
+    prefix = build_prefix(model, random_tokens(count, 0), CacheCodec(4, 3, coding=coding))
+    suffixes = [random_tokens(n, n) for n in (1, 7, 3, 12, 5)]
     lengths = [6, 2, 9, 4, 1]
     alone = [answer(model, [prefix.fork()], [s], [n], 1)[0][0] for s, n in zip(suffixes, lengths, strict=True)]
     together, final = answer(model, [prefix.fork() for _ in suffixes], suffixes, lengths, rows)
@@ -64,7 +65,7 @@ def test_forks_in_a_batch_answer_as_they_do_alone(
         for layer, held in zip(row, prefix.layers, strict=True):
             if isinstance(held, EncodedLayer):
                 assert layer.layer is held  # shared, not copied
-                assert layer.offset == 120 + len(suffix) + length
+                assert layer.offset == count + len(suffix) + length
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_next"])
@@ -82,9 +83,12 @@ def test_rows_on_different_prefixes_share_a_batch(
     assert_same(answer(model, [prefixes[p].fork() for p in order], suffixes, lengths, 4)[0], alone)
 
 
-def test_dense_and_packed_prefixes_answer_alike(build_model: Build, build_prefix: Any, random_tokens: Tokens) -> None:
+@pytest.mark.parametrize("coding", ["scalar", "trellis"])
+def test_dense_and_packed_prefixes_answer_alike(
+    coding: str, build_model: Build, build_prefix: Any, random_tokens: Tokens
+) -> None:
     model = build_model("llama")
-    packed = build_prefix(model, random_tokens(200, 0), CacheCodec(3, 3))
+    packed = build_prefix(model, random_tokens(200, 0), CacheCodec(3, 3, coding=coding))
     dense = packed.dense(mx.float32)
     query = random_tokens(5, 1)
     a, b = (continue_on(model, prefix.fork(), query) for prefix in (packed, dense))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from turboquant.quant.layer import DenseLayer
 CODEC = CacheCodec(8, 8, window=16)
 IDENTITY = Identity("w", "t", CODEC.identity, "exact")
 TOKENS = [(7 * i * i + 3 * i) % 90 for i in range(230)]
+MORE_TOKENS = [(7 * i * i + 3 * i) % 90 for i in range(450)]
 NEXT = [5, 17, 2]
 
 
@@ -31,11 +33,13 @@ def models(build_model: Callable[[str], Any]) -> dict[str, Any]:
     return {family: build_model(family) for family in ("llama", "qwen2", "gemma3_text", "gpt_oss", "qwen3_next")}
 
 
-def chain(model: Any, stops: list[int], codec: CacheCodec = CODEC, chunk: int = 32) -> list[Segment]:
+def chain(
+    model: Any, stops: list[int], codec: CacheCodec = CODEC, chunk: int = 32, tokens: list[int] = TOKENS
+) -> list[Segment]:
     segments: list[Segment] = []
     for start, stop in zip([0, *stops], stops, strict=False):
         parent = join(segments) if segments else None
-        segments.append(prefill_segment(model, TOKENS[start:stop], codec, parent, chunk))
+        segments.append(prefill_segment(model, tokens[start:stop], codec, parent, chunk))
     return segments
 
 
@@ -65,6 +69,18 @@ def test_a_chain_of_segments_answers_like_one_prefix(models: dict[str, Any], sto
         assert cosine(joined, once) > 0.999, name
         dense = continue_on(model, make_resident([prefix], "dense")[0].fork(), NEXT)
         assert cosine(dense, joined) > 0.9999, name
+
+
+def test_segments_in_trellis_codes_are_restored_and_joined(models: dict[str, Any], tmp_path: Path) -> None:
+    codec, model = CacheCodec(4, 4, coding="trellis"), models["llama"]
+    first, second = chain(model, [150, 450], codec, 32, MORE_TOKENS)
+    assert [segment.layers[0].keys.tokens for segment in (first, second)] == [128, 256]
+    write_segment(tmp_path, "key", first, replace(IDENTITY, codec=codec.identity))
+    restored = read_segment(tmp_path, "key", codec)
+    assert contents(prefill_segment(model, MORE_TOKENS[150:], codec, join([restored]), 32)) == contents(second)
+    prefix = join([first, second])
+    packed, dense = (continue_on(model, p.fork(), NEXT) for p in (prefix, make_resident([prefix], "dense")[0]))
+    assert cosine(packed, dense) > 0.9999
 
 
 def test_a_segment_does_not_depend_on_where_its_parent_came_from(models: dict[str, Any], tmp_path: Path) -> None:
