@@ -142,26 +142,26 @@ class TrellisCodec(Codec):
     def decode_levels(self, xp: Any, words: Any) -> Any:
         """Decode the words of blocks (H, T, words) to levels (H, T, head_dim) float32, without applying scales."""
         heads, tokens, _ = words.shape
-        rows, bits, even = self.head_dim // 8, self.bits, self.bits // 2 * 2
-        parts = words.reshape(heads, tokens // BLOCK, rows, -1)
-        stream = parts[..., : 32 * even].reshape(*parts.shape[:3], -1, 32, 2).swapaxes(3, 4)
-        stream = stream.reshape(*parts.shape[:3], 8, 4, even)
-        if even < bits:
-            stream = xp.concatenate([stream, parts[..., 32 * even :].reshape(*stream.shape[:-1], 1)], axis=-1)
-        before = xp.roll(stream[..., -1:], 1, 3 if self.of == "keys" else 4)
-        stream, reach = xp.concatenate([before, stream], axis=-1), 2 * (NODE_BITS + bits)
-        windows = []
+        bits, reach = self.bits, 2 * (NODE_BITS + self.bits)
+        rows = words.reshape(heads, tokens // BLOCK, self.head_dim // 8, 32 * bits)
+        stream = []
+        for first in range(0, bits, 2):
+            some = rows[..., 32 * first : 32 * (first + 2)].reshape(*rows.shape[:3], 8, 4, -1)
+            stream += [some[..., i] for i in range(some.shape[-1])]
+        stream.insert(0, xp.roll(stream[-1], 1, 3 if self.of == "keys" else 4))
+        table, found = xp.array(_pairs_of_levels(bits)), []
         for i in range(LANE_TOKENS):
             word, shift = divmod(32 + 2 * bits * (i + 1) - reach, 32)
-            window = stream[..., word] >> shift
+            window = stream[word] >> shift
             if shift + reach > 32:
-                window = window | stream[..., word + 1] << (32 - shift)
-            windows.append(window & ((1 << reach) - 1))
-        lanes = xp.array(_pairs_of_levels(bits))[
-            xp.stack(windows, axis=-1)
-        ]  # (heads, blocks, rows, g, c, tokens, strings)
-        order = (0, 1, 3, 5, 2, 4, 6) if self.of == "keys" else (0, 1, 4, 6, 5, 2, 3)
-        return lanes.transpose(order).reshape(heads, tokens, self.head_dim)
+                window = window | stream[word + 1] << (32 - shift)
+            pairs = xp.take(table, window & ((1 << reach) - 1)).view(xp.float32)  # (H, blocks, rows, g, c * strings)
+            if self.of == "keys":
+                found.append(pairs.transpose(0, 1, 3, 2, 4))
+            else:
+                found.append(pairs.reshape(*pairs.shape[:-1], 4, 2).transpose(0, 1, 4, 5, 2, 3))
+        levels = xp.stack(found, axis=3 if self.of == "keys" else 4)
+        return levels.reshape(heads, tokens, self.head_dim)
 
     def _choose_keys(
         self, xp: Any, unit: Any, root: Any, metric: RoundingMetric | None, search: Search
@@ -285,14 +285,18 @@ def _pack(xp: Any, lanes: Any, bits: int) -> Any:
 
 
 @functools.cache
-def _pairs_of_levels(bits: int) -> NDArray[np.float32]:
-    """Return the levels of both strings of a pair, (4**log_states, 2), by the last bits of both, the oldest lowest."""
+def _pairs_of_levels(bits: int) -> NDArray[np.complex64]:
+    """Return the levels of two strings, (4**log_states,), by the last bits of both, the oldest lowest.
+
+    Two levels are a complex number, so that one look-up gives both.
+    """
     codes = CODES[bits]
     windows = np.arange(1 << 2 * codes[0].log_states)
     states = [np.zeros_like(windows), np.zeros_like(windows)]
     for i in range(2 * codes[0].log_states):
         states[i % 2] = states[i % 2] << 1 | windows >> i & 1
-    return np.stack([code.table[state] for code, state in zip(codes, states, strict=True)], axis=-1)
+    first, second = (code.table[state] for code, state in zip(codes, states, strict=True))
+    return first + np.complex64(1j) * second
 
 
 def _products(one: Any, other: Any) -> Any:
