@@ -36,6 +36,7 @@ from turboquant.caches.prefix import make_resident
 from turboquant.kernels.programs import summary as kernel_origins
 from turboquant.mlx_lm.families import BATCHING_MESSAGES, explain
 from turboquant.runtime.blas import blas_in_use
+from turboquant.runtime.device import on_cpu
 
 # Behind a question whose answer was refused, when it is asked again.
 REFUSED = 'The answer "{answer}" is refused, because this is not true of it: {check}. Give another answer.'
@@ -64,6 +65,11 @@ class Engine:
             self._model.tokenizer, bool(job.generation.thinking), job.prompt.special_tokens
         )
         self._parser = OutputParser(self._model.tokenizer, context.schemas)
+        if job.cache.coding == "trellis" and on_cpu():
+            _log.warning(
+                "cache.coding: trellis is for GPUs: this CPU takes minutes to encode a prefix, where scalar codes take "
+                "seconds. Prefixes that are in the store already are read as fast"
+            )
         self._limit = max_context(self._model.config, self._model.tokenizer)
         if job.prompt.system and self._tokenizer.folds_system:
             _log.warning("the chat template takes no system text: it is put before the document in the user's message")

@@ -27,8 +27,9 @@ def workplace(tmp_path: Path, model: Path) -> Workplace:
     return place
 
 
-def test_a_prefix_has_trellis_codes(workplace: Workplace) -> None:
+def test_a_prefix_has_trellis_codes(workplace: Workplace, caplog: pytest.LogCaptureFixture) -> None:
     workplace.run()
+    assert "trellis is for GPUs" in caplog.text
     for folder in workplace.segments():
         (layer,) = read_segment(folder, folder.name, CacheCodec(coding="trellis")).layers
         assert layer.keys.tokens >= BLOCK
