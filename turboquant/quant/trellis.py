@@ -39,7 +39,7 @@ SWEEPS = 1  # of coordinate descent, after rounding with feedback
 ATTENTION_POWER = 0.25  # of squared attention, by which the errors of tokens are weighted
 LEAST_ATTENTION = 0.01  # share of the mean that is added to a token's squared attention, so that all tokens count
 LARGEST_ROOT = 8.0  # of a weight, relative to its block's mean
-Search = Callable[..., tuple[Any, Any]]  # see ``viterbi.search``
+Choose = Callable[["TrellisCodec", mx.array, mx.array, RoundingMetric | None], tuple[mx.array, mx.array]]
 
 # Levels of the rows, trained on normal numbers by benches/trellis_levels.py, by bits and masks of parities. At 4 bits,
 # the two strings of a pair have different masks: a decoder then finds both parities at once.
@@ -111,13 +111,13 @@ class TrellisCodec(Codec):
         mean: mx.array | None = None,
         metric: RoundingMetric | None = None,
         weights: mx.array | None = None,
-        search: Search = viterbi.search,
+        choose: Choose | None = None,
     ) -> Encoded:
         """Compress x (H, T, head_dim), any float dtype; ``BLOCK`` divides T.
 
         mean, metric: as of ``Codec.encode``; a metric is for keys.
         weights: (H, T), by which the squared errors of tokens count beside their squared lengths.
-        search: finds strings, as ``viterbi.search`` does.
+        choose: a kernel that does what the method ``choose`` does.
         """
         if x.shape[-1] != self.head_dim or x.shape[1] % BLOCK:
             raise ValueError(f"{x.shape[1:]} numbers given to a codec for (n * {BLOCK}, {self.head_dim})")
@@ -127,12 +127,22 @@ class TrellisCodec(Codec):
         root = norm if weights is None else norm * mx.sqrt(weights)
         blocks = root.reshape(root.shape[0], -1, BLOCK)
         blocks = mx.minimum(blocks / mx.maximum(blocks.mean(axis=-1, keepdims=True), 1e-30), LARGEST_ROOT)
-        xp = array_module()
-        coordinates = as_float32(xp, mx.contiguous(unit.swapaxes(1, 2)))
-        root = as_float32(xp, mx.contiguous(blocks.reshape(root.shape)))
-        choose = self._choose_keys if self.of == "keys" else self._choose_values
-        lanes, factors = choose(xp, coordinates, root, metric, search)
-        return Encoded(mx.array(_pack(xp, lanes, self.bits)), signed_scales(norm * mx.array(factors), is_centred))
+        unit, root = unit.swapaxes(1, 2), blocks.reshape(root.shape)
+        if choose is not None:
+            words, factors = choose(self, unit, root, metric)
+        else:
+            xp = array_module()
+            given = (as_float32(xp, mx.contiguous(x)) for x in (unit, root))
+            words, factors = map(mx.array, self.choose(xp, *given, metric))
+        return Encoded(words, signed_scales(norm * factors, is_centred))
+
+    def choose(self, xp: Any, unit: Any, root: Any, metric: RoundingMetric | None) -> tuple[Any, Any]:
+        """Choose the strings of unit (H, dim, T), rotated vectors of norm sqrt(dim).
+
+        root: (H, T), roots of weights. Returns the words of blocks (H, T, words) uint32 and factors of levels (H, T).
+        """
+        lanes, factors = (self._choose_keys if self.of == "keys" else self._choose_values)(xp, unit, root, metric)
+        return _pack(xp, lanes, self.bits), factors
 
     def decode_rotated(self, encoded: Encoded) -> mx.array:
         """Reconstruct vectors (H, T, head_dim) float32 in the rotated basis, without adding the mean."""
@@ -163,30 +173,26 @@ class TrellisCodec(Codec):
         levels = xp.stack(found, axis=3 if self.of == "keys" else 4)
         return levels.reshape(heads, tokens, self.head_dim)
 
-    def _choose_keys(
-        self, xp: Any, unit: Any, root: Any, metric: RoundingMetric | None, search: Search
-    ) -> tuple[Any, Any]:
+    def _choose_keys(self, xp: Any, unit: Any, root: Any, metric: RoundingMetric | None) -> tuple[Any, Any]:
         """Choose strings for unit (H, dim, T); returns the codes of lanes, see ``_pack``, and factors (H, T)."""
         heads, dim, tokens = unit.shape
         unit = _first_strings_first(unit, 1)
         if metric is None:
             one = xp.ones_like(root)
             found = [
-                search(self._code(start), unit[:, start : start + PAIRS // 2], one, root, BLOCK)
+                viterbi.search(self._code(start), unit[:, start : start + PAIRS // 2], one, root, BLOCK)
                 for start in range(0, dim, PAIRS // 2)
             ]
             states, levels = (xp.concatenate(list(parts), axis=1) for parts in zip(*found, strict=True))
             factors = _norm_of(xp, unit) / _norm_of(xp, levels)
         else:
-            states, factors = self._round_keys(xp, unit, root, metric, search)
+            states, factors = self._round_keys(xp, unit, root, metric)
         # (heads, m, strings, q, c, blocks, g, tokens): coordinate 32 m + 8 q + 2 c is in row 4 m + q
         parts = states.reshape(heads, -1, 2, 4, 4, tokens // BLOCK, 8, LANE_TOKENS)
         lanes = parts.transpose(0, 5, 1, 3, 6, 4, 7, 2).reshape(heads, -1, dim // 8, 32, LANE_TOKENS, 2)
         return lanes, factors
 
-    def _choose_values(
-        self, xp: Any, unit: Any, root: Any, metric: RoundingMetric | None, search: Search
-    ) -> tuple[Any, Any]:
+    def _choose_values(self, xp: Any, unit: Any, root: Any, metric: RoundingMetric | None) -> tuple[Any, Any]:
         """Do what ``_choose_keys`` does, for values; there is no metric for them."""
         heads, dim, _ = unit.shape
         parts = unit.reshape(heads * dim // 16, 16, -1, 4, 2, LANE_TOKENS)
@@ -195,28 +201,26 @@ class TrellisCodec(Codec):
         for string, code in enumerate(CODES[self.bits]):
             target = parts[..., string, :].reshape(heads * dim // 16, 16, -1)
             weight = roots[..., string, :].reshape(target.shape[0], -1)
-            found = search(code, target, xp.ones_like(weight), weight, BLOCK // 2)
+            found = viterbi.search(code, target, xp.ones_like(weight), weight, BLOCK // 2)
             states.append(found[0].reshape(heads, dim // 8, 8, -1, 4, LANE_TOKENS))
             levels.append(found[1].reshape(heads, dim, -1, 4, LANE_TOKENS))
         factors = _norm_of(xp, unit) / _norm_of(xp, xp.stack(levels, axis=-2).reshape(unit.shape))
         lanes = xp.stack(states, axis=-1).transpose(0, 3, 1, 2, 4, 5, 6)
         return lanes.reshape(*lanes.shape[:3], 32, LANE_TOKENS, 2), factors
 
-    def _round_keys(self, xp: Any, unit: Any, root: Any, metric: RoundingMetric, search: Search) -> tuple[Any, Any]:
+    def _round_keys(self, xp: Any, unit: Any, root: Any, metric: RoundingMetric) -> tuple[Any, Any]:
         """Do what ``rounding.round_in_metric`` does, with strings. Returns states (H, dim, T) and factors (H, T)."""
         scaled, one = metric.damped @ unit, xp.ones_like(root)
-        states, levels = self._sweep(xp, unit, xp.zeros_like(unit), metric.factor, one, root, search, None)
+        states, levels = self._sweep(xp, unit, xp.zeros_like(unit), metric.factor, one, root, None)
         for _ in range(SWEEPS):
             best = _products(levels, scaled) / _products(levels, metric.damped @ levels)
             scale = xp.clip(best, 0.5, 2.0)
             error = scale[:, None] * levels - unit
-            states, levels = self._sweep(xp, unit, error, metric.pull, scale, root, search, states)
+            states, levels = self._sweep(xp, unit, error, metric.pull, scale, root, states)
         factors = _products(unit, scaled) / xp.maximum(_products(levels, scaled), 1e-9)
         return states, xp.clip(factors, 0.5, 2.0)
 
-    def _sweep(
-        self, xp: Any, unit: Any, error: Any, pull: Any, scale: Any, root: Any, search: Search, former: Any
-    ) -> tuple[Any, Any]:
+    def _sweep(self, xp: Any, unit: Any, error: Any, pull: Any, scale: Any, root: Any, former: Any) -> tuple[Any, Any]:
         """Choose strings coordinate by coordinate, each by how far ``pull`` and the errors of all others move it.
 
         unit: (H, dim, T). error: (H, dim, T), the errors before; they are replaced by those after. scale: (H, T).
@@ -228,7 +232,7 @@ class TrellisCodec(Codec):
             target = unit[:, some] - pull[:, some] @ error
             others = pull[:, some, some], unit[:, some], error[:, some]
             before = None if former is None else former[:, some]
-            found[start] = search(self._code(start), target, scale, root, BLOCK, others, down, before)
+            found[start] = viterbi.search(self._code(start), target, scale, root, BLOCK, others, down, before)
             error[:, some] = scale[:, None] * found[start][1] - unit[:, some]
         states, levels = zip(*(found[start] for start in sorted(found)), strict=True)
         return xp.concatenate(list(states), axis=1), xp.concatenate(list(levels), axis=1)

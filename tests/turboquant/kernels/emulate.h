@@ -23,6 +23,7 @@ typedef _Float16 half;
 #define UNROLL_4
 #define BARRIER wait(group_gate, thread_count)
 #define DEVICE_BARRIER BARRIER
+#define LANES_MEET wait_for_lanes()
 #define THREAD_INDEX current
 #define GROUP_X group_place[0]
 #define GROUP_Y group_place[1]
@@ -39,6 +40,7 @@ typedef _Float16 half;
 #define LOW_HALVES(x, y) (((x) & 0xffffu) | ((y) << 16))
 #define HIGH_HALVES(x, y) (((x) >> 16) | ((y) & 0xffff0000u))
 #define READ_8(from, to) memcpy(to, from, 8)
+#define READ_SHARED_8(from, to) memcpy(to, from, 8)
 #define READ_16(from, to) memcpy(to, from, 16)
 #define WRITE_8(to, x, y) ((to)[0] = (x), (to)[1] = (y))
 #define READ_FLOATS(from, to) memcpy(to, from, 16)
@@ -111,13 +113,31 @@ static u32 pack_halves(float low, float high) {
     return packed;
 }
 
+template <typename F>
+static u32 of_pair(u32 a, u32 b, u32 c, F f) {
+    return pack_halves(f(half_of(a, 0), half_of(b, 0), half_of(c, 0)), f(half_of(a, 1), half_of(b, 1), half_of(c, 1)));
+}
+static u32 pair_multiply_add(u32 a, u32 b, u32 c) {
+    return of_pair(a, b, c, [](float x, float y, float z) { return x * y + z; });
+}
+static u32 pair_subtract(u32 a, u32 b) { return of_pair(a, b, 0, [](float x, float y, float) { return x - y; }); }
+static u32 pair_min(u32 a, u32 b) { return of_pair(a, b, 0, [](float x, float y, float) { return x < y ? x : y; }); }
+static u32 pair_less(u32 a, u32 b) {
+    return (half_of(a, 0) < half_of(b, 0) ? 0xffffu : 0) | (half_of(a, 1) < half_of(b, 1) ? 0xffff0000u : 0);
+}
+static u32 low_twice(u32 x) { return (x & 0xffffu) * 0x10001u; }
+static u32 high_twice(u32 x) { return low_twice(x >> 16); }
+static u32 rotated(u32 x, u32 by) { return by & 31 ? x << (by & 31) | x >> (32 - (by & 31)) : x; }
+
+enum Lanes { ALL, OF_COLUMN, OF_ROW };
 template <class Combine>
-static float over(float x, bool rows, Combine combine) {
+static float over(float x, Lanes of, Combine combine) {
     boxes[current].value = x;
     wait_for_lanes();
     float result = NAN;
     for (int lane = 0; lane < 32; ++lane) {
-        if (rows && COLUMN(lane) != COLUMN(current % 32)) continue;
+        if (of == OF_COLUMN && COLUMN(lane) != COLUMN(current % 32)) continue;
+        if (of == OF_ROW && ROW(lane) != ROW(current % 32)) continue;
         float other = boxes[current / 32 * 32 + lane].value;
         result = isnan(result) ? other : combine(result, other);
     }
@@ -132,12 +152,21 @@ static float of_lane(float x, int lane) {
     return other;
 }
 static float from_lane(float x, int bit) { return of_lane(x, current % 32 ^ bit); }
-static float over_rows_max(float x) { return over(x, true, [](float a, float b) { return a > b ? a : b; }); }
-static float over_rows_sum(float x) { return over(x, true, [](float a, float b) { return a + b; }); }
-static bool in_any_lane(bool x) {
-    return over(x ? 1.0f : 0.0f, false, [](float a, float b) { return a > b ? a : b; }) > 0;
+static u32 word_of_lane(u32 x, int lane) {
+    boxes[current].left[0] = x;
+    wait_for_lanes();
+    u32 other = boxes[current / 32 * 32 + lane].left[0];
+    wait_for_lanes();
+    return other;
 }
-static float over_lanes_sum(float x) { return over(x, false, [](float a, float b) { return a + b; }); }
+static u32 word_from_lane(u32 x, u32 bits) { return word_of_lane(x, current % 32 ^ (bits & 31)); }
+static float over_rows_max(float x) { return over(x, OF_COLUMN, [](float a, float b) { return a > b ? a : b; }); }
+static float over_rows_sum(float x) { return over(x, OF_COLUMN, [](float a, float b) { return a + b; }); }
+static float over_columns_sum(float x) { return over(x, OF_ROW, [](float a, float b) { return a + b; }); }
+static bool in_any_lane(bool x) {
+    return over(x ? 1.0f : 0.0f, ALL, [](float a, float b) { return a > b ? a : b; }) > 0;
+}
+static float over_lanes_sum(float x) { return over(x, ALL, [](float a, float b) { return a + b; }); }
 
 static void multiply_add(float (&sums)[4], const u32 (&left)[4], const u32 (&right)[2]) {
     memcpy(boxes[current].left, left, sizeof left);
@@ -211,6 +240,16 @@ static u32 right_factor_of(const float* vectors, int stride, int run, int first,
 #else
     const float* at = vectors + row * stride + column / 2 * run + first;
     return pack_halves(at[0] * factor, at[1] * factor);
+#endif
+}
+
+static u32 right_factor_of_rows(const u32* rows, int stride, int lane) {
+    int row = ROW(lane), column = COLUMN(lane);
+#ifdef METAL_LANES
+    const u32* at = rows + column * stride + row / 2;
+    return row % 2 ? HIGH_HALVES(at[0], at[stride]) : LOW_HALVES(at[0], at[stride]);
+#else
+    return rows[row * stride + column / 2];
 #endif
 }
 

@@ -11,6 +11,7 @@
 #define UNROLL_4 _Pragma("unroll 4")
 #define BARRIER __syncthreads()
 #define DEVICE_BARRIER __syncthreads()  // also of what is written to arrays
+#define LANES_MEET __syncwarp()  // a SIMD-group's lanes; also what they have written to arrays
 #define THREAD_INDEX int(threadIdx.x)
 #define GROUP_X int(blockIdx.x)
 #define GROUP_Y int(blockIdx.y)
@@ -43,6 +44,7 @@ template <typename T>
 FUNCTION void put(GLOBAL T* to, float x) { *to = T(x); }
 
 #define READ_8(from, to) { uint2 read_ = *(const uint2*)(from); (to)[0] = read_.x; (to)[1] = read_.y; }
+#define READ_SHARED_8(from, to) READ_8(from, to)
 #define READ_16(from, to) \
     { uint4 read_ = *(const uint4*)(from); (to)[0] = read_.x; (to)[1] = read_.y; (to)[2] = read_.z; (to)[3] = read_.w; }
 // Four times the same word.
@@ -63,11 +65,47 @@ FUNCTION u32 pack_halves(float low, float high) {
     return packed;
 }
 
+FUNCTION float half_of(u32 pair, int i) {
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(u16(pair >> (16 * i))));
+    return x;
+}
+
+// Operations on both halves of a pair.
+FUNCTION u32 low_twice(u32 x) { return __byte_perm(x, x, 0x1010); }
+FUNCTION u32 high_twice(u32 x) { return __byte_perm(x, x, 0x3232); }
+FUNCTION u32 pair_multiply_add(u32 a, u32 b, u32 c) {
+    u32 d;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+FUNCTION u32 pair_subtract(u32 a, u32 b) {
+    u32 c;
+    asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+    return c;
+}
+FUNCTION u32 pair_min(u32 a, u32 b) {
+    u32 c;
+    asm("min.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+    return c;
+}
+// All bits of a half where that of a is less, else none.
+FUNCTION u32 pair_less(u32 a, u32 b) {
+    u32 c;
+    asm("set.lt.u32.f16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+    return c;
+}
+FUNCTION u32 rotated(u32 x, u32 by) { return __funnelshift_l(x, x, by); }
+
 // x of the lane whose number differs in one bit.
 FUNCTION float from_lane(float x, int bit) { return __shfl_xor_sync(0xffffffffu, x, bit); }
 
+// x of the lane whose number differs in some bits, of which the lowest five count.
+FUNCTION u32 word_from_lane(u32 x, u32 bits) { return __shfl_xor_sync(0xffffffffu, x, int(bits)); }
+
 // x of a lane.
 FUNCTION float of_lane(float x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
+FUNCTION u32 word_of_lane(u32 x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 
 FUNCTION float over_rows_max(float x) {
     UNROLL for (int i = 4; i < 32; i *= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, i));
@@ -76,6 +114,11 @@ FUNCTION float over_rows_max(float x) {
 
 FUNCTION float over_rows_sum(float x) {
     UNROLL for (int i = 4; i < 32; i *= 2) x += __shfl_xor_sync(0xffffffffu, x, i);
+    return x;
+}
+
+FUNCTION float over_columns_sum(float x) {
+    UNROLL for (int i = 1; i < 4; i *= 2) x += __shfl_xor_sync(0xffffffffu, x, i);
     return x;
 }
 
@@ -113,3 +156,6 @@ FUNCTION u32 right_factor_of(const float* vectors, int stride, int run, int firs
     const float* at = vectors + lane / 4 * stride + lane % 4 * run + first;
     return pack_halves(at[0] * factor, at[1] * factor);
 }
+
+// A block of right factors from 8 rows of pairs of halves, `stride` apart: its columns are the rows.
+FUNCTION u32 right_factor_of_rows(const u32* rows, int stride, int lane) { return rows[lane / 4 * stride + lane % 4]; }

@@ -7,8 +7,10 @@
 #define GLOBAL device
 #define THREAD thread
 #define UNROLL _Pragma("unroll")
+#define UNROLL_4 _Pragma("unroll 4")
 #define BARRIER metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup)
 #define DEVICE_BARRIER metal::threadgroup_barrier(metal::mem_flags::mem_threadgroup | metal::mem_flags::mem_device)
+#define LANES_MEET metal::simdgroup_barrier(metal::mem_flags::mem_threadgroup | metal::mem_flags::mem_device)
 // MLX declares the positions that it finds by name in a kernel's body, so the body begins with metal_positions.h.
 #define THREAD_INDEX int(index_in_group)
 #define GROUP_X int(group.x)
@@ -38,6 +40,7 @@ template <typename T>
 FUNCTION void put(GLOBAL T* to, float x) { *to = T(x); }
 
 #define READ_8(from, to) { uint2 read_ = *(device const uint2*)(from); (to)[0] = read_.x; (to)[1] = read_.y; }
+#define READ_SHARED_8(from, to) { uint2 read_ = *(threadgroup const uint2*)(from); (to)[0] = read_.x; (to)[1] = read_.y; }
 #define READ_16(from, to) \
     { uint4 read_ = *(device const uint4*)(from); (to)[0] = read_.x; (to)[1] = read_.y; (to)[2] = read_.z; (to)[3] = read_.w; }
 // Four times the same word.
@@ -47,11 +50,31 @@ FUNCTION void put(GLOBAL T* to, float x) { *to = T(x); }
 
 FUNCTION u32 pack_halves(float low, float high) { return as_type<u32>(half2(half(low), half(high))); }
 
+FUNCTION float half_of(u32 pair, int i) { return float(as_type<half2>(pair)[i]); }
+
+// Operations on both halves of a pair.
+FUNCTION u32 low_twice(u32 x) { return (x & 0xffffu) * 0x10001u; }
+FUNCTION u32 high_twice(u32 x) { return (x >> 16) * 0x10001u; }
+FUNCTION u32 pair_multiply_add(u32 a, u32 b, u32 c) {
+    return as_type<u32>(metal::fma(as_type<half2>(a), as_type<half2>(b), as_type<half2>(c)));
+}
+FUNCTION u32 pair_subtract(u32 a, u32 b) { return as_type<u32>(as_type<half2>(a) - as_type<half2>(b)); }
+FUNCTION u32 pair_min(u32 a, u32 b) { return as_type<u32>(metal::min(as_type<half2>(a), as_type<half2>(b))); }
+// All bits of a half where that of a is less, else none.
+FUNCTION u32 pair_less(u32 a, u32 b) {
+    return as_type<u32>(metal::select(ushort2(0), ushort2(0xffff), as_type<half2>(a) < as_type<half2>(b)));
+}
+FUNCTION u32 rotated(u32 x, u32 by) { return metal::rotate(x, by & 31); }
+
 // x of the lane whose number differs in one bit.
 FUNCTION float from_lane(float x, int bit) { return metal::simd_shuffle_xor(x, ushort(bit)); }
 
+// x of the lane whose number differs in some bits, of which the lowest five count.
+FUNCTION u32 word_from_lane(u32 x, u32 bits) { return metal::simd_shuffle_xor(x, ushort(bits & 31)); }
+
 // x of a lane.
 FUNCTION float of_lane(float x, int lane) { return metal::simd_shuffle(x, ushort(lane)); }
+FUNCTION u32 word_of_lane(u32 x, int lane) { return metal::simd_shuffle(x, ushort(lane)); }
 
 FUNCTION float over_rows_max(float x) {
     x = metal::max(x, metal::simd_shuffle_xor(x, ushort(2)));
@@ -63,6 +86,11 @@ FUNCTION float over_rows_sum(float x) {
     x += metal::simd_shuffle_xor(x, ushort(2));
     x += metal::simd_shuffle_xor(x, ushort(4));
     return x + metal::simd_shuffle_xor(x, ushort(16));
+}
+
+FUNCTION float over_columns_sum(float x) {
+    x += metal::simd_shuffle_xor(x, ushort(1));
+    return x + metal::simd_shuffle_xor(x, ushort(8));
 }
 
 FUNCTION bool in_any_lane(bool x) { return metal::simd_any(x); }
@@ -100,4 +128,10 @@ FUNCTION u32 right_factor_of(threadgroup const float* vectors, int stride, int r
     int k = ROW(lane);
     threadgroup const float* at = vectors + COLUMN(lane) * stride + k / 2 * run + first + k % 2;
     return pack_halves(at[0] * factor, at[stride] * factor);
+}
+
+// A block of right factors from 8 rows of pairs of halves, `stride` apart: its columns are the rows.
+FUNCTION u32 right_factor_of_rows(device const u32* rows, int stride, int lane) {
+    device const u32* at = rows + COLUMN(lane) * stride + ROW(lane) / 2;
+    return ROW(lane) % 2 ? HIGH_HALVES(at[0], at[stride]) : LOW_HALVES(at[0], at[stride]);
 }
