@@ -14,7 +14,7 @@ import mlx.core as mx
 from turboquant.attention import cpu, reference
 from turboquant.attention import gpu as attention_gpu
 from turboquant.attention.reference import Partial
-from turboquant.kernels import encoding_gpu, query_stats_gpu
+from turboquant.kernels import encoding_gpu, query_stats_gpu, trellis_search
 from turboquant.kernels.kernel_text import Beginning
 from turboquant.kernels.launch import gpu
 from turboquant.kernels.programs import compile_ahead
@@ -89,6 +89,7 @@ def prepare_kernels(codec: CacheCodec, head_dim: int, dtype: mx.Dtype) -> None:
     """
     if not on_cpu() and gpu() == "cuda":
         encoding = [*query_stats_gpu.variants(), *encoding_gpu.variants(codec, head_dim, dtype)]
+        encoding += trellis_search.variants(codec, head_dim, dtype)
         compile_ahead([*encoding, *attention_gpu.variants(codec, head_dim, dtype)])
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from turboquant.kernels import encoding_gpu, query_stats_gpu
+from turboquant.kernels import encoding_gpu, query_stats_gpu, trellis_search
 from turboquant.quant.cache_codec import CacheCodec
 from turboquant.quant.codec import Codec, Encoded
 from turboquant.quant.layer import EncodedLayer
@@ -140,6 +140,8 @@ def _encode_blocks(
     weights: mx.array | None,
 ) -> Encoded:
     """Encode vectors of x (n_kv_heads, T, head_dim): those that ``order`` (.., E) names. weights: (n_kv_heads, T)."""
+    if order.shape[1] and trellis_search.usable(codec, x.dtype, metric is not None):
+        return trellis_search.encode(x, order, mean[:, 0], codec, metric, weights)
     parts, tile = [], ENCODE_TILE if on_cpu() else GPU_ENCODE_TILE
     for start in range(0, max(1, order.shape[1]), tile):
         tokens = order[:, start : start + tile]

@@ -1,8 +1,8 @@
 """Compress vectors on a GPU: one kernel, written once for CUDA and Metal, makes packed codes and scales from floats.
 
 It computes the same as ``Codec.encode`` and, if a metric is given, ``round_in_metric`` of rounding.py. Its text is
-``vectors.h`` and ``encode.h`` in ``text/``; eight lanes work on each vector, in a metric on CUDA on two at a time. A
-second kernel, ``feedback.h``, factorises a metric; on a CPU, rounding.py does this with LAPACK.
+``rotation.h``, ``vectors.h`` and ``encode.h`` in ``text/``; eight lanes work on each vector, in a metric on CUDA on two
+at a time. A second kernel, ``feedback.h``, factorises a metric; on a CPU, rounding.py does this with LAPACK.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from turboquant.quant.codebook import lloyd_max
 from turboquant.quant.codec import LARGEST_SCALE, SMALLEST_SCALE, Codec, Encoded
 from turboquant.quant.packing import PLANES, unpack
 from turboquant.quant.rounding import RoundingMetric
+from turboquant.quant.trellis import TrellisCodec
 from turboquant.runtime.device import diagonals, identity_matrix, on_cpu
 
 HEAD_DIMS = (64, 128, 256)
@@ -69,7 +70,7 @@ def _encode_launch(codec: Codec, in_metric: bool, heads: int, count: int) -> Lau
         (("codes", (heads, count, codec.words), mx.uint32), ("scales", (heads, count), mx.float16)),
         (-(-count // (THREADS // 8 * _vectors(codec, in_metric))), heads, 1),
         THREADS,
-        ("vectors.h",),
+        ("rotation.h", "vectors.h"),
         strided=True,
     )
 
@@ -84,6 +85,8 @@ def variants(codec: CacheCodec, dim: int, dtype: mx.Dtype) -> list[Variant | Non
     codecs = [(of.keys(dim), codec.query_aware) for of in (codec, codec.fine)]
     codecs += [(of.values(dim), False) for of in (codec, codec.fine)]
     for own, in_metric in dict.fromkeys(codecs):
+        if isinstance(own, TrellisCodec):  # trellis_search.py has kernels for it
+            continue
         what = _encode_launch(own, in_metric, 1, 1)
         found.append(variant_of(what, [kinds[name] for name in what.inputs]))
     return found

@@ -124,16 +124,13 @@ class TrellisCodec(Codec):
         if x.size == 0:
             return super().encode(x)
         unit, norm, is_centred = self.normalise(x, mean)
-        root = norm if weights is None else norm * mx.sqrt(weights)
-        blocks = root.reshape(root.shape[0], -1, BLOCK)
-        blocks = mx.minimum(blocks / mx.maximum(blocks.mean(axis=-1, keepdims=True), 1e-30), LARGEST_ROOT)
-        unit, root = unit.swapaxes(1, 2), blocks.reshape(root.shape)
+        unit, root = unit.swapaxes(1, 2), relative_to_blocks(norm if weights is None else norm * mx.sqrt(weights))
         if choose is not None:
             words, factors = choose(self, unit, root, metric)
         else:
             xp = array_module()
-            given = (as_float32(xp, mx.contiguous(x)) for x in (unit, root))
-            words, factors = map(mx.array, self.choose(xp, *given, metric))
+            coordinates, root = (as_float32(xp, mx.contiguous(one)) for one in (unit, root))
+            words, factors = map(mx.array, self.choose(xp, coordinates, root, metric))
         return Encoded(words, signed_scales(norm * factors, is_centred))
 
     def choose(self, xp: Any, unit: Any, root: Any, metric: RoundingMetric | None) -> tuple[Any, Any]:
@@ -240,6 +237,13 @@ class TrellisCodec(Codec):
     def _code(self, coordinate: int) -> TrellisCode:
         """Return the code of a coordinate of keys, in the order of ``_first_strings_first``."""
         return CODES[self.bits][coordinate // (PAIRS // 2) % 2]
+
+
+def relative_to_blocks(roots: mx.array) -> mx.array:
+    """Divide the roots of weights (H, T) by their block's mean, because costs of strings are halves."""
+    blocks = roots.reshape(roots.shape[0], -1, BLOCK)
+    means = mx.maximum(blocks.mean(axis=-1, keepdims=True), 1e-30)
+    return mx.minimum(blocks / means, LARGEST_ROOT).reshape(roots.shape)
 
 
 def attention_weights(attention: Any) -> Any:

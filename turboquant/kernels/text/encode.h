@@ -15,24 +15,9 @@ float unit[VECTORS][RUN], norm[VECTORS];
 bool removed[VECTORS];
 UNROLL for (int v = 0; v < VECTORS; ++v) {
     const int vector = head * count + (place + v < count ? place + v : count - 1);
-    float whole_norm = 0, centred_norm = 0;
-    const size_type at = head * x_strides[0] + order[vector] * x_strides[1] + lane % 8 * RUN * x_strides[2];
-    UNROLL for (int i = 0; i < RUN; ++i) {
-        unit[v][i] = float(x[at + i * x_strides[2]]);
-        float centred = unit[v][i] - mean[head * DIM + lane % 8 * RUN + i];
-        whole_norm += unit[v][i] * unit[v][i];
-        centred_norm += centred * centred;
-    }
-    whole_norm = SQRT(over_vector_sum(whole_norm));
-    centred_norm = SQRT(over_vector_sum(centred_norm));
-    removed[v] = centred_norm < whole_norm;
-    norm[v] = (removed[v] ? centred_norm : whole_norm) * ROOT;
-    UNROLL for (int i = 0; i < RUN; ++i) {
-        const int d = lane % 8 * RUN + i;
-        unit[v][i] = (removed[v] ? unit[v][i] - mean[head * DIM + d] : unit[v][i]) * signs[d];
-    }
-    transform(unit[v], lane);
-    UNROLL for (int i = 0; i < RUN; ++i) unit[v][i] /= norm[v] > 1e-30f ? norm[v] : 1e-30f;
+    removed[v] = read_unit(
+        unit[v], norm[v], x + head * x_strides[0] + order[vector] * x_strides[1], x_strides[2], mean + head * DIM, signs,
+        lane);
 }
 
 float chosen[VECTORS][RUN], factor[VECTORS];

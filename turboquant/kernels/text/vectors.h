@@ -1,29 +1,4 @@
-// Vectors of DIM coordinates in the registers of eight lanes each, RUN = DIM / 8 neighbours a lane, and rounding in a
-// metric, VECTORS of them at a time: what rounding.py does. Needs a backend's header.
-
-FUNCTION float over_vector_sum(float x) {
-    UNROLL for (int i = 1; i < 8; i *= 2) x += from_lane(x, i);
-    return x;
-}
-
-// The normalised Hadamard transform.
-FUNCTION void transform(THREAD float (&x)[RUN], int lane) {
-    UNROLL for (int span = 1; span < RUN; span *= 2) {
-        UNROLL for (int i = 0; i < RUN; ++i) {
-            if (i & span) continue;
-            float one = x[i], other = x[i + span];
-            x[i] = one + other;
-            x[i + span] = one - other;
-        }
-    }
-    UNROLL for (int span = 1; span < 8; span *= 2) {
-        UNROLL for (int i = 0; i < RUN; ++i) {
-            float other = from_lane(x[i], span);
-            x[i] = lane & span ? other - x[i] : x[i] + other;
-        }
-    }
-    UNROLL for (int i = 0; i < RUN; ++i) x[i] *= ROOT;
-}
+// Rounding in a metric, VECTORS vectors at a time: what rounding.py does. Needs a backend's header and rotation.h.
 
 // For each of a lane's vectors: sums += a row times x. A row is read once for all of them. Rows are laid out so that
 // lanes which read together read side by side.
