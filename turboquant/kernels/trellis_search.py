@@ -2,8 +2,8 @@
 
 They compute the same as ``TrellisCodec.encode``. The first, ``units.h`` in ``text/``, centres, rotates and normalises
 vectors. The second, ``search.h`` with ``viterbi.h`` and ``products.h``, does all that NumPy does on a CPU: it finds the
-strings of all coordinates, rounds in a metric, and packs. A SIMD-group works on 256 numbers of a coordinate of keys at a
-time, or on 128 of values.
+strings of all coordinates, rounds in a metric, and packs. A SIMD-group works on 256 numbers of a coordinate of keys at
+a time, or on 128 of values.
 """
 
 from __future__ import annotations
@@ -29,7 +29,6 @@ HEAD_DIMS = (64, 128, 256)  # of units.h
 THREADS = 128  # of units.h
 NODES, LANES = 1 << NODE_BITS, 1 << (NODE_BITS - 1)  # a lane holds the costs of two nodes
 STEP = 16  # coordinates whose errors move each other one by one
-LOOKAHEAD = 8  # numbers after which the best path has mostly met the final one: lanes follow it in parts
 AHEAD = 3  # records that are read beyond a string's end
 TABLES = ("table", "level_pairs", "masks", "row_of_bin", "sizes")
 METRIC = ("feedback", "pull", "damped")
@@ -146,9 +145,9 @@ def _defined(codec: TrellisCodec, in_metric: bool, coordinates: int, warps: int)
     """Return the constants that are compiled into the kernel; sizes of shared arrays are in words."""
     bits, keys = codec.bits, codec.of == "keys"
     length = BLOCK if keys else BLOCK // 2
-    own, rows = length // LANES, 1 << bits
+    rows = 1 << bits
     period, codes = NODE_BITS // math.gcd(NODE_BITS, bits), 1 if keys else 2
-    records = length + (length + AHEAD) // own + AHEAD
+    records = length + (length + AHEAD) // 16 + AHEAD
     return (
         ("BITS", bits),
         ("DIM", codec.head_dim),
@@ -163,16 +162,15 @@ def _defined(codec: TrellisCodec, in_metric: bool, coordinates: int, warps: int)
         ("NODE_BITS", NODE_BITS),
         ("NODES", NODES),
         ("LANES", LANES),
-        ("OWN", own),
         ("ROWS", rows),
         ("PERIOD", period),
         ("WINDOW", WINDOW),
-        ("LOOKAHEAD", LOOKAHEAD),
         ("AHEAD", AHEAD),
         ("BINS", BINS),
         ("REACH", REACH),
         ("RECORDS", records),
         ("LEVEL_WORDS", period * rows * 32),
+        ("MASK_WORDS", period * (rows - 1)),
         ("STATE_WORDS", codes * rows * NODES),
         ("CHANGE_WORDS", STEP * length if in_metric else 1),
         ("PULL_WORDS", STEP * STEP if in_metric else 1),

@@ -72,8 +72,16 @@ FUNCTION float half_of(u32 pair, int i) {
 }
 
 // Operations on both halves of a pair.
-FUNCTION u32 low_twice(u32 x) { return __byte_perm(x, x, 0x1010); }
-FUNCTION u32 high_twice(u32 x) { return __byte_perm(x, x, 0x3232); }
+FUNCTION u32 low_twice(u32 x) {  // written so that it becomes a part of the instruction that uses it
+    u32 pair;
+    asm("{ .reg .f16 low, high; mov.b32 {low, high}, %1; mov.b32 %0, {low, low}; }" : "=r"(pair) : "r"(x));
+    return pair;
+}
+FUNCTION u32 high_twice(u32 x) {
+    u32 pair;
+    asm("{ .reg .f16 low, high; mov.b32 {low, high}, %1; mov.b32 %0, {high, high}; }" : "=r"(pair) : "r"(x));
+    return pair;
+}
 FUNCTION u32 pair_multiply_add(u32 a, u32 b, u32 c) {
     u32 d;
     asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));

@@ -11,7 +11,7 @@
 
 SHARED ALIGNED u32 all_records[WARPS * 4 * RECORDS], all_codes[WARPS * LENGTH / 2];
 SHARED u32 levels[LEVEL_WORDS], rows[BINS / 2], all_choices[WARPS * LENGTH * 2], all_turned[WARPS * 32];
-SHARED u32 all_best_places[WARPS * LENGTH / 32], all_changes[CHANGE_WORDS], pulls[PULL_WORDS], ends[END_WORDS];
+SHARED u32 all_origins[WARPS * LENGTH], all_masks[MASK_WORDS], all_changes[CHANGE_WORDS], pulls[PULL_WORDS], ends[END_WORDS];
 SHARED float level_of[STATE_WORDS], scales[SCALE_WORDS];
 
 const int lane = THREAD_INDEX % 32, warp = THREAD_INDEX / 32;
@@ -22,13 +22,14 @@ const int block = (GROUP_X * WARPS + warp) * (KEYS ? 2 : 1);  // of tokens; that
 Strings strings;
 strings.lane = lane, strings.place = lane % LANES, strings.string = lane / LANES;
 strings.records = all_records + warp * 4 * RECORDS;
-strings.levels = levels;
+strings.levels = levels + lane;
 strings.choices = all_choices + warp * LENGTH * 2;
 strings.turned = all_turned + warp * 32;
-strings.codes = (SHARED_POINTER u8*)(all_codes + warp * (LENGTH / 2));
-strings.best_places = (SHARED_POINTER u8*)(all_best_places + warp * (LENGTH / 32));
+strings.codes = all_codes + warp * (LENGTH / 2);
+strings.origins = (SHARED_POINTER u16*)(all_origins + warp * LENGTH);
 for (int i = lane; i < 4 * RECORDS; i += 32) strings.records[i] = 0;
 for (int i = THREAD_INDEX; i < BINS / 2; i += WARPS * 32) rows[i] = ((GLOBAL const u32*)row_of_bin)[i];
+for (int i = THREAD_INDEX; i < MASK_WORDS; i += WARPS * 32) all_masks[i] = masks[i];
 
 // A lane's pairs of tokens, of which p is in string p / (PAIRS / 2). All that is read of blocks beyond the last one is
 // that of the last one, and nothing is written for them.
@@ -56,6 +57,17 @@ for (int pass = 0; pass <= LAST_PASS; ++pass) {
 #if METRIC
     GLOBAL const u32* matrix = (GLOBAL const u32*)(down ? feedback : pull) + head * (DIM * DIM / 2);
 #endif
+    u32 next_exact[PAIRS], next_before[PAIRS] = {};
+    {
+        const int number = down ? COORDINATES - 1 : first, coordinate = KEYS ? searched(number) : number;
+        UNROLL for (int p = 0; p < PAIRS; ++p) {
+            const int at = (coordinate * tokens + token_of[p]) / 2;
+            next_exact[p] = unit_pairs[at];
+#if METRIC
+            if (!down) next_before[p] = error_pairs[at];
+#endif
+        }
+    }
     for (int turn = 0; turn < COORDINATES; ++turn) {
         const int number = first + (down ? COORDINATES - 1 - turn : turn), i = number % STEP;
         const int coordinate = KEYS ? searched(number) : number;
@@ -95,15 +107,22 @@ for (int pass = 0; pass <= LAST_PASS; ++pass) {
 
         u32 exact[PAIRS], moved[PAIRS], before[PAIRS];
         UNROLL for (int p = 0; p < PAIRS; ++p) {
-            exact[p] = unit_pairs[(coordinate * tokens + token_of[p]) / 2];
-            moved[p] = before[p] = 0;
+            exact[p] = next_exact[p];
+            before[p] = next_before[p];
+            moved[p] = METRIC ? all_changes[i * WIDTH + p * 32 + lane] : 0;
+        }
+        if (turn + 1 < COORDINATES) {  // read the next one's numbers ahead
+            const int next = number + (down ? -1 : 1), next_coordinate = KEYS ? searched(next) : next;
+            UNROLL for (int p = 0; p < PAIRS; ++p) {
+                const int at = (next_coordinate * tokens + token_of[p]) / 2;
+                next_exact[p] = unit_pairs[at];
 #if METRIC
-            if (!down) before[p] = error_pairs[(coordinate * tokens + token_of[p]) / 2];
-            moved[p] = all_changes[i * WIDTH + p * 32 + lane];
+                if (!down) next_before[p] = error_pairs[at];
 #endif
+            }
         }
 #if METRIC
-        for (int done = 0; done < turn % STEP; ++done) {
+        UNROLL_4 for (int done = 0; done < turn % STEP; ++done) {
             const int j = down ? STEP - 1 - done : done;
             const u32 by = pulls[i * STEP + j];
             UNROLL for (int p = 0; p < PAIRS; ++p) {
@@ -120,7 +139,7 @@ for (int pass = 0; pass <= LAST_PASS; ++pass) {
                 const int row = ((SHARED_POINTER const u8*)rows)[(KEYS ? second : string) * BINS + int(bin)];
                 const int at = record_of(string, t);
                 strings.records[at] = pack_halves(-x * roots[p][e], gains[p][e] * roots[p][e]);
-                strings.records[at + 1] = masks[t % PERIOD * (ROWS - 1) + row];
+                strings.records[at + 1] = all_masks[t % PERIOD * (ROWS - 1) + row];
             }
         }
         LANES_MEET;
@@ -135,7 +154,7 @@ for (int pass = 0; pass <= LAST_PASS; ++pass) {
 
         UNROLL for (int p = 0; p < PAIRS; ++p) {
             const int string = p / (PAIRS / 2), t = p % (PAIRS / 2) * 64 + 2 * lane;
-            SHARED_POINTER const u8* codes = strings.codes + string * LENGTH;
+            SHARED_POINTER const u8* codes = (SHARED_POINTER const u8*)strings.codes + string * LENGTH;
             int state = 0;
             UNROLL for (int back = (NODE_BITS + BITS - 1) / BITS; back > 0; --back) {
                 state = state << BITS | codes[(t - back + LENGTH) % LENGTH];
@@ -160,7 +179,7 @@ for (int pass = 0; pass <= LAST_PASS; ++pass) {
         if (pass == LAST_PASS) {  // lane r has the codes of 16 tokens: first those of the first string
             const int run = lane % (LENGTH / 8), string = run / (LENGTH / 16);
             u32 four[4], found[BITS] = {};
-            UNROLL for (int q = 0; q < 4; ++q) four[q] = ((SHARED_POINTER const u32*)strings.codes)[run * 4 + q];
+            UNROLL for (int q = 0; q < 4; ++q) four[q] = strings.codes[run * 4 + q];
             UNROLL for (int q = 0; q < 4; ++q) {
                 u32 bits = 0;  // of each byte, highest first and apart from each other
                 UNROLL for (int k = 0; k < BITS; ++k) bits |= (four[q] >> (BITS - 1 - k) & 0x01010101u) << (2 * k);
