@@ -142,11 +142,9 @@ ALL = (
         "trellis",
         "fidelity.md",
         (
-            "benches.viterbi",
+            "benches.trellis_levels",
             "benches.trellis_encoder",
             "benches.trellis_attention",
-            "benches.trellis --model {model} --data {data} --tokens 4000 --json {json}",
-            "benches.trellis --model {model} --data {data} --tokens 1500 --json {json}",
         ),
         gpu=True,
     ),

@@ -12,8 +12,9 @@ import pytest
 
 from turboquant import CacheCodec
 from turboquant.attention import gpu as attention_gpu
-from turboquant.kernels import encoding_gpu, query_stats_gpu
+from turboquant.kernels import encoding_gpu, query_stats_gpu, trellis_search
 from turboquant.kernels.kernel_text import Launch, text
+from turboquant.quant.trellis import TrellisCodec
 
 LARGEST_GROUP, MOST_THREADS = 32768, 1024
 HOPPER_CORE, HOPPER_RESERVED = 228 << 10, 1024  # of a core, and of it for each thread-group
@@ -51,6 +52,13 @@ def launches(codec: CacheCodec, dim: int) -> list[Launch]:
     for own in (codec.keys(dim), codec.values(dim), codec.fine.keys(dim)):
         found += [encoding_gpu._encode_launch(own, in_metric, 1, 1) for in_metric in (True, False)]
     found.append(encoding_gpu._feedback_launch(1, dim))
+    for bits in (2, 3, 4):
+        keys, values = TrellisCodec(dim, bits, of="keys"), TrellisCodec(dim, bits, of="values")
+        for own, in_metric in ((keys, True), (keys, False), (values, False)):
+            found += [
+                trellis_search._search_launch(own, in_metric, 1, 128),
+                trellis_search._units_launch(own, True, 1, 1),
+            ]
     return [*found, query_stats_gpu._sums_launch(1, 1), query_stats_gpu._squares_launch(1, 1, 1)]
 
 
@@ -58,6 +66,7 @@ def launches(codec: CacheCodec, dim: int) -> list[Launch]:
 @pytest.mark.parametrize("bits", [(2, 2), (3, 3), (4, 4), (3, 4), (2, 6), (5, 8), (8, 4)])
 def test_thread_groups_fit_on_apple_s_gpus(bits: tuple[int, int], dim: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention_gpu, "gpu", lambda: "metal")
+    monkeypatch.setattr(trellis_search, "gpu", lambda: "metal")
     for what in launches(CacheCodec(*bits), dim):
         assert 0 <= group_bytes(what) <= LARGEST_GROUP, what.name
         assert what.threads <= MOST_THREADS
@@ -79,3 +88,11 @@ def test_two_thread_groups_fit_on_a_hopper_core(
         declared = 4 * (kind.warps * 8 * 3 + 2 * 8 + 8 * dim // 2) if kind.tiles else 0
         assert 2 * (what.shared_bytes + declared + HOPPER_RESERVED) <= HOPPER_CORE
         assert kind.groups == 2 * 132
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_eight_searches_of_keys_fit_on_a_hopper_core(bits: int) -> None:
+    """So a layer of 8 heads and 32,768 tokens is searched at once on 132 of them."""
+    for dim in (64, 128, 256):
+        what = trellis_search._search_launch(TrellisCodec(dim, bits), True, 1, 128)
+        assert 8 * (group_bytes(what) + HOPPER_RESERVED) <= HOPPER_CORE

@@ -16,7 +16,16 @@ import pytest
 from tests import ROOT
 from turboquant import CacheCodec
 from turboquant.attention import gpu as attention_gpu
-from turboquant.kernels import compiled_files, encoding_gpu, launch, nvrtc, programs, query_stats_gpu, trials
+from turboquant.kernels import (
+    compiled_files,
+    encoding_gpu,
+    launch,
+    nvrtc,
+    programs,
+    query_stats_gpu,
+    trellis_search,
+    trials,
+)
 from turboquant.kernels.compiled_files import CompiledFiles
 from turboquant.kernels.kernel_text import Beginning, Launch
 from turboquant.kernels.programs import Variant, hash_of
@@ -220,7 +229,7 @@ def test_the_hash_is_c_plus_plus_s(data: str, expected: int) -> None:
 
 def all_variants(codec: CacheCodec, dim: int, dtype: mx.Dtype) -> list[Variant]:
     found = [*attention_gpu.variants(codec, dim, dtype), *encoding_gpu.variants(codec, dim, dtype)]
-    found += query_stats_gpu.variants()
+    found += [*trellis_search.variants(codec, dim, dtype), *query_stats_gpu.variants()]
     return [variant for variant in found if variant is not None]
 
 
@@ -242,7 +251,7 @@ def test_what_is_compiled_ahead_is_what_is_launched(hopper: bool, monkeypatch: p
     random = np.random.default_rng(0)
     keys, values = (mx.array(random.normal(size=(2, 300, 64)).astype(np.float32)) for _ in range(2))
     layer = encoding_gpu_layer(keys, values, codec)
-    for module in (attention_gpu, encoding_gpu, query_stats_gpu):
+    for module in (attention_gpu, encoding_gpu, query_stats_gpu, trellis_search):
         monkeypatch.setattr(module, "launch", record)
     dtype = mx.bfloat16
     for rows in (1, 3, 9, 17):
@@ -257,8 +266,14 @@ def test_what_is_compiled_ahead_is_what_is_launched(hopper: bool, monkeypatch: p
         encoding_gpu.encode(keys.astype(dtype), order, mx.zeros((2, 64)), own_codec, metric)
     encoding_gpu.feedback(mx.zeros((2, 64, 64)))
     query_stats_gpu.squared_attention(mx.zeros((2, 6, 300)), (100, 200, 299), None, 4)
+    monkeypatch.setattr(trellis_search, "gpu", lambda: "cuda")
+    trellis_codec = CacheCodec(2, 4, coding="trellis")
+    for own in (trellis_codec.keys(64), trellis_codec.values(64)):
+        metric = own.rounding_metric(np.eye(64)[None].repeat(2, 0)) if own.of == "keys" else None
+        order = mx.zeros((2, 128), mx.int32)
+        trellis_search.encode(keys.astype(dtype), order, mx.zeros((2, 64)), own, metric, mx.ones((2, 300)))
     attention_gpu._plan.cache_clear()
-    assert set(seen) <= set(all_variants(codec, 64, dtype))
+    assert set(seen) <= {*all_variants(codec, 64, dtype), *all_variants(trellis_codec, 64, dtype)}
     assert hopper == ("attend_many" in {variant.name for variant in seen if variant is not None})
 
 
@@ -273,20 +288,22 @@ def test_texts_are_whole_programs(dim: int, monkeypatch: pytest.MonkeyPatch) -> 
     """Compiled by NVRTC, which needs no GPU, where it is installed; else as far as names go."""
     monkeypatch.setattr(attention_gpu, "gpu", lambda: "cuda")
     monkeypatch.setattr(attention_gpu, "is_hopper", lambda: True)
+    monkeypatch.setattr(trellis_search, "gpu", lambda: "cuda")
     variants = all_variants(CacheCodec(), dim, mx.bfloat16)
-    names = {"attend", "merge", "encode", "feedback", "sample_sums", "sample_squares"}
+    variants += trellis_search.variants(CacheCodec(coding="trellis"), dim, mx.bfloat16)
+    names = {"attend", "merge", "encode", "feedback", "sample_sums", "sample_squares", "search", "units"}
     assert {variant.name for variant in variants} == names | ({"attend_many"} if dim <= 128 else set())
     for variant in variants:
         whole, scalars = programs.source(variant, "a_kernel")
         assert whole.count("a_kernel(") == 1
         assert "#include" not in whole
-        assert (variant.name in ("encode", "merge")) >= bool(scalars)
+        assert (variant.name in ("encode", "merge", "units")) >= bool(scalars)
     try:
         nvrtc.version()
     except nvrtc.CannotCompile:
         return
-    some = [variants[0], *(variant for variant in variants if variant.name in ("feedback", "attend_many"))]
-    for variant in some[:3]:
+    some = [variants[0], *(variant for variant in variants if variant.name in ("feedback", "attend_many", "search"))]
+    for variant in some[:5]:
         assert nvrtc.compile_cubin(programs.source(variant, "a_kernel")[0], "sm_90a").startswith(b"\x7fELF")
     with pytest.raises(nvrtc.CannotCompile, match="no_such_type"):
         nvrtc.compile_cubin("no_such_type x;", "sm_90a")

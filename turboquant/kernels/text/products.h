@@ -11,7 +11,7 @@ FUNCTION float clipped(float x, float least, float most) { return x < least ? le
 // apart. A lane gets those of its tokens 8 ROW(lane) + 2 m and the next, and of the rows 8 n + COLUMN(lane) and the next, in sums[m][n].
 FUNCTION void add_products(
     THREAD float (&sums)[4][2][4], GLOBAL const u32* rows, GLOBAL const u32* vectors, int stride, int first, int lane) {
-    for (int k = first; k < DIM; k += 16) {
+    UNROLL_4 for (int k = first; k < DIM; k += 16) {
         u32 left[4][4], right[2][2];
         UNROLL for (int i = 0; i < 2; ++i) {
             u32 one[4], other[4];

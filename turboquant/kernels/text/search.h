@@ -49,7 +49,7 @@ UNROLL for (int p = 0; p < PAIRS; ++p) {
 GLOBAL const u32* unit_pairs = (GLOBAL const u32*)unit + (size_type)head * DIM * (tokens / 2);
 #if METRIC
 GLOBAL u32* error_pairs = (GLOBAL u32*)errors + (size_type)head * DIM * (tokens / 2);
-const int string_begins[2] = {token_of[0] - 2 * lane, token_of[PAIRS / 2] - 2 * lane};
+const int first_begin = token_of[0] - 2 * lane, second_begin = token_of[PAIRS / 2] - 2 * lane;  // of strings
 #endif
 
 for (int pass = 0; pass <= LAST_PASS; ++pass) {
@@ -88,7 +88,7 @@ for (int pass = 0; pass <= LAST_PASS; ++pass) {
                 pulls[n] = low_twice(((GLOBAL const u16*)matrix)[at]);
             }
             for (int part = 0; part < 2 * LENGTH / 64; ++part) {
-                const int token = string_begins[part * 64 / LENGTH] + part * 64 % LENGTH;
+                const int token = (part < LENGTH / 64 ? first_begin : second_begin) + part * 64 % LENGTH;
                 float sums[4][2][4] = {};
                 add_products(
                     sums, matrix + block_first * (DIM / 2), error_pairs + token / 2, tokens / 2,
@@ -206,7 +206,8 @@ for (int pass = 0; pass <= LAST_PASS; ++pass) {
     // The factors that make the products of vectors and their levels right, from those of vectors and errors.
     GLOBAL const u32* whole = (GLOBAL const u32*)damped + head * (DIM * DIM / 2);
     for (int part = 0; part < 2 * LENGTH / 64; ++part) {
-        const int string = part * 64 / LENGTH, token = string_begins[string] + part * 64 % LENGTH;
+        const int string = part * 64 / LENGTH;
+        const int token = (string ? second_begin : first_begin) + part * 64 % LENGTH;
         float exact[8] = {}, crossed[8] = {}, error[8] = {};
         for (int from = 0; from < DIM; from += STEP) {
             float sums[4][2][4] = {}, of_errors[4][2][4] = {};

@@ -13,7 +13,11 @@ UNROLL for (int v = 0; v < 2; ++v) {
     if (lane % 8 == 0 && place + v < count) {
         norm = norm > 1e-30f ? norm : 1e-30f;
         norms[vector] = removed ? norm : -norm;
-        roots[vector] = WEIGHTED ? norm * SQRT(weights[head * weights_shape[1] + token]) : norm;
+#if WEIGHTED
+        roots[vector] = norm * SQRT(weights[head * weights_shape[1] + token]);
+#else
+        roots[vector] = norm;
+#endif
     }
 }
 if (place < count) {  // an even number
