@@ -29,6 +29,7 @@ HEAD_DIMS = (64, 128, 256)  # of units.h
 THREADS = 128  # of units.h
 NODES, LANES = 1 << NODE_BITS, 1 << (NODE_BITS - 1)  # a lane holds the costs of two nodes
 STEP = 16  # coordinates whose errors move each other one by one
+AT_ONCE = 2  # times 16 coordinates whose errors are read before they are multiplied
 AHEAD = 3  # records that are read beyond a string's end
 TABLES = ("table", "level_pairs", "masks", "row_of_bin", "sizes")
 METRIC = ("feedback", "pull", "damped")
@@ -168,6 +169,7 @@ def _defined(codec: TrellisCodec, in_metric: bool, coordinates: int, warps: int)
         ("AHEAD", AHEAD),
         ("BINS", BINS),
         ("REACH", REACH),
+        ("AT_ONCE", AT_ONCE),
         ("RECORDS", records),
         ("LEVEL_WORDS", period * rows * 32),
         ("MASK_WORDS", period * (rows - 1)),

@@ -90,9 +90,12 @@ for (int pass = 0; pass <= LAST_PASS; ++pass) {
             for (int part = 0; part < 2 * LENGTH / 64; ++part) {
                 const int token = (part < LENGTH / 64 ? first_begin : second_begin) + part * 64 % LENGTH;
                 float sums[4][2][4] = {};
-                add_products(
-                    sums, matrix + block_first * (DIM / 2), error_pairs + token / 2, tokens / 2,
-                    down ? block_first + STEP : 0, lane);
+                GLOBAL const u32* left = matrix + block_first * (DIM / 2);
+                if (down) {  // the errors of later coordinates alone
+                    add_products(sums, left, error_pairs + token / 2, tokens / 2, block_first + STEP, lane);
+                } else {
+                    add_products(sums, left, error_pairs + token / 2, tokens / 2, 0, lane);
+                }
                 UNROLL for (int m = 0; m < 4; ++m) {
                     UNROLL for (int n = 0; n < 4; ++n) {
                         const int row = n / 2 * 8 + COLUMN(lane) + n % 2;
