@@ -41,7 +41,7 @@ LEAST_ATTENTION = 0.01  # share of the mean that is added to a token's squared a
 LARGEST_ROOT = 8.0  # of a weight, relative to its block's mean
 Choose = Callable[["TrellisCodec", mx.array, mx.array, RoundingMetric | None], tuple[mx.array, mx.array]]
 
-# Levels of the rows, trained on normal numbers by benches/trellis_levels.py, by bits and masks of parities. At 4 bits,
+# Levels of the rows, trained on normal numbers by ``benches.trellis_levels``, by bits and masks of parities. At 4 bits,
 # the two strings of a pair have different masks: a decoder then finds both parities at once.
 _TRAINED = {
     (4, (16,)): (
