@@ -87,7 +87,7 @@ def prepare_kernels(codec: CacheCodec, head_dim: int, dtype: mx.Dtype) -> None:
     To be called as soon as the model's sizes are known. Does nothing on a CPU or on Metal, where MLX compiles kernels
     when they are first used.
     """
-    if not on_cpu() and gpu() == "cuda":
+    if not on_cpu() and gpu() == "cuda" and not codec.is_uncompressed:
         encoding = [*query_stats_gpu.variants(), *encoding_gpu.variants(codec, head_dim, dtype)]
         encoding += trellis_search.variants(codec, head_dim, dtype)
         compile_ahead([*encoding, *attention_gpu.variants(codec, head_dim, dtype)])

@@ -50,10 +50,13 @@ def encode_layer(
         _require_finite(finite)
     first = min(codec.sinks, keys.shape[1])
     metric, attention, order, fine = order_tokens(keys, codec, queries)
-    rounding_metric = None
+    coarse_metric = fine_metric = None
     if metric is not None:
         factorise = encoding_gpu.feedback if encoding_gpu.factors(keys.shape[-1]) else None
-        rounding_metric = codec.keys(keys.shape[-1]).rounding_metric(metric, factorise)
+        key_codec = codec.keys(keys.shape[-1])
+        coarse_metric = fine_metric = key_codec.rounding_metric(metric, factorise)
+        if isinstance(key_codec, TrellisCodec):  # its coordinates have another order
+            fine_metric = codec.fine.keys(keys.shape[-1]).rounding_metric(metric, factorise)
     weights = None if attention is None else mx.array(attention_weights(attention))
     split = order.shape[1] - fine
     key_mean, value_mean = means or (_mean(keys[:, first:]), _mean(values[:, first:]))
@@ -63,7 +66,10 @@ def encode_layer(
         "key_mean": key_mean,
         "value_mean": value_mean,
     }
-    for prefix, some, codecs in (("", order[:, :split], codec), ("fine_", order[:, split:], codec.fine)):
+    for prefix, some, codecs, rounding_metric in (
+        ("", order[:, :split], codec, coarse_metric),
+        ("fine_", order[:, split:], codec.fine, fine_metric),
+    ):
         for name, x, vector_codec, mean, in_metric in (
             ("key", keys, codecs.keys(keys.shape[-1]), key_mean, rounding_metric),
             ("value", values, codecs.values(values.shape[-1]), value_mean, None),

@@ -15,6 +15,7 @@ import pytest
 
 from tests import ROOT
 from turboquant import CacheCodec
+from turboquant.attention import dispatch
 from turboquant.attention import gpu as attention_gpu
 from turboquant.kernels import (
     compiled_files,
@@ -337,3 +338,15 @@ def test_nothing_is_remembered_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None
     trials.remember("kernels", CacheCodec(), 0.0)
     assert not trials.remembered("kernels", CacheCodec(), 1.0)
     assert compiled_files.compiled_files().folder.name == "kernels"
+
+
+@pytest.mark.parametrize("codec", [CacheCodec(), CacheCodec(2, 3, coding="trellis"), CacheCodec(16, 16)])
+def test_kernels_are_compiled_ahead_for_every_codec(codec: CacheCodec, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that compresses nothing has no kernels: a job with 16 bits failed on CUDA."""
+    compiled: list[Any] = []
+    monkeypatch.setattr(dispatch, "on_cpu", lambda: False)
+    for module in (dispatch, attention_gpu, encoding_gpu, trellis_search):
+        monkeypatch.setattr(module, "gpu", lambda: "cuda")
+    monkeypatch.setattr(dispatch, "compile_ahead", compiled.extend)
+    dispatch.prepare_kernels(codec, 64, mx.float16)
+    assert bool(compiled) != codec.is_uncompressed

@@ -16,6 +16,7 @@ from turboquant.attention import cpu, reference
 from turboquant.kernels.encoding import encode_layer
 from turboquant.quant.cache_codec import dump_codec, parse_codec
 from turboquant.quant.codec import Codec
+from turboquant.quant.query_stats import QueryCollector
 from turboquant.quant.trellis import BLOCK, CODES, TrellisCodec
 from turboquant.quant.viterbi import NODE_BITS, search
 
@@ -200,6 +201,20 @@ def test_attention_over_a_layer_is_that_over_its_decoded_tokens(attend: Any) -> 
     found = attend(queries, layer, 0.2)
     assert np.allclose(found.output, expected.output, atol=2e-5)
     assert np.allclose(found.logsumexp, expected.logsumexp, atol=2e-5)
+
+
+def test_finer_tokens_are_those_of_scalar_codes() -> None:
+    """Coordinates of trellis codes are rounded in another order, and so is their metric."""
+    codecs = [CacheCodec(2, 2, extra_bits=1.0, coding=coding) for coding in ("scalar", "trellis")]
+    tokens = next(n for n in range(300, 500) if len({codec.fine_tokens(n, True) for codec in codecs}) == 1)
+    queries = QueryCollector(tokens)
+    queries.add(vectors(1, 4, tokens, 32) * mx.linspace(0.2, 3, 32), 2, 0, 0.2)
+    scalar, trellis = (
+        encode_layer(vectors(2, tokens, 32), vectors(2, tokens, 32), codec, queries.statistics()) for codec in codecs
+    )
+    assert trellis.keys.tokens >= BLOCK
+    for name in ("fine_key_codes", "fine_key_scales", "fine_value_codes", "fine_value_scales", "key_mean"):
+        assert mx.array_equal(trellis.tensors()[name], scalar.tensors()[name]), name
 
 
 def test_a_layer_of_broken_blocks_is_refused() -> None:
