@@ -4,7 +4,8 @@ The first kernel rotates the queries, looks codes up in tables and multiplies in
 works on a split of the tokens. The second kernel merges the splits and rotates back. Together they compute the same as
 ``attend_layer`` of reference.py, which is used for layers of sizes that the kernels do not support. Their text is
 ``codes.h``, ``tiles.h``, ``attend.h`` and ``merge.h`` in ``kernels/text/``. NVIDIA's Hopper GPUs have another first
-kernel for many queries: ``attend_many.h``, ``many.h`` and ``hopper.h``.
+kernel for many queries: ``attend_many.h``, ``many.h`` and ``hopper.h``. For layers in trellis codes, the same kernels
+have other functions for the coarse tokens: ``trellis.h``, ``trellis_tiles.h`` and ``trellis_many.h``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from numpy.typing import NDArray
 
 from turboquant.attention import reference as attention
 from turboquant.attention.reference import Partial
+from turboquant.attention.trellis_tables import PAIRS, pairs_of_levels
 from turboquant.kernels import trials
 from turboquant.kernels.encoding import encode_layer
 from turboquant.kernels.kernel_text import Input, Launch
@@ -28,6 +30,7 @@ from turboquant.quant.cache_codec import CacheCodec
 from turboquant.quant.codebook import lloyd_max
 from turboquant.quant.layer import EncodedLayer
 from turboquant.quant.packing import PLANES
+from turboquant.quant.trellis import BLOCK, TrellisCodec
 
 HEAD_DIMS = (64, 128, 256)
 WARPS = 4  # SIMD-groups a thread-group
@@ -37,6 +40,8 @@ GROUPS = {1: 528, 2: 264, 4: 264}  # thread-groups wanted, by tiles: as many as 
 SPACED = 64  # words between entries of tables, where there is room; see codes.h
 HELD_WARPS, HELD_GROUPS = 8, 264  # with such tables, which take 64 KB, for up to 8 queries and many tokens
 MANY, MANY_QUERIES, MANY_GROUPS = 32, 64, 264  # more queries than the first number are taken 64 at a time on Hopper
+TABLE_COPIES, FEW_COPIES = 32, 8  # of the table of pairs of levels of trellis codes: on Hopper, and at most elsewhere
+TRELLIS_WARPS, TRELLIS_TEAMS, TRELLIS_GROUPS = 16, 2, 132  # on Hopper: 32 copies take 128 KB, so one fits on a core
 BLOCK_WORDS = 40  # of 8 tokens' 8 coordinates in a tile, with a gap; see many.h
 PARTS = {64: 4, 128: 2, 256: 1}  # a merging thread-group's threads, by coordinates: as its registers allow
 MOST_SPLITS = 256  # no more than a merging thread-group has threads
@@ -98,9 +103,8 @@ def _attend(
     constants = layer.derived or _constants(layer)
     counts = (layer.keys.tokens, layer.fine_keys.tokens, layer.sink_keys.shape[1])
     suffix = () if own is None else tuple(own)
-    plan = _plan(
-        queries.shape, layer.key_mean.shape[0], counts, scale, _kernel_bits(layer.codec), queries.dtype, suffix
-    )
+    bits, trellis = _kernel_bits(layer.codec), isinstance(layer.key_codec, TrellisCodec)
+    plan = _plan(queries.shape, layer.key_mean.shape[0], counts, scale, bits, trellis, queries.dtype, suffix)
     (partials,) = launch(plan.attend, [queries, *constants.values(), plan.numbers])
     return launch(plan.merge, [partials, constants["constants"], plan.numbers, *(own or {}).values()])
 
@@ -109,10 +113,10 @@ def supports(layer: EncodedLayer) -> bool:
     """Return whether the kernels support a layer's sizes and its codec, and work on this device."""
     if layer.derived:  # by a kernel's first call
         return True
-    if layer.codec.is_uncompressed or layer.codec.coding == "trellis":
+    if layer.codec.is_uncompressed:
         return False
     dim = layer.key_mean.shape[-1]
-    return dim in HEAD_DIMS and layer.value_mean.shape[-1] == dim and usable(layer.codec, dim)
+    return bool(_kinds(layer.codec, dim)) and layer.value_mean.shape[-1] == dim and usable(layer.codec, dim)
 
 
 @functools.cache
@@ -120,7 +124,7 @@ def usable(codec: CacheCodec, dim: int) -> bool:
     """Return whether the kernels run on this device and agree with attention/reference.py. They are tried once."""
 
     def error() -> float:
-        many_too = MANY_KIND in _kinds(dim)  # asked before the CPU becomes the default device
+        many_too = not _kinds(codec, dim)[-1].tiles  # asked before the CPU becomes the default device
         with mx.stream(mx.cpu):  # on the GPU, MLX would compile kernels for these operations, for a minute
             keys, values, queries = (
                 mx.random.normal((*shape, dim), key=mx.random.key(i)) for i, shape in enumerate(_TRIED)
@@ -162,18 +166,20 @@ def _plan(
     counts: tuple[int, int, int],
     scale: float,
     bits: Bits,
+    trellis: bool,
     dtype: mx.Dtype,
     suffix: tuple[str, ...],
 ) -> _Plan:
     batch, n_heads, length, dim = shape
     rows = batch * (n_heads // n_kv_heads) * length
-    kind = _kind(rows, dim, counts[0])
+    kind = _trellis_kind(rows) if trellis else _kind(rows, dim, counts[0])
     blocks = -(-rows // kind.queries)
-    most = max(1, min(kind.groups // (n_kv_heads * blocks), MOST_SPLITS))
-    splits = max(1, min(most, -(-counts[0] // (32 * kind.warps))))
+    most = kind.teams * max(1, min(kind.groups // (n_kv_heads * blocks), MOST_SPLITS // kind.teams))
+    splits = max(1, min(most, -(-counts[0] // (BLOCK if trellis else 32 * kind.warps))))
     fine_splits = -(-counts[1] // 64)
     if splits + fine_splits > most:
         fine_splits = 0  # all splits share the finer tokens out
+    splits += -(splits + fine_splits) % kind.teams
     attend = _attend_launch(bits, dim, kind, (splits + fine_splits, n_kv_heads, blocks), rows)
     sizes = [batch, n_heads, n_kv_heads, length, *counts, splits + fine_splits, fine_splits]
     numbers = np.zeros(SIZES + 2, np.int32)
@@ -189,7 +195,9 @@ class _Kind:
     """A kind of the first kernel.
 
     tiles: of 8 queries, which a thread-group attends; 0 in attend_many.h. queries: their number. groups: thread-groups
-    wanted. warps: SIMD-groups of a thread-group. held: queries are held in registers, and tables are SPACED.
+    wanted. warps: SIMD-groups that share a split out. held: queries are held in registers, and tables are SPACED.
+    trellis: for layers in trellis codes, most copies of their table. teams: of so many SIMD-groups in a thread-group,
+    each with its own split.
     """
 
     tiles: int
@@ -197,10 +205,15 @@ class _Kind:
     groups: int
     warps: int = WARPS
     held: bool = False
+    trellis: int = 0
+    teams: int = 1
 
 
 MANY_KIND = _Kind(0, MANY_QUERIES, MANY_GROUPS)
 HELD_KIND = _Kind(1, 8, HELD_GROUPS, HELD_WARPS, held=True)
+TRELLIS_KIND = _Kind(1, 8, TRELLIS_GROUPS, TRELLIS_WARPS, trellis=TABLE_COPIES)
+TRELLIS_MANY_KIND = _Kind(0, MANY_QUERIES, TRELLIS_GROUPS, trellis=TABLE_COPIES, teams=TRELLIS_TEAMS)
+SMALL_TRELLIS_KIND = _Kind(1, 8, GROUPS[1], trellis=FEW_COPIES)
 
 
 def _of_tiles(tiles: int) -> _Kind:
@@ -217,24 +230,42 @@ def _kind(rows: int, dim: int, tokens: int) -> _Kind:
     return _of_tiles(1 if rows <= 8 or dim == 256 else FEW_TILES if tokens <= FEW_TOKENS else TILES)
 
 
-def _kinds(dim: int) -> list[_Kind]:
-    """Return all kinds for a head_dim, the one for few queries and few tokens first."""
+def _trellis_kind(rows: int) -> _Kind:
+    """Choose the first kernel for so many queries of each KV head, and trellis codes."""
+    if not is_hopper():
+        return SMALL_TRELLIS_KIND
+    return TRELLIS_KIND if rows <= TRELLIS_KIND.queries else TRELLIS_MANY_KIND
+
+
+def _kinds(codec: CacheCodec, dim: int) -> list[_Kind]:
+    """Return all kinds for a codec and a head_dim, the one for few queries and few tokens first."""
+    in_trellis = {isinstance(own, TrellisCodec) for own in (codec.keys(dim), codec.values(dim))}
+    if dim not in HEAD_DIMS or len(in_trellis) > 1:
+        return []
+    on_hopper = dim <= 128 and is_hopper()
+    if in_trellis == {True}:
+        return [] if dim == 256 else [TRELLIS_KIND, TRELLIS_MANY_KIND] if on_hopper else [SMALL_TRELLIS_KIND]
     found = [_of_tiles(tiles) for tiles in ((1,) if dim == 256 else (1, FEW_TILES, TILES))]
-    return [*found, HELD_KIND, MANY_KIND] if dim <= 128 and is_hopper() else found
+    return [*found, HELD_KIND, MANY_KIND] if on_hopper else found
 
 
 def _attend_launch(bits: Bits, dim: int, kind: _Kind, groups: tuple[int, int, int], rows: int) -> Launch:
     splits, n_kv_heads, _ = groups
     constants = _defined(bits, dim, kind)
     dynamic = "DYNAMIC_SHARED" in dict(constants)
+    headers: tuple[str, ...] = ("layout.h", "codes.h", "tiles.h")
+    if not kind.tiles:
+        headers = ("hopper.h", "layout.h", "codes.h", "many.h")
+    if kind.trellis:
+        headers += ("trellis.h", "trellis_tiles.h" if kind.tiles else "trellis_many.h")
     return Launch(
         "attend" if kind.tiles else "attend_many",
         constants,
         INPUTS,
         (("partials", (n_kv_heads, splits, rows, dim + 4), mx.float32),),
-        groups,
-        32 * kind.warps,
-        ("layout.h", "codes.h", "tiles.h") if kind.tiles else ("hopper.h", "layout.h", "codes.h", "many.h"),
+        (-(-splits // kind.teams), *groups[1:]),
+        32 * kind.warps * kind.teams,
+        headers,
         shared_bytes=4 * int(dict(constants)["SHARED_WORDS"]) if dynamic else 0,
     )
 
@@ -244,7 +275,7 @@ def variants(codec: CacheCodec, dim: int, dtype: mx.Dtype) -> list[Variant | Non
 
     The kernels for the trial are included, unless its result is remembered.
     """
-    if dim not in HEAD_DIMS:
+    if not _kinds(codec, dim):
         return []
     kinds = dict.fromkeys((*INPUTS, *MERGE_INPUTS), (mx.float16, 3))
     kinds |= {name: (mx.uint32, 3) for name in INPUTS if name.endswith("codes")}
@@ -256,7 +287,8 @@ def variants(codec: CacheCodec, dim: int, dtype: mx.Dtype) -> list[Variant | Non
     for queries in dict.fromkeys((dtype, *trial)):
         kinds |= dict.fromkeys(("queries", "keys", "values"), (queries, 4))
         of_trial = queries != dtype  # few queries, or many, and no mask
-        kernels = [kind for kind in _kinds(dim) if not of_trial or kind in (_of_tiles(1), MANY_KIND)]
+        tried = (_of_tiles(1), MANY_KIND)
+        kernels = [kind for kind in _kinds(codec, dim) if not of_trial or kind.trellis or kind in tried]
         launches = [_attend_launch(bits, dim, kind, (1, 1, 1), 1) for kind in kernels]
         for suffix in ((), OWN[:3]) if of_trial else ((), OWN[:3], OWN):
             launches.append(_merge((1, 1, 1, dim), 1, queries, suffix))
@@ -298,13 +330,14 @@ def _kernel_bits(codec: CacheCodec) -> Bits:
 def _defined(bits: Bits, dim: int, kind: _Kind) -> tuple[tuple[str, int], ...]:
     """Return the constants that are compiled into the kernel."""
     most = SHARED_WORDS[gpu()]
-    if kind.held:
+    large = kind.held or kind.trellis == TABLE_COPIES  # more memory than a text may declare
+    if large and kind.tiles:
         copies = fine_copies = SPACED
         tables = [SPACED * 256]
     else:
         copies, fine_copies = (_copies(*pair, most) if kind.tiles else 32 for pair in (bits[:2], bits[2:]))
         tables = [_entries(*pair) * n for pair, n in ((bits[:2], copies), (bits[2:], fine_copies))]
-    common = (
+    common: tuple[tuple[str, int], ...] = (
         ("DIM", dim),
         ("THREADS", 32 * kind.warps),
         ("KEY_BITS", bits[0]),
@@ -314,12 +347,24 @@ def _defined(bits: Bits, dim: int, kind: _Kind) -> tuple[tuple[str, int], ...]:
         ("COPIES", copies),
         ("FINE_COPIES", fine_copies),
         ("HEADROOM", HEADROOM),
+        ("TRELLIS", int(kind.trellis > 0)),
     )
+    pairs_words = 0
+    if kind.trellis:
+        table_copies = next(n for n in (32, 8, 4) if n <= kind.trellis and (large or n * PAIRS + 4 * dim <= most))
+        common += (("TABLE_COPIES", table_copies),)
+        pairs_words = table_copies * PAIRS
     if not kind.tiles:
-        tile = BLOCK_WORDS * dim  # of 64 tokens; two tiles, their scales and tables are shared
-        sizes = ("BLOCK_WORDS", BLOCK_WORDS), ("TILE_WORDS", tile), ("SHARED_WORDS", 2 * tile + 4 * 64 + max(tables))
-        return *common, *sizes, ("DYNAMIC_SHARED", 1)
+        tile = BLOCK_WORDS * dim  # of 64 tokens; a team has two, their scales, and tables
+        words = kind.teams * (2 * tile + 4 * 64) + (pairs_words or max(tables))
+        sizes = ("BLOCK_WORDS", BLOCK_WORDS), ("TILE_WORDS", tile), ("SHARED_WORDS", words)
+        return *common, *sizes, ("TEAMS", kind.teams), ("DYNAMIC_SHARED", 1)
     stride = dim + 8  # padded, so that lanes seldom read the same bank of memory
+    words = max(8 * kind.tiles * stride, *tables)
+    if kind.trellis:  # a table, the queries again, and what SIMD-groups read ahead; or outputs of all SIMD-groups
+        stages, ahead = _stages(max(bits[:2]), dim) if large else (0, 0)
+        words = max(words, pairs_words + 4 * dim + kind.warps * ahead, kind.warps * 8 * stride)
+        common += (("STAGES", stages), ("STAGE_WORDS", ahead))
     found = (
         *common,
         ("TILES", kind.tiles),
@@ -327,10 +372,18 @@ def _defined(bits: Bits, dim: int, kind: _Kind) -> tuple[tuple[str, int], ...]:
         ("WARPS", kind.warps),
         ("STRIDE", stride),
         ("HELD", int(kind.held)),
-        ("SHARED_WORDS", max(8 * kind.tiles * stride, *tables)),
+        ("AT_A_TIME", kind.warps if kind.warps * 8 * kind.tiles * stride <= words else 1),
+        ("SHARED_WORDS", words),
     )
     # So many thread-groups fit by their memory, so registers are for as many.
-    return (*found, ("DYNAMIC_SHARED", 1), ("GROUPS_AT_ONCE", 2)) if kind.held else found
+    at_once = 2 if kind.held else 1
+    return (*found, ("DYNAMIC_SHARED", 1), ("GROUPS_AT_ONCE", at_once)) if large else found
+
+
+def _stages(bits: int, dim: int) -> tuple[int, int]:
+    """Return how many steps of blocks a SIMD-group has in shared memory, see trellis_tiles.h, and the words of all."""
+    stages = min(8 if bits == 2 else 4, dim // 16)
+    return stages, stages * 64 * bits + BLOCK  # with two scales of each token of a block
 
 
 def _copies(key_bits: int, value_bits: int, most: int) -> int:
@@ -353,6 +406,7 @@ def _constants(layer: EncodedLayer) -> dict[str, mx.array]:
         table = _table(bits)
         levels[row, : len(table)] = table
     largest = mx.maximum(_largest(layer.values.scales), _largest(layer.fine_values.scales))
+    pairs = [pairs_of_levels(own.bits) for own in (layer.key_codec, layer.value_codec) if isinstance(own, TrellisCodec)]
     rotation = layer.key_codec.rotation
     sinks = (rotation.forward(x) if x.size else x for x in (layer.sink_keys, layer.sink_values))
     of_layer = {
@@ -372,6 +426,7 @@ def _constants(layer: EncodedLayer) -> dict[str, mx.array]:
                 mx.array(levels).view(mx.float32).flatten(),
                 # Weighted values are halves, scaled up as far as none overflows, so that no small one is lost.
                 mx.minimum(1.0 / mx.maximum(largest, 1e-30), LARGEST_FACTOR),
+                *(mx.array(table).view(mx.float32) for table in pairs),
             ]
         ),
     }

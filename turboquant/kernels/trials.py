@@ -53,10 +53,15 @@ def _label(what: str, of: object) -> str:
 
     >>> _label("attention kernels", (CacheCodec(4, 3), 128))
     'attention kernels, 4/3 bits, 128'
+    >>> _label("attention kernels", (CacheCodec(4, 3, coding="trellis"), 128))
+    'attention kernels, 4/3 bits trellis, 128'
     """
     parts = () if of is None else of if isinstance(of, tuple) else (of,)
-    bits = (f"{part.key_bits}/{part.value_bits} bits" if isinstance(part, CacheCodec) else str(part) for part in parts)
-    return ", ".join((what, *bits))
+    return ", ".join((what, *(_bits(part) if isinstance(part, CacheCodec) else str(part) for part in parts)))
+
+
+def _bits(codec: CacheCodec) -> str:
+    return f"{codec.key_bits}/{codec.value_bits} bits" + ("" if codec.coding == "scalar" else f" {codec.coding}")
 
 
 def _key(what: str, of: object) -> str:

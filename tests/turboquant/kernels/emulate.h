@@ -24,6 +24,7 @@ typedef _Float16 half;
 #define BARRIER wait(group_gate, thread_count)
 #define DEVICE_BARRIER BARRIER
 #define LANES_MEET wait_for_lanes()
+#define TEAM_BARRIER wait(team_gates[current / 128], 128)
 #define THREAD_INDEX current
 #define GROUP_X group_place[0]
 #define GROUP_Y group_place[1]
@@ -31,12 +32,15 @@ typedef _Float16 half;
 #define EXP2(x) exp2f(x)
 #define LOG2(x) log2f(x)
 #define ABSOLUTE(x) fabsf(x)
+#define UNIFORM(x) (x)
 #define SQRT(x) sqrtf(x)
 #define MASKED_OR(x, mask, others) (((x) & (mask)) | (others))
 #define CHOSEN(x, y, mask) (((x) & (mask)) | ((y) & ~(mask)))
 #define PLACED_BYTE(word, i, others) (((word) >> (8 * (i)) & 0xff) << 8 | (others))
 #define EVEN_BYTES(x, y) (((x) & 0xffu) | ((x) >> 8 & 0xff00u) | ((y) & 0xffu) << 16 | ((y) << 8 & 0xff000000u))
 #define ODD_BYTES(x, y) EVEN_BYTES((x) >> 8, (y) >> 8)
+#define EVEN_PLACE(x, y, i) (((y) & 0xffu) | ((x) >> (8 * (i)) & 0xffu) << 8 | ((y) & 0xff0000u))
+#define ODD_PLACE(x, y, i) EVEN_PLACE(x, (y) >> 8, i)
 #define LOW_HALVES(x, y) (((x) & 0xffffu) | ((y) << 16))
 #define HIGH_HALVES(x, y) (((x) >> 16) | ((y) & 0xffff0000u))
 #define READ_8(from, to) memcpy(to, from, 8)
@@ -51,9 +55,11 @@ typedef _Float16 half;
 #ifdef METAL_LANES
 #define ROW(lane) (((lane) / 4 & 4) + (lane) / 2 % 4)
 #define COLUMN(lane) (((lane) / 4 & 2) * 2 + (lane) % 2 * 2)
+#define LANE(row, pair) (((row) & 4) << 2 | ((pair) & 2) << 2 | ((row) & 3) << 1 | ((pair) & 1))
 #else
 #define ROW(lane) ((lane) / 4)
 #define COLUMN(lane) ((lane) % 4 * 2)
+#define LANE(row, pair) ((row) * 4 + (pair))
 #endif
 
 // Store a number as whatever an array holds.
@@ -72,7 +78,7 @@ static jmp_buf scheduler, places[1024];  // not contexts, whose every change of 
 static Gate* closed[1024];               // the gate at which a thread waits
 static int closed_since[1024];
 static bool begun[1024], done[1024];
-static Gate group_gate, lane_gates[32];
+static Gate group_gate, lane_gates[32], team_gates[8];
 static Box boxes[1024];
 static int current, thread_count, group_place[3];
 
@@ -98,6 +104,33 @@ static void wait(Gate& gate, int count) {
 }
 
 static void wait_for_lanes() { wait(lane_gates[current / 32], 32); }
+
+// Copies that run while a thread does something else: here they happen as late as they may.
+struct Copy {
+    void* to;
+    const void* from;
+    int size;
+};
+struct Copies {
+    Copy of_group[16][16];
+    int sizes[16], begun, done;
+    void add(void* to, const void* from, int size) { of_group[begun % 16][sizes[begun % 16]++] = {to, from, size}; }
+    void end() { ++begun; }
+    void wait_for(int left) {
+        for (; done + left < begun; ++done) {
+            for (int i = 0; i < sizes[done % 16]; ++i) {
+                const Copy& copy = of_group[done % 16][i];
+                memcpy(copy.to, copy.from, copy.size);
+            }
+            sizes[done % 16] = 0;
+        }
+    }
+};
+static Copies copies_of[1024];
+#define COPY_8(to, from) copies_of[current].add(to, from, 8)
+#define COPY_16(to, from) copies_of[current].add(to, from, 16)
+#define END_COPIES copies_of[current].end()
+#define WAIT_FOR_COPIES(n) copies_of[current].wait_for(n)
 static int lane_at[8][8];  // by row and column
 static Box& box_at(int row, int column) { return boxes[current / 32 * 32 + lane_at[row][column]]; }
 static float half_of(u32 pair, int i) {
@@ -217,6 +250,11 @@ static void multiply_keys(float (&sums)[32], const u32 (&left)[4], const u32* ti
 static void multiply_values(float (&sums)[DIM / 2], const u32 (&left)[4], const u32* tile, int k) {
     group_multiply(sums, left, true, [&](int i, int n) { return of_tile(tile, 16 * k + i, n); });
 }
+static void multiply_pairs(float (&sums)[DIM / 2], const u32 (&left)[4], const u32* tile, int k) {
+    group_multiply(sums, left, true, [&](int i, int n) {
+        return half_of(tile[((2 * k + i / 8) * (DIM / 8) + n / 8) * BLOCK_WORDS + n % 8 * 4 + i % 8 / 2], i % 2);
+    });
+}
 #endif
 
 static u32 as_right_factor(u32 block) {
@@ -291,6 +329,7 @@ static Result run_all(int x, int y, int z, int threads) {
         group_place[0] = group % x, group_place[1] = group / x % y, group_place[2] = group / x / y;
         group_gate = Gate();
         for (Gate& gate : lane_gates) gate = Gate();
+        for (Gate& gate : team_gates) gate = Gate();
         for (int thread = 0; thread < threads; ++thread) closed[thread] = nullptr, done[thread] = false;
         int left = threads;
         while (left) {

@@ -45,7 +45,7 @@ def group_bytes(what: Launch) -> int:
 def launches(codec: CacheCodec, dim: int) -> list[Launch]:
     found = [
         attention_gpu._attend_launch(attention_gpu._kernel_bits(codec), dim, kind, (1, 1, 1), 1)
-        for kind in attention_gpu._kinds(dim)
+        for kind in attention_gpu._kinds(codec, dim)
     ]
     for suffix in ((), attention_gpu.OWN):
         found.append(attention_gpu._merge((1, 1, 1, dim), 1, mx.float16, suffix))
@@ -80,11 +80,11 @@ def test_two_thread_groups_fit_on_a_hopper_core(
 ) -> None:
     monkeypatch.setattr(attention_gpu, "gpu", lambda: "cuda")
     monkeypatch.setattr(attention_gpu, "is_hopper", lambda: True)
-    codec = attention_gpu._kernel_bits(CacheCodec(*bits))
-    kinds = [kind for kind in attention_gpu._kinds(dim) if kind.held or not kind.tiles]
+    bits_of_kernel = attention_gpu._kernel_bits(CacheCodec(*bits))
+    kinds = [kind for kind in attention_gpu._kinds(CacheCodec(*bits), dim) if kind.held or not kind.tiles]
     assert len(kinds) == 2
     for kind in kinds:
-        what = attention_gpu._attend_launch(codec, dim, kind, (1, 1, 1), 1)
+        what = attention_gpu._attend_launch(bits_of_kernel, dim, kind, (1, 1, 1), 1)
         declared = 4 * (kind.warps * 8 * 3 + 2 * 8 + 8 * dim // 2) if kind.tiles else 0
         assert 2 * (what.shared_bytes + declared + HOPPER_RESERVED) <= HOPPER_CORE
         assert kind.groups == 2 * 132
@@ -96,3 +96,18 @@ def test_eight_searches_of_keys_fit_on_a_hopper_core(bits: int) -> None:
     for dim in (64, 128, 256):
         what = trellis_search._search_launch(TrellisCodec(dim, bits), True, 1, 128)
         assert 8 * (group_bytes(what) + HOPPER_RESERVED) <= HOPPER_CORE
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("bits", [(2, 2), (4, 4), (3, 4)])
+def test_a_thread_group_for_trellis_codes_fits_on_a_hopper_core(
+    bits: tuple[int, int], dim: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_gpu, "is_hopper", lambda: True)
+    monkeypatch.setattr(attention_gpu, "gpu", lambda: "cuda")
+    codec = CacheCodec(*bits, coding="trellis")
+    for kind in attention_gpu._kinds(codec, dim):
+        what = attention_gpu._attend_launch(attention_gpu._kernel_bits(codec), dim, kind, (1, 1, 1), 1)
+        declared = 4 * (kind.warps * 8 * 3 + 2 * 8 + 8 * dim // 2) if kind.tiles else 0
+        assert what.shared_bytes + declared + HOPPER_RESERVED <= HOPPER_CORE
+        assert kind.groups == 132

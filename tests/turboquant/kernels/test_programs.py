@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import shutil
 from collections.abc import Iterator
 from importlib import resources
@@ -248,14 +249,14 @@ def test_what_is_compiled_ahead_is_what_is_launched(hopper: bool, monkeypatch: p
     monkeypatch.setattr(attention_gpu, "is_hopper", lambda: hopper)
     monkeypatch.setattr(attention_gpu, "FEW_TOKENS", 100)
     attention_gpu._plan.cache_clear()
-    codec = CacheCodec()
+    codec, trellis_codec = CacheCodec(), CacheCodec(2, 4, coding="trellis")
     random = np.random.default_rng(0)
     keys, values = (mx.array(random.normal(size=(2, 300, 64)).astype(np.float32)) for _ in range(2))
-    layer = encoding_gpu_layer(keys, values, codec)
+    layers = [encoding_gpu_layer(keys, values, each) for each in (codec, trellis_codec)]
     for module in (attention_gpu, encoding_gpu, query_stats_gpu, trellis_search):
         monkeypatch.setattr(module, "launch", record)
     dtype = mx.bfloat16
-    for rows in (1, 3, 9, 17):
+    for layer, rows in itertools.product(layers, (1, 3, 9, 17)):
         queries = mx.zeros((rows, 4, 1, 64), dtype)
         own = [Beginning(mx.zeros((rows, 2, 256, 64), dtype), 9) for _ in range(2)]
         for mask in (None, mx.ones((rows, 1, 1, 9), mx.bool_)):
@@ -268,7 +269,6 @@ def test_what_is_compiled_ahead_is_what_is_launched(hopper: bool, monkeypatch: p
     encoding_gpu.feedback(mx.zeros((2, 64, 64)))
     query_stats_gpu.squared_attention(mx.zeros((2, 6, 300)), (100, 200, 299), None, 4)
     monkeypatch.setattr(trellis_search, "gpu", lambda: "cuda")
-    trellis_codec = CacheCodec(2, 4, coding="trellis")
     for own in (trellis_codec.keys(64), trellis_codec.values(64)):
         metric = own.rounding_metric(np.eye(64)[None].repeat(2, 0)) if own.of == "keys" else None
         order = mx.zeros((2, 128), mx.int32)
@@ -292,6 +292,8 @@ def test_texts_are_whole_programs(dim: int, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(trellis_search, "gpu", lambda: "cuda")
     variants = all_variants(CacheCodec(), dim, mx.bfloat16)
     variants += trellis_search.variants(CacheCodec(coding="trellis"), dim, mx.bfloat16)
+    in_trellis = attention_gpu.variants(CacheCodec(4, 3, coding="trellis"), dim, mx.bfloat16)
+    assert bool(in_trellis) == (dim <= 128)
     names = {"attend", "merge", "encode", "feedback", "sample_sums", "sample_squares", "search", "units"}
     assert {variant.name for variant in variants} == names | ({"attend_many"} if dim <= 128 else set())
     for variant in variants:
@@ -304,7 +306,7 @@ def test_texts_are_whole_programs(dim: int, monkeypatch: pytest.MonkeyPatch) -> 
     except nvrtc.CannotCompile:
         return
     some = [variants[0], *(variant for variant in variants if variant.name in ("feedback", "attend_many", "search"))]
-    for variant in some[:5]:
+    for variant in (*some[:5], *filter(None, in_trellis[:2])):
         assert nvrtc.compile_cubin(programs.source(variant, "a_kernel")[0], "sm_90a").startswith(b"\x7fELF")
     with pytest.raises(nvrtc.CannotCompile, match="no_such_type"):
         nvrtc.compile_cubin("no_such_type x;", "sm_90a")

@@ -1,5 +1,6 @@
 // Attention of a block of queries over one split of a layer's tokens: a body of a kernel, see attention/gpu.py.
-// A thread-group has WARPS SIMD-groups, which share out the tokens; all attend the same TILES * 8 queries.
+// A thread-group has WARPS SIMD-groups, which share out the tokens; all attend the same TILES * 8 queries. If TRELLIS, the
+// coarse tokens are in trellis codes, and TILES is 1.
 
 const int index = THREAD_INDEX, lane = index % 32, warp = index / 32;
 const int split = GROUP_X, head = GROUP_Y, block = GROUP_Z;
@@ -25,6 +26,7 @@ SHARED u32 factors[ROWS * DIM / 2];  // the queries as they enter products
 SHARED_POINTER float* vectors = (SHARED_POINTER float*)shared;
 UNROLL for (int first = 0; first < ROWS; first += WARPS) {
     const int r = first + warp, own = block * ROWS + r, sequence = own / (repeats * length);
+    if (r >= ROWS) continue;
     const int at = (sequence * n_heads + head * repeats + own / length % repeats) * length + own % length;
     float x[DIM / 32], mean_score = 0;
     UNROLL for (int i = 0; i < DIM / 32; ++i) {
@@ -46,6 +48,12 @@ for (int at = warp; at < TILES * DIM / 16; at += WARPS) {
             right_factor_of(vectors + n * 8 * DIM, DIM, DIM / 4, 4 * k + 2 * i, settings[1], lane);
     }
 }
+#if TRELLIS
+SHARED_POINTER u32* in_order = shared + TABLE_WORDS;  // the queries again, with their coordinates in order
+for (int j = warp; j < DIM / 8; j += WARPS) {
+    in_order[j * 32 + lane] = right_factor_of(vectors, DIM, 2, 8 * j, settings[1], lane);
+}
+#endif
 BARRIER;
 Queries of_group;
 of_group.shared = factors;
@@ -67,8 +75,19 @@ Tokens tokens;
 tokens.value_factor = constants[VALUE_FACTORS(n_kv_heads) + head];
 tokens.set<KEY_BITS, VALUE_BITS>(key_codes, key_scales, value_codes, value_scales, head, counts[0]);
 const int coarse_splits = splits - fine_splits;  // without splits for finer tokens alone, all share these out too
+#if TRELLIS
+if (split < coarse_splits && counts[0]) {  // the same for all threads
+    attend_blocks<KEY_BITS, VALUE_BITS>(
+        state, in_order, mean_scores[0], tokens, (GLOBAL const u32*)(constants + TRELLIS_PAIRS(n_kv_heads)), shared,
+        in_order + DIM * 4 + warp * STAGE_WORDS, split, coarse_splits, counts[0] / 128, index);
+    BARRIER;
+    reorder(state, vectors + warp * 8 * STRIDE, lane);
+    BARRIER;
+}
+#else
 attend_split<KEY_BITS, VALUE_BITS, COPIES, true>(
     state, of_group, mean_scores, tokens, levels, shared, split, coarse_splits, counts[0], index);
+#endif
 const int fine_heads = n_kv_heads * (counts[1] < 16 ? 16 : counts[1]);
 tokens.set<FINE_KEY_BITS, FINE_VALUE_BITS>(
     fine_key_codes, fine_scales, fine_value_codes, fine_scales + fine_heads, head, counts[1]);
@@ -85,7 +104,7 @@ if (split == splits - 1) {
     attend_split<16, 16, 1, false>(state, of_group, mean_scores, tokens, levels, shared, 0, 1, counts[2], index);
 }
 
-// What the SIMD-groups found, put together: runs of DIM / 8 coordinates, with a gap behind each.
+// What the SIMD-groups found, put together, AT_A_TIME at a time: runs of DIM / 8 coordinates, with a gap behind each.
 UNROLL for (int n = 0; n < TILES; ++n) {
     UNROLL for (int i = 0; i < 2; ++i) {
         float total = over_rows_sum(state.total[n][i]), mean_share = over_rows_sum(state.mean_share[n][i]);
@@ -104,14 +123,14 @@ for (int r = index; r < ROWS; r += THREADS) {
     highest[r] = top;
 }
 BARRIER;
-for (int turn = 0; turn < WARPS; ++turn) {
-    if (warp == turn) {
+for (int turn = 0; turn < WARPS / AT_A_TIME; ++turn) {
+    if (warp / AT_A_TIME == turn) {
         UNROLL for (int n = 0; n < TILES; ++n) {
             UNROLL for (int i = 0; i < 2; ++i) {
                 int r = n * 8 + column + i;
                 float factor = state.highest[n][i] == -INFINITY ? 0.0f : EXP2(state.highest[n][i] - highest[r]);
                 UNROLL for (int m = 0; m < DIM / 16; ++m) {
-                    int at = r * STRIDE + row * (DIM / 8 + 1) + m * 2;
+                    int at = (warp % AT_A_TIME * ROWS + r) * STRIDE + row * (DIM / 8 + 1) + m * 2;
                     float one = state.output[n][m][i] * factor, other = state.output[n][m][i + 2] * factor;
                     vectors[at] = turn ? vectors[at] + one : one;
                     vectors[at + 1] = turn ? vectors[at + 1] + other : other;
@@ -124,7 +143,11 @@ for (int turn = 0; turn < WARPS; ++turn) {
 const int from = (head * splits + split) * rows + block * ROWS;
 const int here = rows - block * ROWS < ROWS ? rows - block * ROWS : ROWS;
 for (int i = index; i < here * DIM; i += THREADS) {
-    partials[(size_type)(from + i / DIM) * (DIM + 4) + i % DIM] = vectors[i / DIM * STRIDE + i % DIM + i % DIM / (DIM / 8)];
+    float sum = 0;
+    UNROLL for (int w = 0; w < AT_A_TIME; ++w) {
+        sum += vectors[(w * ROWS + i / DIM) * STRIDE + i % DIM + i % DIM / (DIM / 8)];
+    }
+    partials[(size_type)(from + i / DIM) * (DIM + 4) + i % DIM] = sum;
 }
 for (int r = index; r < here; r += THREADS) {
     float total = 0, mean_share = 0;

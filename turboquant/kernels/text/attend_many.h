@@ -1,9 +1,12 @@
 // Attention of 64 queries over one split of a layer's tokens, for GPUs with products of thread-groups (hopper.h): a body of
 // a kernel, see attention/gpu.py. Each of four SIMD-groups has 16 of the queries. All of them unpack 64 tokens at a time
 // into shared memory: values while the scores of their keys are computed, and the next keys while values are summed up.
+// If TRELLIS, the coarse tokens are in trellis codes, and TEAMS teams of four SIMD-groups share their table; each has its own
+// split.
 
-const int index = THREAD_INDEX, lane = index % 32, warp = index / 32;
-const int split = GROUP_X, head = GROUP_Y, block = GROUP_Z;
+const int team = UNIFORM(THREAD_INDEX / THREADS);
+const int index = THREAD_INDEX % THREADS, lane = index % 32, warp = index / 32;
+const int split = GROUP_X * TEAMS + team, head = GROUP_Y, block = GROUP_Z;
 const int n_heads = plan[1], n_kv_heads = plan[2], length = plan[3], splits = plan[7], fine_splits = plan[8];
 const int counts[3] = {plan[4], plan[5], plan[6]};  // tokens encoded, encoded finer, kept as they are
 const int repeats = n_heads / n_kv_heads, rows = plan[0] * repeats * length;
@@ -14,10 +17,14 @@ GLOBAL const u32* levels = (GLOBAL const u32*)(constants + LEVELS(n_kv_heads));
 
 GROUP_SHARED(shared);
 Tiles tiles;
-tiles.keys = shared;
-tiles.values = shared + TILE_WORDS;
-tiles.scales = (SHARED_POINTER float*)(shared + 2 * TILE_WORDS);
-SHARED_POINTER u32* tables = shared + 2 * TILE_WORDS + 256;
+tiles.keys = shared + team * (2 * TILE_WORDS + 256);
+tiles.values = tiles.keys + TILE_WORDS;
+tiles.scales = (SHARED_POINTER float*)(tiles.values + TILE_WORDS);
+SHARED_POINTER u32* tables = shared + TEAMS * (2 * TILE_WORDS + 256);
+#if TRELLIS
+if (counts[0]) fill_pairs<KEY_BITS, VALUE_BITS>(
+    tables, (GLOBAL const u32*)(constants + TRELLIS_PAIRS(n_kv_heads)), THREAD_INDEX, TEAMS * THREADS);
+#endif
 
 // Rotate the queries. A SIMD-group passes its own through shared memory.
 SHARED_POINTER int* places = (SHARED_POINTER int*)tiles.scales;  // of the queries in their array
@@ -60,12 +67,21 @@ Tokens tokens;
 tokens.value_factor = constants[VALUE_FACTORS(n_kv_heads) + head];
 tokens.set<KEY_BITS, VALUE_BITS>(key_codes, key_scales, value_codes, value_scales, head, counts[0]);
 const int coarse_splits = splits - fine_splits;  // without splits for finer tokens alone, all share these out too
+#if TRELLIS
+BARRIER;
+if (split < coarse_splits) {  // the same for all threads of a team
+    attend_halves<KEY_BITS, VALUE_BITS>(own, tokens, tiles, tables, split, coarse_splits, counts[0] / 128, index);
+}
+BARRIER;  // nobody reads the tables any more
+tables += team * (TABLE_WORDS / TEAMS);
+#else
 attend_share<KEY_BITS, VALUE_BITS, COPIES>(own, tokens, levels, tiles, tables, split, coarse_splits, counts[0], index);
+#endif
 const int fine_heads = n_kv_heads * (counts[1] < 16 ? 16 : counts[1]);
 tokens.set<FINE_KEY_BITS, FINE_VALUE_BITS>(
     fine_key_codes, fine_scales, fine_value_codes, fine_scales + fine_heads, head, counts[1]);
 const int fine_split = fine_splits ? split - coarse_splits : split;
-if (fine_split >= 0) {  // the same for all threads
+if (fine_split >= 0) {  // the same for all threads of a team
     attend_share<FINE_KEY_BITS, FINE_VALUE_BITS, FINE_COPIES>(
         own, tokens, levels + 512, tiles, tables, fine_split, fine_splits ? fine_splits : splits, counts[1], index);
 }

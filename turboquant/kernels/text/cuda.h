@@ -18,9 +18,12 @@
 #define GROUP_Z int(blockIdx.z)
 #define ROW(lane) ((lane) / 4)
 #define COLUMN(lane) ((lane) % 4 * 2)
+#define LANE(row, pair) ((row) * 4 + (pair))  // of a row and a pair of columns
 #define EXP2(x) fast_exp2(x)
 #define LOG2(x) log2f(x)
 #define ABSOLUTE(x) fabsf(x)
+// A number that is the same in all lanes: the compiler then knows it, and keeps addresses in registers of the SIMD-group.
+#define UNIFORM(x) __shfl_sync(0xffffffffu, x, 0)
 #define SQRT(x) sqrtf(x)
 // (x & mask) | others, in one instruction: written as C++ it would become a sum that takes two.
 #define MASKED_OR(x, mask, others) masked_or(x, mask, others)
@@ -30,6 +33,11 @@
 #define EVEN_BYTES(x, y) __byte_perm(x, y, 0x6420)
 #define ODD_BYTES(x, y) __byte_perm(x, y, 0x7531)
 #define LOW_HALVES(x, y) __byte_perm(x, y, 0x5410)
+// Byte i of x as the second byte, between bytes 0 and 2 of y, or bytes 1 and 3. The highest bits of y's bytes 2 and 3 are 0.
+#define EVEN_PLACE(x, y, i) permuted(x, y, 0xe604 | (i) << 4)
+#define ODD_PLACE(x, y, i) permuted(x, y, 0xf705 | (i) << 4)
+// Of the 128 threads that work together; see attend_many.h.
+#define TEAM_BARRIER asm volatile("bar.sync %0, 128;" ::"r"(int(threadIdx.x) / 128 + 1) : "memory")
 #define HIGH_HALVES(x, y) __byte_perm(x, y, 0x7632)
 #ifndef INFINITY
 #define INFINITY __int_as_float(0x7f800000)
@@ -53,9 +61,26 @@ FUNCTION void put(GLOBAL T* to, float x) { *to = T(x); }
 #define READ_FLOATS(from, to) \
     { float4 read_ = *(const float4*)(from); (to)[0] = read_.x; (to)[1] = read_.y; (to)[2] = read_.z; (to)[3] = read_.w; }
 
+// Copies of 8 or 16 bytes from arrays to shared memory, which run while the lane does something else. Lanes end groups of
+// them, and wait until all but the last n groups are there; LANES_MEET shows a lane what others have copied.
+#define COPY_8(to, from) COPY_AHEAD(8, "ca", to, from)
+#define COPY_16(to, from) COPY_AHEAD(16, "cg", to, from)
+#define COPY_AHEAD(size, cache, to, from) \
+    asm volatile("cp.async." cache ".shared.global [%0], [%1], " #size ";" \
+                 ::"r"(u32(__cvta_generic_to_shared(to))), "l"(from) : "memory")
+#define END_COPIES asm volatile("cp.async.commit_group;" ::: "memory")
+#define WAIT_FOR_COPIES(n) asm volatile("cp.async.wait_group %0;" ::"n"(n) : "memory")
+
 FUNCTION u32 masked_or(u32 x, u32 mask, u32 others) {
     u32 result;
     asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(x), "r"(mask), "r"(others));
+    return result;
+}
+
+// __byte_perm has no signs.
+FUNCTION u32 permuted(u32 x, u32 y, u32 which) {
+    u32 result;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(x), "r"(y), "r"(which));
     return result;
 }
 

@@ -70,3 +70,9 @@ FUNCTION void multiply_values(float (&sums)[DIM / 2], const u32 (&left)[4], cons
     const int row_of_blocks = DIM / 8 * BLOCK_WORDS;
     group_multiply<1>(sums, left, described(tile + 2 * k * row_of_blocks, row_of_blocks * 4, BLOCK_WORDS * 4), true);
 }
+
+// The same with tiles that have pairs of tokens side by side.
+FUNCTION void multiply_pairs(float (&sums)[DIM / 2], const u32 (&left)[4], const u32* tile, int k) {
+    const int row_of_blocks = DIM / 8 * BLOCK_WORDS;
+    group_multiply<0>(sums, left, described(tile + 2 * k * row_of_blocks, row_of_blocks * 4, BLOCK_WORDS * 4), true);
+}

@@ -5,4 +5,5 @@
 #define SIGNS(H) (2 * (H) * DIM)
 #define LEVELS(H) ((2 * (H) + 1) * DIM)
 #define VALUE_FACTORS(H) (LEVELS(H) + 4 * 256)
+#define TRELLIS_PAIRS(H) (VALUE_FACTORS(H) + (H))
 #define SIZES 16

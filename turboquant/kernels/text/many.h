@@ -135,7 +135,7 @@ FUNCTION void weigh(
 }
 
 // Attention over a split's share of `count` tokens of a kind. Its tables lie in `table`, one behind the other where they
-// differ; `levels` has those of keys, and behind 256 entries those of values. To be called by all threads.
+// differ; `levels` has those of keys, and behind 256 entries those of values. To be called by all threads of a team.
 template <int K_BITS, int V_BITS, int N>
 FUNCTION void attend_share(
     THREAD Rows& own, THREAD const Tokens& tokens, GLOBAL const u32* levels, THREAD const Tiles& tiles,
@@ -143,18 +143,18 @@ FUNCTION void attend_share(
     const int share = (count + 64 * splits - 1) / (64 * splits) * 64;
     const int stop = (split + 1) * share < count ? (split + 1) * share : count;
     int first = split * share;
-    if (first >= stop) return;  // the same for all threads
+    if (first >= stop) return;  // the same for all threads of a team
     Codes<K_BITS, V_BITS> codes;
     codes.read(tokens, first, stop, index);
     SHARED_POINTER u32* other = table + second_table<K_BITS, V_BITS, N>();
-    BARRIER;  // nobody reads what was in the tables and the tiles before
+    TEAM_BARRIER;  // nobody reads what was in the tables and the tiles before
     fill_table<K_BITS, N>(table, levels, index);
     if (V_BITS != K_BITS) fill_table<V_BITS, N>(other, levels + 256, index);
-    BARRIER;
+    TEAM_BARRIER;
     unpack<N>(codes.keys, tiles.keys, table, index);
     codes.write_scales(tokens, tiles.scales, index);
     SHOW_TO_PRODUCTS;
-    BARRIER;
+    TEAM_BARRIER;
     for (; first < stop; first += 64) {
         float scores[32];
         begin_products(scores);
@@ -166,7 +166,7 @@ FUNCTION void attend_share(
         wait_for_products(scores);
         u32 weights[4][4];
         weigh(own, scores, weights, tiles, stop - first, index % 32);
-        BARRIER;
+        TEAM_BARRIER;
         begin_products(own.output);
         UNROLL for (int k = 0; k < 4; ++k) multiply_values(own.output, weights[k], tiles.values, k);
         end_products();
@@ -176,6 +176,6 @@ FUNCTION void attend_share(
             SHOW_TO_PRODUCTS;
         }
         wait_for_products(own.output);
-        BARRIER;
+        TEAM_BARRIER;
     }
 }

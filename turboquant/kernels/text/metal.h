@@ -19,15 +19,19 @@
 // How a SIMD-group's lanes hold a matrix of 8 x 8.
 #define ROW(lane) (((lane) / 4 & 4) + (lane) / 2 % 4)
 #define COLUMN(lane) (((lane) / 4 & 2) * 2 + (lane) % 2 * 2)
+#define LANE(row, pair) (((row) & 4) << 2 | ((pair) & 2) << 2 | ((row) & 3) << 1 | ((pair) & 1))  // pair: of columns
 #define EXP2(x) metal::exp2(x)
 #define LOG2(x) metal::log2(x)
 #define ABSOLUTE(x) metal::fabs(x)
+#define UNIFORM(x) (x)
 #define SQRT(x) metal::sqrt(x)
 #define CHOSEN(x, y, mask) (((x) & (mask)) | ((y) & ~(mask)))
 #define PLACED_BYTE(word, i, others) (((word) >> (8 * (i)) & 0xffu) << 8 | (others))
 #define MASKED_OR(x, mask, others) (((x) & (mask)) | (others))
 #define EVEN_BYTES(x, y) (((x) & 0xffu) | ((x) >> 8 & 0xff00u) | ((y) & 0xffu) << 16 | ((y) << 8 & 0xff000000u))
 #define ODD_BYTES(x, y) EVEN_BYTES((x) >> 8, (y) >> 8)
+#define EVEN_PLACE(x, y, i) (((y) & 0xffu) | ((x) >> (8 * (i)) & 0xffu) << 8 | ((y) & 0xff0000u))
+#define ODD_PLACE(x, y, i) EVEN_PLACE(x, (y) >> 8, i)
 #define LOW_HALVES(x, y) (((x) & 0xffffu) | ((y) << 16))
 #define HIGH_HALVES(x, y) (((x) >> 16) | ((y) & 0xffff0000u))
 typedef uchar u8;

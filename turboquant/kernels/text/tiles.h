@@ -10,6 +10,19 @@ struct State {
     float highest[TILES][2];           // of the scores, in powers of two
     float total[TILES][2];             // of the weights; this and the next of this lane's rows only
     float mean_share[TILES][2];        // of the weights of those values whose mean was removed
+
+    // Make a query's highest score this one, if it is higher.
+    FUNCTION void raise(int n, int i, float most) {
+        if (most <= highest[n][i]) return;
+        const float fade = EXP2(highest[n][i] - most);
+        highest[n][i] = most;
+        total[n][i] *= fade;
+        mean_share[n][i] *= fade;
+        UNROLL for (int m = 0; m < DIM / 16; ++m) {
+            output[n][m][i] *= fade;
+            output[n][m][i + 2] *= fade;
+        }
+    }
 };
 
 // The token that stands in a row of a block: two of each four change places, so that lanes which read values together read
@@ -107,16 +120,7 @@ FUNCTION void attend_tile(
     if (in_any_lane(higher)) {
         UNROLL for (int n = 0; n < TILES; ++n) {
             UNROLL for (int i = 0; i < 2; ++i) {
-                const float highest = over_rows_max(scores[n][i] > scores[n][i + 2] ? scores[n][i] : scores[n][i + 2]);
-                if (highest <= state.highest[n][i]) continue;
-                float fade = EXP2(state.highest[n][i] - highest);
-                state.highest[n][i] = highest;
-                state.total[n][i] *= fade;
-                state.mean_share[n][i] *= fade;
-                UNROLL for (int m = 0; m < DIM / 16; ++m) {
-                    state.output[n][m][i] *= fade;
-                    state.output[n][m][i + 2] *= fade;
-                }
+                state.raise(n, i, over_rows_max(scores[n][i] > scores[n][i + 2] ? scores[n][i] : scores[n][i + 2]));
             }
         }
     }
@@ -151,7 +155,7 @@ FUNCTION void share_of(int split, int splits, int count, THREAD int& first, THRE
 
 // Attention of queries over a split's share of `count` tokens of a kind. Its tables lie in `shared`, one behind the other
 // where they differ; `levels` has those of keys, and behind 256 entries those of values. If AHEAD, a tile is read while
-// that before is worked on. To be called by all threads.
+// that before is worked on; the first is always read before tables are there. To be called by all threads.
 template <int K_BITS, int V_BITS, int N, bool AHEAD>
 FUNCTION void attend_split(
     THREAD State& state, THREAD Queries& queries, THREAD const float (&mean_scores)[TILES][2], THREAD Tokens& tokens,
@@ -160,8 +164,8 @@ FUNCTION void attend_split(
     share_of(split, splits, count, first, stop);
     if (first >= stop) return;  // the same for all threads
     Tile<K_BITS, V_BITS> tile, next;
-    first += 16 * (index / 32);
-    if (AHEAD && first < stop) next.read(tokens, first, stop, index % 32);
+    first += 16 * UNIFORM(index / 32);
+    if (first < stop) next.read(tokens, first, stop, index % 32);
     tokens.key_table = shared;
     tokens.value_table = shared + second_table<K_BITS, V_BITS, N>();
     if (K_BITS < 16) {
@@ -170,13 +174,11 @@ FUNCTION void attend_split(
         BARRIER;
     }
     for (; first < stop; first += 16 * WARPS) {
-        if (AHEAD) {
-            tile = next;
-            if (first + 16 * WARPS < stop) next.read(tokens, first + 16 * WARPS, stop, index % 32);
-        } else {
-            tile.read(tokens, first, stop, index % 32);
-        }
+        const bool more = first + 16 * WARPS < stop;
+        tile = next;
+        if (AHEAD && more) next.read(tokens, first + 16 * WARPS, stop, index % 32);
         attend_tile<K_BITS, V_BITS, N>(state, queries, mean_scores, tokens, tile, index % 32);
+        if (!AHEAD && more) next.read(tokens, first + 16 * WARPS, stop, index % 32);
     }
     BARRIER;
 }
