@@ -142,6 +142,7 @@ ALL = (
         "trellis",
         "fidelity.md",
         (
+            "benches.contracts --model {model} --data {data} --tokens 1500 4000 --json {json}",
             "benches.trellis_levels",
             "benches.trellis_encoder",
             "benches.trellis_attention",

@@ -70,6 +70,7 @@ def test_the_table_of_readme_has_the_figures() -> None:
         ("performance.md", "Decoding steps of rows on one context of 32,768", "eight-billion"),
         ("fidelity.md", "## SmolLM2-135M on real contracts", "fidelity"),
         ("fidelity.md", "## Other packages", "peers"),
+        ("fidelity.md", "## Trellis codes", "trellis"),
         ("scaling.md", "Driver, Ray and workers shared it", "ray-overhead"),
     ],
 )
