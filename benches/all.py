@@ -109,6 +109,14 @@ ALL = (
             "benches.transformers_cache {out}/jobs/{job}/job.yaml",
         ),
     ),
+    Figures(
+        "leases",
+        "trust.md",
+        (
+            f"pipeline.cli run jobs/leases.yaml --quiet --set model={{model}} {IN_OUT}",
+            f"pipeline.cli show jobs/leases.yaml --json --set model={{model}} {IN_OUT}",
+        ),
+    ),
     Figures("prefill", "performance.md", ("benches.prefill --model {model} --text {contract}",)),
     Figures(
         "step-parts",
