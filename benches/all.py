@@ -131,7 +131,7 @@ ALL = (
     Figures("kills", "measured.md", ("benches.kills",)),
     Figures("swaps", "running.md", ("benches.swaps",)),
     Figures("spoilt-stores", "measured.md", ("benches.mutate_store", "benches.mutate_store_files")),
-    Figures("many-segments", "performance.md", ("benches.many_segments",)),
+    Figures("many-segments", "running.md", ("benches.many_segments",)),
     Figures("spoilt-files", "measured.md", ("benches.fuzz_files",)),
     Figures("spoilt-jobs", "measured.md", ("benches.fuzz_jobs",)),
     Figures(
