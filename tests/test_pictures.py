@@ -13,6 +13,7 @@ from PIL import Image
 from benches import all as benches
 from docs import pictures, recordings
 from pipeline.commands.show import confidence
+from pipeline.job.job_file import load_job
 from pipeline.output.rows import Row
 from tests import ROOT
 
@@ -128,6 +129,10 @@ def test_the_picture_of_answers_shows_those_that_were_measured(name: str) -> Non
 def test_what_is_said_of_the_picture_is_on_it() -> None:
     text = (ROOT / "docs" / "trust.md").read_text(encoding="utf-8")
     said, found = text[: text.index("## Evidence")], pictures.rows("leases")
+    job = load_job(ROOT / "jobs" / "leases.yaml", [f"model={ROOT / 'jobs' / 'demo' / 'model'}"])
+    documents = sorted(file.name for file in Path(job.documents.path).iterdir())
+    asked = [(document, query.id) for document in documents for query in job.queries]
+    assert [(row["document_id"], row["query_id"]) for row in found] == asked
     shown = {f"{row['logprob_mean']:.2f}" for row in found}
     for row in found:
         for probability in (row["choice_probabilities"] or {}).values():
