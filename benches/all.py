@@ -109,6 +109,14 @@ ALL = (
             "benches.transformers_cache {out}/jobs/{job}/job.yaml",
         ),
     ),
+    Figures(
+        "leases",
+        "trust.md",
+        (
+            f"pipeline.cli run jobs/leases.yaml --quiet --set model={{model}} {IN_OUT}",
+            f"pipeline.cli show jobs/leases.yaml --json --set model={{model}} {IN_OUT}",
+        ),
+    ),
     Figures("prefill", "performance.md", ("benches.prefill --model {model} --text {contract}",)),
     Figures(
         "step-parts",
@@ -123,7 +131,7 @@ ALL = (
     Figures("kills", "measured.md", ("benches.kills",)),
     Figures("swaps", "running.md", ("benches.swaps",)),
     Figures("spoilt-stores", "measured.md", ("benches.mutate_store", "benches.mutate_store_files")),
-    Figures("many-segments", "performance.md", ("benches.many_segments",)),
+    Figures("many-segments", "running.md", ("benches.many_segments",)),
     Figures("spoilt-files", "measured.md", ("benches.fuzz_files",)),
     Figures("spoilt-jobs", "measured.md", ("benches.fuzz_jobs",)),
     Figures(

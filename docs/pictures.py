@@ -280,7 +280,37 @@ def growth() -> str:
     return bars("The cost of a document does not grow", note, columns, lines)
 
 
-DRAWN = {"speed": speed, "steps": steps, "fidelity": fidelity, "peers": peers, "stages": stages, "growth": growth}
+def store() -> str:
+    """Draw what the store costs a document, for few and many segments in it."""
+    found = rows("many-segments")
+    ways = {
+        "keep_job_ms": ("save and remove", "ours"),
+        "evicting_ms": ("save and evict", "ours-2"),
+        "saving_ms": ("save, empty store", "plain"),
+    }
+    lines = [
+        Line(name, colour, [(row["segments"], row[column]) for row in found]) for column, (name, colour) in ways.items()
+    ]
+    more = found[-1]["segments"] / found[0]["segments"]
+    factor = max(found[-1][column] / found[0][column] for column in ("keep_job_ms", "evicting_ms"))
+    title = f"{more:.0f} times the segments, {factor:.1f} times the work"
+    note = (
+        "What the store does for each document besides the model: it makes room, saves a small segment, and removes it "
+        "again or evicts another one. Two CPU cores."
+    )
+    x_axis = Axis("segments in the store", [row["segments"] for row in found], log=True)
+    return curves(title, note, x_axis, Axis("milliseconds for each document", (0, 2, 4, 6, 8)), lines)
+
+
+DRAWN = {
+    "speed": speed,
+    "steps": steps,
+    "fidelity": fidelity,
+    "peers": peers,
+    "stages": stages,
+    "growth": growth,
+    "store": store,
+}
 
 
 def main() -> None:

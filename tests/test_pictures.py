@@ -8,9 +8,13 @@ from itertools import takewhile
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from benches import all as benches
 from docs import pictures, recordings
+from pipeline.commands.show import confidence
+from pipeline.job.job_file import load_job
+from pipeline.output.rows import Row
 from tests import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -72,6 +76,7 @@ def test_the_table_of_readme_has_the_figures() -> None:
         ("fidelity.md", "## Other packages", "peers"),
         ("fidelity.md", "## Trellis codes", "trellis"),
         ("scaling.md", "Driver, Ray and workers shared it", "ray-overhead"),
+        ("running.md", "A store of many segments", "many-segments"),
     ],
 )
 def test_a_table_has_the_figures(page: str, words: str, name: str) -> None:
@@ -109,6 +114,36 @@ def test_the_terminal_shows_the_commands_of_readme() -> None:
     for command in ("init", "plan", "run"):
         assert f"$ pipeline {command} " in drawn
         assert f".venv/bin/pipeline {command} " in README[README.index("## Your data") :]
+
+
+@pytest.mark.parametrize("name", ["answers", "answers-dark"])
+def test_the_picture_of_answers_shows_those_that_were_measured(name: str) -> None:
+    with Image.open(pictures.PICTURES / f"{name}.png") as picture:
+        words = picture.info["Description"]
+    for row in pictures.rows("leases"):
+        shown = [row["answer"], confidence(Row(**row)), *(quotation["quote"] for quotation in row["evidence"])]
+        places = [words.find(one) for one in shown]
+        assert -1 not in places, f"run `python -m docs.screenshots SMOLLM2`: {shown}"
+        words = words[places[0] :]
+
+
+def test_what_is_said_of_the_picture_is_on_it() -> None:
+    text = (ROOT / "docs" / "trust.md").read_text(encoding="utf-8")
+    said, found = text[: text.index("## Evidence")], pictures.rows("leases")
+    job = load_job(ROOT / "jobs" / "leases.yaml", [f"model={ROOT / 'jobs' / 'demo' / 'model'}"])
+    documents = sorted(file.name for file in Path(job.documents.path).iterdir())
+    asked = [(document, query.id) for document in documents for query in job.queries]
+    assert [(row["document_id"], row["query_id"]) for row in found] == asked
+    shown = {f"{row['logprob_mean']:.2f}" for row in found}
+    for row in found:
+        for probability in (row["choice_probabilities"] or {}).values():
+            shown |= {f"{probability:.2f}", f"{probability:.5f}"}
+        if row["evidence"]:
+            text = (ROOT / "jobs" / "leases" / row["document_id"]).read_text(encoding="utf-8")
+            assert all(text[one["start"] : one["end"]] == one["quote"] for one in row["evidence"])
+    assert set(re.findall(r"-?\d+\.\d+", said)) <= shown
+    (deposit,) = (row for row in found if (row["document_id"], row["query_id"]) == ("house.txt", "deposit"))
+    assert "The landlord asks for no deposit." in deposit["evidence"][0]["quote"]
 
 
 def test_what_a_bench_prints_as_json_is_kept(tmp_path: Path) -> None:

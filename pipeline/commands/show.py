@@ -5,6 +5,7 @@ The parts that are finished can be shown while the job runs.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -28,6 +29,8 @@ LINES = 8  # the most lines of an answer in a table
 _LEAST_WIDTH = 24  # characters of a column of answers
 _MOST_ID_WIDTH = 24
 _GAP = 2  # characters between columns
+_CUT_FIRST = re.compile(r"^(\S{0,30}\s+|.)", re.DOTALL)  # in scripts without spaces, a character
+_CUT_LAST = re.compile(r"(\s+\S{0,30}|.)\Z", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -102,8 +105,8 @@ class AnswerTable:
         for quotation in row.evidence or ():
             quote, start, end = quotation["quote"], quotation["start"], quotation["end"]
             is_there = self._text[start:end] == quote  # the document may have changed since
-            before = self._text[max(0, start - SURROUNDINGS) : start] if is_there else ""
-            after = self._text[end : end + SURROUNDINGS] if is_there else ""
+            before = _last_words(self._text[max(0, start - SURROUNDINGS - 1) : start], SURROUNDINGS) if is_there else ""
+            after = _first_words(self._text[end : end + SURROUNDINGS + 1], SURROUNDINGS) if is_there else ""
             before, quote, after = (text.replace("\f", "\n") for text in (before, quote, after))  # the ends of pages
             passages.append(Passage(before, quote, after, quotation["occurrences"], quotation["page"]))
         return passages
@@ -188,20 +191,22 @@ def _cell(answers: AnswerTable, row: Row | None, console: Console, width: int, f
     for passage in answers.passages(row):
         quoted = Text.assemble(
             (f"» page {passage.page}: " if passage.page else "» ", "dim"),
-            (_last_words(_printable_text(passage.before)), "dim"),
+            (_last_words(_printable_text(passage.before), 40), "dim"),
             (_printable_text(passage.quote), "italic"),
-            (_first_words(_printable_text(passage.after)), "dim"),
+            (_first_words(_printable_text(passage.after), 40), "dim"),
         )
         wrapped = [*wrapped, *quoted.wrap(console, width, overflow="fold")]
     return Text("\n").join(wrapped)
 
 
-def _last_words(text: str) -> str:
-    return text[-40:].partition(" ")[2] if len(text) > 40 else text
+def _last_words(text: str, most: int) -> str:
+    """Return the end of a text, of that many characters at most, without the rest of a word that is cut."""
+    return _CUT_FIRST.sub("", text[-most - 1 :], 1) if len(text) > most else text
 
 
-def _first_words(text: str) -> str:
-    return text[:40].rpartition(" ")[0] if len(text) > 40 else text
+def _first_words(text: str, most: int) -> str:
+    """Return the beginning of a text in the same way."""
+    return _CUT_LAST.sub("", text[: most + 1], 1) if len(text) > most else text
 
 
 def _printable_text(text: str) -> str:

@@ -65,7 +65,8 @@ def make_job(
     try:
         if isinstance(cache := tree.setdefault("cache", {}), dict):
             cache.setdefault("dir", CACHE)
-        tree = _resolve(tree, "", folder, origin)
+        replaced = {override.partition("=")[0].strip() for override in overrides}  # these paths need not exist
+        tree = _resolve({key: value for key, value in tree.items() if key not in replaced}, "", folder, origin)
         tree.setdefault("name", name)
         for override in overrides:
             _apply(override, tree)

@@ -32,8 +32,9 @@ _WALKED_KEYS = {"properties", "items", "$defs", "definitions"}
 class Quotation(TypedDict):
     """A quotation and its place in the text column of its document.
 
-    start, end: offsets in characters of its first occurrence. occurrences: how often the text has it. page: the page on
-    which it begins, from 1, if the text has pages, each of which ends with a form feed.
+    start, end: offsets in characters of its first occurrence. occurrences: how often the text has it, in whole words if
+    it has any such. page: the page on which it begins, from 1, if the text has pages, each of which ends with a form
+    feed.
     """
 
     quote: str
@@ -52,10 +53,18 @@ class Passages:
 
 
 def located(quote: str, text: str, start: int = 0) -> Quotation:
-    """Return a quotation with its first place in the text from ``start`` on. Raises ValueError if it has none."""
-    begin = text.index(quote, start)
+    """Return a quotation with its first place in the text from ``start`` on. Raises ValueError if it has none.
+
+    A place that begins or ends inside a word, as "no" in "not", counts only if there is no other.
+    """
+    ends = ("" if _UNSPACED.search(quote) else r"\b" * bool(re.match(r"\w", end)) for end in (quote[:1], quote[-1:]))
+    places = [found.start() for found in re.finditer(re.escape(quote).join(ends), text)]
+    begin = next((place for place in places if place >= start), None)
+    if begin is None:
+        begin = text.index(quote, start)
     page = text.count("\f", 0, begin) + 1 if "\f" in text else None
-    return Quotation(quote=quote, start=begin, end=begin + len(quote), occurrences=text.count(quote), page=page)
+    occurrences = len(places) or text.count(quote)
+    return Quotation(quote=quote, start=begin, end=begin + len(quote), occurrences=occurrences, page=page)
 
 
 def grammar(passages: Passages) -> str:

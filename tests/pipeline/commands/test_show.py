@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from pipeline.commands.show import SURROUNDINGS, AnswerTable
+from pipeline.job.job_file import load_job
 from pipeline.models.quotations import located
 from pipeline.output.results import Results
 from pipeline.output.rows import Row
@@ -300,6 +302,26 @@ def test_a_page_shows_evidence_one_click_away(browser: Any, with_evidence: Workp
     assert 'so" on It ended on 3 May 2021. It ended' in page.query_selector("details").inner_text()
     assert visible(page, "small") == ["log-probability -0.25, at least -1.50", "probability 0.94"]
     page.close()
+
+
+@pytest.mark.parametrize(
+    ("text", "before", "after"),
+    [
+        ("unless " * 60 + "HERE" + " otherwise" * 60, "unless " * 22, " otherwise" * 16),
+        ("契" * 300 + "HERE" + "約" * 300, "契" * SURROUNDINGS, "約" * SURROUNDINGS),
+        ("It is HERE now.", "It is ", " now."),
+    ],
+)
+def test_no_word_around_a_quotation_is_cut(workplace: Workplace, text: str, before: str, after: str) -> None:
+    workplace.documents = {"d0": text}
+    workplace.queries = [{"id": "where", "text": "Where?", "evidence": True}]
+    workplace.save()
+    with Results(workplace.output) as results:
+        results.commit({"d0": [replace(ok("d0", "where", "Here."), evidence=[located("HERE", text)])]})
+    answers = AnswerTable(load_job(workplace.job_file))
+    ((_, rows),) = answers
+    (passage,) = answers.passages(rows["where"])
+    assert (passage.before, passage.after) == (before, after)
 
 
 @pytest.mark.parametrize("document_id", ["d0", "d1"])

@@ -17,6 +17,7 @@ from pipeline.inputs.documents import Document
 from pipeline.inputs.prompts import PromptTokenizer, Renderer
 from pipeline.job.job import Documents, Prompt
 from pipeline.models.loading import load_model
+from pipeline.models.quotations import located
 from tests.pipeline.workplace import Workplace
 
 _SCHEMA = {
@@ -43,9 +44,24 @@ def _check_evidence(row: dict[str, Any], text: str) -> int:
     """Assert that all quotations of a row are at their places; return how many there are."""
     for quotation in row["evidence"] or []:
         assert text[quotation["start"] : quotation["end"]] == quotation["quote"]
-        assert quotation["occurrences"] == text.count(quotation["quote"])
+        assert 1 <= quotation["occurrences"] <= text.count(quotation["quote"])
         assert quotation["page"] is None
     return len(row["evidence"] or [])
+
+
+@pytest.mark.parametrize(
+    ("quote", "text", "start", "place", "occurrences"),
+    [
+        ("no", "It is not now, and there is no cat, no dog.", 0, 28, 2),  # not in "not", where its letters are first
+        ("no", "It is not now, and there is no cat, no dog.", 30, 36, 2),
+        ("no", "nothing is noted", 0, 0, 2),
+        ("(no", "not (no) (none)", 0, 4, 1),
+        ("首都", "東京都は日本の首都です。首都。", 0, 7, 2),
+    ],
+)
+def test_a_quotation_is_found_in_whole_words(quote: str, text: str, start: int, place: int, occurrences: int) -> None:
+    found = located(quote, text, start)
+    assert (found["start"], found["end"], found["occurrences"]) == (place, place + len(quote), occurrences)
 
 
 def test_every_quotation_is_at_its_place_in_the_document(workplace: Workplace) -> None:

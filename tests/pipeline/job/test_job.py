@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from contextlib import suppress
@@ -168,6 +169,13 @@ def test_overrides_reach_into_sections_that_the_file_leaves_out(job_file: Path) 
     assert job.generation.max_tokens == 7
     assert job.queries[0].text == "Why = how?"
     assert job.prompt.system is None
+
+
+def test_a_path_that_is_overridden_need_not_exist(job_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    job_file.write_text(re.sub("^model: .*", "model: ../gone", job_file.read_text(), flags=re.MULTILINE))
+    assert "model: there is no folder" in message(job_file)
+    assert load_job(job_file, [f"model={tmp_path / 'model'}"]).model == str(tmp_path / "model")
 
 
 def test_the_last_override_of_a_key_wins(job_file: Path) -> None:
