@@ -17,7 +17,7 @@ from turboquant.quant.codec import Codec, Encoded
 from turboquant.quant.layer import EncodedLayer
 from turboquant.quant.query_stats import QueryStatistics
 from turboquant.quant.rounding import RoundingMetric
-from turboquant.runtime.device import array_module, on_cpu
+from turboquant.runtime.device import array_module, as_float32, on_cpu
 
 # Tokens that are encoded at a time, so that temporary float32 arrays stay small; a GPU needs more to be busy.
 ENCODE_TILE, GPU_ENCODE_TILE = 4096, 1 << 14
@@ -43,10 +43,12 @@ def encode_layer(
     if codec.is_uncompressed:
         codec = replace(codec, sinks=keys.shape[1])
     means = None if parent is None else (parent.key_mean, parent.value_mean)
-    finite = mx.isfinite(keys).all() & mx.isfinite(values).all()
-    mx.async_eval(finite)  # type: ignore[no-untyped-call]
     if on_cpu():  # where NumPy computes, and may fail on other numbers
+        finite: Any = all(np.isfinite(as_float32(np, x)).all() for x in (keys, values))
         _require_finite(finite)
+    else:
+        finite = mx.isfinite(keys).all() & mx.isfinite(values).all()
+        mx.async_eval(finite)  # type: ignore[no-untyped-call]
     first = min(codec.sinks, keys.shape[1])
     metric, _, order, fine = order_tokens(keys, codec, queries)
     rounding_metric = None
@@ -73,7 +75,7 @@ def encode_layer(
     return EncodedLayer.from_tensors(tensors, codec)
 
 
-def _require_finite(finite: mx.array) -> None:
+def _require_finite(finite: mx.array | bool) -> None:
     if not finite:
         raise ValueError("K/V hold numbers that are not finite: the model overflows on this context")
 
