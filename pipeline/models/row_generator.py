@@ -15,9 +15,12 @@ import mlx.core as mx
 from pipeline.models.mlx_lm_internals import BatchGenerator, generate_step, generation_stream, greedy_sampler
 from turboquant import Prefix
 from turboquant.mlx_lm.families import Batching
-from turboquant.runtime.device import wait_on_gpu
+from turboquant.runtime.device import on_cpu, wait_on_gpu
 
 Sampler = Callable[[mx.array], mx.array]
+# Rows that are prefilled together on a CPU. They are padded to the longest, which takes as long as if it were tokens.
+# Fewer rows would be padded less, but rows of each group begin a step after those of the one before.
+ROWS_PREFILLED = 16
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,7 @@ class RowGenerator:
             stop_tokens=[[token] for token in self._stop_tokens],
             sampler=self._sampler,
             completion_batch_size=self._batch_size,
-            prefill_batch_size=self._batch_size,
+            prefill_batch_size=min(self._batch_size, ROWS_PREFILLED) if on_cpu() else self._batch_size,
         )
         uids = self._batch.insert(
             [list(row.tokens) for row in rows],
@@ -158,7 +161,10 @@ class RowGenerator:
 def _batches(rows: Sequence[Row], batching: Batching, batch_size: int) -> Iterator[list[int]]:
     """Yield the numbers of rows that BatchGenerator is given together."""
     if batching == "together":
-        yield list(range(len(rows)))
+        order = list(range(len(rows)))
+        if on_cpu() and batch_size > ROWS_PREFILLED:  # rows that are prefilled together have about equal lengths
+            order.sort(key=lambda number: (number // batch_size, len(rows[number].tokens)))
+        yield order
         return
     # Rows of one prefix and of equal length. A row that joined later would be shorter than those that had begun.
     groups: dict[tuple[int, int], list[int]] = {}

@@ -8,7 +8,7 @@ which costs nothing on a CPU. They never write to a view of an MLX array.
 from __future__ import annotations
 
 import functools
-import itertools
+import math
 from typing import Any
 
 import mlx.core as mx
@@ -22,11 +22,13 @@ from turboquant.quant.codec import Codec
 from turboquant.quant.layer import EncodedLayer
 from turboquant.quant.packing import PLANES
 from turboquant.quant.trellis import TrellisCodec
-from turboquant.runtime.threads import run_in_parallel
+from turboquant.runtime.threads import multiplies_uncopied, run_in_parallel
 
 Floats = NDArray[np.floating[Any]]  # always float32, which NumPy's type stubs cannot follow
 BLOCK = 1 << 17  # scores, and numbers of decoded keys, in memory at a time: about the size of a core's cache
+SMALL = 1_000_000  # multiplications in the largest product that OpenBLAS computes without copies of its factors
 FEW = 1 << 16  # up to this many scores, one thread does all rows and heads, because starting more takes longer
+LARGEST = 60  # exponentials of scores from -LARGEST to LARGEST, and their sums, need no shift
 ROWS = 256  # queries at a time: enough for the BLAS, and few enough to skip most of what a causal mask hides
 
 
@@ -41,28 +43,32 @@ def attend_dense(
     k, v = _view(keys), _view(values)
     visible = None if mask is None or isinstance(mask, str) else np.asarray(mask)[:, :, None]
     softmax = OnlineSoftmax((batch, n_kv_heads, repeats, length), values.shape[-1])
-    rows = max(1, min(length, ROWS // repeats))
-    tile = max(64, BLOCK // (rows * repeats))
+    rows = -(-length // -(-length * repeats // ROWS))
+    tile, is_long = max(64, BLOCK // (rows * repeats)), length > rows
 
     def attend_group(group: tuple[slice, slice]) -> None:
-        b, h = group
-        for start, top in itertools.product(range(0, tokens, tile), range(0, length, rows)):
-            stop, bottom = min(start + tile, tokens), min(top + rows, length)
-            first = tokens - length + top  # the position of the first of these queries, where the mask is causal
-            if mask == "causal":
-                stop = min(stop, first + bottom - top)
-            if stop <= start:
-                continue
-            index = (b, h, slice(None), slice(top, bottom))
-            scores = _multiply_groups(q[index], k[b, h, start:stop].swapaxes(-1, -2))
-            if visible is not None:
-                row = b if visible.shape[0] > 1 else slice(None)
-                np.copyto(scores, -np.inf, where=~visible[row, :, :, top:bottom, start:stop])
-            elif mask == "causal" and stop > first + 1:
-                hidden = np.arange(start, stop) > np.arange(first, first + bottom - top)[:, None]
-                np.copyto(scores, -np.inf, where=hidden)
-            weights, fade = softmax.weigh(scores, index)
-            softmax.add(index, fade, _multiply_groups(weights, v[b, h, start:stop]))
+        centred = softmax.centre(q[group], k[group], group) if mask == "causal" and is_long else None
+        group_keys, weigh = (k[group], softmax.weigh) if centred is None else (centred, softmax.weigh_bounded)
+        for start in range(0, tokens, tile):
+            columns = group_keys[..., start : start + tile, :].swapaxes(-1, -2)
+            if is_long:
+                columns = np.ascontiguousarray(columns)
+            for top in range(0, length, rows):
+                stop, bottom = min(start + tile, tokens), min(top + rows, length)
+                first = tokens - length + top  # the position of the first of these queries, where the mask is causal
+                if mask == "causal":
+                    stop = min(stop, first + bottom - top)
+                if stop <= start:
+                    continue
+                index = (*group, slice(None), slice(top, bottom))
+                scores = _multiply_groups(q[index], columns[..., : stop - start], is_long)
+                if visible is not None:
+                    row = group[0] if visible.shape[0] > 1 else slice(None)
+                    np.copyto(scores, -np.inf, where=~visible[row, :, :, top:bottom, start:stop])
+                elif mask == "causal":
+                    _hide_later(scores, first, start)
+                weights, fade = weigh(scores, index)
+                softmax.add(index, fade, _multiply_groups(weights, v[(*group, slice(start, stop))], is_long))
 
     if batch * n_heads * length * tokens <= FEW:
         attend_group((slice(None), slice(None)))
@@ -122,23 +128,44 @@ class OnlineSoftmax:
         self.total: Floats = np.zeros((*shape, 1), np.float32)
         self.output: Floats = np.zeros((*shape, value_dim), np.float32)
 
+    def centre(self, queries: Floats, keys: Floats, index: tuple[Any, ...]) -> Floats | None:
+        """Subtract the mean of keys (..., T, dim), which changes a query's scores (..., repeats, L) alike.
+
+        Returns the keys if no score with them can be so large that its exponential needs a shift, else None. The
+        shift by the mean's score takes the place of the highest score.
+        """
+        with np.errstate(over="ignore", invalid="ignore"):  # of numbers that are too large for the bound, too
+            mean = keys.mean(axis=-2, keepdims=True)
+            centred: Floats = keys - mean
+            norms = (np.sqrt(np.einsum("...d,...d->...", x, x).max()) for x in (queries, centred))
+            if not math.prod(norms) < LARGEST:
+                return None
+        self.highest[index] = multiply(queries, mean[..., None, :, :].swapaxes(-1, -2))
+        return centred
+
     def weigh(self, scores: Floats, index: tuple[Any, ...]) -> tuple[Floats, Floats]:
         """Turn a tile's scores into weights, in place; return them and the factor for the output of earlier tiles."""
         highest = np.maximum(self.highest[index], scores.max(axis=-1, keepdims=True))
         finite = np.where(np.isinf(highest), np.float32(0), highest)
         scores -= finite
-        weights = np.exp(scores, out=scores)
         fade = np.exp(self.highest[index] - finite)
         self.highest[index] = highest
         total = self.total[index]
         total *= fade
-        total += multiply(weights, np.ones((weights.shape[-1], 1), np.float32))  # faster than NumPy's sum
-        return weights, fade
+        return self.weigh_bounded(scores, index)[0], fade
 
-    def add(self, index: tuple[Any, ...], fade: Floats, output: Floats) -> None:
-        """Multiply the output by ``fade`` and add a tile's weighted values to it."""
+    def weigh_bounded(self, scores: Floats, index: tuple[Any, ...]) -> tuple[Floats, None]:
+        """Turn scores with the keys of ``centre`` into weights, in place; return them, and None for a factor of 1."""
+        weights = np.exp(scores, out=scores)
+        total = self.total[index]
+        total += multiply(weights, np.ones((weights.shape[-1], 1), np.float32))  # faster than NumPy's sum
+        return weights, None
+
+    def add(self, index: tuple[Any, ...], fade: Floats | None, output: Floats) -> None:
+        """Multiply the output by ``fade``, if it is not None, and add a tile's weighted values to it."""
         earlier = self.output[index]
-        earlier *= fade
+        if fade is not None:
+            earlier *= fade
         earlier += output
 
     def finish(self) -> tuple[Floats, Floats]:
@@ -187,21 +214,42 @@ def _table(bits: int) -> Floats:
     return np.stack(columns, axis=-1)
 
 
-def multiply(x: Floats, y: Floats) -> Floats:
-    """Multiply matrices without NumPy's warning of invalid values.
+def multiply(x: Floats, y: Floats, output: Floats | None = None) -> Floats:
+    """Multiply matrices, into ``output`` if it is given, without NumPy's warning of invalid values.
 
     Some kernels of OpenBLAS set the processor flag for an invalid operation although all numbers are finite, and NumPy
     then warns (numpy issue 24067). Keys and values that are not finite are found when a prefix is encoded.
     """
     with np.errstate(invalid="ignore"):
-        product: Floats = x @ y
+        product: Floats = np.matmul(x, y, out=output)
     return product
 
 
-def _multiply_groups(x: Floats, y: Floats) -> Floats:
-    """Multiply x (B, H, repeats, L, M) by y (B, H, M, N), in one product for all repeats."""
-    product = multiply(x.reshape(*x.shape[:2], -1, x.shape[-1]), y)
-    return product.reshape(*x.shape[:-1], y.shape[-1])
+def _hide_later(scores: Floats, first: int, start: int) -> None:
+    """Mask the scores (..., L, N) of queries at ``first`` and on, of the tokens at ``start`` and on that are later."""
+    length, tokens = scores.shape[-2:]
+    skipped = max(0, first + 1 - start)  # tokens that all of these queries see
+    if skipped < tokens:
+        hidden = np.arange(start + skipped, start + tokens) > np.arange(first, first + length)[:, None]
+        np.copyto(scores[..., skipped:], -np.inf, where=hidden)
+
+
+def _multiply_groups(x: Floats, y: Floats, is_long: bool) -> Floats:
+    """Multiply x (B, H, repeats, L, M) by y (B, H, M, N), in products for all repeats.
+
+    Where ``is_long``, and OpenBLAS has kernels that multiply small matrices without copies of them, some rows of ``x``
+    are multiplied at a time. The rows of ``y`` are contiguous then.
+    """
+    flat = x.reshape(*x.shape[:2], -1, x.shape[-1])
+    rows, (inner, columns) = flat.shape[2], y.shape[2:]
+    together = SMALL // (inner * columns) // 4 * 4  # the kernels take four rows at a time
+    if not is_long or not 4 < together < rows or not multiplies_uncopied():
+        return multiply(flat, y).reshape(*x.shape[:-1], columns)
+    product, whole = np.empty((*flat.shape[:3], columns), np.float32), rows // together * together
+    blocks = product[:, :, :whole].reshape(*x.shape[:2], -1, together, columns)
+    multiply(flat[:, :, :whole].reshape(*x.shape[:2], -1, together, inner), y[:, :, None], blocks)
+    multiply(flat[:, :, whole:], y, product[:, :, whole:])
+    return product.reshape(*x.shape[:-1], columns)
 
 
 def _view(x: mx.array) -> Floats:

@@ -18,7 +18,7 @@ from turboquant.quant.layer import EncodedLayer
 from turboquant.quant.query_stats import QueryStatistics
 from turboquant.quant.rounding import RoundingMetric
 from turboquant.quant.trellis import TrellisCodec, attention_weights
-from turboquant.runtime.device import array_module, on_cpu
+from turboquant.runtime.device import array_module, as_float32, on_cpu
 
 # Tokens that are encoded at a time, so that temporary float32 arrays stay small; a GPU needs more to be busy.
 ENCODE_TILE, GPU_ENCODE_TILE = 4096, 1 << 14
@@ -44,10 +44,12 @@ def encode_layer(
     if codec.is_uncompressed:
         codec = replace(codec, sinks=keys.shape[1])
     means = None if parent is None else (parent.key_mean, parent.value_mean)
-    finite = mx.isfinite(keys).all() & mx.isfinite(values).all()
-    mx.async_eval(finite)  # type: ignore[no-untyped-call]
     if on_cpu():  # where NumPy computes, and may fail on other numbers
+        finite: Any = all(np.isfinite(as_float32(np, x)).all() for x in (keys, values))
         _require_finite(finite)
+    else:
+        finite = mx.isfinite(keys).all() & mx.isfinite(values).all()
+        mx.async_eval(finite)  # type: ignore[no-untyped-call]
     first = min(codec.sinks, keys.shape[1])
     metric, attention, order, fine = order_tokens(keys, codec, queries)
     coarse_metric = fine_metric = None
@@ -57,7 +59,8 @@ def encode_layer(
         coarse_metric = fine_metric = key_codec.rounding_metric(metric, factorise)
         if isinstance(key_codec, TrellisCodec):  # its coordinates have another order
             fine_metric = codec.fine.keys(keys.shape[-1]).rounding_metric(metric, factorise)
-    weights = None if attention is None else mx.array(attention_weights(attention))
+    weighted = codec.coding == "trellis" and attention is not None
+    weights = mx.array(attention_weights(attention)) if weighted else None
     split = order.shape[1] - fine
     key_mean, value_mean = means or (_mean(keys[:, first:]), _mean(values[:, first:]))
     tensors = {
@@ -84,7 +87,7 @@ def encode_layer(
     return EncodedLayer.from_tensors(tensors, codec)
 
 
-def _require_finite(finite: mx.array) -> None:
+def _require_finite(finite: mx.array | bool) -> None:
     if not finite:
         raise ValueError("K/V hold numbers that are not finite: the model overflows on this context")
 

@@ -151,7 +151,9 @@ def _attend(
 
 def _squared_attention(xp: Any, scores: Any, positions: Sequence[int], past: Any, sinks: int) -> tuple[Any, Any]:
     """Sum up the squared attention to distant tokens, of scores (H, repeats, N, T): over tokens, and over queries."""
-    mask_later, exponentials, square_distant = _elementwise(xp)
+    if xp is np:
+        return _squared_attention_in_place(scores, positions, past, sinks)
+    mask_later, exponentials, square_distant = _elementwise()
     position, token = xp.array(positions)[:, None], xp.arange(scores.shape[-1])
     scores = mask_later(scores, token, position)
     highest = scores.max(axis=-1, keepdims=True)
@@ -166,23 +168,44 @@ def _squared_attention(xp: Any, scores: Any, positions: Sequence[int], past: Any
 
 
 @functools.cache
-def _elementwise(xp: Any) -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
+def _elementwise() -> tuple[Callable[..., Any], Callable[..., Any], Callable[..., Any]]:
     """Return functions that mask later tokens, take exponentials, and square the attention to distant tokens."""
 
     def mask_later(scores: Any, token: Any, position: Any) -> Any:
-        return xp.where(token <= position, scores, -1e30)
+        return mx.where(token <= position, scores, -1e30)
 
     def exponentials(scores: Any, highest: Any) -> Any:
-        return xp.exp(scores - highest)
+        return mx.exp(scores - highest)
 
     def square_distant(weights: Any, total: Any, token: Any, position: Any, sinks: Any) -> Any:
         shares = weights / total
-        return xp.where((token <= position - NEAR) & (token >= sinks), shares * shares, 0.0)
+        return mx.where((token <= position - NEAR) & (token >= sinks), shares * shares, 0.0)
 
-    if xp is np:
-        return mask_later, exponentials, square_distant
     first, second, third = (mx.compile(f, shapeless=True) for f in (mask_later, exponentials, square_distant))
     return first, second, third
+
+
+def _squared_attention_in_place(scores: Any, positions: Sequence[int], past: Any, sinks: int) -> tuple[Any, Any]:
+    """Do what ``_squared_attention`` does, of NumPy arrays; ``scores`` are overwritten.
+
+    All queries see the tokens up to the first query's position, and those are distant which are NEAR before it.
+    """
+    position, tokens = np.array(positions)[:, None], scores.shape[-1]
+    later, near = positions[0] + 1, max(0, positions[0] + 1 - NEAR)
+    np.copyto(scores[..., later:], np.float32(-1e30), where=np.arange(later, tokens) > position)
+    highest = scores.max(axis=-1, keepdims=True)
+    if past is not None:
+        highest = np.maximum(highest, past)
+    scores -= highest
+    weights = np.exp(scores, out=scores)
+    total = weights.sum(axis=-1, keepdims=True)
+    if past is not None:
+        total += np.exp(past - highest)
+    weights /= total
+    weights *= weights
+    weights[..., :sinks] = 0
+    np.copyto(weights[..., near:], np.float32(0), where=np.arange(near, tokens) > position - NEAR)
+    return weights.sum(axis=-1), weights.sum(axis=(1, 2))
 
 
 def _normalised(xp: Any, moments: Any) -> Any:

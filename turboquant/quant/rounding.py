@@ -35,6 +35,7 @@ SWEEPS = 2  # of coordinate descent
 BLOCK = 16  # coordinates
 DAMPING = 0.08  # share of the mean diagonal that is added to the diagonal, because later queries differ from these
 BINS, REACH = 4096, 5.0  # coordinates are looked up in BINS bins over -REACH .. REACH
+BINS_PER_UNIT = BINS / (2 * REACH)
 FEWEST_FOR_FEEDBACK = 3  # bits
 
 
@@ -76,20 +77,22 @@ def round_in_metric(xp: Any, unit: Any, metric: RoundingMetric, bits: int) -> tu
     Returns codes (H, dim, T) uint8 and factors (H, T). With its factor, a vector's product with the queries is right
     on average.
     """
-    levels, scaled = xp.array(lloyd_max(bits).levels), metric.damped @ unit
+    codes_of_bins = code_of_bin(bits)
+    levels, scaled = xp.array(lloyd_max(bits).levels[codes_of_bins]), metric.damped @ unit
     if bits < FEWEST_FOR_FEEDBACK:
-        codes = nearest_codes(xp, unit, bits)
+        bins = _bins(xp, unit * BINS_PER_UNIT + BINS / 2)
     else:
         one = xp.ones(unit.shape[::2], dtype=xp.float32)
-        codes = _sweep(xp, unit, xp.zeros_like(unit), metric.factor, one, bits, -1)
+        bins = _sweep(xp, unit, xp.zeros_like(unit), metric.factor, one, bits, -1)
     for _ in range(SWEEPS):
-        chosen = levels[codes]
+        chosen = _look_up(xp, levels, bins)
         best_scale = (chosen * scaled).sum(axis=1) / (chosen * (metric.damped @ chosen)).sum(axis=1)
         best_scale = xp.clip(best_scale, 0.5, 2.0)
         error = best_scale[:, None] * chosen - unit
-        codes = _sweep(xp, unit, error, metric.pull, best_scale, bits, 1)
-    product_of_levels = (levels[codes] * scaled).sum(axis=1)
+        bins = _sweep(xp, unit, error, metric.pull, best_scale, bits, 1)
+    product_of_levels = (_look_up(xp, levels, bins) * scaled).sum(axis=1)
     exact_product = (unit * scaled).sum(axis=1)
+    codes = _look_up(xp, xp.array(codes_of_bins), bins)
     return codes, xp.clip(exact_product / xp.maximum(product_of_levels, 1e-9), 0.5, 2.0)
 
 
@@ -98,34 +101,28 @@ def _sweep(xp: Any, unit: Any, error: Any, pull: Any, scale: Any, bits: int, ste
 
     unit: (H, dim, T). error: (H, dim, T), the errors before; they are replaced by those after. pull: (H, dim, dim).
     scale: (H, T), of each vector's levels. step: 1 to begin with the first coordinate, -1 with the last.
-    Returns codes (H, dim, T) uint8.
+    Returns the bins (H, dim, T) of the codes.
     """
-    code_of, dim = code_of_bin(bits), unit.shape[1]
-    code_table, level_table = xp.array(code_of), xp.array(lloyd_max(bits).levels[code_of])
-    codes: list[Any] = [None] * dim
+    levels = xp.array(lloyd_max(bits).levels[code_of_bin(bits)] * np.float32(BINS_PER_UNIT))
+    widths, dim = (scale / BINS_PER_UNIT)[:, None], unit.shape[1]  # of bins
+    found: list[Any] = [None] * dim
     for start in range(0, dim, BLOCK)[::step]:
         block = slice(start, min(start + BLOCK, dim))
-        target = unit[:, block] - pull[:, block] @ error
-        within, before, exact = pull[:, block, block], error[:, block], unit[:, block]
+        # From here on in bins, of which a bin's number is the whole part.
+        target = (unit[:, block] - pull[:, block] @ error) / widths + BINS / 2
+        within, before = pull[:, block, block], (unit[:, block] + error[:, block]) / widths
         changes = xp.zeros_like(target)  # of the block's errors
         for i in range(target.shape[1])[::step]:
             moved = target[:, i] - (within[:, i : i + 1] @ changes)[:, 0]
-            bins = _bins(xp, moved / scale)
-            codes[start + i] = _look_up(xp, code_table, bins)
-            changes[:, i] = scale * _look_up(xp, level_table, bins) - exact[:, i] - before[:, i]
-        error[:, block] = before + changes
-    return xp.stack(codes, axis=1)
+            found[start + i] = _bins(xp, moved)
+            changes[:, i] = _look_up(xp, levels, found[start + i]) - before[:, i]
+        error[:, block] += changes * widths
+    return xp.stack(found, axis=1)
 
 
-def nearest_codes(xp: Any, x: Any, bits: int) -> Any:
-    """Look up the code of the level nearest to the middle of the bin that each x is in."""
-    return _look_up(xp, xp.array(code_of_bin(bits)), _bins(xp, x))
-
-
-def _bins(xp: Any, x: Any) -> Any:
-    """Return the number of the bin that each x is in. In NumPy it may lie outside the tables, see ``_look_up``."""
-    bins = x * (BINS / (2 * REACH)) + BINS / 2
-    return bins.astype(np.intp) if xp is np else xp.clip(bins, 0, BINS - 1).astype(xp.int32)
+def _bins(xp: Any, places: Any) -> Any:
+    """Return the bins, integers, of places (0 .. BINS) among them. In NumPy they may lie outside, see ``_look_up``."""
+    return places.astype(np.intp) if xp is np else xp.clip(places, 0, BINS - 1).astype(xp.int32)
 
 
 def _look_up(xp: Any, table: Any, bins: Any) -> Any:

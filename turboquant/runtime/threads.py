@@ -12,6 +12,7 @@ from threadpoolctl import ThreadpoolController
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
+_AVX512 = ("SkylakeX", "Cooperlake", "SapphireRapids")  # OpenBLAS's names of its kernels
 
 
 def run_in_parallel(work: Callable[[_Item], _Result], items: Sequence[_Item]) -> list[_Result]:
@@ -45,6 +46,12 @@ def run_in_parallel(work: Callable[[_Item], _Result], items: Sequence[_Item]) ->
 def thread_count() -> int:
     """Return how many threads the BLAS was told to use, which is the number that the user wants."""
     return max((library["num_threads"] for library in _blas().info()), default=1)
+
+
+@functools.cache
+def multiplies_uncopied() -> bool:
+    """Return whether NumPy's BLAS has kernels that multiply small matrices without copies: OpenBLAS's for AVX-512."""
+    return any(library.get("architecture") in _AVX512 for library in _blas().info())
 
 
 @functools.cache

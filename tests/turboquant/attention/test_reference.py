@@ -162,6 +162,38 @@ def test_a_causal_mask_can_span_tiles(monkeypatch: pytest.MonkeyPatch, exact_att
     assert_close(reference.attend_dense(queries, k, v, 0.25, "causal"), exact_attention(queries, k, v, 0.25, visible))
 
 
+@pytest.mark.parametrize("small", [0, 1_000_000])
+@pytest.mark.parametrize(
+    ("size", "mean", "is_bounded"), [(1.0, 0.0, True), (1.0, 30.0, True), (40.0, 0.0, False), (1e30, 0.0, False)]
+)
+def test_many_queries_may_need_no_highest_score(
+    small: int, size: float, mean: float, is_bounded: bool, monkeypatch: pytest.MonkeyPatch, exact_attention: Any
+) -> None:
+    """Their scores are bounded by the norms of queries and keys; a mean of all keys changes nothing."""
+    monkeypatch.setattr(cpu, "SMALL", small)
+    monkeypatch.setattr(cpu, "multiplies_uncopied", lambda: True)
+    found = []
+    monkeypatch.setattr(cpu.OnlineSoftmax, "centre", spied(cpu.OnlineSoftmax.centre, found))
+    queries, k, v = (mx.random.normal((1, heads, n, 64)) for heads, n in ((6, 300), (2, 1400), (2, 1400)))
+    queries, k = queries * size, k + mean * mx.random.normal((1, 2, 1, 64))
+    visible = np.arange(1400) <= np.arange(1100, 1400)[:, None]
+    part = cpu.attend_dense(queries, k, v, SCALE, "causal")
+    expected = exact_attention(queries, k, v, SCALE, visible)
+    np.testing.assert_allclose(np.array(part.output), expected[0], atol=1e-4 * max(1, size))
+    np.testing.assert_allclose(np.array(part.logsumexp), expected[1], rtol=1e-5, atol=1e-4)
+    assert [keys is not None for keys in found] == [is_bounded] * 2
+
+
+def spied(function: Callable[..., Any], results: list[Any]) -> Callable[..., Any]:
+    """Return a function that does the same and keeps its results."""
+
+    def call(*arguments: Any) -> Any:
+        results.append(function(*arguments))
+        return results[-1]
+
+    return call
+
+
 @both
 @pytest.mark.parametrize("block", [64, 1 << 18])
 def test_rows_that_see_nothing_have_no_weight_in_a_merge(

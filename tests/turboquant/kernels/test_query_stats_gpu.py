@@ -47,7 +47,7 @@ def test_squared_attention(positions: tuple[int, ...], tokens: int, with_past: b
     scores = random_scores(len(positions), tokens, size)
     past = random_scores(len(positions), 1, size) if with_past else None
     sinks = 0 if with_past else SINKS
-    wanted = _squared_attention(np, scores, positions, past, sinks)
+    wanted = _squared_attention(np, scores.copy(), positions, past, sinks)
     flat = mx.array(scores.reshape(HEADS, -1, tokens))
     before = None if past is None else mx.array(past.reshape(HEADS, -1))
     found = query_stats_gpu.squared_attention(flat, positions, before, sinks)
