@@ -206,7 +206,8 @@ def steps() -> str:
 def fidelity() -> str:
     """Draw the loss of the codec, and of the codec without its parts, against bits."""
     found = [row | {"way": (row["cache"], row["prefill"])} for row in rows("fidelity") if row["tokens"] == 4000]
-    found += [row | {"way": (row["cache"], "exact")} for row in rows("trellis") if "share" in row and row["tokens"] == 4000]
+    in_trellis = [row for row in rows("trellis") if "share" in row and row["tokens"] == 4000]
+    found += [row | {"way": (row["cache"], "exact")} for row in in_trellis]
     ways = {
         ("turboquant", "streaming"): ("streaming cache", "theirs-3"),
         ("neither, 4 sinks", "exact"): ("neither, 4 sinks", "theirs-2"),
