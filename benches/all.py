@@ -145,6 +145,11 @@ ALL = (
         "fidelity.md",
         ("benches.peers --model {model} --data {data} --tokens 600 --contracts 2 --json {json}",),
     ),
+    Figures(
+        "papers",
+        "fidelity.md",
+        ("benches.papers --model {model} --data {data} --calibration 6 --codings scalar --json {json}",),
+    ),
     Figures("fidelity", "fidelity.md", ("benches.contracts --model {model} --data {data} --json {json}",), gpu=True),
     Figures(
         "trellis",

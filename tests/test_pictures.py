@@ -75,6 +75,7 @@ def test_the_table_of_readme_has_the_figures() -> None:
         ("fidelity.md", "## SmolLM2-135M on real contracts", "fidelity"),
         ("fidelity.md", "## Other packages", "peers"),
         ("fidelity.md", "## Trellis codes", "trellis"),
+        ("fidelity.md", "### Other methods", "papers"),
         ("scaling.md", "Driver, Ray and workers shared it", "ray-overhead"),
         ("running.md", "A store of many segments", "many-segments"),
     ],
