@@ -3,8 +3,9 @@
     python -m benches.papers --model SMOLLM2 --data CUAD --tokens 4000 --contracts 10 --questions 6
 
 OSCAR (arXiv 2605.17757), KVarN (arXiv 2606.03458) and Block-GTQ (arXiv 2606.24033); the docstring of each says what it
-does, and what was chosen where a paper leaves a choice. Contracts and questions are those of contracts.py. Each method
-encodes the keys and values of a context that was read in full precision, and the decoded ones are attended in float32.
+does, and what was chosen where there is a choice. Details that abstracts and summaries of the papers leave open are
+those of the authors' public code, for KVarN of a fork of it. Contracts and questions are those of contracts.py. Each
+method encodes keys and values of a context read in full precision, and the decoded ones are attended in float32.
 Questions and answers stay in full precision, as behind a prefix. What needs calibration gets the contracts that follow
 the measured ones. All bits of a context are counted: codes, scales, zero points, norms, and tokens kept in 16 bits.
 Tables that belong to the model (rotations, allocations) are not.
