@@ -68,7 +68,7 @@ class Engine:
         if job.cache.coding == "trellis" and on_cpu():
             _log.warning(
                 "cache.coding: trellis is for GPUs: this CPU takes minutes to encode a prefix, where scalar codes take "
-                "seconds. Prefixes that are in the store already are read as fast"
+                "seconds. Prefixes that the store already has need not be encoded"
             )
         self._limit = max_context(self._model.config, self._model.tokenizer)
         if job.prompt.system and self._tokenizer.folds_system:

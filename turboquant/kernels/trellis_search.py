@@ -22,13 +22,13 @@ from turboquant.quant.cache_codec import CacheCodec
 from turboquant.quant.codec import Encoded, signed_scales
 from turboquant.quant.rounding import RoundingMetric
 from turboquant.quant.trellis import BLOCK, CODES, PAIRS, SWEEPS, TrellisCodec, relative_to_blocks
-from turboquant.quant.viterbi import BINS, NODE_BITS, REACH, WINDOW, TrellisCode
+from turboquant.quant.viterbi import BINS, NODE_BITS, REACH, WINDOW, TrellisCode, rotated
 from turboquant.runtime.device import on_cpu
 
 HEAD_DIMS = (64, 128, 256)  # of units.h
 THREADS = 128  # of units.h
 NODES, LANES = 1 << NODE_BITS, 1 << (NODE_BITS - 1)  # a lane holds the costs of two nodes
-STEP = 16  # coordinates whose errors move each other one by one
+STEP = PAIRS // 2  # coordinates whose errors move each other one by one
 AT_ONCE = 2  # times 16 coordinates whose errors are read before they are multiplied
 AHEAD = 3  # records that are read beyond a string's end
 TABLES = ("table", "level_pairs", "masks", "row_of_bin", "sizes")
@@ -191,19 +191,14 @@ def laid_out(code: TrellisCode) -> tuple[NDArray[np.uint32], NDArray[np.uint32]]
     place, row = np.arange(NODES), np.arange(branches)[:, None]
     levels, masks = [], []
     for t in range(NODE_BITS // math.gcd(NODE_BITS, bits)):
-        node = _rotated(place, bits * (t + 1))
+        node = rotated(place, bits * (t + 1))
         before = ((node ^ row) & (branches - 1)) << (NODE_BITS - bits) | node >> bits
         levels.append(code.table[before << bits | node & (branches - 1)])
-        changed = _rotated(row[:, 0] << (NODE_BITS - bits), -bits * t)  # bits of a place, for a branch of each row
+        changed = rotated(row[:, 0] << (NODE_BITS - bits), -bits * t)  # bits of a place, for a branch of each row
         one, two = changed[:-1], changed[1:]
         lanes, halves = one >> 1 | two >> 1 << 5, (one & 1) << 14 | (two & 1) << 19
         masks.append(lanes | halves | (t * branches + row[:-1, 0]) << 20)
     return np.stack(levels).astype(np.float16).view(np.uint32), np.stack(masks).astype(np.uint32)
-
-
-def _rotated(node: NDArray[np.int64], by: int) -> NDArray[np.int64]:
-    by %= NODE_BITS
-    return (node << by | node >> (NODE_BITS - by)) & (NODES - 1)
 
 
 @functools.cache

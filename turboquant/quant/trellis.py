@@ -34,7 +34,7 @@ from turboquant.runtime.device import array_module, as_float32
 
 BLOCK = 128  # tokens
 LANE_TOKENS = 16
-PAIRS = 32  # coordinates of keys, of which 16 belong to first and 16 to second strings: searched one after the other
+PAIRS = 32  # coordinates of keys in a run: those of 16 first strings are searched, then those of 16 second ones
 SWEEPS = 1  # of coordinate descent, after rounding with feedback
 ATTENTION_POWER = 0.25  # of squared attention, by which the errors of tokens are weighted
 LEAST_ATTENTION = 0.01  # share of the mean that is added to a token's squared attention, so that all tokens count
@@ -265,7 +265,7 @@ def digest() -> str:
 
 
 def _first_strings_first(x: Any, axis: int) -> Any:
-    """Put of each ``PAIRS`` coordinates along an axis the first of each two before the second."""
+    """In each run of ``PAIRS`` coordinates along an axis, put the even ones before the odd ones."""
     before, after = x.shape[:axis], x.shape[axis + 1 :]
     return x.reshape(*before, -1, PAIRS // 2, 2, *after).swapaxes(axis + 1, axis + 2).reshape(x.shape)
 

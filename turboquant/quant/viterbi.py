@@ -163,7 +163,7 @@ def _search(
         if ends is not None and t % RENEWED == RENEWED - 1:
             cost = cost - cost.min(axis=1, keepdims=True)
     if ends is None:
-        places = _rotated(np.arange(node.size), bits * (tokens - free))
+        places = rotated(np.arange(node.size), bits * (tokens - free))
         ends = places[cost[:, places].argmin(axis=1)]
     state = ends
     states = np.empty((rows, tokens), np.uint16)
@@ -179,7 +179,7 @@ def _multiply_add(a: NDArray[np.float16], b: NDArray[np.float16], c: NDArray[np.
         return (a.astype(np.float32) * b + c).astype(np.float16)
 
 
-def _rotated(node: NDArray[np.int64], by: int) -> NDArray[np.int64]:
+def rotated(node: NDArray[np.int64], by: int) -> NDArray[np.int64]:
     """Rotate the bits of nodes to the left."""
     by %= NODE_BITS
     return (node << by | node >> (NODE_BITS - by)) & ((1 << NODE_BITS) - 1)

@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from tests.turboquant.kernels.emulator import emulated_launch
+from tests.turboquant.kernels.emulator import emulated_launch, faulty_launch
 from turboquant import CacheCodec, EncodedLayer
 from turboquant.attention import gpu as attention_gpu
 from turboquant.attention import reference as attention
@@ -245,12 +245,7 @@ def test_kernels_that_run_are_usable(caplog: pytest.LogCaptureFixture) -> None:
 def test_kernels_that_fail_are_not_used(
     fault: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def launched(what: Launch, inputs: list[mx.array]) -> list[mx.array]:
-        if fault == "raises":
-            raise RuntimeError("no such instruction")
-        return [mx.zeros(shape) for _, shape, _ in what.outputs]
-
-    monkeypatch.setattr(attention_gpu, "launch", launched)
+    monkeypatch.setattr(attention_gpu, "launch", faulty_launch(fault))
     attention_gpu.usable.cache_clear()
     assert not attention_gpu.usable(CacheCodec(), 64)
     attention_gpu.usable.cache_clear()

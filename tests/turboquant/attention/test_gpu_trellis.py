@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from benches.trellis_attention import random_layer
+from tests.turboquant.attention.test_gpu import SCALE, assert_equal
 from tests.turboquant.kernels.emulator import emulated_launch
 from turboquant import CacheCodec, EncodedLayer
 from turboquant.attention import gpu as attention_gpu
@@ -21,7 +22,7 @@ from turboquant.kernels.kernel_text import Launch
 from turboquant.quant.trellis import BLOCK, CODES
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-SCALE, HEADS = 0.125, 2
+HEADS = 2
 
 
 @pytest.fixture
@@ -44,15 +45,6 @@ def layer_of(
     blocks: int, bits: tuple[int, int] = (4, 4), dim: int = 64, fine: int = 20, sinks: int = 5, size: float = 1.0
 ) -> EncodedLayer:
     return random_layer(CacheCodec(*bits, coding="trellis"), (blocks * BLOCK, fine, sinks), HEADS, dim, size)
-
-
-def assert_equal(queries: mx.array, layer: EncodedLayer, tolerance: float = 1e-3) -> None:
-    part = attention.Partial(*attention_gpu._attend(queries, layer, SCALE))
-    expected = attention.attend_layer(queries, layer, SCALE)
-    assert part.output.shape == expected.output.shape
-    found, wanted = np.array(part.output), np.array(expected.output)
-    assert np.linalg.norm(found - wanted) < tolerance * np.linalg.norm(wanted)
-    np.testing.assert_allclose(np.array(part.logsumexp), np.array(expected.logsumexp), rtol=3e-4, atol=5e-3)
 
 
 def random_queries(rows: int, dim: int = 64) -> mx.array:

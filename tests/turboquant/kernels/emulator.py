@@ -10,7 +10,7 @@ import ctypes
 import mmap
 import os
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,6 +31,17 @@ TYPES = {
 }
 ENDED, WAITS_FOR_EVER, OUTSIDE = range(3)  # what a run comes to
 EMULATOR = (Path(__file__).parent / "emulate.h").read_text(encoding="utf-8")
+
+
+def faulty_launch(fault: str) -> Callable[[Launch, Sequence[Input]], list[mx.array]]:
+    """Return what ``launch`` is on a device where kernels do not run ("raises"), or compute zeros ("wrong")."""
+
+    def launched(what: Launch, inputs: Sequence[Input]) -> list[mx.array]:
+        if fault == "raises":
+            raise RuntimeError("no such instruction")
+        return [mx.zeros(shape, dtype) for _, shape, dtype in what.outputs]
+
+    return launched
 
 
 def emulated_launch(

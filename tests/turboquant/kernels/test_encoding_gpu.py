@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tests.turboquant.kernels.emulator import emulated_launch
+from tests.turboquant.kernels.emulator import emulated_launch, faulty_launch
 from turboquant import CacheCodec
 from turboquant.kernels import encoding_gpu
 from turboquant.kernels.encoding import encode_layer
-from turboquant.kernels.kernel_text import Launch
 from turboquant.quant import rounding
 from turboquant.quant.codec import Codec, Encoded
 from turboquant.quant.packing import unpack
@@ -177,12 +176,7 @@ def test_layers_are_encoded_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> No
 def test_a_kernel_that_fails_is_not_used(
     fault: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def launched(what: Launch, inputs: list[mx.array]) -> list[mx.array]:
-        if fault == "raises":
-            raise RuntimeError("no such instruction")
-        return [mx.zeros(shape, dtype) for _, shape, dtype in what.outputs]
-
-    monkeypatch.setattr(encoding_gpu, "launch", launched)
+    monkeypatch.setattr(encoding_gpu, "launch", faulty_launch(fault))
     monkeypatch.setattr(encoding_gpu, "on_cpu", lambda: False)
     encoding_gpu._runs.cache_clear()
     assert not encoding_gpu.usable(Codec(64, 4), mx.float32, True)

@@ -14,11 +14,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tests.turboquant.kernels.emulator import emulated_launch
+from tests.turboquant.kernels.emulator import emulated_launch, faulty_launch
 from turboquant import CacheCodec
 from turboquant.kernels import encoding, trellis_search
 from turboquant.kernels.encoding import encode_layer
-from turboquant.kernels.kernel_text import Launch
 from turboquant.quant.codec import Encoded
 from turboquant.quant.query_stats import QueryCollector
 from turboquant.quant.rounding import RoundingMetric
@@ -184,12 +183,7 @@ def test_the_trial_accepts_the_kernels(of: Literal["keys", "values"], in_metric:
 def test_a_kernel_that_fails_is_not_used(
     fault: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def launched(what: Launch, inputs: list[mx.array]) -> list[mx.array]:
-        if fault == "raises":
-            raise RuntimeError("no such instruction")
-        return [mx.ones(shape, dtype) for _, shape, dtype in what.outputs]
-
-    monkeypatch.setattr(trellis_search, "launch", launched)
+    monkeypatch.setattr(trellis_search, "launch", faulty_launch(fault))
     monkeypatch.setattr(trellis_search, "on_cpu", lambda: False)
     trellis_search._runs.cache_clear()
     assert not trellis_search.usable(TrellisCodec(64, 4), mx.float32, True)
