@@ -65,7 +65,7 @@ KEYS = {
     "cache.sinks": "first tokens kept in full precision",
     "cache.window": "the most of the last tokens that are kept finer, for example with 8 bits instead of 4",
     "cache.extra_bits": "the most that finer tokens may cost, in bits per value",
-    "cache.coding": "trellis: codes of 2 to 4 bits that lose about half as much; for GPUs, see docs/fidelity.md",
+    "cache.coding": "trellis: codes of 2 to 4 bits that lose a third to a half less; for GPUs, see docs/fidelity.md",
     "cache.prefill": "streaming: store and compress a context in segments while it is read",
     "cache.segment": "tokens of a segment",
     "cache.budget": "the most that dir may hold: bytes, a size (20GB) or a share of the disk (10%)",

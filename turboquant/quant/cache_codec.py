@@ -35,8 +35,8 @@ class CacheCodec:
     seed: of the rotation.
     layer_bits: other bits for some layers, as (layer, key_bits, value_bits). A negative layer counts from the last one.
     coding: ``trellis`` codes tokens of 2 to 4 bits, other than finer ones, by trellis codes (trellis.py): they lose
-        about half as much in the same bits, and take longer to encode. Vectors whose head_dim 32 does not divide, and
-        more bits, have scalar codes in any case.
+        a third to a half less in the same bits, and take longer to encode. Vectors whose head_dim 32 does not divide,
+        and more bits, have scalar codes in any case.
 
     Raises ValueError for settings out of range.
 
