@@ -155,7 +155,8 @@ ALL = (
         "trellis",
         "fidelity.md",
         (
-            "benches.contracts --model {model} --data {data} --tokens 1500 4000 --json {json}",
+            "benches.contracts --model {model} --data {data} --codings --json {json}",
+            "benches.contracts --model {model} --data {data} --tokens 4000 --codings --key-bias 20",
             "benches.trellis_levels",
             "benches.trellis_encoder",
             "benches.trellis_attention",
