@@ -156,7 +156,8 @@ ALL = (
         "fidelity.md",
         (
             "benches.contracts --model {model} --data {data} --codings --json {json}",
-            "benches.contracts --model {model} --data {data} --tokens 4000 --codings --key-bias 20",
+            "benches.contracts --model {model} --data {data} --tokens 4000 --contracts 5 --codings --key-bias 20 "
+            "--json {json}",
             "benches.trellis_levels",
             "benches.trellis_encoder",
             "benches.trellis_attention",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -206,15 +207,17 @@ def steps() -> str:
 def fidelity() -> str:
     """Draw the loss of the codec, and of the codec without its parts, against bits."""
     found = [row | {"way": (row["cache"], row["prefill"])} for row in rows("fidelity") if row["tokens"] == 4000]
-    in_trellis = [row for row in rows("trellis") if "share" in row and row["tokens"] == 4000]
-    found += [row | {"way": (row["cache"], "exact")} for row in in_trellis]
+    codings = [row for row in rows("trellis", "CUAD --codings --json FILE") if row["tokens"] == 4000]
+    found += [row | {"way": re.sub(r"[\d.]+ bits ", "", row["cache"])} for row in codings]
     ways = {
         ("turboquant", "streaming"): ("streaming cache", "theirs-3"),
         ("neither, 4 sinks", "exact"): ("neither, 4 sinks", "theirs-2"),
         ("no finer tokens", "exact"): ("no finer tokens", "theirs"),
         ("nearest levels", "exact"): ("nearest levels", "plain"),
         ("turboquant", "exact"): ("in a job", "ours"),
-        ("turboquant, trellis", "exact"): ("trellis codes", "ours-2"),
+        "scalar, by layer": ("bits by layer", "theirs-3"),
+        "turboquant, trellis": ("trellis codes", "ours-2"),
+        "trellis, by layer": ("trellis, by layer", "plain"),
     }
     x_axis = Axis("bits per number, with everything counted", (2, 2.5, 3, 3.5, 4, 4.5, 5))
     y_axis = Axis("KL divergence, nats (lower is better)", (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1), log=True)
