@@ -1,7 +1,7 @@
 """NumPy in place of MLX functions that are slow on a CPU.
 
 SwiGLU and the log-sum-exp of logits spend their time on exponentials, which MLX computes one at a time and on one core.
-RMSNorm and RoPE of many rows are made of several passes there, also on one core. A product of a few rows spends its
+RMSNorm and RoPE are made of several passes there, also on one core. A product of a few rows spends its
 time in the BLAS, which first copies all weights in the order of its kernel, as for a large product. The results are
 equal up to rounding.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -27,7 +28,7 @@ from turboquant.runtime.device import on_cpu
 from turboquant.runtime.threads import run_in_parallel
 
 BLOCK = 1 << 16  # numbers that one thread takes at a time: about the size of a core's cache
-FEW_ROWS = 64  # a product of more rows goes to the BLAS as it is; norms and rotations of more tokens go to NumPy
+FEW_ROWS = 64  # a product of more rows goes to the BLAS as it is
 UNCOPIED = 16  # products of up to this many rows are cut into blocks that OpenBLAS multiplies without copies
 OUTPUTS, STRIPE = 64, 256  # outputs in such a block, and in the blocks that one thread takes at a time
 _mlx_logsumexp, _mlx_linear, _mlx_as_linear = mx.logsumexp, Linear.__call__, Embedding.as_linear
@@ -73,9 +74,9 @@ def swiglu(gate: mx.array, x: mx.array) -> mx.array:
 
 
 def rms_norm(x: mx.array, weight: mx.array | None, eps: float, **options: Any) -> mx.array:
-    """Compute ``mx.fast.rms_norm``; on a CPU, of float32 arrays (B, L, ...) with many tokens L, by NumPy."""
+    """Compute ``mx.fast.rms_norm``; on a CPU, of float32 arrays, by NumPy."""
     is_float32 = x.dtype == mx.float32 and (weight is None or weight.dtype == mx.float32)
-    if options or not is_float32 or x.ndim < 3 or x.shape[1] <= FEW_ROWS or not on_cpu():
+    if options or not is_float32 or not on_cpu():
         return _mlx_rms_norm(x, weight, eps, **options)
     dim = x.shape[-1]
     rows, factors = np.asarray(x).reshape(-1, dim), None if weight is None else np.asarray(weight)
@@ -94,35 +95,43 @@ def rms_norm(x: mx.array, weight: mx.array | None, eps: float, **options: Any) -
 
 
 def rope(a: mx.array, dims: int, *, offset: int | mx.array, traditional: bool, **options: Any) -> mx.array:
-    """Compute ``mx.fast.rope``; on a CPU, of many float32 tokens whose dimensions are rotated in halves, by NumPy."""
-    tokens = a.shape[-2]
-    if traditional or isinstance(offset, mx.array) or a.dtype != mx.float32 or tokens <= FEW_ROWS or not on_cpu():
+    """Compute ``mx.fast.rope``; on a CPU, of float32 arrays whose dimensions are rotated in halves, by NumPy."""
+    if traditional or a.dtype != mx.float32 or a.size == 0 or not on_cpu():
         return _mlx_rope(a, dims, offset=offset, traditional=traditional, **options)
     freqs = options.pop("freqs", None)
-    cosines, sines = _rotation(dims, offset, tokens, None if freqs is None else np.asarray(freqs).tobytes(), **options)
+    offsets = (offset,) if isinstance(offset, int) else tuple(np.asarray(offset).reshape(-1).tolist())
+    bits = None if freqs is None else np.asarray(freqs).tobytes()
     x, half = np.asarray(a), dims // 2
+    cosines, sines = (
+        np.broadcast_to(table.reshape(len(offsets), *[1] * (x.ndim - 3), -1, half), (*x.shape[:-1], half))
+        for table in _rotation(dims, offsets, x.shape[-2], bits, **options)
+    )
     output = np.empty(x.shape, np.float32)
 
-    def rotate(head: tuple[int, ...]) -> None:
-        given, rotated = x[head], output[head]
-        first, second = given[:, :half], given[:, half:dims]
-        rotated[:, :half] = first * cosines - second * sines
-        rotated[:, half:dims] = first * sines + second * cosines
-        rotated[:, dims:] = given[:, dims:]
+    def rotate(some: tuple[int, ...]) -> None:
+        given, rotated, cosine, sine = x[some], output[some], cosines[some], sines[some]
+        first, second = given[..., :half], given[..., half:dims]
+        rotated[..., :half] = first * cosine - second * sine
+        rotated[..., half:dims] = first * sine + second * cosine
+        rotated[..., dims:] = given[..., dims:]
 
-    run_in_parallel(rotate, list(np.ndindex(*x.shape[:-2])))
+    axes = next((n for n in range(x.ndim - 2) if math.prod(x.shape[n:]) <= BLOCK), x.ndim - 2)
+    run_in_parallel(rotate, list(np.ndindex(*x.shape[:axes])))
     return mx.array(output)
 
 
 @functools.lru_cache(maxsize=4)  # the layers of a model share one or two
 def _rotation(
-    dims: int, offset: int, tokens: int, freqs: bytes | None, **options: Any
+    dims: int, offsets: tuple[int, ...], tokens: int, freqs: bytes | None, **options: Any
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return MLX's cosines and sines (tokens, dims / 2) of RoPE: what it makes of ones in the first half."""
-    ones = mx.broadcast_to((mx.arange(dims) < dims // 2).astype(mx.float32), (1, tokens, dims))
+    """Return MLX's cosines and sines (rows, tokens, dims / 2) of RoPE: what it makes of ones in the first half.
+
+    offsets: of each row.
+    """
+    ones = mx.broadcast_to((mx.arange(dims) < dims // 2).astype(mx.float32), (len(offsets), 1, tokens, dims))
     options["freqs"] = None if freqs is None else mx.array(np.frombuffer(freqs, np.float32))
-    rotated = np.asarray(_mlx_rope(ones, dims, offset=offset, traditional=False, **options))[0]
-    return rotated[:, : dims // 2], rotated[:, dims // 2 :]
+    rotated = np.asarray(_mlx_rope(ones, dims, offset=mx.array(offsets), traditional=False, **options))[:, 0]
+    return rotated[..., : dims // 2], rotated[..., dims // 2 :]
 
 
 def linear(layer: Linear, x: mx.array) -> mx.array:

@@ -71,7 +71,7 @@ def test_logits_of_a_few_rows_equal_mlx_s() -> None:
 
 
 @pytest.mark.parametrize("weight", [None, mx.random.normal((96,), key=mx.random.key(1))])
-@pytest.mark.parametrize("shape", [(0, 96), (1, FEW_ROWS, 96), (2, 700, 96), (1, 700, 3, 96)])
+@pytest.mark.parametrize("shape", [(0, 96), (96,), (8, 1, 96), (2, 700, 96), (1, 700, 3, 96)])
 def test_norms_equal_mlx_s(shape: tuple[int, ...], weight: mx.array | None) -> None:
     x = mx.random.normal(shape, scale=30, key=mx.random.key(0))
     np.testing.assert_allclose(rms_norm(x, weight, 1e-5), mx.fast.rms_norm(x, weight, 1e-5), rtol=2e-6)
@@ -88,7 +88,7 @@ ROTATIONS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("tokens", [1, FEW_ROWS + 1, 300])
+@pytest.mark.parametrize("tokens", [1, 40, 300])
 @pytest.mark.parametrize("rotation", ROTATIONS)
 def test_rotations_equal_mlx_s(rotation: dict[str, Any], tokens: int) -> None:
     x = mx.random.normal((2, tokens, 3, 32), key=mx.random.key(0)).swapaxes(1, 2)
