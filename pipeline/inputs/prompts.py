@@ -27,7 +27,7 @@ from pipeline.errors import EmptyDocument, JobError, ModelError, PromptFailed, U
 from pipeline.inputs.documents import Document
 from pipeline.inputs.questions import Question
 from pipeline.inputs.templates import UsedNames, checked, compiled, environment, used_names
-from pipeline.inputs.time_limit import TimeLimit
+from pipeline.inputs.time_limit import limited
 from pipeline.job.job import Documents, Prompt, SpecialTokensMode
 from pipeline.models.special_tokens import BREAK, BreakingTokenizer, SpecialTokens
 
@@ -105,12 +105,12 @@ class Renderer:
     """
 
     def __init__(self, prompt: Prompt, documents: Documents) -> None:
-        self._documents, self._limit = documents, TimeLimit()
+        self._documents = documents
         self._context = compiled(checked("prompt.context", prompt.context))
         self._system = compiled(checked("prompt.system", prompt.system or ""))
         self._used_by_context = used_names("prompt.context", prompt.context)
         self._used_by_system = used_names("prompt.system", prompt.system or "")
-        self.shared = _shared(prompt, self._limit)
+        self.shared = _shared(prompt)
 
     def render(self, document: Document) -> Rendered:
         """Render a document.
@@ -129,7 +129,7 @@ class Renderer:
         columns = document.columns
         meanings = {name: columns[column] for name, column in _meanings(self._documents).items()}
         try:
-            with self._limit.limited():
+            with limited():
                 return template.render(used.variables(columns) | meanings)
         except Exception as error:
             raise PromptFailed(f"{key}: {one_line(error)}") from error
@@ -155,7 +155,6 @@ class PromptTokenizer:
         self._has_template = can_use_chat_template(tokenizer)
         if re.search(r"\|\s*random\b", str(getattr(tokenizer, "chat_template", None))):
             raise ModelError("the model's chat template uses the filter random: its prompts would never be the same")
-        self._limit = TimeLimit()
         self._template_options = {"enable_thinking": thinks, **_template_options(tokenizer)}
         self.folds_system = self._in_parts = False
         if self._has_template:
@@ -254,7 +253,7 @@ class PromptTokenizer:
             {"role": role, "content": [{"type": "text", "text": text}] if self._in_parts else text}
             for role, text in texts
         ]
-        with self._limit.limited():
+        with limited():
             prompt: str = self._tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=True, **self._template_options
             )
@@ -318,7 +317,7 @@ def _columns(key: str, source: str, documents: Documents) -> set[str]:
     return {meanings.get(name, name) for name in used.names} | used.in_row
 
 
-def _shared(prompt: Prompt, limit: TimeLimit) -> Rendered | None:
+def _shared(prompt: Prompt) -> Rendered | None:
     """Return the system text and the beginning of the context if neither uses a column and they are long."""
     sandbox, system = environment(), prompt.system or ""
     if meta.find_undeclared_variables(sandbox.parse(system)):
@@ -328,7 +327,7 @@ def _shared(prompt: Prompt, limit: TimeLimit) -> Rendered | None:
     if isinstance(first, nodes.Output) and isinstance(first.nodes[0], nodes.TemplateData):
         literal = first.nodes[0].data
     try:
-        with limit.limited():
+        with limited():
             system = compiled(system).render()
     except Exception:  # it fails for every document too, and each of their rows then has the error
         return None

@@ -29,7 +29,7 @@ from pipeline.inputs.templates import (
     used_names,
     written,
 )
-from pipeline.inputs.time_limit import TimeLimit
+from pipeline.inputs.time_limit import limited
 from pipeline.job.job import Documents, Generation, Query
 
 ANSWERS = "answers"
@@ -234,7 +234,7 @@ class QuestionWriter:
     """
 
     def __init__(self, documents: Documents) -> None:
-        self._documents, self._limit = documents, TimeLimit()
+        self._documents = documents
         sandbox = bounded_sandbox(finalize=_written)
         self._template = lru_cache(maxsize=1024)(sandbox.from_string)
         self._expression = lru_cache(maxsize=1024)(partial(sandbox.compile_expression, undefined_to_none=False))
@@ -249,7 +249,7 @@ class QuestionWriter:
             return True
         variables = self._variables(document, source, answers)
         try:
-            with self._limit.limited():
+            with limited():
                 value = self._expression(query.when)(variables)
         except Exception as error:
             columns = [document.columns.get(name) for name in question_columns([query], self._documents)]
@@ -269,7 +269,7 @@ class QuestionWriter:
         value = _parsed(answer) if query.json_schema else answer
         own = dict(zip(_OF_CHECKS, (value, document.text, len), strict=True))
         try:
-            with self._limit.limited():
+            with limited():
                 holds = self._expression(query.check)(self._variables(document, source, {}) | own)
         except Exception as error:
             return f"{query.check} ({one_line(error)})"
@@ -293,7 +293,7 @@ class QuestionWriter:
         variables = self._variables(document, source, answers)
         pieces, size = list[str](), 0
         try:
-            with self._limit.limited():
+            with limited():
                 for piece in self._template(query.text).generate(variables):
                     pieces.append(piece)
                     size += len(piece)

@@ -12,7 +12,7 @@ from jinja2 import StrictUndefined, Template, TemplateSyntaxError, Undefined, me
 from jinja2.sandbox import SandboxedEnvironment
 
 from pipeline.errors import JobError, one_line
-from pipeline.inputs.time_limit import TimeLimit
+from pipeline.inputs.time_limit import limited
 
 _PLACE = re.compile(r"\{\{.*?\}\}|\{%.*?%\}|\{[A-Za-z_]\w*\}", re.DOTALL)
 _WIDE = re.compile(r"%[^%a-zA-Z]*(\d{6}|\*)")
@@ -219,7 +219,6 @@ class Expression:
         sandbox = environment()
         template = checked_expression(key, source, sandbox)
         self._evaluate = sandbox.compile_expression(source, undefined_to_none=False)
-        self._limit = TimeLimit()
         self._used = used_names(key, template)
         self.columns = self._used.names | self._used.in_row
         if not self.columns:
@@ -227,5 +226,5 @@ class Expression:
 
     def __call__(self, values: Mapping[str, Any]) -> Any:
         """Return the value for a row. Raises whatever the expression raises, and TookTooLong."""
-        with self._limit.limited():
+        with limited():
             return self._evaluate(self._used.variables(values))

@@ -1,15 +1,17 @@
 """A limit on the time that a template or a condition may take on one row.
 
 Another thread raises an exception in the thread whose block takes too long. That ends any loop of Python code, and
-jinja2 compiles templates to Python code.
+jinja2 compiles templates to Python code. One such thread serves the process, and ends when it has nothing to watch.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from threading import Lock, Thread, get_ident
 
 SECONDS = 10.0
@@ -21,50 +23,74 @@ class TookTooLong(Exception):
     """A block took longer than its limit."""
 
 
-class TimeLimit:
-    """Ends blocks that take too long. Any thread may use it. Time in which the process is stopped hardly counts."""
+@contextmanager
+def limited() -> Iterator[None]:
+    """Run a block, and raise TookTooLong in it after SECONDS. Time in which the process is stopped hardly counts."""
+    seconds, ended = SECONDS, False
+    block = _Block(get_ident(), int(seconds / _SECONDS_PER_TICK) + 1)
+    _watcher.add(block)
+    try:
+        try:
+            yield
+        finally:
+            ended = _watcher.remove(block)
+            if ended:  # the exception may still be on its way
+                time.sleep(_SECONDS_PER_TICK)
+    except Exception:
+        if not ended:
+            raise
+    if ended:
+        raise TookTooLong(f"it took longer than {seconds:g} s and was ended")
+
+
+@dataclass(eq=False)
+class _Block:
+    """A block that runs. thread: in which. left: ticks that it may still take."""
+
+    thread: int
+    left: int
+
+
+class _Watcher:
+    """Ends blocks that take too long, in any thread of this process."""
 
     def __init__(self) -> None:
-        self._seconds = SECONDS
-        self._lock = Lock()
-        self._left: dict[int, int] = {}  # ticks left of each block that runs, by thread
-        self._is_watched = False
+        self.start_afresh()
 
-    @contextmanager
-    def limited(self) -> Iterator[None]:
-        """Run a block, and raise TookTooLong in it after SECONDS."""
-        thread, ended = get_ident(), False
+    def start_afresh(self) -> None:
+        """Forget all blocks, and that a thread watches: none comes along into a process that is forked."""
+        self._lock = Lock()
+        self._blocks: set[_Block] = set()
+        self._is_watching = False
+
+    def add(self, block: _Block) -> None:
         with self._lock:
-            self._left[thread] = int(self._seconds / _SECONDS_PER_TICK) + 1
-            if not self._is_watched:
-                self._is_watched = True
+            self._blocks.add(block)
+            if not self._is_watching:
+                self._is_watching = True
                 Thread(target=self._watch, name="time limit", daemon=True).start()
-        try:
-            try:
-                yield
-            finally:
-                with self._lock:
-                    ended = self._left.pop(thread, 0) <= 0
-                if ended:  # the exception may still be on its way
-                    time.sleep(_SECONDS_PER_TICK)
-        except Exception:
-            if not ended:
-                raise
-        if ended:
-            raise TookTooLong(f"it took longer than {self._seconds:g} s and was ended")
+
+    def remove(self, block: _Block) -> bool:
+        """Forget a block, and return whether it was ended."""
+        with self._lock:
+            self._blocks.discard(block)
+            return block.left <= 0
 
     def _watch(self) -> None:
         idle = 0
         while True:
             time.sleep(_SECONDS_PER_TICK)
             with self._lock:
-                idle = 0 if self._left else idle + 1
+                idle = 0 if self._blocks else idle + 1
                 if idle > _IDLE_TICKS:
-                    self._is_watched = False
+                    self._is_watching = False
                     return
-                for thread in self._left:
-                    self._left[thread] -= 1
-                    if self._left[thread] == 0:
-                        ctypes.pythonapi.PyThreadState_SetAsyncExc(
-                            ctypes.c_ulong(thread), ctypes.py_object(TookTooLong)
-                        )
+                for block in self._blocks:
+                    block.left -= 1
+                    if block.left == 0:
+                        thread, raised = ctypes.c_ulong(block.thread), ctypes.py_object(TookTooLong)
+                        ctypes.pythonapi.PyThreadState_SetAsyncExc(thread, raised)
+
+
+_watcher = _Watcher()
+os.register_at_fork(after_in_child=_watcher.start_afresh)

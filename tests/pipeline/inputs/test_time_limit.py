@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import threading
 import time
 
@@ -12,7 +14,7 @@ import pytest
 from pipeline.errors import InputError, JobError, ModelError
 from pipeline.inputs import time_limit
 from pipeline.inputs.inputs import Inputs
-from pipeline.inputs.time_limit import TimeLimit, TookTooLong
+from pipeline.inputs.time_limit import TookTooLong, limited
 from pipeline.job.job_file import load_job
 from tests.pipeline.workplace import Workplace
 
@@ -33,10 +35,10 @@ def count_for_ever() -> None:
 
 
 def test_a_loop_is_ended_in_the_thread_that_runs_it() -> None:
-    limit, ended = TimeLimit(), []
+    ended = []
 
     def run() -> None:
-        with pytest.raises(TookTooLong, match=r"it took longer than 0\.3 s and was ended"), limit.limited():
+        with pytest.raises(TookTooLong, match=r"it took longer than 0\.3 s and was ended"), limited():
             count_for_ever()
         ended.append(threading.get_ident())
 
@@ -55,16 +57,15 @@ def test_a_loop_that_catches_exceptions_is_told_all_the_same() -> None:
         except Exception as error:
             raise ValueError("something else") from error
 
-    with pytest.raises(TookTooLong), TimeLimit().limited():
+    with pytest.raises(TookTooLong), limited():
         run()
 
 
 def test_what_is_quick_is_not_ended_later() -> None:
-    limit = TimeLimit()
-    with limit.limited():
+    with limited():
         pass
     time.sleep(0.6)
-    with pytest.raises(KeyError), limit.limited():
+    with pytest.raises(KeyError), limited():
         raise KeyError
 
 
@@ -136,10 +137,30 @@ def test_an_address_in_memory_is_no_text(workplace: Workplace, written: str) -> 
     assert "has no text; call it, or write | list" in workplace.rows()["d0", "what"]["error"]
 
 
-def test_the_watching_thread_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_thread_watches_and_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time_limit, "_watcher", type(time_limit._watcher)())
     monkeypatch.setattr(time_limit, "_IDLE_TICKS", 1)
     before = threading.active_count()
-    with TimeLimit().limited():
-        pass
+    for _ in range(3):
+        with limited(), limited():
+            assert threading.active_count() == before + 1
     time.sleep(1)
     assert threading.active_count() <= before
+
+
+def test_a_forked_process_has_limits_too() -> None:
+    with limited():
+        pass
+    child = os.fork()
+    if not child:
+        try:
+            with limited():
+                count_for_ever()
+        except TookTooLong:
+            os._exit(3)
+    deadline = time.monotonic() + 60
+    while (ended := os.waitpid(child, os.WNOHANG)) == (0, 0):
+        if time.monotonic() > deadline:
+            os.kill(child, signal.SIGKILL)
+        time.sleep(0.05)
+    assert os.waitstatus_to_exitcode(ended[1]) == 3
