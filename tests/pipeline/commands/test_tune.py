@@ -22,6 +22,16 @@ from tests.pipeline.workplace import Workplace
 
 @pytest.fixture
 def job(workplace: Workplace) -> Path:
+    return _with_longer_documents(workplace)
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> dict[str, Any]:
+    """What `tune` measures of the job."""
+    return _tune(_with_longer_documents(Workplace(tmp_path_factory.mktemp("tuned"), tiny_model)))
+
+
+def _with_longer_documents(workplace: Workplace) -> Path:
     """Documents of some 900 tokens, which are more than one segment of a streaming job."""
     workplace.documents = {name: text * 3 for name, text in workplace.documents.items()}
     return workplace.save()
@@ -34,8 +44,7 @@ def _tune(*arguments: str | Path, code: int = 0) -> dict[str, Any]:
     return tuned
 
 
-def test_the_smallest_setting_that_keeps_the_bound_is_chosen(job: Path) -> None:
-    tuned = _tune(job)
+def test_the_smallest_setting_that_keeps_the_bound_is_chosen(job: Path, tuned: dict[str, Any]) -> None:
     sizes = [each["bytes_per_token"] for each in tuned["settings"]]
     assert sizes == sorted(sizes)
     assert sizes[-1] < tuned["full_bytes_per_token"]
@@ -51,11 +60,12 @@ def test_no_setting_keeps_a_bound_of_nothing(job: Path) -> None:
     assert _tune(job, "--kl", "0", code=3)["chosen"] is None
 
 
-def test_layers_get_bits_by_their_own_effect(job: Path, workplace: Workplace, write_model: Callable[..., Path]) -> None:
+def test_layers_get_bits_by_their_own_effect(
+    job: Path, tuned: dict[str, Any], workplace: Workplace, write_model: Callable[..., Path]
+) -> None:
     workplace.save(model=str(write_model(workplace.folder / "two-layers", num_hidden_layers=2)))
-    tuned = _tune(job, "--layers", "--answers", "0")
-    names = [each["setting"]["layer_bits"] for each in tuned["settings"]]
-    assert len(names) > len(_tune(job, "--answers", "0")["settings"])
+    names = [each["setting"]["layer_bits"] for each in _tune(job, "--layers", "--answers", "0")["settings"]]
+    assert len(names) > len(tuned["settings"])
     assert any(names)
     assert not any("16" in each.values() for each in names)
 
@@ -71,10 +81,9 @@ def test_the_choice_is_written_into_the_job_file(job: Path, workplace: Workplace
     assert (result.exit_code, result.stderr.splitlines()[-1]) == (0, "the job has these settings already")
 
 
-def test_a_streaming_job_is_measured_as_it_prefills(job: Path) -> None:
-    streaming = ("--set", "cache.prefill=streaming", "--set", "cache.segment=512")
-    exact, streamed = _tune(job), _tune(job, *streaming)
-    assert exact["settings"][0]["kl"] != streamed["settings"][0]["kl"]
+def test_a_streaming_job_is_measured_as_it_prefills(job: Path, tuned: dict[str, Any]) -> None:
+    streamed = _tune(job, "--set", "cache.prefill=streaming", "--set", "cache.segment=512")
+    assert tuned["settings"][0]["kl"] != streamed["settings"][0]["kl"]
 
 
 def test_documents_that_are_too_short_are_refused(workplace: Workplace) -> None:

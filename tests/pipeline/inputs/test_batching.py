@@ -124,7 +124,8 @@ def test_only_one_group_s_prefixes_are_alive(workplace: Workplace, monkeypatch: 
     real = pipeline.execution.prefixes.prefill_segment
 
     def watching(*args: Any) -> Any:
-        gc.collect()
+        if sum(ref() is not None for ref in alive) > 2:
+            gc.collect()  # which takes long
         assert sum(ref() is not None for ref in alive) < 3
         segment = real(*args)
         alive.append(weakref.ref(segment.layers[0]))
