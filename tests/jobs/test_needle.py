@@ -8,10 +8,9 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from typer.testing import CliRunner
 
-from pipeline.cli import app
 from tests import ROOT
+from tests.pipeline.command_line import invoke
 
 JOBS = ROOT / "jobs"
 
@@ -23,7 +22,7 @@ def needle(*arguments: str | Path) -> str:
 
 def test_codes_are_asked_for_and_counted(tmp_path: Path) -> None:
     assert "next: pipeline run" in needle(tmp_path, "--model", JOBS / "demo" / "model", "--tokens", "150", "300")
-    result = CliRunner().invoke(app, ["run", str(tmp_path / "job.yaml"), "--set", "generation.max_tokens=4"])
+    result = invoke("run", tmp_path / "job.yaml", "--set", "generation.max_tokens=4")
     assert result.exit_code == 0, result.output
     asked = pq.read_table(tmp_path / "queries.parquet").to_pylist()
     answers = pq.read_table(tmp_path / "answers.parquet").to_pylist()

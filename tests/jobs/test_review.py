@@ -5,11 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from typer.testing import CliRunner
-
-from pipeline.cli import app
 from pipeline.job.job import Query
 from tests import ROOT
+from tests.pipeline.command_line import invoke
 
 JOBS = ROOT / "jobs"
 
@@ -22,7 +20,7 @@ def test_contracts_of_one_s_own_are_asked_every_question(tmp_path: Path) -> None
     questions = [json.loads(line) for line in (JOBS / "review" / "questions.jsonl").read_text().splitlines()]
     override = ["--set", f"documents.path={contracts}", "--set", f"model={JOBS / 'demo' / 'model'}"]
     override += ["--set", f"cache.dir={tmp_path / 'cache'}", "--set", f"output.path={tmp_path / 'review.parquet'}"]
-    result = CliRunner().invoke(app, ["plan", str(JOBS / "review.yaml"), *override, "--json"])
+    result = invoke("plan", JOBS / "review.yaml", *override, "--json")
     assert result.exit_code == 0, result.output
     plan = json.loads(result.stdout)
     assert plan["status"]["documents"] == 2

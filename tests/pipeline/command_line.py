@@ -12,9 +12,12 @@ import sys
 import termios
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 import pytest
+import typer.testing
+from typer.main import get_command
 from typer.testing import CliRunner, Result
 
 from pipeline.cli import app
@@ -23,7 +26,10 @@ from tests import ROOT, warm
 PROGRAM = f"{sys.executable} -m pipeline.cli"  # how these tests start the command in a process of its own
 
 
-def invoke(*arguments: str | Path) -> Result:
+typer.testing._get_command = cache(get_command)  # type: ignore[attr-defined]  # or every call builds all commands anew
+
+
+def invoke(*arguments: object) -> Result:
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 

@@ -13,19 +13,18 @@ import sqlite3
 from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 from pipeline.cache.pins import Pins, output_digest
 from pipeline.cache.store import Store
-from pipeline.cli import app
 from pipeline.execution.fingerprint import MEMO
+from tests.pipeline import command_line
 from tests.pipeline.workplace import Workplace
 
 ESCAPE = "\x1b]0;owned\x07"
 
 
 def invoke(*arguments: object) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, [*map(str, arguments)])
+    result = command_line.invoke(*arguments)
     return result.exit_code, result.stdout, result.stderr
 
 

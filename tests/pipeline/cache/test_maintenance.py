@@ -11,15 +11,14 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from typer.testing import CliRunner
 
 from pipeline.cache.pins import Pins
-from pipeline.cli import app
+from tests.pipeline import command_line
 from tests.pipeline.workplace import Workplace
 
 
 def invoke(*arguments: object) -> tuple[int, str, str]:
-    result = CliRunner().invoke(app, ["cache", *map(str, arguments)])
+    result = command_line.invoke("cache", *arguments)
     return result.exit_code, result.stdout, result.stderr
 
 

@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.testing import CliRunner, Result
+from typer.testing import Result
 
-from pipeline.cli import app
 from pipeline.commands import bench
 from pipeline.commands.bench_result import CONTENDERS, BenchRow
 from pipeline.job.job_file import load_job
 from tests import ROOT, warm
+from tests.pipeline import command_line
 from tests.pipeline.workplace import Workplace
 
 PIPELINE = {
@@ -211,7 +211,7 @@ def test_an_interrupted_bench_leaves_no_files(workplace: Workplace, number: sign
 
 
 def invoke(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(app, ["bench", *map(str, arguments)])
+    return command_line.invoke("bench", *arguments)
 
 
 def test_an_unknown_contender_is_an_error(workplace: Workplace) -> None:

@@ -10,9 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from typer.testing import CliRunner
 
-from pipeline.cli import app
 from pipeline.inputs.prompts import PromptTokenizer, Rendered
 from tests.pipeline.command_line import error_of, invoke
 from tests.pipeline.inputs.templates import FAMILIES, PROMPTS, REFUSED
@@ -101,7 +99,7 @@ def test_a_run(
     make_tokenizer(chat_template=FAMILIES[name].template).save_pretrained(model)
     workplace.documents = {"d0": MINUTES * 3}
     job = workplace.save(model="model", prompt={"system": SYSTEM}, generation={"max_tokens": 2, "batch_size": 3})
-    result = CliRunner().invoke(app, ["run", str(job)])
+    result = invoke("run", job)
     assert result.exit_code == 0, result.output
     assert caplog.text.count(FOLDED) == (0 if FAMILIES[name].has_system else 1)
     assert len(workplace.segments()) == 1

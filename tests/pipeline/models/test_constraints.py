@@ -16,14 +16,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from pydantic import BaseModel, Field
-from typer.testing import CliRunner, Result
 
-from pipeline.cli import app
 from pipeline.errors import ModelError
 from pipeline.job.job import Query, Settings
 from pipeline.job.job_file import load_job
 from pipeline.models.output_parser import OutputParser
 from tests import ROOT, warm
+from tests.pipeline.command_line import invoke
 from tests.pipeline.workplace import Workplace
 
 pytestmark = pytest.mark.usefixtures("here")
@@ -64,10 +63,6 @@ def log_level() -> Iterator[None]:
     before = logging.getLogger("pipeline").level
     yield
     logging.getLogger("pipeline").setLevel(before)
-
-
-def invoke(*arguments: str | Path) -> Result:
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def run_without_llguidance(*arguments: str | Path, folder: Path) -> subprocess.CompletedProcess[str]:
