@@ -79,7 +79,9 @@ static Gate* closed[1024];               // the gate at which a thread waits
 static int closed_since[1024];
 static bool begun[1024], done[1024];
 static Gate group_gate, lane_gates[32], team_gates[8];
-static Box boxes[1024];
+// Lanes swap numbers through these. They take turns, so that a lane that is ahead does not overwrite what others read.
+static Box boxes_of_turn[2][1024];
+static u8 turns[1024];
 static int current, thread_count, group_place[3];
 
 static __attribute__((noinline)) void let_others_go_on(int self) {
@@ -132,7 +134,8 @@ static Copies copies_of[1024];
 #define END_COPIES copies_of[current].end()
 #define WAIT_FOR_COPIES(n) copies_of[current].wait_for(n)
 static int lane_at[8][8];  // by row and column
-static Box& box_at(int row, int column) { return boxes[current / 32 * 32 + lane_at[row][column]]; }
+static Box* next_boxes() { return boxes_of_turn[turns[current] ^= 1]; }
+static Box& box_at(Box* boxes, int row, int column) { return boxes[current / 32 * 32 + lane_at[row][column]]; }
 static float half_of(u32 pair, int i) {
     u16 bits = u16(pair >> (16 * i));
     half value;
@@ -165,6 +168,7 @@ static u32 rotated(u32 x, u32 by) { return by & 31 ? x << (by & 31) | x >> (32 -
 enum Lanes { ALL, OF_COLUMN, OF_ROW };
 template <class Combine>
 static float over(float x, Lanes of, Combine combine) {
+    Box* boxes = next_boxes();
     boxes[current].value = x;
     wait_for_lanes();
     float result = NAN;
@@ -174,22 +178,21 @@ static float over(float x, Lanes of, Combine combine) {
         float other = boxes[current / 32 * 32 + lane].value;
         result = isnan(result) ? other : combine(result, other);
     }
-    wait_for_lanes();
     return result;
 }
 static float of_lane(float x, int lane) {
+    Box* boxes = next_boxes();
     boxes[current].value = x;
     wait_for_lanes();
     float other = boxes[current / 32 * 32 + lane].value;
-    wait_for_lanes();
     return other;
 }
 static float from_lane(float x, int bit) { return of_lane(x, current % 32 ^ bit); }
 static u32 word_of_lane(u32 x, int lane) {
+    Box* boxes = next_boxes();
     boxes[current].left[0] = x;
     wait_for_lanes();
     u32 other = boxes[current / 32 * 32 + lane].left[0];
-    wait_for_lanes();
     return other;
 }
 static u32 word_from_lane(u32 x, u32 bits) { return word_of_lane(x, current % 32 ^ (bits & 31)); }
@@ -202,22 +205,22 @@ static bool in_any_lane(bool x) {
 static float over_lanes_sum(float x) { return over(x, ALL, [](float a, float b) { return a + b; }); }
 
 static void multiply_add(float (&sums)[4], const u32 (&left)[4], const u32 (&right)[2]) {
+    Box* boxes = next_boxes();
     memcpy(boxes[current].left, left, sizeof left);
     memcpy(boxes[current].right, right, sizeof right);
     wait_for_lanes();
     int row = ROW(current % 32), column = COLUMN(current % 32);
     for (int i = 0; i < 4; ++i) {
         for (int k = 0; k < 16; ++k) {
-            float one = half_of(box_at(row, k % 8).left[i / 2 + k / 8 * 2], k % 2);
+            float one = half_of(box_at(boxes, row, k % 8).left[i / 2 + k / 8 * 2], k % 2);
 #ifdef METAL_LANES
-            float other = half_of(box_at(k % 8, column).right[k / 8], i % 2);
+            float other = half_of(box_at(boxes, k % 8, column).right[k / 8], i % 2);
 #else
-            float other = half_of(box_at(column + i % 2, k % 8).right[k / 8], k % 2);
+            float other = half_of(box_at(boxes, column + i % 2, k % 8).right[k / 8], k % 2);
 #endif
             sums[i] += one * other;
         }
     }
-    wait_for_lanes();
 }
 
 // Products of hopper.h, at once: each SIMD-group's own rows. The words of a right factor are where hopper.h says.
@@ -228,17 +231,17 @@ template <int COUNT>
 static void wait_for_products(float (&sums)[COUNT]) {}
 template <int COUNT, class Right>
 static void group_multiply(float (&sums)[COUNT], const u32 (&left)[4], bool more, Right right) {
+    Box* boxes = next_boxes();
     memcpy(boxes[current].left, left, sizeof left);
     wait_for_lanes();
     int row = ROW(current % 32), column = COLUMN(current % 32);
     for (int i = 0; i < COUNT; ++i) {
         if (!more) sums[i] = 0;
         for (int k = 0; k < 16; ++k) {
-            float one = half_of(box_at(row, k % 8).left[i / 2 % 2 + k / 8 * 2], k % 2);
+            float one = half_of(box_at(boxes, row, k % 8).left[i / 2 % 2 + k / 8 * 2], k % 2);
             sums[i] += one * right(k, i / 4 * 8 + column + i % 2);
         }
     }
-    wait_for_lanes();
 }
 #ifdef BLOCK_WORDS
 static float of_tile(const u32* tile, int token, int coordinate) {
@@ -261,11 +264,11 @@ static u32 as_right_factor(u32 block) {
 #ifdef METAL_LANES
     return block;
 #else
+    Box* boxes = next_boxes();
     boxes[current].right[0] = block;
     wait_for_lanes();
     int row = ROW(current % 32), column = COLUMN(current % 32);
-    float one = half_of(box_at(column, row).right[0], row % 2), other = half_of(box_at(column + 1, row).right[0], row % 2);
-    wait_for_lanes();
+    float one = half_of(box_at(boxes, column, row).right[0], row % 2), other = half_of(box_at(boxes, column + 1, row).right[0], row % 2);
     return pack_halves(one, other);
 #endif
 }
@@ -323,7 +326,7 @@ static Result run_all(int x, int y, int z, int threads) {
         beginnings[thread].uc_stack.ss_sp = stacks + (size_t(thread) << 16);
         beginnings[thread].uc_stack.ss_size = 1 << 16;
         makecontext(&beginnings[thread], (void (*)())enter, 1, thread);
-        begun[thread] = false;
+        begun[thread] = false, turns[thread] = 0;
     }
     for (int group = 0; group < x * y * z; ++group) {
         group_place[0] = group % x, group_place[1] = group / x % y, group_place[2] = group / x / y;
