@@ -48,7 +48,7 @@ MODES: dict[str, dict[str, Any]] = {
 }
 DOCUMENTS, SENTENCES = 6, 60
 BUILT = re.compile(r"prefix (\w{12}) is built")
-SECONDS_TO_START, SECONDS_OF_WORK = 8.0, 2.5
+SECONDS_TO_START = 8.0
 
 
 @dataclass
@@ -65,14 +65,39 @@ class Tally:
     most_again: int = 0  # by one kill
 
 
+class Processes:
+    """How runs are started, and which of their processes computes.
+
+    seconds_of_work: in which the job is worked on, about.
+    """
+
+    seconds_of_work = 2.5
+
+    def start(self, place: Place, log: int) -> subprocess.Popen[str]:
+        """Start the command, with its output in the file of that descriptor."""
+        command = [sys.executable, "-m", "pipeline.cli", "run", "--debug", str(place.folder / "job.yaml")]
+        environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
+        return subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT, env=environment, text=True)
+
+    def child_of(self, process: int) -> int | None:
+        """The model's process: the child that was spawned to run multiprocessing's main, not the resource tracker."""
+        found = subprocess.run(
+            ["ps", "-o", "pid=,args=", "--ppid", str(process)], capture_output=True, text=True, check=False
+        ).stdout
+        children = [int(line.split()[0]) for line in found.splitlines() if "spawn_main" in line]
+        return children[0] if children else None
+
+
 class Mode:
     """Jobs of one mode, and the bytes that they are to give."""
 
-    def __init__(self, folder: Path, model: Path, keys: dict[str, Any]) -> None:
-        self.folder, self.model, self.keys = folder, model, keys
+    def __init__(self, folder: Path, model: Path, keys: dict[str, Any], processes: Processes) -> None:
+        self.folder, self.model, self.keys, self.processes = folder, model, keys, processes
         self.tally = Tally()
         whole = self.place("whole")
-        self.seconds = _run(whole)
+        started = time.monotonic()
+        _killed_run(whole, None, processes)
+        self.seconds = time.monotonic() - started
         self.expected = whole.output.read_bytes()
 
     def place(self, name: str) -> Place:
@@ -83,12 +108,18 @@ class Mode:
 
 
 def kill_at_random(
-    folder: Path, kills: int, seed: int, seconds: float = 3600.0, names: Sequence[str] = tuple(MODES)
+    folder: Path,
+    kills: int,
+    seed: int,
+    seconds: float = 3600.0,
+    names: Sequence[str] = tuple(MODES),
+    processes: Processes | None = None,
 ) -> dict[str, Tally]:
     """Kill so many runs, or as many as the seconds allow; what that cost, by mode."""
+    processes = processes or Processes()
     rng, ends = random.Random(seed), time.monotonic() + seconds
     model = _forked_model(folder / "model")
-    modes = {name: Mode(folder / name, model, MODES[name]) for name in names}
+    modes = {name: Mode(folder / name, model, MODES[name], processes) for name in names}
     done = 0
     while done < kills and time.monotonic() < ends:
         mode = list(modes.values())[sum(mode.tally.jobs for mode in modes.values()) % len(modes)]
@@ -105,8 +136,8 @@ def _kill_until_done(mode: Mode, rng: random.Random, kills: int, ends: float) ->
     rows: set[tuple[str, str]] = set()
     finished = False
     while not finished:
-        killer = _Killer(rng, mode.seconds) if done < kills and time.monotonic() < ends else None
-        finished, log = _killed_run(place, killer)
+        killer = _Killer(rng, mode) if done < kills and time.monotonic() < ends else None
+        finished, log = _killed_run(place, killer, mode.processes)
         begun = BUILT.findall(log)
         by_this = len(begun) - len(set(begun))  # its process was started again within the run
         by_the_last = len(built & set(begun))
@@ -131,10 +162,11 @@ def _kill_until_done(mode: Mode, rng: random.Random, kills: int, ends: float) ->
 class _Killer:
     """Picks a victim and a moment; ``victim`` says who was hit."""
 
-    def __init__(self, rng: random.Random, seconds: float) -> None:
+    def __init__(self, rng: random.Random, mode: Mode) -> None:
+        self._child_of = mode.processes.child_of
         self.child = rng.random() < 0.5
         self.from_start = rng.random() < 0.2
-        self.delay = rng.uniform(0, seconds if self.from_start else SECONDS_OF_WORK)
+        self.delay = rng.uniform(0, mode.seconds if self.from_start else mode.processes.seconds_of_work)
         self.victim = ""
 
     def strike(self, process: subprocess.Popen[str], place: Place) -> None:
@@ -144,7 +176,7 @@ class _Killer:
             before = lock.stat().st_mtime_ns if lock.exists() else 0
             _wait_until(lambda: lock.exists() and lock.stat().st_mtime_ns != before, process)
         _wait_until(lambda: False, process, self.delay)
-        victim = _child_of(process.pid) if self.child else process.pid
+        victim = self._child_of(process.pid) if self.child else process.pid
         if process.poll() is None and victim is not None:
             os.kill(victim, signal.SIGKILL)
             self.victim = "child" if self.child else "parent"
@@ -156,38 +188,17 @@ def _wait_until(is_so: Callable[[], bool], process: subprocess.Popen[str], secon
         time.sleep(0.005)
 
 
-def _killed_run(place: Place, killer: _Killer | None) -> tuple[bool, str]:
+def _killed_run(place: Place, killer: _Killer | None, processes: Processes) -> tuple[bool, str]:
     """Run the job, killed by ``killer`` if there is one: whether it got to its end, and its log."""
     log = place.folder / "log"
     with log.open("w") as file:
-        process = _start(place, file.fileno())
+        process = processes.start(place, file.fileno())
         if killer is not None:
             killer.strike(process, place)
         code = process.wait()
     if code not in (0, -signal.SIGKILL):
         raise SystemExit(f"a run ended with exit code {code}:\n{log.read_text()}")
     return code == 0, log.read_text()
-
-
-def _start(place: Place, log: int) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "pipeline.cli", "run", "--debug", str(place.folder / "job.yaml")]
-    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1"}
-    return subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT, env=environment, text=True)
-
-
-def _run(place: Place) -> float:
-    started = time.monotonic()
-    _killed_run(place, None)
-    return time.monotonic() - started
-
-
-def _child_of(process: int) -> int | None:
-    """The model's process: the child that was spawned to run multiprocessing's main, not the resource tracker."""
-    found = subprocess.run(
-        ["ps", "-o", "pid=,args=", "--ppid", str(process)], capture_output=True, text=True, check=False
-    ).stdout
-    children = [int(line.split()[0]) for line in found.splitlines() if "spawn_main" in line]
-    return children[0] if children else None
 
 
 def _rows(place: Place) -> list[tuple[str, str]]:
