@@ -6,7 +6,6 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from math import comb
 from typing import Any
 
 import numpy as np
@@ -57,7 +56,10 @@ def mcnemar(only_first: int, only_second: int) -> float:
     at least as uneven if both were equally good, and rows did not depend on each other.
     """
     count = only_first + only_second
-    at_most = sum(comb(count, number) for number in range(min(only_first, only_second) + 1))
+    at_most = splits = 1  # of `number` rows to the result that has fewer
+    for number in range(min(only_first, only_second)):
+        splits = splits * (count - number) // (number + 1)
+        at_most += splits
     return min(1.0, at_most / 2 ** (count - 1)) if count else 1.0
 
 

@@ -97,7 +97,8 @@ def test_what_is_not_there_is_not_there(workplace: Workplace, server: Server) ->
     assert f"{plain} does not exist: there is no such file" in error_of(run(workplace, plain))
 
 
-def test_a_server_that_is_not_there_cannot_be_reached(workplace: Workplace) -> None:
+def test_a_server_that_is_not_there_cannot_be_reached(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.retry.FIRST_WAIT", 0.01)
     result = run(workplace, "http://127.0.0.1:9/docs.parquet")
     assert result.exit_code == 1
     assert "http://127.0.0.1:9/docs.parquet: cannot be reached: " in result.stderr
