@@ -28,13 +28,13 @@ sys.addaudithook(record)
 """
 
 
-def imports_of(folder: Path, command: Sequence[str | Path]) -> list[dict[str, str]]:
+def imports_of(folder: Path, command: Sequence[str | Path], also: str = "") -> list[dict[str, str]]:
     """Run ``python`` with a command, which must exit with 0; return what each process that imports MLX imported.
 
     For each process: the modules "numpy" and "mlx.core", and whether the process imported them "before" or "after" it
-    loaded the tuned BLAS.
+    loaded the tuned BLAS. also: code that each process runs at its start besides.
     """
-    (folder / "sitecustomize.py").write_text(RECORDER)
+    (folder / "sitecustomize.py").write_text(RECORDER + also)
     imports = folder / "imports.txt"
     imports.write_text("")
     done = subprocess.run(
