@@ -110,7 +110,7 @@ class Renderer:
         self._system = compiled(checked("prompt.system", prompt.system or ""))
         self._used_by_context = used_names("prompt.context", prompt.context)
         self._used_by_system = used_names("prompt.system", prompt.system or "")
-        self.shared = _shared(prompt)
+        self.shared = _shared(prompt.system or "", prompt.context)
 
     def render(self, document: Document) -> Rendered:
         """Render a document.
@@ -317,12 +317,13 @@ def _columns(key: str, source: str, documents: Documents) -> set[str]:
     return {meanings.get(name, name) for name in used.names} | used.in_row
 
 
-def _shared(prompt: Prompt) -> Rendered | None:
+@lru_cache(maxsize=64)
+def _shared(system: str, context: str) -> Rendered | None:
     """Return the system text and the beginning of the context if neither uses a column and they are long."""
-    sandbox, system = environment(), prompt.system or ""
+    sandbox = environment()
     if meta.find_undeclared_variables(sandbox.parse(system)):
         return None
-    first = next(iter(sandbox.parse(prompt.context).body), None)
+    first = next(iter(sandbox.parse(context).body), None)
     literal = ""
     if isinstance(first, nodes.Output) and isinstance(first.nodes[0], nodes.TemplateData):
         literal = first.nodes[0].data

@@ -181,6 +181,7 @@ class UsedNames:
         return {**columns, "row": columns} if self.in_row else dict(columns)
 
 
+@lru_cache(maxsize=256)
 def used_names(key: str, source: str, sandbox: SandboxedEnvironment | None = None) -> UsedNames:
     """Return the names that a template uses. Raises JobError, which names `key`, if `row` is used in two ways.
 
