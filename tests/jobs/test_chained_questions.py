@@ -16,7 +16,7 @@ GOLD = {
 }
 PROJECTS = {"pilot scheme": "pilot", "supplier review": "supplier-review"}
 QUERIES = [
-    {"id": "summary", "text": "Summarize the decisions.", "max_tokens": 160},
+    {"id": "summary", "text": "Summarize the decisions.", "max_tokens": 48},
     {"id": "owner", "text": "Who owns the {{ answers.project }}?", "when": "answers.summary | length > 9"},
     {"id": "project", "text": "Which project is it?", "choices": list(PROJECTS)},
     {

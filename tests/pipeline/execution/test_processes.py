@@ -41,12 +41,18 @@ def place(workplace: Workplace) -> Workplace:
     return workplace
 
 
+_written_alone: dict[str, bytes] = {}
+
+
 def alone(place: Workplace, *overrides: str) -> bytes:
-    """What a run in one process writes, which is removed with its store."""
-    other = Workplace(place.folder / "alone", place.model)
-    other.documents, other.queries, other.tree = place.documents, place.queries, place.tree
-    other.run("scale.processes=1", *overrides)
-    return other.output.read_bytes()
+    """What a run in one process writes. Each job is run once for all tests."""
+    job = json.dumps([place.documents, place.queries, place.tree, overrides])
+    if job not in _written_alone:
+        other = Workplace(place.folder / "alone", place.model)
+        other.documents, other.queries, other.tree = place.documents, place.queries, place.tree
+        other.run("scale.processes=1", *overrides)
+        _written_alone[job] = other.output.read_bytes()
+    return _written_alone[job]
 
 
 class Dying(LeaseWorker):

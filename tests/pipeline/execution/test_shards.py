@@ -118,7 +118,7 @@ def test_documents_that_share_no_batch_are_in_the_same_shard_in_any_order(place:
 
 
 @pytest.mark.usefixtures("here")
-@pytest.mark.parametrize("count", [1, 3, 16])
+@pytest.mark.parametrize("count", [1, 16])  # three of them as over ssh
 def test_merged_shards_are_what_a_run_without_writes(
     place: Workplace, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
