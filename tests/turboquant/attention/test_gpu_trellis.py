@@ -23,6 +23,7 @@ from turboquant.quant.trellis import BLOCK, CODES
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
 HEADS = 2
+ALL_BITS = [(4, 4), (3, 3), (2, 2), (4, 3), (2, 4)]  # of keys and values
 
 
 @pytest.fixture
@@ -76,8 +77,14 @@ def elsewhere(request: pytest.FixtureRequest, compiled_kernels: Path, monkeypatc
 
 @needs_compiler
 @pytest.mark.usefixtures("elsewhere")
-@pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("bits", [(4, 4), (3, 3), (2, 2), (4, 3), (2, 4)])
+@pytest.mark.parametrize(
+    ("elsewhere", "bits", "dim"),  # every pair of two of them
+    [
+        *(("cuda", bits, dim) for bits, dim in zip(ALL_BITS, [64, 128, 64, 128, 64], strict=True)),
+        *(("metal", bits, dim) for bits, dim in zip(ALL_BITS, [128, 64, 128, 64, 128], strict=True)),
+    ],
+    indirect=["elsewhere"],
+)
 def test_other_gpus_all_bits(bits: tuple[int, int], dim: int) -> None:
     assert_equal(random_queries(5, dim), layer_of(3, bits, dim, fine=70, sinks=20))
 
@@ -90,9 +97,13 @@ def test_other_gpus_any_number_of_tokens_of_each_kind(blocks: int, fine: int, si
 
 
 @needs_compiler
-@pytest.mark.parametrize("rows", [1, 5])
-@pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("bits", [(4, 4), (3, 3), (2, 2), (4, 3), (2, 4)])
+@pytest.mark.parametrize(
+    ("rows", "bits", "dim"),  # every pair of two of them
+    [
+        *((1, bits, dim) for bits, dim in zip(ALL_BITS, [64, 128, 64, 128, 64], strict=True)),
+        *((5, bits, dim) for bits, dim in zip(ALL_BITS, [128, 64, 128, 64, 128], strict=True)),
+    ],
+)
 def test_all_bits(bits: tuple[int, int], dim: int, rows: int, on_hopper: list[str]) -> None:
     assert_equal(random_queries(rows, dim), layer_of(2, bits, dim))
     assert on_hopper == ["attend_many" if rows > 4 else "attend", "merge"]

@@ -65,10 +65,14 @@ def levels_of(codec: TrellisCodec, words: Any) -> NDArray[np.float32]:
     return levels
 
 
+# Without a metric, the backends differ in the SIMD-groups of a thread-group alone, whatever the bits.
 @needs_compiler
 @pytest.mark.usefixtures("emulated")
-@pytest.mark.parametrize("emulated", ["cuda", "metal"], indirect=True)
-@pytest.mark.parametrize(("of", "bits"), KINDS)
+@pytest.mark.parametrize(
+    ("emulated", "of", "bits"),
+    [*(("cuda", *kind) for kind in KINDS), ("metal", "keys", 3), ("metal", "values", 4)],
+    indirect=["emulated"],
+)
 def test_strings_are_those_of_numpy(of: Literal["keys", "values"], bits: int) -> None:
     codec, unit, root = TrellisCodec(DIM, bits, of=of), unit_vectors(), roots()
     words, factors = codec.choose(np, unit, root, None)
@@ -79,8 +83,9 @@ def test_strings_are_those_of_numpy(of: Literal["keys", "values"], bits: int) ->
 
 @needs_compiler
 @pytest.mark.usefixtures("emulated")
-@pytest.mark.parametrize("emulated", ["cuda", "metal"], indirect=True)
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize(
+    ("emulated", "bits"), [("cuda", 2), ("cuda", 3), ("cuda", 4), ("metal", 3)], indirect=["emulated"]
+)
 def test_strings_in_a_metric_are_as_good_as_those_of_numpy(bits: int) -> None:
     """Products are rounded otherwise, and each difference moves the targets of later coordinates."""
     codec, unit, root = TrellisCodec(DIM, bits, of="keys"), unit_vectors(), roots()
@@ -160,9 +165,9 @@ def test_layers_are_encoded_by_the_kernels(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(trellis_search, "launch", lambda *given: calls.append(given[0].name) or launch(*given))
     monkeypatch.setattr(trellis_search, "_runs", lambda *_: True)
     random, codec = np.random.default_rng(7), CacheCodec(2, 3, coding="trellis")
-    keys, values = (mx.array(random.normal(size=(HEADS, 500, 64)).astype(np.float32)) for _ in range(2))
-    collector = QueryCollector(500)
-    collector.add(mx.array(random.normal(size=(1, 4, 500, 64)).astype(np.float32)), HEADS, 0, 0.1)
+    keys, values = (mx.array(random.normal(size=(HEADS, 300, 64)).astype(np.float32)) for _ in range(2))
+    collector = QueryCollector(300)
+    collector.add(mx.array(random.normal(size=(1, 4, 300, 64)).astype(np.float32)), HEADS, 0, 0.1)
     found = encode_layer(keys, values, codec, collector.statistics())
     assert sorted(calls[-4:]) == ["search", "search", "units", "units"]
     monkeypatch.setattr(encoding.trellis_search, "usable", lambda *_: False)
