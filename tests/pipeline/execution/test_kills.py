@@ -34,7 +34,6 @@ class WarmProcesses(Processes):
 @pytest.mark.skipif(sys.platform != "linux", reason="the model's process is found as ps of Linux tells it")
 def test_random_kills_cost_only_what_was_in_flight(tmp_path: Path) -> None:
     tallies = kill_at_random(tmp_path, 6, seed=0, names=["exact", "streaming", "chained"], processes=WarmProcesses())
-
     assert sum(tally.kills.total() for tally in tallies.values()) == 6
     for name, tally in tallies.items():
         assert tally.jobs, name
