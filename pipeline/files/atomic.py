@@ -13,6 +13,8 @@ from tempfile import TemporaryDirectory
 from pipeline.errors import OutputError, is_disk_full, one_line
 from turboquant.io.atomic import flush, remove_leftovers, replacing
 
+_DEVICES = ("/dev", "/dev/fd", "/proc/self/fd")  # folders of devices; /dev/shm is an ordinary one
+
 
 @contextmanager
 def atomic_file(path: Path, ending: str = "", clear: bool = True) -> Iterator[Path]:
@@ -57,7 +59,7 @@ def _is_device(path: Path) -> bool:
         mode = path.stat().st_mode
     except OSError:  # there is nothing yet, or the disk will say why it cannot be written
         return False
-    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)) or path.absolute().is_relative_to("/dev")
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)) or str(path.absolute().parent) in _DEVICES
 
 
 @contextmanager

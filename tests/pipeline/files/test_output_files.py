@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pyarrow.parquet as pq
 import pytest
 
+from tests import ROOT
 from tests.pipeline.command_line import error_of, in_terminal, invoke
 from tests.pipeline.workplace import Workplace
 
@@ -61,6 +65,28 @@ def test_a_page_goes_to_devices_pipes_and_through_links(workplace: Workplace, el
     assert invoke("show", workplace.job_file, "--html", null).exit_code == 0
     assert null.is_char_device()
     assert sorted(os.listdir(elsewhere)) == ["null", "page.html", "pipe"]
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="Linux has a file system in memory there")
+def test_a_file_system_below_dev_has_files(workplace: Workplace) -> None:
+    """What was there before is replaced. A run once appended to it, as to a device."""
+    with TemporaryDirectory(dir="/dev/shm") as folder:
+        workplace.save(output={"path": f"{folder}/a.parquet"})
+        workplace.output = Path(folder) / "a.parquet"
+        workplace.run()
+        workplace.queries[0]["text"] = "Who met?"
+        workplace.run()
+        assert len(workplace.rows()) == 9
+        assert workplace.output.read_bytes().count(b"PAR1") == 2
+
+
+def test_a_shell_s_output_is_appended_to(tmp_path: Path) -> None:
+    code = "from pathlib import Path; from pipeline.files.atomic import output_file\n"
+    code += "with output_file(Path('/dev/stdout')) as file: file.write_text('x')"
+    with (tmp_path / "shown").open("w") as shown:
+        for _ in range(2):
+            subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=shown)
+    assert (tmp_path / "shown").read_text() == "xx"
 
 
 def test_metrics_go_to_a_terminal(workplace: Workplace) -> None:
