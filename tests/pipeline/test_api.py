@@ -26,9 +26,11 @@ from tests.pipeline.workplace import Workplace
 BLOCKS = re.findall(r"^```python\n(.*?)^```", (ROOT / "docs/python.md").read_text(), re.MULTILINE | re.DOTALL)
 
 
-def children() -> set[str]:
-    told = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(os.getpid())], capture_output=True, text=True)
-    return {line for line in told.stdout.splitlines() if "spawn_main" in line}
+def children() -> list[str]:
+    """The processes that runs started. They are forked from a warm one, which was started before them."""
+    listed = ["ps", "-o", "pid=,args=", "--sort=start_time", "--ppid", str(os.getpid())]
+    told = subprocess.run(listed, capture_output=True, text=True).stdout.splitlines()
+    return [line for line in told if "tests.warm" in line][1:] + [line for line in told if "spawn_main" in line]
 
 
 def bytes_of_many_documents(workplace: Workplace) -> bytes:
@@ -97,15 +99,17 @@ def test_a_mapping_and_a_job_are_the_job_of_a_file(workplace: Workplace, monkeyp
 def test_an_interrupted_run_leaves_its_answers_and_is_resumed_by_the_command_it_names(workplace: Workplace) -> None:
     expected = bytes_of_many_documents(workplace)
     workplace.save(output={"path": "out/b.parquet"})
-    stop = threading.Event()
+    stop, running = threading.Event(), []
 
     def watch(pace: Pace) -> None:
+        running.append(children())
         if pace.rows_done:
             stop.set()
 
     documents = pq.read_table(workplace.folder / "docs.parquet")
     with pytest.raises(Interrupted, match="the same call resumes the run, or: cd "):
         pipeline.run(workplace.job_file, documents, on_progress=watch, stop=stop)
+    assert any(running)
     assert not children()
     output = workplace.folder / "out/b.parquet"
     assert not output.exists()
