@@ -71,7 +71,7 @@ def document() -> str:
 def model_files() -> list[str]:
     """The files that define a model mlx-lm can load."""
     files = sorted(path.stem for path in FOLDER.glob("*.py"))
-    return [file for file in files if model_class(file) is not None or "Model" in imported(file)]
+    return [file for file in files if "\nclass Model(" in source(file) or "Model" in imported(file)]
 
 
 def counts(rows: Sequence[tuple[str, str, str, str]]) -> str:
@@ -101,10 +101,15 @@ def row(file: str) -> tuple[str, str, str, str]:
     return name, "none" if not can else "partial" if kept else "compressed", batching, reasons
 
 
+def source(file: str) -> str:
+    """The source of a model file."""
+    return (FOLDER / f"{file}.py").read_text(encoding="utf-8")
+
+
 @functools.cache
 def tree(file: str) -> ast.Module:
     """The parsed source of a model file."""
-    return ast.parse((FOLDER / f"{file}.py").read_text(encoding="utf-8"))
+    return ast.parse(source(file))
 
 
 def functions(file: str, name: str) -> list[ast.FunctionDef]:
