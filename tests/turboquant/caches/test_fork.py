@@ -48,9 +48,8 @@ def test_the_compressed_past_matters(family: str, build_model: Build, build_pref
 
 
 @pytest.mark.parametrize(("family", "coding", "count"), [*((name, "scalar", 120) for name in FAMILIES), TRELLIS])
-@pytest.mark.parametrize("rows", [2, 8])
 def test_forks_in_a_batch_answer_as_they_do_alone(
-    family: str, coding: str, count: int, rows: int, build_model: Build, build_prefix: Any, random_tokens: Tokens
+    family: str, coding: str, count: int, build_model: Build, build_prefix: Any, random_tokens: Tokens
 ) -> None:
     """Rows have different lengths, and join the batch as others leave it."""
     model = build_model(family)
@@ -58,14 +57,15 @@ def test_forks_in_a_batch_answer_as_they_do_alone(
     suffixes = [random_tokens(n, n) for n in (1, 7, 3, 12, 5)]
     lengths = [6, 2, 9, 4, 1]
     alone = [answer(model, [prefix.fork()], [s], [n], 1)[0][0] for s, n in zip(suffixes, lengths, strict=True)]
-    together, final = answer(model, [prefix.fork() for _ in suffixes], suffixes, lengths, rows)
-    assert_same(together, alone)
-    assert [len(row.tokens) for row in together] == lengths
-    for row, suffix, length in zip(final, suffixes, lengths, strict=True):
-        for layer, held in zip(row, prefix.layers, strict=True):
-            if isinstance(held, EncodedLayer):
-                assert layer.layer is held  # shared, not copied
-                assert layer.offset == count + len(suffix) + length
+    for rows in (2, 8):
+        together, final = answer(model, [prefix.fork() for _ in suffixes], suffixes, lengths, rows)
+        assert_same(together, alone)
+        assert [len(row.tokens) for row in together] == lengths
+        for row, suffix, length in zip(final, suffixes, lengths, strict=True):
+            for layer, held in zip(row, prefix.layers, strict=True):
+                if isinstance(held, EncodedLayer):
+                    assert layer.layer is held  # shared, not copied
+                    assert layer.offset == count + len(suffix) + length
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_next"])

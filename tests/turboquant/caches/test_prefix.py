@@ -23,7 +23,7 @@ from turboquant.quant.layer import DenseLayer
 CODEC = CacheCodec(8, 8, window=16)
 IDENTITY = Identity("w", "t", CODEC.identity, "exact")
 TOKENS = [(7 * i * i + 3 * i) % 90 for i in range(230)]
-MORE_TOKENS = [(7 * i * i + 3 * i) % 90 for i in range(450)]
+MORE_TOKENS = [(7 * i * i + 3 * i) % 90 for i in range(300)]
 NEXT = [5, 17, 2]
 
 
@@ -73,8 +73,8 @@ def test_a_chain_of_segments_answers_like_one_prefix(models: dict[str, Any], sto
 
 def test_segments_in_trellis_codes_are_restored_and_joined(models: dict[str, Any], tmp_path: Path) -> None:
     codec, model = CacheCodec(4, 4, coding="trellis"), models["llama"]
-    first, second = chain(model, [150, 450], codec, 32, MORE_TOKENS)
-    assert [segment.layers[0].keys.tokens for segment in (first, second)] == [128, 256]
+    first, second = chain(model, [150, 300], codec, 32, MORE_TOKENS)
+    assert [segment.layers[0].keys.tokens for segment in (first, second)] == [128, 128]
     write_segment(tmp_path, "key", first, replace(IDENTITY, codec=codec.identity))
     restored = read_segment(tmp_path, "key", codec)
     assert contents(prefill_segment(model, MORE_TOKENS[150:], codec, join([restored]), 32)) == contents(second)

@@ -166,9 +166,15 @@ def test_numbers_that_are_not_whole_blocks_are_refused() -> None:
 # ---- layers
 
 
-@pytest.mark.parametrize("tokens", [1, 16, 100, 130, 144, 145, 200, 272, 400])
-@pytest.mark.parametrize("bits", [(2, 2), (4, 3), (8, 2)])
-def test_a_layer_holds_every_token_once(tokens: int, bits: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("bits", "tokens"),
+    [
+        *(((4, 3), tokens) for tokens in (1, 16, 100, 130, 144, 145, 200, 272, 400)),
+        *(((2, 2), tokens) for tokens in (130, 272)),
+        *(((8, 2), tokens) for tokens in (100, 145, 272)),  # keys have scalar codes
+    ],
+)
+def test_a_layer_holds_every_token_once(bits: tuple[int, int], tokens: int) -> None:
     keys, values = vectors(2, tokens, 32) + 1, vectors(2, tokens, 32)
     layer = encode_layer(keys, values, CacheCodec(*bits, coding="trellis"))
     assert layer.tokens == tokens
