@@ -63,7 +63,7 @@ def main() -> None:
         "queries": [
             {"id": f"q{question['qid']}", "text": question["question"]} for question in questions[: arguments.questions]
         ],
-        "generation": {"max_tokens": arguments.max_tokens, "batch_size": arguments.questions},
+        "generation": {"max_tokens": arguments.max_tokens, "batch_size": max(16, arguments.questions)},
         "cache": {"dir": "cache"},
         "output": {"path": "out/answers.parquet"},
     }
