@@ -30,7 +30,7 @@ OWN = "the pipeline itself"
 MODEL = {"prefill: the model", "prefill: encoding", "answers: the model, in BatchGenerator", "decoding prefixes once"}
 STAGES = {
     "turboquant.caches.prefix:feed": "prefill: the model",
-    "turboquant.kernels.encoding:encode_layer": "prefill: encoding",
+    "turboquant.caches.prefix:encode_layer": "prefill: encoding",
     "mlx_lm.generate:BatchGenerator.next_generated": "answers: the model, in BatchGenerator",
     "pipeline.execution.engine:make_resident": "decoding prefixes once",
     "mlx_lm.generate:BatchGenerator.insert": "answers: joining the batch",
