@@ -58,7 +58,7 @@ class _Watcher:
         self.start_afresh()
 
     def start_afresh(self) -> None:
-        """Forget all blocks, and that a thread watches: none comes along into a process that is forked."""
+        """Forget all blocks and the watching thread. A forked process has no other threads than the one that forked."""
         self._lock = Lock()
         self._blocks: set[_Block] = set()
         self._is_watching = False

@@ -1,9 +1,9 @@
 """NumPy in place of MLX functions that are slow on a CPU.
 
 SwiGLU and the log-sum-exp of logits spend their time on exponentials, which MLX computes one at a time and on one core.
-RMSNorm and RoPE are made of several passes there, also on one core. A product of a few rows spends its
-time in the BLAS, which first copies all weights in the order of its kernel, as for a large product. The results are
-equal up to rounding.
+RMSNorm and RoPE are made of several passes there, also on one core. A product of a few rows spends its time in the
+BLAS, which first copies all weights in the order of its kernel, as for a large product. The results are equal up to
+rounding.
 """
 
 from __future__ import annotations
@@ -100,11 +100,11 @@ def rope(a: mx.array, dims: int, *, offset: int | mx.array, traditional: bool, *
         return _mlx_rope(a, dims, offset=offset, traditional=traditional, **options)
     freqs = options.pop("freqs", None)
     offsets = (offset,) if isinstance(offset, int) else tuple(np.asarray(offset).reshape(-1).tolist())
-    bits = None if freqs is None else np.asarray(freqs).tobytes()
+    freqs_as_bytes = None if freqs is None else np.asarray(freqs).tobytes()
     x, half = np.asarray(a), dims // 2
     cosines, sines = (
         np.broadcast_to(table.reshape(len(offsets), *[1] * (x.ndim - 3), -1, half), (*x.shape[:-1], half))
-        for table in _rotation(dims, offsets, x.shape[-2], bits, **options)
+        for table in _rotation(dims, offsets, x.shape[-2], freqs_as_bytes, **options)
     )
     output = np.empty(x.shape, np.float32)
 
@@ -115,6 +115,7 @@ def rope(a: mx.array, dims: int, *, offset: int | mx.array, traditional: bool, *
         rotated[..., half:dims] = first * sine + second * cosine
         rotated[..., dims:] = given[..., dims:]
 
+    # All at once if that is little, otherwise row by row, otherwise head by head.
     axes = next((n for n in range(x.ndim - 2) if math.prod(x.shape[n:]) <= BLOCK), x.ndim - 2)
     run_in_parallel(rotate, list(np.ndindex(*x.shape[:axes])))
     return mx.array(output)
