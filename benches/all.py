@@ -5,8 +5,9 @@
 What a bench prints goes to OUT/NAME.txt, beneath the version of the code and what ``pipeline doctor`` says of the
 machine. What it prints as JSON goes to docs/figures/NAME.json too, with the date, the machine and the versions;
 ``python -m docs.pictures`` draws pictures of it. SMOLLM2 is a folder that ``pipeline smollm2`` wrote, CUAD one with
-contracts.jsonl.gz and questions.json. The benches of a CPU take a night, those of a GPU (``--gpu``) an hour; nothing
-else should run meanwhile.
+contracts.jsonl.gz and questions.json. The benches of a CPU take hours, those of a GPU (``--gpu``) one; nothing else
+should run meanwhile. The same command goes on where it was interrupted: benches that OUT has of this commit are not
+run again.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ BENCH = "pipeline.cli bench {out}/jobs/{job}/job.yaml --json "
 ON_GPU = "benches.big {out}/jobs/{job} --queries 32 --max-tokens 128 --tokens "
 IN_OUT = "--set cache.dir={out}/jobs/{job}/cache --set output.path={out}/jobs/{job}/answers.parquet"
 ALL = (
+    # Times, of a CPU.
     Figures(
         "demo",
         "measured.md",
@@ -109,14 +111,6 @@ ALL = (
             "benches.transformers_cache {out}/jobs/{job}/job.yaml",
         ),
     ),
-    Figures(
-        "leases",
-        "trust.md",
-        (
-            f"pipeline.cli run jobs/leases.yaml --quiet --set model={{model}} {IN_OUT}",
-            f"pipeline.cli show jobs/leases.yaml --json --set model={{model}} {IN_OUT}",
-        ),
-    ),
     Figures("prefill", "performance.md", ("benches.prefill --model {model} --text {contract}",)),
     Figures(
         "step-parts",
@@ -128,18 +122,22 @@ ALL = (
     Figures("restore", "performance.md", ("benches.restore",)),
     Figures("memory", "measured.md", ("benches.memory",)),
     Figures("plan", "performance.md", ("benches.plan",)),
-    Figures("kills", "measured.md", ("benches.kills",)),
-    Figures("swaps", "running.md", ("benches.swaps",)),
-    Figures("spoilt-stores", "measured.md", ("benches.mutate_store", "benches.mutate_store_files")),
     Figures("many-segments", "running.md", ("benches.many_segments",)),
-    Figures("spoilt-files", "measured.md", ("benches.fuzz_files",)),
-    Figures("spoilt-jobs", "measured.md", ("benches.fuzz_jobs",)),
     Figures(
         "ray-overhead",
         "scaling.md",
         ("benches.ray_overhead efficiency", "benches.ray_overhead driver", "benches.ray_overhead data"),
     ),
-    Figures("ray-kills", "scaling.md", ("benches.ray_kills --set documents.limit=6",)),
+    # Answers, fidelity and what survives, of a CPU.
+    Figures(
+        "leases",
+        "trust.md",
+        (
+            f"pipeline.cli run jobs/leases.yaml --quiet --set model={{model}} {IN_OUT}",
+            f"pipeline.cli show jobs/leases.yaml --json --set model={{model}} {IN_OUT}",
+        ),
+    ),
+    Figures("swaps", "running.md", ("benches.swaps",)),
     Figures(
         "peers",
         "fidelity.md",
@@ -150,6 +148,12 @@ ALL = (
         "fidelity.md",
         ("benches.papers --model {model} --data {data} --calibration 6 --codings scalar --json {json}",),
     ),
+    Figures("kills", "measured.md", ("benches.kills",)),
+    Figures("spoilt-stores", "measured.md", ("benches.mutate_store", "benches.mutate_store_files")),
+    Figures("spoilt-files", "measured.md", ("benches.fuzz_files",)),
+    Figures("spoilt-jobs", "measured.md", ("benches.fuzz_jobs",)),
+    Figures("ray-kills", "scaling.md", ("benches.ray_kills --set documents.limit=6",)),
+    # Of a GPU.
     Figures("fidelity", "fidelity.md", ("benches.contracts --model {model} --data {data} --json {json}",), gpu=True),
     Figures(
         "trellis",
@@ -206,9 +210,9 @@ def run(figures: Figures, out: Path, places: Mapping[str, str], machine: str, fo
 
     machine: what is said of the machine, above what the commands print.
     """
-    written, runs = out / f"{figures.name}.json", []
+    written, unfinished, runs = out / f"{figures.name}.json", out / f"{figures.name}.part", []
     names = {"out": "OUT", "model": "SMOLLM2", "data": "CUAD", "contract": "CONTRACT", "demo": "jobs/demo/model"}
-    with (out / f"{figures.name}.txt").open("w", encoding="utf-8") as file:
+    with unfinished.open("w", encoding="utf-8") as file:
         print(machine, file=file)
         for command in figures.commands:
             whole = ("python " if command.partition(" ")[0].endswith(".py") else "python -m ") + command
@@ -226,6 +230,7 @@ def run(figures: Figures, out: Path, places: Mapping[str, str], machine: str, fo
                 runs.append({"command": whole.format(job=figures.name, json="FILE", **names), "rows": rows})
     if runs:
         write(folder / f"{figures.name}.json", {"page": f"docs/{figures.page}", **about(), "runs": runs})
+    unfinished.rename(out / f"{figures.name}.txt")
     return True
 
 
@@ -316,9 +321,12 @@ def main() -> None:
     version_of_code = _output(["git", "-C", str(ROOT), "log", "-1", "--format=%H %cI"])[1]
     machine = version_of_code + _output([sys.executable, "-m", "pipeline.cli", "doctor"])[1]
     for figures in chosen:
+        before = out / f"{figures.name}.txt"
+        if before.exists() and before.read_text(encoding="utf-8").startswith(version_of_code):
+            continue
         print(figures.name, file=sys.stderr, flush=True)
         if not run(figures, out, {name: str(place) for name, place in places.items()}, machine):
-            print(f"{figures.name} failed: see {out / figures.name}.txt", file=sys.stderr)
+            print(f"{figures.name} failed: see {out / figures.name}.part", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ import minutes
 import phrases
 import pyarrow.parquet as pq
 
+from turboquant.runtime.blas import load_tuned_blas
+
 FOLDER = Path(__file__).parent
 QUINTILES = 5
 
@@ -177,6 +179,8 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=FOLDER / "model")
     arguments = parser.parse_args()
     gold = pq.read_table(FOLDER / "gold.parquet").to_pylist()
+    if arguments.uncompressed or arguments.fresh:
+        load_tuned_blas()
     if arguments.results:
         rows = pq.read_table(arguments.results).to_pylist()
         answers = {(row["document_id"], row["query_id"]): row["answer"] or "" for row in rows}
