@@ -256,7 +256,7 @@ def about() -> dict[str, Any]:
         "cores": usable_cpus(),
         "memory_GB": round(usable_memory() / 1e9),
     }
-    commit = _output(["git", "-C", str(ROOT), "log", "-1", "--format=%H"])[1].strip()
+    commit = _commit("%H")
     versions = {"python": platform.python_version()} | {name: version(name) for name in ("mlx", "mlx-lm", "numpy")}
     return {"date": date.today().isoformat(), "commit": commit, "machine": machine, "versions": versions}
 
@@ -272,6 +272,12 @@ def write(path: Path, figures: Mapping[str, Any]) -> None:
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(head[:-2] + ',\n "runs": [\n' + ",\n".join(runs) + "\n ]\n}\n", encoding="utf-8")
+
+
+def _commit(form: str) -> str | None:
+    """The code's commit in a form of git's, or None: it may be a copy without git."""
+    code, printed = _output(["git", "-C", str(ROOT), "log", "-1", f"--format={form}"])
+    return printed.strip() if code == 0 else None
 
 
 def _output(command: Sequence[str], file: IO[str] | None = None) -> tuple[int, str]:
@@ -318,7 +324,7 @@ def main() -> None:
     model, data = arguments.model.resolve(), arguments.data.resolve()
     contract = _first_contract(data, out)
     places = {"out": out, "model": model, "data": data, "contract": contract, "demo": DEMO_MODEL}
-    version_of_code = _output(["git", "-C", str(ROOT), "log", "-1", "--format=%H %cI"])[1]
+    version_of_code = f"{_commit('%H %cI') or 'no commit is known'}\n"
     machine = version_of_code + _output([sys.executable, "-m", "pipeline.cli", "doctor"])[1]
     for figures in chosen:
         before = out / f"{figures.name}.txt"
