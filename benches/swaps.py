@@ -137,6 +137,9 @@ def main() -> None:
     parser.add_argument("--swaps", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    from turboquant.runtime.blas import load_tuned_blas
+
+    load_tuned_blas()
     with tempfile.TemporaryDirectory() as folder:
         counts = swap_at_random(Path(folder), arguments.swaps, arguments.seed)
     print(json.dumps(counts))
