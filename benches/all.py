@@ -6,8 +6,8 @@ What a bench prints goes to OUT/NAME.txt, beneath the version of the code and wh
 machine. What it prints as JSON goes to docs/figures/NAME.json too, with the date, the machine and the versions;
 ``python -m docs.pictures`` draws pictures of it. SMOLLM2 is a folder that ``pipeline smollm2`` wrote, CUAD one with
 contracts.jsonl.gz and questions.json. The benches of a CPU take hours, those of a GPU (``--gpu``) one; nothing else
-should run meanwhile. The same command goes on where it was interrupted: benches that OUT has of this commit are not
-run again.
+should run meanwhile. The same command goes on where it was interrupted: it does not run a bench again whose figures
+of this commit are in OUT.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ BENCH = "pipeline.cli bench {out}/jobs/{job}/job.yaml --json "
 ON_GPU = "benches.big {out}/jobs/{job} --queries 32 --max-tokens 128 --tokens "
 IN_OUT = "--set cache.dir={out}/jobs/{job}/cache --set output.path={out}/jobs/{job}/answers.parquet"
 ALL = (
-    # Times, of a CPU.
+    # On a CPU: times.
     Figures(
         "demo",
         "measured.md",
@@ -90,7 +90,7 @@ ALL = (
         "performance.md",
         (
             "benches.contracts_job {out}/jobs/{job} --data {data} --model {demo} --contracts 20",
-            "pipeline.cli run {out}/jobs/{job}/job.yaml --quiet",
+            "pipeline.cli run {out}/jobs/{job}/job.yaml",
         ),
     ),
     Figures(
@@ -128,7 +128,7 @@ ALL = (
         "scaling.md",
         ("benches.ray_overhead efficiency", "benches.ray_overhead driver", "benches.ray_overhead data"),
     ),
-    # Answers, fidelity and what survives, of a CPU.
+    # On a CPU: answers, fidelity, and what survives damage.
     Figures(
         "leases",
         "trust.md",
@@ -153,7 +153,7 @@ ALL = (
     Figures("spoilt-files", "measured.md", ("benches.fuzz_files",)),
     Figures("spoilt-jobs", "measured.md", ("benches.fuzz_jobs",)),
     Figures("ray-kills", "scaling.md", ("benches.ray_kills --set documents.limit=6",)),
-    # Of a GPU.
+    # On a GPU.
     Figures("fidelity", "fidelity.md", ("benches.contracts --model {model} --data {data} --json {json}",), gpu=True),
     Figures(
         "trellis",
@@ -329,6 +329,7 @@ def main() -> None:
     for figures in chosen:
         before = out / f"{figures.name}.txt"
         if before.exists() and before.read_text(encoding="utf-8").startswith(version_of_code):
+            print(f"{figures.name}: {before} has it of this commit", file=sys.stderr)
             continue
         print(figures.name, file=sys.stderr, flush=True)
         if not run(figures, out, {name: str(place) for name, place in places.items()}, machine):
