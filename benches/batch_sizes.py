@@ -9,6 +9,7 @@ two tokens are computed, behind what both have in common: a difference within 1e
 from __future__ import annotations
 
 import argparse
+import json
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +86,7 @@ def partings(job: Job, size: int, first: dict[Pair, str | None], other: dict[Pai
 
 
 def main() -> None:
-    """Print a line for each answer that differs, and the counts."""
+    """Print a line for each answer that differs, and the counts as JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--job", type=Path, default=ROOT / "jobs" / "summarize.yaml")
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 4, 32])
@@ -116,7 +117,8 @@ def main() -> None:
             for one in found:
                 print(f"{one.pair[0]} {one.pair[1]}: parts at token {one.at}, logits {one.gap:.1e} apart")
             ties = sum(one.gap <= TIE for one in found)
-            print(f"batch {size} against {base}: {len(found)} of {len(first)} differ, {ties} of them ties", flush=True)
+            counts = {"answers": len(first), "differ": len(found), "ties": ties}
+            print(json.dumps({"batch_size": size, "against": base, **counts}), flush=True)
 
 
 if __name__ == "__main__":

@@ -341,7 +341,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         counts = fuzz(options.mutations, options.seed, Path(folder))
     for outcome in ("refused", "loaded equal", "forged a good file of other content", "loaded wrong", "crashed"):
-        print(f"{outcome:36} {counts[outcome]:6}")
+        print(json.dumps({"outcome": outcome, "count": counts[outcome]}))
     return 1 if counts["loaded wrong"] or counts["crashed"] else 0
 
 

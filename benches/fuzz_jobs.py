@@ -168,7 +168,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         counts = fuzz(options.mutations, options.seed, Path(folder))
     for name, count in counts.most_common():
-        print(f"{name:40} {count:6}")
+        print(json.dumps({"outcome": name, "count": count}))
     return 1 if set(counts) - {"planned", "refused", "run"} else 0
 
 

@@ -12,6 +12,7 @@ the run. With `keep: job` and a budget, segments that are removed on purpose cou
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import random
 import re
@@ -58,11 +59,11 @@ class Tally:
     kills: Counter[str] = field(default_factory=Counter)  # of the parent, of the child
     jobs: int = 0
     identical: int = 0
-    lost: int = 0
-    duplicated: int = 0
-    lost_segments: int = 0  # that were stored before a kill, and were built again after it
-    again: int = 0  # segments whose prefill was begun once more
-    most_again: int = 0  # by one kill
+    rows_lost: int = 0
+    rows_doubled: int = 0
+    segments_lost: int = 0  # that were stored before a kill, and were built again after it
+    prefilled_again: int = 0  # segments whose prefill was begun once more
+    most_by_one_kill: int = 0  # by one kill
 
 
 class Processes:
@@ -142,18 +143,18 @@ def _kill_until_done(mode: Mode, rng: random.Random, kills: int, ends: float) ->
         by_this = len(begun) - len(set(begun))  # its process was started again within the run
         by_the_last = len(built & set(begun))
         built |= set(begun)
-        tally.again += by_this + by_the_last
-        tally.most_again = max(tally.most_again, by_this, by_the_last)
-        tally.lost_segments += len({key[:12] for key in stored} & set(begun))
+        tally.prefilled_again += by_this + by_the_last
+        tally.most_by_one_kill = max(tally.most_by_one_kill, by_this, by_the_last)
+        tally.segments_lost += len({key[:12] for key in stored} & set(begun))
         left = _rows(place)
-        tally.lost += len(rows - set(left))
-        tally.duplicated += len(left) - len(set(left))
+        tally.rows_lost += len(rows - set(left))
+        tally.rows_doubled += len(left) - len(set(left))
         stored, rows = place.segments(), set(left)
         if killer is not None and killer.victim:
             done += 1
             tally.kills[killer.victim] += 1
     expected = {(f"d{number}", f"q{query}") for number in range(DOCUMENTS) for query in range(len(QUERIES))}
-    tally.lost += len(expected - rows)
+    tally.rows_lost += len(expected - rows)
     tally.jobs += 1
     tally.identical += place.output.read_bytes() == mode.expected
     return done
@@ -222,28 +223,8 @@ def _forked_model(folder: Path) -> Path:
     return folder
 
 
-def table(tallies: dict[str, Tally]) -> str:
-    """A column a mode."""
-    lines = [f"{'':34}" + "".join(f"{name:>12}" for name in tallies)]
-    rows: dict[str, Callable[[Tally], str]] = {
-        "kills": lambda tally: f"{tally.kills.total()}",
-        "  of the parent": lambda tally: f"{tally.kills['parent']}",
-        "  of the model's process": lambda tally: f"{tally.kills['child']}",
-        "jobs": lambda tally: f"{tally.jobs}",
-        "results identical": lambda tally: f"{tally.identical}",
-        "rows lost": lambda tally: f"{tally.lost}",
-        "rows duplicated": lambda tally: f"{tally.duplicated}",
-        "stored segments lost": lambda tally: f"{tally.lost_segments}",
-        "segments prefilled again": lambda tally: f"{tally.again}",
-        "  by one kill at most": lambda tally: f"{tally.most_again}",
-    }
-    for name, show in rows.items():
-        lines.append(f"{name:34}" + "".join(f"{show(tally):>12}" for tally in tallies.values()))
-    return "\n".join(lines)
-
-
 def main() -> None:
-    """Print a table."""
+    """Print a line of JSON for each mode."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
@@ -252,7 +233,9 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         seconds, names = arguments.minutes * 60, arguments.mode or list(MODES)
-        print(table(kill_at_random(Path(folder), arguments.kills, arguments.seed, seconds, names)))
+        tallies = kill_at_random(Path(folder), arguments.kills, arguments.seed, seconds, names)
+    for name, tally in tallies.items():
+        print(json.dumps({"mode": name, **vars(tally)}))
 
 
 if __name__ == "__main__":

@@ -221,7 +221,7 @@ def mutate(mutations: int, seed: int, folder: Path) -> Counter[tuple[str, str]]:
 
 
 def main() -> None:
-    """Print a line a way."""
+    """Print a line of JSON for each way and outcome."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mutations", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
@@ -233,7 +233,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         counts = mutate(arguments.mutations, arguments.seed, Path(folder))
     for (way, outcome), count in sorted(counts.items()):
-        print(f"{way:22}{count:6}  {outcome}")
+        print(json.dumps({"damage": way, "outcome": outcome, "count": count}))
 
 
 if __name__ == "__main__":

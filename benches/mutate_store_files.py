@@ -265,7 +265,7 @@ def mutate(mutations: int, seed: int, folder: Path, kinds: list[str]) -> Counter
 
 
 def main() -> None:
-    """Print a line for each kind and outcome."""
+    """Print a line of JSON for each kind and outcome."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mutations", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
@@ -277,7 +277,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             counts = mutate(arguments.mutations, arguments.seed, Path(folder), [kind])
         for (_, outcome), count in sorted(counts.items()):
-            print(f"{kind:10}{count:7}  {outcome}", flush=True)
+            print(json.dumps({"file": kind, "outcome": outcome, "count": count}), flush=True)
 
 
 if __name__ == "__main__":

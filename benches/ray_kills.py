@@ -23,7 +23,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pyarrow.parquet as pq
 
@@ -160,23 +159,8 @@ def _wait_until(is_so: Callable[[], bool], process: subprocess.Popen[str], secon
         time.sleep(0.01)
 
 
-def table(tallies: dict[str, Tally]) -> str:
-    """A column a kind."""
-    lines = [f"{'killed':32}" + "".join(f"{kind:>10}" for kind in tallies)]
-    rows: dict[str, Callable[[Tally], Any]] = {
-        "runs": lambda tally: tally.runs,
-        "results identical": lambda tally: tally.identical,
-        "results with rows lost or doubled": lambda tally: tally.rows_wrong,
-        "stored prefixes built again": lambda tally: tally.rebuilt,
-        "seconds, most": lambda tally: f"{max(tally.seconds, default=0):.0f}",
-    }
-    for name, show in rows.items():
-        lines.append(f"{name:32}" + "".join(f"{show(tally):>10}" for tally in tallies.values()))
-    return "\n".join(lines)
-
-
 def main() -> None:
-    """Print a table."""
+    """Print a line of JSON for each kind of kill."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--times", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
@@ -194,7 +178,8 @@ def main() -> None:
                 bench.kill(kind, number, rng, tally)
                 print(f"{kind} {number}: {tally}", flush=True)
         bench.cluster.shutdown()
-    print(table(tallies))
+    for kind, tally in tallies.items():
+        print(json.dumps({"killed": kind, **vars(tally), "seconds": round(max(tally.seconds, default=0))}))
 
 
 if __name__ == "__main__":

@@ -38,5 +38,5 @@ def test_random_kills_cost_only_what_was_in_flight(tmp_path: Path) -> None:
     for name, tally in tallies.items():
         assert tally.jobs, name
         assert tally.identical == tally.jobs, name
-        assert (tally.lost, tally.duplicated, tally.lost_segments) == (0, 0, 0), name
-        assert tally.most_again <= 1, name
+        assert (tally.rows_lost, tally.rows_doubled, tally.segments_lost) == (0, 0, 0), name
+        assert tally.most_by_one_kill <= 1, name
