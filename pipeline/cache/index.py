@@ -38,11 +38,12 @@ from turboquant.io.segment_file import MANIFEST
 INDEX = "index.sqlite"
 JOURNAL = f"{INDEX}-journal"
 _VERSION = 1000 * FORMAT_VERSION + 1  # of the tables, and of the manifests that they were made from
-_TYPES = {"str": "TEXT", "int": "INTEGER", "float": "REAL", "bool": "INTEGER"}
-_COLUMNS = [field.name for field in fields(Entry)]
+_TYPES = {"str": ("TEXT", str), "int": ("INTEGER", int), "float": ("REAL", float), "bool": ("INTEGER", int)}
+_COLUMNS = {field.name: _TYPES[str(field.type)] for field in fields(Entry)}
+_READ_AS = [python for _, python in _COLUMNS.values()]
 _SCHEMA = [
     "CREATE TABLE buckets (name TEXT PRIMARY KEY, changed INTEGER, bytes INTEGER)",
-    f"CREATE TABLE entries ({', '.join(f'{field.name} {_TYPES[str(field.type)]}' for field in fields(Entry))}, "
+    f"CREATE TABLE entries ({', '.join(f'{name} {column}' for name, (column, _) in _COLUMNS.items())}, "
     "depth INTEGER, PRIMARY KEY (bucket, key)) WITHOUT ROWID",
     "CREATE INDEX by_use ON entries (used, depth, key) WHERE problem = ''",
     "CREATE INDEX by_problem ON entries (problem) WHERE problem != ''",
@@ -248,9 +249,11 @@ class Index:
 
     def _select(self, condition: str, *values: object) -> Iterator[Entry]:
         for row in self._database.execute(f"SELECT {', '.join(_COLUMNS)} FROM entries {condition}", values):
+            if list(map(type, row)) != _READ_AS:  # SQLite keeps any type in any column
+                raise ValueError("an entry has a value of another type")
             entry = Entry(*row)
-            if not is_key(entry.key, entry.bucket) or type(entry.bytes) is not int:
-                raise ValueError("an entry has no valid name or size")
+            if not is_key(entry.key, entry.bucket):
+                raise ValueError("an entry has no valid name")
             yield entry
 
     def _last_use_of_children(self, entry: Entry) -> float | None:

@@ -158,13 +158,13 @@ def test_an_unreadable_store_is_not_called_empty(workplace: Workplace, monkeypat
 FOREIGN = "CREATE TABLE entries (key); CREATE TRIGGER t AFTER INSERT ON entries BEGIN SELECT 1; END"
 
 
-@pytest.mark.parametrize("damage", ["lost", "text", "cut off", "foreign", "flipped", "escaping", "folder"])
+@pytest.mark.parametrize("damage", ["lost", "text", "cut off", "foreign", "flipped", "escaping", "typed", "folder"])
 def test_a_damaged_index_is_made_again(workplace: Workplace, tmp_path: Path, damage: str) -> None:
     workplace.run("cache.budget=10MB")
     file = workplace.cache / "index.sqlite"
     expected = json.loads(invoke("cache", "ls", workplace.cache, "--json")[1])
     content = bytearray(file.read_bytes())
-    if damage != "escaping":
+    if damage not in ("escaping", "typed"):
         file.unlink()
     if damage == "text":
         file.write_text("not a database" * 99)
@@ -182,6 +182,9 @@ def test_a_damaged_index_is_made_again(workplace: Workplace, tmp_path: Path, dam
             database.execute(
                 "UPDATE entries SET key = '../../elsewhere', bucket = '..', problem = 'bad' WHERE document = 'd0'"
             )
+    elif damage == "typed":  # a column holds bytes, as one bit of SQLite's file can make it
+        with contextlib.closing(sqlite3.connect(file)) as database, database:
+            database.execute("UPDATE entries SET created = CAST('yesterday' AS BLOB) WHERE document = 'd0'")
     elif damage == "folder":
         file.mkdir()
     (tmp_path / "elsewhere").mkdir()
