@@ -17,7 +17,6 @@ import numpy as np
 from pipeline.execution.evidence import Evidence, Turn
 from pipeline.job.job import Settings
 from pipeline.models.choices import probabilities
-from pipeline.models.constraints import log_softmax
 from pipeline.models.loading import LoadedModel
 from pipeline.models.mlx_lm_internals import apply_top_p, greedy_sampler
 from pipeline.models.normalise import normalised
@@ -26,7 +25,7 @@ from pipeline.models.quotations import QUOTATION_TOKENS, Passages
 from pipeline.models.ranks import SINGLE, RankGroup
 from pipeline.models.row_generator import Response, Row, RowGenerator, Sampler
 from turboquant import Prefix, enabled
-from turboquant.mlx_lm.cpu_functions import numpy_functions
+from turboquant.mlx_lm.cpu_functions import logsumexp, numpy_functions
 
 
 @dataclass(frozen=True)
@@ -141,15 +140,18 @@ class _Decoder:
 
 def _chosen_logprobs(responses: Sequence[Response], parsers: Sequence[RowParser | ChoiceParser]) -> list[float]:
     """Return the log-probability of each response's token, as the model gave it before anything was masked."""
-    chosen = []
-    for response, parser in zip(responses, parsers, strict=True):
-        logprobs = response.logprobs
-        if parser.constraint is not None:
-            logprobs = parser.constraint.logprobs.popleft()[0]
-        elif logprobs.dtype != mx.float32:  # half precision rounds them, so they are normalised again
-            logprobs = log_softmax(logprobs[None])[0]
-        chosen.append(logprobs[response.token])
-    result: Any = mx.stack(chosen).tolist() if chosen else []
+    scores = [
+        response.logprobs if parser.constraint is None else parser.constraint.logits.popleft()[0]
+        for response, parser in zip(responses, parsers, strict=True)
+    ]
+    chosen = mx.stack([row[response.token] for row, response in zip(scores, responses, strict=True)])
+    chosen = chosen.astype(mx.float32)
+    # Half precision rounds log-probabilities, so they are normalised again.
+    open_ = [place for place, row in enumerate(scores) if parsers[place].constraint or row.dtype != mx.float32]
+    if open_:
+        rows = mx.stack([scores[place] for place in open_]).astype(mx.float32)
+        chosen[mx.array(open_)] = chosen[mx.array(open_)] - logsumexp(rows, axis=-1)
+    result: Any = chosen.tolist()
     return list(result)
 
 

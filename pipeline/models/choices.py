@@ -30,20 +30,19 @@ def choice_tokens(tokenizer: Any, prompt: Sequence[int], choice: str) -> list[in
 class ForcedTokens:
     """A logits processor of mlx-lm that lets a row write certain tokens only.
 
-    logprobs: as those of ``Constraint``.
+    logits: as those of ``Constraint``.
     """
 
     def __init__(self, tokens: Sequence[int]) -> None:
         self._tokens, self._position = list(tokens), 0
-        self.logprobs: deque[mx.array] = deque()
+        self.logits: deque[mx.array] = deque()
 
     def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
         """Return logits (1, vocabulary) that allow the next token only."""
         import mlx.core as mx
 
-        from pipeline.models.constraints import log_softmax
-
-        self.logprobs.append(log_softmax(logits))
+        self.logits.append(logits)
+        mx.async_eval([logits])  # type: ignore[no-untyped-call]  # which the token does not need
         token = self._tokens[min(self._position, len(self._tokens) - 1)]  # mlx-lm computes one step ahead
         self._position += 1
         return mx.where(mx.arange(logits.shape[-1]) == token, 0.0, -mx.inf)[None]

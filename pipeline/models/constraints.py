@@ -101,13 +101,13 @@ class Grammars:
 class Constraint:
     """A logits processor of mlx-lm that holds one row to its grammar, independently of the other rows of the batch.
 
-    logprobs: for each token that was chosen and not yet taken from here, the log-probabilities (1, vocabulary) that the
-    model gave to all tokens, before the grammar excluded any.
+    logits: for each token that was chosen and not yet taken from here, the logits (1, vocabulary) of all tokens, before
+    the grammar excluded any.
     """
 
     def __init__(self, matcher: Any, tokenizer: Any, thinking: ThinkingParser | ChannelParser) -> None:
         self._matcher, self._tokenizer, self._thinking = matcher, tokenizer, thinking
-        self.logprobs: deque[mx.array] = deque()
+        self.logits: deque[mx.array] = deque()
         self._tokens_read: int | None = None  # of the prompt and the answer
 
     def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
@@ -123,7 +123,7 @@ class Constraint:
             for token in generated:
                 self._matcher.consume_tokens(self._thinking.add(token))
         self._tokens_read = tokens.size
-        self.logprobs.append(log_softmax(logits))
+        self.logits.append(logits)
         if self._thinking.is_open:
             return logits
         words = np.frombuffer(self._matcher.compute_bitmask(), np.uint8)  # only the stop token if llguidance gave up
@@ -152,18 +152,6 @@ class Constraint:
         return AnswerCutOff(
             f"the JSON is not complete after {tokens:,} tokens; raise max_tokens, or bound what the schema allows"
         )
-
-
-def log_softmax(logits: mx.array) -> mx.array:
-    """Return the log-probabilities of logits (1, vocabulary), in float32; their computation is started."""
-    import mlx.core as mx
-
-    from turboquant.mlx_lm.cpu_functions import logsumexp
-
-    logits = logits.astype(mx.float32)
-    logprobs = logits - logsumexp(logits, axis=-1, keepdims=True)
-    mx.async_eval([logprobs])  # type: ignore[no-untyped-call]
-    return logprobs
 
 
 def check_json(text: str) -> RowError | None:
