@@ -3,8 +3,9 @@
     python -m benches.constraints --model FOLDER [--tokens 1024] [--rows 1 8 32]
 
 The rows share one context of random tokens and have 8 different schemas in turn. The two ways take turns of 10 steps.
-Medians: milliseconds of a step, microseconds of a row's mask and log-probabilities without the wait for its last token
-and its logits. The model writes garbage, as its context is, so masks are those of text that no schema foresaw.
+Medians: milliseconds of a step with the log-probabilities of its tokens, microseconds of a row's mask without the wait
+for its last token and its logits. The model writes garbage, as its context is, so masks are those of text that no
+schema foresaw.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from benches.steps import random_tokens
@@ -51,21 +53,33 @@ def begin(model: Any, prefix: Any, vocabulary: int, constraints: Sequence[Any]) 
     return generator
 
 
-def measure(generators: Sequence[Any]) -> list[float]:
-    """The median of what each generator's steps take, in milliseconds; the first turn is not counted."""
+def measure(generators: Sequence[Any], parsers: Sequence[Any]) -> list[float]:
+    """The median of what each generator's steps take, in milliseconds; the first turn is not counted.
+
+    parsers: of each generator's rows.
+    """
     import mlx.core as mx
+
+    from pipeline.execution.decode import chosen_logprobs
 
     times: list[list[float]] = [[] for _ in generators]
     for _ in range(TURNS):
-        for generator, own in zip(generators, times, strict=True):
+        for generator, of_rows, own in zip(generators, parsers, times, strict=True):
             started = time.perf_counter()
             for _ in range(STEPS):
-                generator.next_generated()
+                chosen_logprobs(generator.next_generated(), of_rows)
             mx.synchronize(generator.stream)  # which is a step ahead
             own.append(1e3 * (time.perf_counter() - started) / STEPS)
     for generator in generators:
         generator.close()
     return [statistics.median(own[1:]) for own in times]
+
+
+@dataclass(frozen=True)
+class Parser:
+    """What the log-probabilities of a row's tokens need: its constraint, or None."""
+
+    constraint: Any
 
 
 class Timed:
@@ -100,6 +114,7 @@ def main() -> None:
     from pipeline.models.thinking import ThinkingMarks
     from turboquant import CacheCodec, enabled, prefill
     from turboquant.caches.prefix import make_resident
+    from turboquant.mlx_lm.cpu_functions import numpy_functions
 
     loaded = load_model(arguments.model)
     vocabulary = int(loaded.config["vocab_size"])
@@ -112,9 +127,11 @@ def main() -> None:
     for rows in arguments.rows:
         seconds: list[float] = []
         held = [grammars.constraint(texts[row % 8], marks.parser([], may_think=False)) for row in range(rows)]
-        with enabled(loaded.model):
+        with enabled(loaded.model), numpy_functions(loaded.model):
             ways = [None] * rows, [Timed(each, seconds) for each in held]
-            before, after = measure([begin(loaded.model, prefix, vocabulary, way) for way in ways])
+            generators = [begin(loaded.model, prefix, vocabulary, way) for way in ways]
+            constraints = [None] * rows, held
+            before, after = measure(generators, [[Parser(each) for each in of_rows] for of_rows in constraints])
         times = {"free_ms": before, "held_ms": after, "mask_us": 1e6 * statistics.median(seconds)}
         rounded = {name: round(value, 2) for name, value in {**times, "compiling_8_schemas_s": compiling}.items()}
         print(json.dumps({"vocabulary": vocabulary, "rows": rows, **rounded}), flush=True)

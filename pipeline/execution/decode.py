@@ -121,7 +121,7 @@ class _Decoder:
             while responses := generator.next_generated():
                 parsers = [rows[response.row].parser for response in responses]
                 for response, parser, logprob in zip(
-                    responses, parsers, _chosen_logprobs(responses, parsers), strict=True
+                    responses, parsers, chosen_logprobs(responses, parsers), strict=True
                 ):
                     number, reason = response.row, response.finish_reason
                     if reason != "stop" and parser.add(response.token, logprob):
@@ -138,7 +138,7 @@ class _Decoder:
         return [[answers[next(in_order)] for _ in group] for group in groups]
 
 
-def _chosen_logprobs(responses: Sequence[Response], parsers: Sequence[RowParser | ChoiceParser]) -> list[float]:
+def chosen_logprobs(responses: Sequence[Response], parsers: Sequence[RowParser | ChoiceParser]) -> list[float]:
     """Return the log-probability of each response's token, as the model gave it before anything was masked."""
     scores = [
         response.logprobs if parser.constraint is None else parser.constraint.logits.popleft()[0]
