@@ -146,11 +146,11 @@ def chosen_logprobs(responses: Sequence[Response], parsers: Sequence[RowParser |
     ]
     chosen = mx.stack([row[response.token] for row, response in zip(scores, responses, strict=True)])
     chosen = chosen.astype(mx.float32)
-    # Half precision rounds log-probabilities, so they are normalised again.
-    open_ = [place for place, row in enumerate(scores) if parsers[place].constraint or row.dtype != mx.float32]
-    if open_:
-        rows = mx.stack([scores[place] for place in open_]).astype(mx.float32)
-        chosen[mx.array(open_)] = chosen[mx.array(open_)] - logsumexp(rows, axis=-1)
+    # Logits of constraints are not normalised yet, and what is normalised in half precision is rounded.
+    places = [place for place, row in enumerate(scores) if parsers[place].constraint or row.dtype != mx.float32]
+    if places:
+        rows, of_these = mx.stack([scores[place] for place in places]), mx.array(places)
+        chosen[of_these] = chosen[of_these] - logsumexp(rows.astype(mx.float32), axis=-1)
     result: Any = chosen.tolist()
     return list(result)
 

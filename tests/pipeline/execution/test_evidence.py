@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -13,11 +14,14 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import JobError
+from pipeline.execution.decode import chosen_logprobs
 from pipeline.inputs.documents import Document
 from pipeline.inputs.prompts import PromptTokenizer, Renderer
 from pipeline.job.job import Documents, Prompt
+from pipeline.models.choices import ForcedTokens
 from pipeline.models.loading import load_model
 from pipeline.models.quotations import located
+from pipeline.models.row_generator import Response
 from tests.pipeline.workplace import Workplace
 
 _SCHEMA = {
@@ -167,6 +171,24 @@ def test_log_probabilities_are_those_of_the_answers_tokens(exact: Workplace) -> 
         expected = _logprobs(exact, document_id, "Is it?", row["answer"])
         assert row["logprob_mean"] == pytest.approx(np.mean(expected), abs=1e-3)
         assert row["logprob_min"] == pytest.approx(min(expected), abs=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+def test_log_probabilities_of_a_step_of_free_and_held_rows(dtype: mx.Dtype) -> None:
+    logits = (4 * mx.random.normal((5, 300), key=mx.random.key(1))).astype(dtype)
+    tokens, held = [7, 0, 299, 40, 7], {1, 4}
+    constraints = [ForcedTokens([token]) if row in held else None for row, token in enumerate(tokens)]
+    rounded = logits - mx.logsumexp(logits, axis=-1, keepdims=True)  # as mlx-lm does
+    expected = [
+        nn.log_softmax((logits if row in held else rounded)[row].astype(mx.float32))[token].item()
+        for row, token in enumerate(tokens)
+    ]
+    for row, constraint in enumerate(constraints):
+        if constraint:
+            rounded[row] = constraint(mx.array([1]), logits[row : row + 1])[0]
+    responses = [Response(row, token, rounded[row], None) for row, token in enumerate(tokens)]
+    parsers: Any = [SimpleNamespace(constraint=constraint) for constraint in constraints]
+    np.testing.assert_allclose(chosen_logprobs(responses, parsers), expected, rtol=0, atol=1e-5)
 
 
 def test_masks_temperature_and_top_p_change_no_log_probability(workplace: Workplace) -> None:
