@@ -63,7 +63,7 @@ class Tally:
     rows_doubled: int = 0
     segments_lost: int = 0  # that were stored before a kill, and were built again after it
     prefilled_again: int = 0  # segments whose prefill was begun once more
-    most_by_one_kill: int = 0  # by one kill
+    most_by_one_kill: int = 0  # of them
 
 
 class Processes:

@@ -197,4 +197,4 @@ def logsumexp(a: mx.array, /, axis: Any = None, keepdims: bool = False, **option
         return sums
 
     result = np.concatenate(run_in_parallel(compute, range(0, len(rows), together)))
-    return mx.array(result.reshape(*a.shape[:-1], *([1] if keepdims else [])))
+    return mx.array(result.reshape((*a.shape[:-1], *([1] if keepdims else []))))
