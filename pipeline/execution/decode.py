@@ -140,14 +140,18 @@ class _Decoder:
 
 def chosen_logprobs(responses: Sequence[Response], parsers: Sequence[RowParser | ChoiceParser]) -> list[float]:
     """Return the log-probability of each response's token, as the model gave it before anything was masked."""
-    chosen = []
-    for response, parser in zip(responses, parsers, strict=True):
-        row = response.logprobs if parser.constraint is None else parser.constraint.logits.popleft()[0]
-        logprob = row[response.token]
-        if parser.constraint is not None or row.dtype != mx.float32:  # half precision rounds what is normalised
-            logprob = logprob.astype(mx.float32) - logsumexp(row.astype(mx.float32), axis=-1)
-        chosen.append(logprob)
-    result: Any = mx.stack(chosen).tolist()
+    scores = [
+        response.logprobs if parser.constraint is None else parser.constraint.logits.popleft()[0]
+        for response, parser in zip(responses, parsers, strict=True)
+    ]
+    chosen = mx.stack([row[response.token] for row, response in zip(scores, responses, strict=True)])
+    chosen = chosen.astype(mx.float32)
+    # Logits of constraints are not normalised yet, and what is normalised in half precision is rounded.
+    places = [place for place, row in enumerate(scores) if parsers[place].constraint or row.dtype != mx.float32]
+    if places:
+        rows, of_these = mx.stack([scores[place] for place in places]), mx.array(places)
+        chosen[of_these] = chosen[of_these] - logsumexp(rows.astype(mx.float32), axis=-1)
+    result: Any = chosen.tolist()
     return list(result)
 
 
