@@ -146,7 +146,7 @@ def chosen_logprobs(responses: Sequence[Response], parsers: Sequence[RowParser |
     ]
     chosen = mx.stack([row[response.token] for row, response in zip(scores, responses, strict=True)])
     chosen = chosen.astype(mx.float32)
-    # Logits of constraints are not normalised yet, and what is normalised in half precision is rounded.
+    # The logits of a constraint are not normalised. mlx-lm normalises the others, but half precision rounds them.
     places = [place for place, row in enumerate(scores) if parsers[place].constraint or row.dtype != mx.float32]
     if places:
         rows, of_these = mx.stack([scores[place] for place in places]), mx.array(places)

@@ -42,7 +42,7 @@ class ForcedTokens:
         import mlx.core as mx
 
         self.logits.append(logits)
-        mx.async_eval([logits])  # type: ignore[no-untyped-call]  # which the token does not need
+        mx.async_eval([logits])  # type: ignore[no-untyped-call]  # the next token does not depend on them
         token = self._tokens[min(self._position, len(self._tokens) - 1)]  # mlx-lm computes one step ahead
         self._position += 1
         return mx.where(mx.arange(logits.shape[-1]) == token, 0.0, -mx.inf)[None]
