@@ -30,9 +30,10 @@ from numpy.typing import NDArray
 NODE_BITS = 5
 WINDOW = 16  # numbers before and after a string's end that decide where it bites its tail
 BINS, REACH = 256, 4.0  # numbers are looked up in BINS bins over -REACH .. REACH, for the nearest rows
-FAR = np.float16(20000)  # cost of nodes that a string does not begin at
+FAR = 20000  # cost of nodes that a string does not begin at
 RENEWED = 16  # numbers after which the least cost is subtracted, so that halves stay precise
 ROWS = 2  # that are searched
+AT_ONCE = 32  # strings that are searched together
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +64,14 @@ class TrellisCode:
             column = column << 1 | _parity(node & mask)
         table: NDArray[np.float32] = self.levels[row, column]
         return table
+
+    @functools.cached_property
+    def entered_by(self) -> NDArray[np.int64]:
+        """The state by whose branch of a row a node is entered, (2**bits, nodes)."""
+        node, row = np.arange(1 << NODE_BITS), np.arange(1 << self.bits)[:, None]
+        code = node & ((1 << self.bits) - 1)
+        before = (code ^ row) << (NODE_BITS - self.bits) | node >> self.bits
+        return before << self.bits | code
 
     @functools.cached_property
     def row_of_bin(self) -> NDArray[np.uint8]:
@@ -104,18 +113,18 @@ def search(
         found = search(code, target, gain, root, length, others, down, None if former is None else np.asarray(former))
         return mx.array(found[0]), mx.array(found[1])
     heads, block, tokens = target.shape
-    states, changes = np.empty(target.shape, np.uint16), np.zeros(target.shape, np.float16)
+    states, changes = np.empty(target.shape, np.uint16), np.zeros(target.shape, np.float32)
     order = range(block)[:: -1 if down else 1]
     gain_of_strings, root_of_strings = gain.reshape(-1, length), root.reshape(-1, length)
     for done, i in enumerate(order):
-        moved = np.zeros((heads, tokens), np.float16)
+        moved = np.zeros((heads, tokens), np.float32)
         for j in order[:done] if others is not None else ():
-            moved = _multiply_add(others[0][:, i, j, None].astype(np.float16), changes[:, j], moved)
+            moved = _halves(_halves(others[0][:, i, j, None]) * changes[:, j] + moved)
         strings = (target[:, i] - moved).reshape(-1, length), gain_of_strings, root_of_strings
         last = _around_ends(code, *strings) if former is None else former[:, i].reshape(-1, length)[:, -1]
         states[:, i] = _search(code, last, 0, *strings).reshape(heads, tokens)
         if others is not None:
-            changes[:, i] = gain * code.table[states[:, i]] - others[1][:, i] - others[2][:, i]
+            changes[:, i] = _halves(gain * code.table[states[:, i]] - others[1][:, i] - others[2][:, i])
     return states, code.table[states]
 
 
@@ -138,45 +147,62 @@ def _search(
     last: the last state of each, (R,), or None for any. free: how many numbers come before the string's first one.
     root: roots of the weights.
     """
-    rows, tokens = target.shape
-    bits, branches = code.bits, 1 << code.bits
-    every, node = np.arange(rows)[:, None], np.arange(1 << NODE_BITS)[None]
+    found = np.empty(target.shape, np.uint16)
+    for start in range(0, len(target), AT_ONCE):
+        some = slice(start, start + AT_ONCE)
+        ends = None if last is None else last[some].astype(np.int64) & ((1 << NODE_BITS) - 1)
+        found[some] = _search_some(code, ends, free, target[some], gain[some], root[some])
+    return found
+
+
+def _search_some(
+    code: TrellisCode,
+    ends: NDArray[np.int64] | None,
+    free: int,
+    target: NDArray[np.float32],
+    gain: NDArray[np.float32],
+    root: NDArray[np.float32],
+) -> NDArray[np.uint16]:
+    """Do what ``_search`` does, for strings that fit a processor's cache together. ends: nodes, (R,), or None."""
+    (rows, tokens), nodes = target.shape, 1 << NODE_BITS
+    every = np.arange(rows)
     offset = np.clip(target * (np.float32(BINS / (2 * REACH)) / gain) + BINS // 2, 0, BINS - 1)
-    first = code.row_of_bin[offset.astype(np.int64)].astype(np.int64)
-    ends = None if last is None else last.astype(np.int64) & (node.size - 1)
-    cost = np.full((rows, node.size), 0 if ends is None else FAR, np.float16)
+    first = code.row_of_bin[offset.astype(np.int64)].T.astype(np.int64)  # (T, R)
+    scale, shift = (_halves(x).T[:, None, :, None] for x in (gain * root, -target * root))
+    cost = np.full((rows, nodes), 0 if ends is None else FAR, np.float32)
     if ends is not None:
-        cost[every[:, 0], ends] = 0
-    came_from = []
-    for t in range(tokens):
-        scale, shift = (gain[:, t] * root[:, t]).astype(np.float16), (-target[:, t] * root[:, t]).astype(np.float16)
-        best, source = np.full_like(cost, np.inf), np.zeros(cost.shape, np.int64)
-        for n in range(ROWS):
-            before = ((node ^ (first[:, t, None] + n)) & (branches - 1)) << (NODE_BITS - bits) | node >> bits
-            level = code.table[before << bits | node & (branches - 1)].astype(np.float16)
-            off = _multiply_add(level, scale[:, None], shift[:, None])
-            other = _multiply_add(off, off, cost[every, before])
-            less = other < best
-            best, source = np.where(less, other, best), np.where(less, before, source)
-        cost = best
-        came_from.append(source)
-        if ends is not None and t % RENEWED == RENEWED - 1:
-            cost = cost - cost.min(axis=1, keepdims=True)
+        cost[every, ends] = 0
+    second = np.empty((tokens, rows, nodes), bool)  # whether a node is entered by the second branch
+    for start in range(0, tokens, RENEWED):
+        some = slice(start, start + RENEWED)
+        branches = code.entered_by[first[some, None] + np.arange(ROWS)[:, None]]  # (RENEWED, ROWS, R, nodes)
+        squares = np.square(_halves(code.table[branches] * scale[some] + shift[some]))
+        places = (branches >> code.bits) + nodes * every[:, None]
+        for t, (place, square) in enumerate(zip(places, squares, strict=True), start):
+            one, other = _halves(cost.take(place) + square)
+            np.less(other, one, out=second[t])
+            cost = np.minimum(one, other)
+        if ends is not None:
+            cost = _halves(cost - cost.min(axis=1, keepdims=True))
     if ends is None:
-        places = rotated(np.arange(node.size), bits * (tokens - free))
-        ends = places[cost[:, places].argmin(axis=1)]
-    state = ends
-    states = np.empty((rows, tokens), np.uint16)
+        turned = rotated(np.arange(nodes), code.bits * (tokens - free))
+        ends = turned[cost[:, turned].argmin(axis=1)]
+    states, node = np.empty((rows, tokens), np.uint16), ends
     for t in reversed(range(tokens)):
-        before = came_from[t][every[:, 0], state]
-        states[:, t] = before << bits | state & (branches - 1)
-        state = before
+        state = code.entered_by[first[t] + second[t, every, node], node]
+        states[:, t] = state
+        node = state >> code.bits
     return states
 
 
-def _multiply_add(a: NDArray[np.float16], b: NDArray[np.float16], c: NDArray[np.float16]) -> NDArray[np.float16]:
-    with np.errstate(over="ignore"):
-        return (a.astype(np.float32) * b + c).astype(np.float16)
+def _halves(x: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Round numbers to halves, several times as fast as NumPy does; those too large for a half stay finite.
+
+    The sum with 1.5 * 2**13 times a number's power of two has no bits below those of a half.
+    """
+    exponent = np.maximum(x.view(np.int32) & 0x7F800000, (127 - 14) << 23)  # halves below 2**-14 are evenly spaced
+    large: NDArray[np.float32] = (exponent + (13 << 23 | 1 << 22)).view(np.float32)
+    return x + large - large
 
 
 def rotated(node: NDArray[np.int64], by: int) -> NDArray[np.int64]:
