@@ -2,12 +2,13 @@
 
 When mlx-lm is imported, it lets the process open up to 2,048 files, and sets the hard limit to 4,096. It fails where an
 administrator has set a lower hard limit. It imports transformers, which reads the sources of all its models twice, .4
-seconds each time. Modules that import mlx-lm import this one first.
+seconds each time, and which warns where there is no PyTorch. Modules that import mlx-lm import this one first.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,6 +40,7 @@ def _sources_read_once() -> Iterator[None]:
     `transformers` lists the classes in its folder `models`, and `transformers.models` those in the folder of its
     `__init__.py`, which is the same folder under another name. The list is kept under the first name.
     """
+    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # as mlx-lm does, but it imports transformers later
     utils: Any = importlib.import_module("transformers.utils.import_utils")
     find_classes = getattr(utils, "define_import_structure", None)
     if find_classes is None:  # another version of transformers

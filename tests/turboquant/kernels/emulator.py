@@ -135,6 +135,8 @@ def _compiled(folder: Path, source: str, level: str) -> Any:
                 "g++",
                 "-std=c++17",
                 level,
+                "-march=native",  # halves are converted by instructions
+                "-ffp-contract=off",  # and sums of products rounded as they are without it
                 "-w",
                 "-nostdinc++",
                 "-shared",

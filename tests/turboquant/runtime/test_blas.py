@@ -276,7 +276,7 @@ def test_only_the_entries_of_processes_load_it():
     assert {str(file.relative_to(ROOT)) for file in calling} == entries
 
 
-def test_environment_variables_are_used_in_two_places():
+def test_environment_variables_are_used_in_three_places():
     files = (ROOT / "turboquant").rglob("*.py")
     using = {file.name for file in files if re.search(r"os\.environ|getenv", file.read_text("utf-8"))}
-    assert using == {"blas.py", "cache_folders.py"}
+    assert using == {"blas.py", "cache_folders.py", "imported.py"}
