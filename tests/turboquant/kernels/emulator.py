@@ -139,6 +139,8 @@ def _compiled(folder: Path, source: str, level: str) -> Any:
                 "-ffp-contract=off",  # and sums of products rounded as they are without it
                 "-w",
                 "-nostdinc++",
+                "-nostdlib",  # this process has what they use
+                "-fno-threadsafe-statics",
                 "-shared",
                 "-fPIC",
                 "-o",
