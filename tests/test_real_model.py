@@ -29,6 +29,7 @@ from turboquant import CacheCodec, Prefix, enabled
 from turboquant.caches.prefix import PrefillCache
 
 CONTEXT, CONTINUATION = 300, 40  # tokens
+pytestmark = pytest.mark.xdist_group("real model")  # which one process of the tests makes
 
 
 @pytest.fixture(scope="module")

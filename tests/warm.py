@@ -127,7 +127,8 @@ class _Server:
         """Start a process that does what `python ARGUMENTS` does with descriptors of these numbers; its id."""
         prctl = ctypes.CDLL(None).prctl
         blocked = sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
-        message = json.dumps([arguments, cwd, env, list(numbers), is_session, blocked]).encode()
+        turns = os.sched_getscheduler(0), sorted(os.sched_getaffinity(0))
+        message = json.dumps([arguments, cwd, env, list(numbers), is_session, blocked, *turns]).encode()
         with self._lock:
             prctl(ADOPT_ORPHANS, 1, 0, 0, 0)
             socket.send_fds(self._requests, [message], descriptors)
@@ -192,8 +193,12 @@ def _begin(
     numbers: list[int],
     session: bool,
     blocked: Any,
+    policy: int,
+    cores: list[int],
 ) -> None:
     """Do what `python ARGUMENTS` does."""
+    os.sched_setscheduler(0, policy, os.sched_param(0))
+    os.sched_setaffinity(0, cores)
     # First to numbers that no process expects, or one descriptor might be put where another one is.
     descriptors = [fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, SPARE_NUMBER) for descriptor in given]
     for descriptor in given:

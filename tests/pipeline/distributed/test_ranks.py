@@ -24,6 +24,7 @@ from tests import ROOT, warm
 from tests.pipeline.command_line import error_of, invoke
 from tests.pipeline.workplace import Workplace
 
+pytestmark = pytest.mark.usefixtures("every_core")
 HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
 PARTS = ("exact ranks=2", "exact ranks=2 rank=1")  # the prefill of each rank's identity
 LIMIT = 120  # seconds, after which processes are taken to wait for each other for ever
