@@ -95,7 +95,7 @@ def test_compression_hardly_moves_what_the_model_says(
 
 
 def test_a_restored_cache_answers_like_a_fresh_one(folder: Path, tmp_path: Path) -> None:
-    pq.write_table(pa.table({"id": ["minutes"], "text": [minutes()[:600]]}), tmp_path / "documents.parquet")
+    pq.write_table(pa.table({"id": ["minutes"], "text": [minutes()[:300]]}), tmp_path / "documents.parquet")
     queries = ["Who was present?", "Where was the meeting held?"]
     job = {
         "model": str(folder),

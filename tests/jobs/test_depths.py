@@ -29,7 +29,7 @@ from turboquant.io.segment_file import read_segment, write_segment
 
 JOBS = ROOT / "jobs"
 DEPTHS = (0.05, 0.27, 0.5, 0.73, 0.95)
-DOCUMENT, TOKENS = "minutes-01", 16
+DOCUMENT, TOKENS = "minutes-01", 10
 
 
 @pytest.fixture(scope="module")
@@ -90,24 +90,24 @@ def answers(loaded: LoadedModel, prefix: Prefix, suffixes: Sequence[list[int]], 
     return [one.text for one in generate_answers(loaded, requests, OutputParser(loaded.tokenizer), batch_size)]
 
 
-@pytest.mark.parametrize("bits", [4, 3])
 def test_answers_are_full_precision_s_at_every_depth(
     loaded: LoadedModel,
     facts: list[dict[str, Any]],
     prompts: tuple[list[int], list[list[int]]],
     filled: list[Any],
     expected: list[str],
-    bits: int,
     tmp_path: Path,
 ) -> None:
     context, suffixes = prompts
     right = [fact["answer"] in text for fact, text in zip(facts, expected, strict=True)]
     assert right == [True] * len(DEPTHS)
-    codec = CacheCodec(bits, bits)
-    cold = Prefix.encode(copy.deepcopy(filled), len(context), codec)
-    segment = Segment(cold.layers, 0, cold.tokens)
-    write_segment(tmp_path, "key", segment, Identity("", "", codec.identity, "exact"))
-    warm = join([read_segment(tmp_path, "key", codec)])
-    for prefix in (cold, warm):
-        assert answers(loaded, prefix, suffixes, 1) == expected
-        assert answers(loaded, prefix, suffixes + suffixes[:3], 8) == expected + expected[:3]
+    for bits in (4, 3):
+        codec = CacheCodec(bits, bits)
+        cold = Prefix.encode(copy.deepcopy(filled), len(context), codec)
+        segment = Segment(cold.layers, 0, cold.tokens)
+        (folder := tmp_path / str(bits)).mkdir()
+        write_segment(folder, "key", segment, Identity("", "", codec.identity, "exact"))
+        warm = join([read_segment(folder, "key", codec)])
+        for prefix in (cold, warm):
+            assert answers(loaded, prefix, suffixes, 1) == expected
+            assert answers(loaded, prefix, suffixes + suffixes[:3], 8) == expected + expected[:3]

@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from tests import ROOT
+from tests import ROOT, warm
 from tests.pipeline.command_line import invoke
 
 JOBS = ROOT / "jobs"
 
 
 def needle(*arguments: str | Path) -> str:
-    command = [sys.executable, JOBS / "needle.py", *arguments]
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
+    return str(warm.run([sys.executable, JOBS / "needle.py", *arguments], check=True).stdout)
 
 
 def test_codes_are_asked_for_and_counted(tmp_path: Path) -> None:

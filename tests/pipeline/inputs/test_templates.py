@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
 from collections.abc import Callable
 from typing import Any
@@ -35,6 +36,11 @@ def tokenizers(make_tokenizer: Callable[..., Any]) -> dict[str, TokenizerWrapper
     return made
 
 
+@functools.cache
+def allowing(tokenizer: TokenizerWrapper, thinks: bool) -> PromptTokenizer:
+    return PromptTokenizer(tokenizer, thinks, special_tokens="allow")
+
+
 each_family = pytest.mark.parametrize("name", FAMILIES)
 
 
@@ -49,7 +55,7 @@ each_family = pytest.mark.parametrize("name", FAMILIES)
 def test_context_and_suffix_are_the_tokens_of_the_whole_prompt(
     tokenizers: dict[str, Any], name: str, system: str | None, context: str, queries: list[str], thinks: bool
 ) -> None:
-    prompts = PromptTokenizer(tokenizers[name], thinks, special_tokens="allow")
+    prompts = allowing(tokenizers[name], thinks)
     rendered = Rendered(system, context)
     document = prompts.tokenise(rendered, queries)
     for query, suffix in zip(queries, document.suffixes, strict=True):
