@@ -117,7 +117,15 @@ ALL = (
         "performance.md",
         ("benches.step_parts --model {model}", "benches.step_parts --model {demo} --tokens 5600"),
     ),
-    Figures("schemas", "performance.md", ("benches.constraints --model {model}", "benches.constraints --model {demo}")),
+    Figures(
+        "schemas",
+        "performance.md",
+        (
+            "benches.constraints --model {model}",
+            "benches.constraints --model {demo}",
+            "benches.constraints --model {model} --rows 32 --quote",
+        ),
+    ),
     Figures("batch-sizes", "measured.md", ("benches.batch_sizes",)),
     Figures("restore", "performance.md", ("benches.restore",)),
     Figures("memory", "measured.md", ("benches.memory",)),
