@@ -66,6 +66,7 @@ def test_the_table_of_readme_has_the_figures() -> None:
     [
         ("performance.md", "## The demo job, stage by stage", "own-time"),
         ("performance.md", "## A decoding step on a CPU", "step-parts"),
+        ("performance.md", "## Answers held to JSON schemas", "schemas"),
         ("performance.md", "## Against llama.cpp", "llama-cpp"),
         ("performance.md", "## Against transformers", "transformers"),
         ("performance.md", "## Against mlx-lm on a CPU", "against-mlx-lm"),

@@ -18,7 +18,7 @@ from turboquant.quant.cache_codec import dump_codec, parse_codec
 from turboquant.quant.codec import Codec
 from turboquant.quant.query_stats import QueryCollector
 from turboquant.quant.trellis import BLOCK, CODES, TrellisCodec
-from turboquant.quant.viterbi import NODE_BITS, search
+from turboquant.quant.viterbi import NODE_BITS, _halves, search
 
 Of = Literal["keys", "values"]
 KINDS: list[tuple[Of, int]] = [(of, bits) for of in ("keys", "values") for bits in (2, 3, 4)]  # type: ignore[misc]
@@ -129,6 +129,13 @@ def test_tokens_of_more_weight_lose_less() -> None:
     heavy = mx.where(mx.arange(BLOCK) % 4 == 0, 16.0, 1.0)
     off = mx.square(codec.decode(codec.encode(x, weights=mx.broadcast_to(heavy, (4, BLOCK)))) - x).mean(axis=(0, 2))
     assert float(off[::4].mean()) < 0.6 * float(off[1::4].mean())
+
+
+def test_numbers_are_rounded_to_halves_as_numpy_rounds_them() -> None:
+    halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
+    halves = np.sort(halves[np.isfinite(halves)])
+    x = np.concatenate([halves, (halves[1:] + halves[:-1]) / 2, halves[1:-1] * np.float32(1 + 2**-12)])
+    assert np.array_equal(_halves(x), x.astype(np.float16).astype(np.float32))
 
 
 @pytest.mark.parametrize("last", [None, 9])
