@@ -10,6 +10,7 @@ import ctypes
 import mmap
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -30,6 +31,9 @@ TYPES = {
     mx.bool_: "bool",
 }
 LONG = ("search",)  # kernels that run for longer than a compiler takes to optimise them
+# Halves are converted by instructions, and sums of products rounded as without these. Nothing is linked: this process
+# has what kernels use.
+ON_LINUX = ("-march=native", "-ffp-contract=off", "-nostdlib", "-fno-threadsafe-statics")
 ENDED, WAITS_FOR_EVER, OUTSIDE = range(3)  # what a run comes to
 EMULATOR = (Path(__file__).parent / "emulate.h").read_text(encoding="utf-8")
 
@@ -135,12 +139,9 @@ def _compiled(folder: Path, source: str, level: str) -> Any:
                 "g++",
                 "-std=c++17",
                 level,
-                "-march=native",  # halves are converted by instructions
-                "-ffp-contract=off",  # and sums of products rounded as they are without it
+                *(ON_LINUX if sys.platform == "linux" else ()),
                 "-w",
                 "-nostdinc++",
-                "-nostdlib",  # this process has what they use
-                "-fno-threadsafe-statics",
                 "-shared",
                 "-fPIC",
                 "-o",
