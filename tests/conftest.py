@@ -2,7 +2,7 @@
 
 Each process of the tests uses one thread. There are as many processes as cores, and with more threads than cores they
 would run ten times slower. On Linux, each stays on a core of its own: its Python thread hands one small operation after
-the other to MLX's thread, and to wake that one on another core each time takes a fifth of the tests' time.
+the other to MLX's thread. Waking that thread on another core takes a fifth of the time of tests that run models.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ def pytest_configure() -> None:
     process = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
     if process and CORES:
         os.sched_setaffinity(0, {CORES[int(process) % len(CORES)]})
-        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # who is woken waits for the end of a turn
+        os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))  # a thread that wakes interrupts no other
 
 
 @pytest.fixture(scope="module")
 def every_core() -> Iterator[None]:
-    """Children may use all cores: some wait for each other busily."""
+    """Let children use all cores. Those that wait for each other busily need it."""
     if not CORES:
         yield
         return

@@ -127,8 +127,8 @@ class _Server:
         """Start a process that does what `python ARGUMENTS` does with descriptors of these numbers; its id."""
         prctl = ctypes.CDLL(None).prctl
         blocked = sorted(signal.pthread_sigmask(signal.SIG_BLOCK, ()))
-        turns = os.sched_getscheduler(0), sorted(os.sched_getaffinity(0))
-        message = json.dumps([arguments, cwd, env, list(numbers), is_session, blocked, *turns]).encode()
+        scheduling = os.sched_getscheduler(0), sorted(os.sched_getaffinity(0))
+        message = json.dumps([arguments, cwd, env, list(numbers), is_session, blocked, *scheduling]).encode()
         with self._lock:
             prctl(ADOPT_ORPHANS, 1, 0, 0, 0)
             socket.send_fds(self._requests, [message], descriptors)

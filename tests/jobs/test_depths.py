@@ -29,7 +29,7 @@ from turboquant.io.segment_file import read_segment, write_segment
 
 JOBS = ROOT / "jobs"
 DEPTHS = (0.05, 0.27, 0.5, 0.73, 0.95)
-DOCUMENT, TOKENS = "minutes-01", 10
+DOCUMENT, TOKENS = "minutes-01", 16
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,6 @@ def _sources_read_once() -> Iterator[None]:
     `transformers` lists the classes in its folder `models`, and `transformers.models` those in the folder of its
     `__init__.py`, which is the same folder under another name. The list is kept under the first name.
     """
-    os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # as mlx-lm does, but it imports transformers later
     utils: Any = importlib.import_module("transformers.utils.import_utils")
     find_classes = getattr(utils, "define_import_structure", None)
     if find_classes is None:  # another version of transformers
@@ -57,5 +56,6 @@ def _sources_read_once() -> Iterator[None]:
         utils.define_import_structure = find_classes
 
 
+os.environ["TRANSFORMERS_NO_ADVISORY_WARNINGS"] = "1"  # mlx-lm sets it too, but transformers is imported first here
 with _hard_limits_kept(), _sources_read_once():
     importlib.import_module("mlx_lm.utils")

@@ -33,7 +33,7 @@ BINS, REACH = 256, 4.0  # numbers are looked up in BINS bins over -REACH .. REAC
 FAR = 20000  # cost of nodes that a string does not begin at
 RENEWED = 16  # numbers after which the least cost is subtracted, so that halves stay precise
 ROWS = 2  # that are searched
-AT_ONCE = 32  # strings that are searched together
+AT_ONCE = 32  # strings that are searched together, so that a processor's cache holds what is computed of them
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,25 +147,16 @@ def _search(
     last: the last state of each, (R,), or None for any. free: how many numbers come before the string's first one.
     root: roots of the weights.
     """
-    found = np.empty(target.shape, np.uint16)
-    for start in range(0, len(target), AT_ONCE):
-        some = slice(start, start + AT_ONCE)
-        ends = None if last is None else last[some].astype(np.int64) & ((1 << NODE_BITS) - 1)
-        found[some] = _search_some(code, ends, free, target[some], gain[some], root[some])
-    return found
-
-
-def _search_some(
-    code: TrellisCode,
-    ends: NDArray[np.int64] | None,
-    free: int,
-    target: NDArray[np.float32],
-    gain: NDArray[np.float32],
-    root: NDArray[np.float32],
-) -> NDArray[np.uint16]:
-    """Do what ``_search`` does, for strings that fit a processor's cache together. ends: nodes, (R,), or None."""
     (rows, tokens), nodes = target.shape, 1 << NODE_BITS
+    if rows > AT_ONCE:
+        parts = (slice(start, start + AT_ONCE) for start in range(0, rows, AT_ONCE))
+        found = [
+            _search(code, None if last is None else last[part], free, target[part], gain[part], root[part])
+            for part in parts
+        ]
+        return np.concatenate(found)
     every = np.arange(rows)
+    ends = None if last is None else last.astype(np.int64) & (nodes - 1)
     offset = np.clip(target * (np.float32(BINS / (2 * REACH)) / gain) + BINS // 2, 0, BINS - 1)
     first = code.row_of_bin[offset.astype(np.int64)].T.astype(np.int64)  # (T, R)
     scale, shift = (_halves(x).T[:, None, :, None] for x in (gain * root, -target * root))

@@ -31,8 +31,8 @@ TYPES = {
     mx.bool_: "bool",
 }
 LONG = ("search",)  # kernels that run for longer than a compiler takes to optimise them
-# Halves are converted by instructions, and sums of products rounded as without these. Nothing is linked: this process
-# has what kernels use.
+# The processor's own instructions convert halves, but products are not fused with sums. Nothing is linked, because this
+# process has what the kernels call.
 ON_LINUX = ("-march=native", "-ffp-contract=off", "-nostdlib", "-fno-threadsafe-statics")
 ENDED, WAITS_FOR_EVER, OUTSIDE = range(3)  # what a run comes to
 EMULATOR = (Path(__file__).parent / "emulate.h").read_text(encoding="utf-8")

@@ -143,9 +143,9 @@ def test_vectors_of_any_size(size: float) -> None:
 @pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("in_metric", [True, False])
 def test_a_block_gets_the_same_bits_alone_and_among_others(in_metric: bool) -> None:
-    codec, random = TrellisCodec(32, 3, of="keys"), np.random.default_rng(6)
-    x = mx.array(random.normal(size=(1, TOKENS, 32)).astype(np.float32))
-    metric, mean = a_metric(codec, 1) if in_metric else None, mx.zeros((1, 32))
+    codec, random = TrellisCodec(64, 3, of="keys"), np.random.default_rng(6)
+    x = mx.array(random.normal(size=(1, TOKENS, 64)).astype(np.float32))
+    metric, mean = a_metric(codec, 1) if in_metric else None, mx.zeros((1, 64))
 
     def encoded(first: int, last: int) -> Encoded:
         order = mx.arange(first, last, dtype=mx.int32)[None]
