@@ -8,6 +8,7 @@ Exit codes: 0 all rows answered; 2 the job or the command line is wrong; 3 finis
 from __future__ import annotations
 
 import json
+import signal
 import sys
 from contextlib import ExitStack
 from dataclasses import asdict, replace
@@ -446,9 +447,22 @@ def doctor(as_json: AsJson = False, debug: Debug = False) -> None:
 
 
 def main() -> None:
-    """The console script."""
+    """The console script. SIGTERM does what Ctrl-C does. Neither changes the exit code of a command that is over."""
     make_streams_safe()
-    app(prog_name="pipeline")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        try:
+            app(prog_name="pipeline")
+        finally:
+            _ignore_stop_signals()
+    except KeyboardInterrupt:  # it came between the end of the command and here
+        _ignore_stop_signals()
+        sys.exit(INTERRUPTED)
+
+
+def _ignore_stop_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _check_job_file(report: Report, job: Job, job_file: Path, overrides: list[str] | None, shard: str | None) -> None:

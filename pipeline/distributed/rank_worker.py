@@ -35,6 +35,7 @@ def follow_first_rank(job: Job) -> None:
     Raises JobError if this rank's job or model differs from the first rank's, PipelineError if any rank fails.
     """
     _exit_at_second_interrupt()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # mlx.launch sends it, and MLX may wait for a rank that is gone
     ranks = join_ranks(job.scale.ranks)
     worker: RankWorker | None = None
     while (message := ranks.broadcast()) is not None:

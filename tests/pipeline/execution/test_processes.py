@@ -240,6 +240,18 @@ def test_a_second_signal_ends_a_run_and_its_processes_at_once(place: Workplace) 
     wait_until(lambda: not any(is_running(pid) for pid in family))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are found in /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_do_not_change_the_exit_code_of_a_run_that_is_ending(place: Workplace, number: signal.Signals) -> None:
+    command = [sys.executable, "-m", "pipeline.cli", "run", str(place.save()), "--quiet"]
+    run = warm.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True)
+    wait_until(lambda: len(place.segments()) > 0)
+    while run.poll() is None:
+        run.send_signal(number)
+        time.sleep(0.001)
+    assert run.returncode == 130
+
+
 def wait_until(condition: Callable[[], bool], seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
