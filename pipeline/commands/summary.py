@@ -43,7 +43,8 @@ def _rows(job: Job, show_command: str, report: Report) -> list[tuple[str, str]]:
     """Return the lines about rows."""
     answered = f"{report.rows_answered:,} answered, {report.rows_kept:,} kept, {report.rows_failed:,} failed"
     answered += f", {report.rows_skipped:,} skipped" if report.rows_skipped else ""
-    rows = [("rows", f"{answered} of {report.rows:,} ({report.documents:,} documents)")]
+    documents = f"{report.documents:,} document{'s' * (report.documents != 1)}"
+    rows = [("rows", f"{answered} of {report.rows:,} ({documents})")]
     for kind, count in sorted(report.failures.items()):
         rows.append(("failures", f"{count:,} {kind}, first {report.first_failures[kind]}"))
     if report.failures:

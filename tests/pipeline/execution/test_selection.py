@@ -73,7 +73,7 @@ def test_a_trial_run_leaves_finished_answers(workplace: Workplace) -> None:
     new = workplace.rows()
     assert [pair for pair in old if old[pair] != new[pair]] == [("d0", "who")]
     shown = invoke("run", workplace.job_file, "--document", "d1", "--query", "who").stdout
-    assert "rows     0 answered, 1 kept, 0 failed of 1 (1 documents)\n" in shown
+    assert "rows     0 answered, 1 kept, 0 failed of 1 (1 document)\n" in shown
     assert "others   8 rows left as they were\n" in shown
 
 
