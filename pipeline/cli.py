@@ -214,7 +214,7 @@ def plan(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Check everything and say what a run would cost, without loading weights.
+    """Check everything and say what a run would cost, without loading weights. --prune allows rows to be removed.
 
     A model of Hugging Face that is not on this machine yet is downloaded first, with its weights.
     """

@@ -78,7 +78,10 @@ def gc(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Remove segments that cannot be used, then the least recently used; never those that an unfinished job needs."""
+    """Remove segments that cannot be used; with a budget or --unused-for, also the least recently used.
+
+    Segments that an unfinished job needs are kept.
+    """
     with errors_explained(debug):
         from pipeline.cache.maintenance import DAY, clean_store
 

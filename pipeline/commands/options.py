@@ -84,7 +84,9 @@ Metrics = Annotated[
 Notify = Annotated[
     str | None,
     typer.Option(
-        "--notify", metavar="CMD", help="Run this command when the run ends in any way, with run.json's path behind it."
+        "--notify",
+        metavar="CMD",
+        help="Run this command when the run has ended, however it did. Its last argument is the path of run.json.",
     ),
 ]
 AsLog = Annotated[

@@ -48,10 +48,10 @@ def tune(
 ) -> None:
     """Find the smallest cache that keeps a job's answers, on its own documents and this machine.
 
-    Bits of keys and values and extra_bits, and with --layers bits by layer, are compared with full precision: the
-    divergence (KL) of the predictions of greedy answers of up to 32 tokens, the share of their tokens that stay the
-    likeliest, and of answers that stay the same. The smallest setting that keeps all bounds is chosen; a divergence
-    counts with the upper end of its one-sided 95 % interval over documents. Exit code 3: none keeps them.
+    Each setting (bits of keys and values, extra_bits, with --layers bits by layer) is compared with full precision on
+    greedy answers of up to 32 tokens: the divergence (KL) of predictions, the share of tokens that stay the likeliest,
+    and the share of answers that stay the same. The smallest setting that keeps all bounds is chosen. A divergence
+    counts with the upper end of its one-sided 95 % interval over documents. Exit code 3: no setting keeps the bounds.
     """
     with errors_explained(debug):
         from pipeline.evaluation import tuning

@@ -226,7 +226,7 @@ class Generation(_Section):
     seed: _Seed = 0
     stop: _Stop = ()  # an answer ends before the first of these texts
     thinking: ThinkingMode = False  # whether a model that can think does so before it answers, and if that is kept
-    batch_size: Annotated[int, Field(ge=1, le=_LARGEST_INT)] = 8
+    batch_size: Annotated[int, Field(ge=1, le=_LARGEST_INT)] = 16
 
 
 class Query(_Section):

@@ -29,18 +29,19 @@ What turboquant does with each architecture of mlx-lm, by `model_type` (others t
 brackets). Written by `python -m tests.turboquant.model_table > docs/models.md` from the sources of mlx-lm; a test
 fails where they no longer agree.
 
-- **compressed**: every layer's keys and values.
-- **partial**: those of plain attention layers; the layers named in the last column stay as they are, where a model has
-  any (most llamas have none).
-- **none**: everything stays as it is. The model runs with mlx-lm's own caches, and they take what they take there.
+- **compressed**: the keys and values of every layer.
+- **partial**: the keys and values of plain attention layers. The layers named in the last column are not compressed. A
+  model without such layers, as most llamas are, is compressed whole.
+- **none**: nothing is compressed. The model runs with mlx-lm's own caches, which are as large as in mlx-lm. They are
+  stored, shared and restored like compressed ones (those of deepseek_v41 are not stored).
 
 The column **in batches** says which queries share a batch with mlx-lm's code for this architecture:
 
 - **together**: all, whatever their lengths.
-- **equal lengths**: only queries of equal length on one document; with others, mlx-lm computes with their padding.
+- **equal lengths**: only queries of equal length on one document. If lengths differ, mlx-lm computes with the padding.
 - **one by one**: none. mlx-lm's batches fail, or mix up rows and heads.
 
-A run does so by itself, and says it in a warning, in `plan` and in its report. Architectures that are not compressed
+A run batches in this way by itself. A warning, `plan` and the report say so. Architectures that are not compressed
 whole are also tried when they are loaded. A test builds a tiny model of every architecture that can be built, and
 compares its answers alone and in batches, fresh and restored, prefilled exactly and in segments.
 
@@ -79,9 +80,10 @@ def counts(rows: Sequence[tuple[str, str, str, str]]) -> str:
     status, batching = (Counter(each[column] for each in rows) for column in (1, 2))
     return (
         f"Of {len(rows)} architectures, {status['compressed']} are compressed whole, {status['partial']} in part, "
-        f"{status['none']} not at all, and {status['as its language model']} as\nits language model is. In batches, "
-        f"{batching['together']} are right together, {batching['equal lengths']} in rows of equal length, and "
-        f"{batching['one by one']} one by one. None of these\n{len(rows) - len(NOT_BUILT)} differs."
+        f"{status['none']} not at all, and {status['as its language model']} as\nits language model is. "
+        f"{batching['together']} answer correctly in any batch, {batching['equal lengths']} in batches of equal "
+        f"length, and {batching['one by one']} only one\nby one. Batched like this, each of these "
+        f"{len(rows) - len(NOT_BUILT)} answers as it does alone."
     )
 
 

@@ -48,7 +48,7 @@ def test_defaults(job_file: Path) -> None:
     assert job.name == "minutes"
     assert (job.documents.id, job.documents.text) == ("id", "text")
     assert job.prompt.context == "{{ text }}"
-    assert job.generation == Generation(max_tokens=256, temperature=0.0, top_p=1.0, seed=0, batch_size=8)
+    assert job.generation == Generation(max_tokens=256, temperature=0.0, top_p=1.0, seed=0, batch_size=16)
     cache = job.cache
     assert (cache.key_bits, cache.value_bits, cache.sinks, cache.window) == (4, 4, 16, 128)
     assert cache.prefill == "exact"
