@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event
@@ -23,7 +23,7 @@ import yaml
 
 from pipeline.commands.console import anywhere, quoted
 from pipeline.commands.plan import Plan, plan_job
-from pipeline.errors import Interrupted, OutputError
+from pipeline.errors import Interrupted, JobError, OutputError
 from pipeline.execution.context import RunOptions
 from pipeline.execution.supervisor import Caller, supervise
 from pipeline.files.atomic import atomic_file
@@ -80,8 +80,7 @@ class Result:
         """The rows that have an error in place of an answer."""
         with self._open() as results:
             ids = dict.fromkeys(document_id for document_id, _ in results.pairs())
-            rows = [row for document_id in ids for row in results.rows(document_id).values()]
-        return [row for row in rows if row.status == "error"]
+            return [row for id_ in ids for row in results.rows(id_).values() if row.status == "error"]
 
     def _table(self, layout: OutputLayout) -> pa.Table:
         with self._open() as results:
@@ -115,7 +114,14 @@ def plan(job: JobSource, documents: object = None, *, overrides: Mapping[str, An
 
 def result(job: JobSource, *, overrides: Mapping[str, Any] | Sequence[str] = ()) -> Result:
     """Return the answers of a job that are there, also while it runs or after it was interrupted. Raises JobError."""
-    return Result(_job(job, None, overrides)[0])
+    texts = _as_texts(overrides)
+    try:
+        return Result(_load(job, texts))
+    except JobError:  # if the documents were in memory, only the job that `run` wrote beside the result has their path
+        with suppress(JobError):
+            known = _load(job, [*texts, f"documents.path={_UNKNOWN_PATH}"])
+            return Result(_with_documents(known, job_file.load_job(_written_job(known)).documents))
+        raise
 
 
 def run(
@@ -172,23 +178,35 @@ def _job(source: JobSource, documents: object, overrides: Mapping[str, Any] | Se
         documents = None
     elif documents is not None:
         texts.append(f"documents.path={_UNKNOWN_PATH}")
-    if isinstance(source, str | Path):
-        job = job_file.load_job(Path(source), texts)
-        if documents is None:
-            return job, _command(Path(source), texts)
-    else:
-        tree = _plain(source.model_dump(exclude_defaults=True) if isinstance(source, Job) else source)
-        job = job_file.make_job(tree, Path.cwd(), "job", texts)
+    job = _load(source, texts)
     if documents is not None:
         path = write_documents(documents, Path(f"{job.result_file}.documents"))
-        job = Job.model_validate(dict(job) | {"documents": Documents(**dict(job.documents) | {"path": str(path)})})
-    file = Path(f"{job.result_file}.job.yaml")
+        job = _with_documents(job, Documents(**dict(job.documents) | {"path": str(path)}))
+    elif isinstance(source, str | Path):
+        return job, _command(Path(source), texts)
+    file = _written_job(job)
     with atomic_file(file) as temporary:
         temporary.write_text(
             yaml.safe_dump(_plain(job.model_dump(exclude_defaults=True)), allow_unicode=True, sort_keys=False),
             encoding="utf-8",
         )
     return job_file.load_job(file), _command(file, [])
+
+
+def _load(source: JobSource, overrides: Sequence[str]) -> Job:
+    if isinstance(source, str | Path):
+        return job_file.load_job(Path(source), overrides)
+    tree = _plain(source.model_dump(exclude_defaults=True) if isinstance(source, Job) else source)
+    return job_file.make_job(tree, Path.cwd(), "job", overrides)
+
+
+def _with_documents(job: Job, documents: Documents) -> Job:
+    return Job.model_validate(dict(job) | {"documents": documents})
+
+
+def _written_job(job: Job) -> Path:
+    """Return the file to which a job is written if the command line could not resume it otherwise."""
+    return Path(f"{job.result_file}.job.yaml")
 
 
 def _plain(value: Any) -> Any:

@@ -77,11 +77,12 @@ def errors_explained(
     except KeyboardInterrupt:
         tell("interrupted; the same command resumes", exit_code=130)
         raise typer.Exit(130) from None
-    except (
-        typer.Exit,
-        typer.Abort,
-        BrokenPipeError,
-    ):  # for Typer; the last one means that the reader of our output closed it
+    except typer.Abort as error:  # Ctrl-C or the end of the input, in place of an answer
+        if not isinstance(error.__context__, KeyboardInterrupt):
+            raise
+        tell("interrupted", exit_code=130)
+        raise typer.Exit(130) from None
+    except (typer.Exit, BrokenPipeError):  # for Typer; the last one means that the reader of our output closed it
         raise
     except Exception as error:
         if debug:

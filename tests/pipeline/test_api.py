@@ -84,6 +84,23 @@ def test_documents_in_memory_are_written_beside_the_result_with_a_job_that_the_c
     assert written.read_bytes() == content
 
 
+def test_the_answers_on_documents_in_memory_are_found_without_them(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(workplace.folder)
+    workplace.save()
+    job = workplace.tree | {"documents": {"limit": 1}, "queries": ["Who met?"]}
+    with pytest.raises(JobError, match=r"documents\.path"):
+        pipeline.result(job)
+    documents = [{"id": "a", "text": "The board met."}]
+    expected = pipeline.run(job, documents, quiet=True).table
+    written = Path(f"{workplace.output}.job.yaml").read_bytes()
+    assert pipeline.result(job).table.equals(expected)
+    assert Path(f"{workplace.output}.job.yaml").read_bytes() == written
+    Path("without.yaml").write_text(json.dumps(job), encoding="utf-8")
+    assert pipeline.result("without.yaml").table.equals(expected)
+
+
 def test_a_mapping_and_a_job_are_the_job_of_a_file(workplace: Workplace, monkeypatch: pytest.MonkeyPatch) -> None:
     workplace.queries[0] |= {"choices": ["yes", "no"], "evidence": 2}
     workplace.save(cache={"dir": "cache", "layer_bits": {0: 8}}, prompt={"system": None})

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from pathlib import Path
 from typing import Any, get_args
+from unittest import mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import typer
 import yaml
 
+from pipeline.commands.console import errors_explained
 from pipeline.commands.init import guess_columns
 from pipeline.job.job import Job, QueryTable
 from pipeline.job.job_file import load_job
@@ -153,6 +158,15 @@ def test_without_an_answer_no_file_is_written(tmp_path: Path) -> None:
     screen = in_terminal(100, "init", documents, tmp_path / "job.yaml", typed="\x04", code=1)
     assert screen[-1].endswith("Aborted!")
     assert not (tmp_path / "job.yaml").exists()
+
+
+def test_ctrl_c_at_a_question_has_the_exit_code_of_an_interruption(monkeypatch: pytest.MonkeyPatch) -> None:
+    stdin = io.StringIO()
+    monkeypatch.setattr(sys, "stdin", stdin)
+    monkeypatch.setattr(stdin, "readline", mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(typer.Exit) as ended, errors_explained(debug=False, computes=False):
+        typer.prompt("Model")
+    assert ended.value.exit_code == 130
 
 
 def test_a_job_file_that_exists_is_kept(workplace: Workplace) -> None:
