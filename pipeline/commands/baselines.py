@@ -29,6 +29,7 @@ from pipeline.execution.runner import Runner
 from pipeline.execution.worker_pool import WorkerHandle
 from pipeline.inputs.inputs import Inputs
 from pipeline.inputs.prompts import PromptTokenizer, Renderer
+from pipeline.inputs.questions import is_chained
 from pipeline.inputs.windows import WindowCutter
 from pipeline.job.job import Job, Settings
 from pipeline.models.loading import LoadedModel, load_model, max_context
@@ -204,12 +205,17 @@ class _StockModel:
         self.prefill_seconds = 0.0
 
     def documents(self) -> Iterator[tuple[list[int], list[_Question]]]:
-        """Yield each document's context and the questions that fit into the model, in the job's order."""
+        """Yield each document's context and the questions that fit into the model, in the job's order.
+
+        Raises NotApplicable if a query is not asked as it is written.
+        """
         job, loaded = self._job, self._loaded
         renderer, cutter = Renderer(job.prompt, job.documents), WindowCutter(job)
         tokenizer = PromptTokenizer(loaded.tokenizer, bool(job.generation.thinking), job.prompt.special_tokens)
         limit = max_context(loaded.config, loaded.tokenizer)
         for document in self._inputs.stream():
+            if any(is_chained(query) for query in document.queries):
+                raise NotApplicable("mlx-lm fills in no columns or answers, and queries of this job use them")
             questions: list[_Question] = []
             with suppress(RowError):
                 (rendered,) = cutter.windows(document, renderer.render(document), tokenizer, limit)

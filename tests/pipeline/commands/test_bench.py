@@ -306,6 +306,16 @@ def test_a_gpu_is_warmed_up_before_it_is_measured(
     assert not (folder / "small").exists()
 
 
+def test_questions_with_answers_in_them_are_beyond_mlx_lm(workplace: Workplace) -> None:
+    workplace.queries.append({"id": "then", "text": f"And after {{{{ answers.{workplace.queries[0]['id']} }}}}?"})
+    process = start(workplace, "--json", "--contender", "naive", "--contender", "reloaded")
+    out, error = process.communicate(timeout=60)
+    assert process.returncode == 0, error
+    for row in json.loads(out):
+        assert "columns or answers" in row["failed"]
+        assert row["applies"] is False
+
+
 def test_what_mlx_lm_cannot_split_is_too_long_for_all(workplace: Workplace, tmp_path: Path) -> None:
     workplace.save(documents={"path": "docs.parquet", "too_long": "split"})
     part = bench.job_part(load_job(workplace.job_file), bench.Extent(1), tmp_path / "documents.parquet")
