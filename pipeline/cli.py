@@ -20,6 +20,7 @@ import typer
 from pipeline import __version__
 from pipeline.commands.cache import app as cache_app
 from pipeline.commands.console import (
+    INTERRUPTED,
     CommandGroup,
     anywhere,
     ask,
@@ -67,7 +68,7 @@ if TYPE_CHECKING:
     from pipeline.job.job import Job
     from pipeline.report import Report
 
-CONTENDER_FAILED, SOME_ROWS_FAILED, INTERRUPTED = 1, 3, 130  # exit codes
+CONTENDER_FAILED, SOME_ROWS_FAILED = 1, 3  # exit codes
 
 app = typer.Typer(
     name="pipeline",

@@ -18,6 +18,7 @@
         ├── UnreadableText
         ├── ContextTooLong
         ├── PromptFailed
+        ├── UnknownToken
         ├── AnswerMissing
         ├── CheckFailed
         ├── GenerationFailed

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pipeline.job.shards import Shard
 
 
+INTERRUPTED = 130  # exit code
 _JOB = ("job_file", "one_shard", "set_")  # parameters of commands
 _PART_OF_JOB = (*_JOB, "document", "query", "limit", "prune")
 
@@ -75,13 +76,13 @@ def errors_explained(
         tell(f"error: {error}", logging.ERROR, exit_code=error.exit_code, error_type=type(error).__name__)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
-        tell("interrupted; the same command resumes", exit_code=130)
-        raise typer.Exit(130) from None
+        tell("interrupted; the same command resumes", exit_code=INTERRUPTED)
+        raise typer.Exit(INTERRUPTED) from None
     except typer.Abort as error:  # Ctrl-C or the end of the input, in place of an answer
         if not isinstance(error.__context__, KeyboardInterrupt):
             raise
-        tell("interrupted", exit_code=130)
-        raise typer.Exit(130) from None
+        tell("interrupted", exit_code=INTERRUPTED)
+        raise typer.Exit(INTERRUPTED) from None
     except (typer.Exit, BrokenPipeError):  # for Typer; the last one means that the reader of our output closed it
         raise
     except Exception as error:

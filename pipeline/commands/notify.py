@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import typer
 
+from pipeline.commands.console import INTERRUPTED
 from pipeline.errors import JobError, PipelineError, one_line
 from pipeline.job.job import Job
 from pipeline.logs import tell
@@ -47,7 +48,7 @@ def notifying(command: str | None, job: Job) -> Iterator[None]:
         code = error.exit_code
         raise
     except KeyboardInterrupt:
-        code = 130
+        code = INTERRUPTED
         raise
     finally:
         _notify([*words, f"{job.result_url or job.result_file}.run.json"], command, code)

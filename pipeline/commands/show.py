@@ -205,7 +205,7 @@ def _last_words(text: str, most: int) -> str:
 
 
 def _first_words(text: str, most: int) -> str:
-    """Return the beginning of a text in the same way."""
+    """Return the beginning of a text, of that many characters at most, without the rest of a word that is cut."""
     return _CUT_LAST.sub("", text[: most + 1], 1) if len(text) > most else text
 
 

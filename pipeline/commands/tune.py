@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.commands.console import errors_explained, load, size, table
+from pipeline.commands.console import INTERRUPTED, errors_explained, load, size, table
 from pipeline.commands.options import AsJson, Debug, JobFile, Overrides
 from pipeline.logs import tell
 
 if TYPE_CHECKING:
     from pipeline.evaluation.tuning import Measured, Tuning
 
-NO_SETTING, INTERRUPTED = 3, 130  # exit codes
+NO_SETTING = 3  # exit code
 _KL = 0.001  # the bound if none is given, in nats
 
 

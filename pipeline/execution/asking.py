@@ -44,7 +44,8 @@ class Asker:
     def ask(self, document: Document, query: Query, rows: Mapping[str, Row], unanswered: Row) -> Question | Row:
         """Return the question of a query, or its row if the model is not asked: it is skipped, or an error.
 
-        rows: of the document's queries, by id; those whose answers the query uses are among them. unanswered: the row.
+        rows: of the document's queries, by id; those whose answers the query uses are among them. unanswered: the
+        query's row as it is without an answer.
         """
         try:
             if not self._writer.is_asked(document, query, _answers(condition_answers(query), rows)):

@@ -73,9 +73,9 @@ class Engine:
         self._limit = max_context(self._model.config, self._model.tokenizer)
         if job.prompt.system and self._tokenizer.folds_system:
             _log.warning("the chat template takes no system text: it is put before the document in the user's message")
-        if (token_ids := self._model.token_ids) is not None:
+        if (known := self._model.known_tokens) is not None:
             _log.warning(
-                "the tokenizer has more tokens than the %d of the model's embedding: rows with them fail", token_ids
+                "the tokenizer has more tokens than the %d of the model's embedding: rows with them fail", known
             )
         for message in (explain(self._model.model).message, BATCHING_MESSAGES[self._model.batching]):
             if message:
@@ -163,7 +163,7 @@ class Engine:
 
     def _unknown_token(self, tokens: Sequence[int]) -> UnknownToken | None:
         """Return an error if the model has no vector for a token: it would compute with foreign memory, or crash."""
-        limit = self._model.token_ids
+        limit = self._model.known_tokens
         if limit is None or max(tokens) < limit:
             return None
         text = self._model.tokenizer.decode([max(tokens)])

@@ -92,8 +92,9 @@ class PreparedPrompt:
 class PreparedTask:
     """A task whose prompts are tokenised: one prompt, several windows, or none if nothing is open.
 
-    rows: those that are not in the only prompt. combined: for each query of a document read in windows, the prompt that
-    combines the answers on the windows. failure: the reason why there are no prompts, if there is one.
+    rows: finished rows, except for those that the only prompt keeps. combined: for each query of a document read in
+    windows, the prompt that combines the answers on the windows. failure: the reason why there are no prompts, if
+    there is one.
     """
 
     task: DocumentTask

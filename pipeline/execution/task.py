@@ -53,12 +53,12 @@ class DocumentTask:
 
     @property
     def waiting(self) -> list[Query]:
-        """Those of them whose questions are not known yet, because they use answers that are not there yet."""
+        """The open queries whose questions are not known yet, because they use answers that are not there yet."""
         return [query for query in self.open_queries if query.id not in self.questions]
 
     @property
     def asked(self) -> list[Query]:
-        """Those of them whose questions are known."""
+        """The open queries whose questions are known."""
         return [query for query in self.open_queries if query.id in self.questions]
 
     def row(self, query: Query) -> Row:

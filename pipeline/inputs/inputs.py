@@ -125,7 +125,10 @@ class Inputs:
                 yield document_id, list(filter(self._wants_query, query_ids))
 
     def all_pairs(self) -> Iterator[tuple[str, list[str]]]:
-        """Yield the same of all documents and queries, or those of the shard. Texts are read only for a shard."""
+        """Yield the ids of all documents of the job, or of the shard, with those of their queries.
+
+        Texts are read only for a shard.
+        """
         if self._shard is not None:
             for group in self._all_groups():
                 yield from ((document.id, [query.id for query in document.queries]) for document in group)
@@ -133,7 +136,7 @@ class Inputs:
             yield from self.job_pairs()
 
     def job_pairs(self) -> Iterator[tuple[str, list[str]]]:
-        """Yield the same of the whole job, whatever the shard."""
+        """Yield the ids of all documents of the job, whatever the shard, with those of their queries."""
         for document_id in document_ids(self._job.documents):
             if query_ids := self.query_ids(document_id):
                 yield document_id, query_ids

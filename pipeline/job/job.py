@@ -118,7 +118,7 @@ def _custom_resources(resources: dict[str, float]) -> dict[str, float]:
     return resources
 
 
-def _whole_number(value: Any) -> Any:
+def _number_of_bool(value: Any) -> Any:
     return int(value) if isinstance(value, bool) else value
 
 
@@ -181,7 +181,7 @@ _Choices = Annotated[tuple[_Text, ...], Field(strict=False, min_length=2)]
 _Evidence = Annotated[
     int,
     Field(ge=0, le=_MOST_QUOTATIONS),
-    BeforeValidator(_whole_number),
+    BeforeValidator(_number_of_bool),
     WithJsonSchema({"type": ["boolean", "integer"], "minimum": 0, "maximum": _MOST_QUOTATIONS}),
 ]
 _Samples = Annotated[int, Field(ge=1, le=1000)]

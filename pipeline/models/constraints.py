@@ -135,7 +135,7 @@ class Constraint:
 
     @property
     def is_complete(self) -> bool:
-        """Whether the tokens so far are complete JSON of the schema."""
+        """Whether the tokens so far are a complete text of the grammar: JSON of the schema, or a quotation."""
         return self._matcher.is_stopped() and not self._matcher.is_error()
 
     def text(self, tokens: Sequence[int]) -> str:

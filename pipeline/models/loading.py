@@ -41,15 +41,15 @@ _TRUST_HINT = "; if you trust the code that comes with it, set `trust_remote_cod
 class LoadedModel:
     """An mlx-lm model that is ready to run, its tokenizer (mlx-lm's wrapper) and its config.json.
 
-    batching: which rows can be decoded together. token_ids: how many token ids the model knows; None if its tokenizer
-    makes no others, or if that is not known.
+    batching: which rows can be decoded together. known_tokens: the number of token ids that the model has vectors for,
+    from 0 on; None if its tokenizer makes no others, or if the number is not known.
     """
 
     model: Any
     tokenizer: Any
     config: dict[str, Any]
     batching: Batching = "together"
-    token_ids: int | None = None
+    known_tokens: int | None = None
 
 
 def load_model(
@@ -93,11 +93,9 @@ def load_model(
 
     with _explained_failure(path):
         prepare_weights(model, ranks.group)
-        token_ids, used = embedding_rows(model), 1 + max(hugging_face_tokenizer(tokenizer).get_vocab().values())
-        batching = find_batching(model, min(token_ids or used, used))
-    return LoadedModel(
-        model, tokenizer, config, batching, None if token_ids is None or used <= token_ids else token_ids
-    )
+        known, used = embedding_rows(model), 1 + max(hugging_face_tokenizer(tokenizer).get_vocab().values())
+        batching = find_batching(model, min(known or used, used))
+    return LoadedModel(model, tokenizer, config, batching, None if known is None or used <= known else known)
 
 
 def prepare_kernels(config: Mapping[str, Any], codec: CacheCodec) -> None:
@@ -108,7 +106,7 @@ def prepare_kernels(config: Mapping[str, Any], codec: CacheCodec) -> None:
     """
     import mlx.core as mx
 
-    from turboquant.attention.dispatch import prepare_kernels
+    from turboquant.attention import dispatch
     from turboquant.kernels.mlx_modules import own_folder
     from turboquant.mlx_lm import kernels_ahead
 
@@ -119,7 +117,7 @@ def prepare_kernels(config: Mapping[str, Any], codec: CacheCodec) -> None:
     if isinstance(dtype, mx.Dtype) and heads and width:
         head_dim = int(text.get("head_dim") or width // heads)
         kernels_ahead.start(dtype, head_dim, quantizations(config))
-        prepare_kernels(codec, head_dim, dtype)
+        dispatch.prepare_kernels(codec, head_dim, dtype)
 
 
 def quantizations(config: Mapping[str, Any]) -> tuple[Quantized, ...]:
