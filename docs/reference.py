@@ -1,4 +1,4 @@
-"""Writes docs/reference.md: commands, keys of job files, columns of results, error types and exit codes, from the code.
+"""Writes docs/reference.md from the code: commands, keys of job files, columns of results, run.json, errors, exit codes.
 
 python -m docs.reference
 """
@@ -41,6 +41,54 @@ COLUMNS = {
     "agreement": "share of the samples that give the answer",
     "evidence": "quotations: `quote`, `start` and `end` in characters of the text, `occurrences`, `page`",
     "versions": "packages and kind of device that computed the row",
+}
+RUN_FILE = {
+    "job": "the job's name",
+    "part": "the part of the job that this run answers; null for all of it",
+    "command": "what resumes the run, from any folder",
+    "state": "`running`, `finished`, `interrupted` or `failed`",
+    "error": "why it failed",
+    "started": "when it was started",
+    "updated": "when this file was written",
+    "documents": "documents of the run",
+    "documents_done": "documents whose rows are on disk",
+    "rows": "rows of the run; the next four add up to them at the end",
+    "rows_kept": "rows that were there before and still hold",
+    "rows_answered": "rows that the model answered",
+    "rows_failed": "rows that are errors",
+    "rows_skipped": "rows whose `when` does not hold",
+    "rows_beside": "rows of the result that a run of a part left as they were",
+    "failures": "failed rows by error type",
+    "first_failures": "the first failed row of each error type, and why",
+    "cut": "answers that `max_tokens` cut off: `rows`, and by query `queries` and the largest limit `max_tokens`",
+    "documents_truncated": "documents of which the model reads a part (`too_long: truncate`)",
+    "documents_split": "documents that it reads in windows (`too_long: split`)",
+    "prefixes_built": "prefixes that were prefilled",
+    "prefixes_restored": "prefixes that were in the store",
+    "context_tokens": "tokens of all prefixes",
+    "prefilled_tokens": "those of them that were prefilled",
+    "answer_tokens": "tokens that were generated",
+    "attention": "what attends to prefixes: `NumPy`, `kernel` (of a GPU) or `MLX`",
+    "batching": "which rows share a batch: `together`, `equal lengths` or `one by one`",
+    "kernels": "on a CUDA GPU: how many kernels were in the cache, and how many were compiled",
+    "resident": "prefixes by how they were held in memory: `packed` or `dense`",
+    "prefix_bytes": "size of all prefixes",
+    "effective_bits": "mean bits a value, with everything counted",
+    "seconds": "duration of the run, with that of runs of its process that died",
+    "load_seconds": "to load the model; the longest of several processes",
+    "prefill_seconds": "to prefill and compress, summed over processes",
+    "restore_seconds": "to read stored prefixes, summed over processes",
+    "answer_seconds": "to answer, summed over processes",
+    "processes": "processes of this machine that shared the work",
+    "restarts": "deaths of the model's process or of workers, after which the run went on",
+    "workers": "each worker of a run on Ray: where it runs, its work and its speed",
+    "rows_of_other_versions": "kept rows that other versions of packages answered",
+    "segments_of_other_versions": "used segments that other versions made",
+    "other_versions": "how the first of these versions differ from those now",
+    "interrupted": "whether the user stopped the run",
+    "stopped_at": "the failed row that stopped a run with `--fail-fast`",
+    "pace": "while it runs: the work done so far, that in progress included, and the seconds left",
+    "identity": "digests of weights, tokenizer, codec and prefill",
 }
 DEFAULTS = {"name": "the file's name", "cache": "as below", "cache.dir": '`".cache"`'}  # not in the model of the job
 EXIT_CODES = {
@@ -129,6 +177,13 @@ def _columns() -> Iterator[str]:
     yield from (_row(f"`{field.name}`", f"`{field.type}`", COLUMNS[field.name]) for field in SCHEMA)
 
 
+def _run_file() -> Iterator[str]:
+    yield "A run writes `<output>.run.json` every few seconds. It also has the keys that tell"
+    yield "[what made the result](jobs.md#the-result)."
+    yield from ("", "| key | content |", "| --- | --- |")
+    yield from (_row(f"`{key}`", content) for key, content in RUN_FILE.items())
+
+
 def _error_types() -> Iterator[str]:
     yield from ("| type of an error row | meaning |", "| --- | --- |")
     kinds = [one for one in vars(errors).values() if isinstance(one, type) and issubclass(one, errors.RowError)]
@@ -151,6 +206,7 @@ def _row(*cells: str) -> str:
 _SECTIONS = (
     ("Job files", _keys),
     ("Results", _columns),
+    ("The run file", _run_file),
     ("Error types", _error_types),
     ("Exit codes", _exit_codes),
     ("Commands", _commands),

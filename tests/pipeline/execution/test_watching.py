@@ -16,9 +16,12 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from docs.reference import RUN_FILE
 from pipeline import logs
 from pipeline.job.job import QueryTable
+from pipeline.job.job_file import load_job
 from pipeline.metrics import write_metrics
+from pipeline.output.provenance import provenance
 from pipeline.progress import Progress, RunObserver
 from pipeline.report import Report
 from tests import warm
@@ -325,3 +328,12 @@ def test_a_trace_is_part_of_its_line() -> None:
     line = json.loads(logs._JsonLines().format(record))
     assert (line["level"], line["message"]) == ("error", "it failed")
     assert line["trace"].endswith("ValueError: broken")
+
+
+def test_the_reference_lists_the_keys_of_run_json(workplace: Workplace) -> None:
+    workplace.queries.append({"id": "never", "text": "Why?", "when": "false"})
+    workplace.run()
+    report = workplace.report()
+    assert {*report} == {*RUN_FILE, *provenance(load_job(workplace.job_file), [])}
+    counts = ("rows_kept", "rows_answered", "rows_failed", "rows_skipped")
+    assert [report[name] for name in (*counts, "rows")] == [0, 9, 0, 3, 12]
