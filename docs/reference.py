@@ -1,4 +1,4 @@
-"""Writes docs/reference.md from the code: commands, keys of job files, columns of results, run.json, errors, exit codes.
+"""Writes docs/reference.md from the code: commands, keys of job files, results and run.json, errors, exit codes.
 
 python -m docs.reference
 """
