@@ -145,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--layer-bits", nargs="+", type=_layer, default=[], metavar="LAYER:BITS", help="bits of layers, like 0:8 -1:8/4"
     )
-    add("--sinks", type=int, metavar="N", help="first tokens kept in full precision")
+    add("--sinks", type=int, metavar="N", help="first tokens kept as 16-bit floats")
     add("--window", type=int, metavar="N", help="last tokens kept finer (streaming: in full precision)")
     add("--extra-bits", type=float, metavar="BITS", help="the most that finer tokens may cost, in bits for one value")
     add("--coding", nargs="+", choices=CODINGS, default=["scalar"],
@@ -189,6 +189,7 @@ def _run(options: argparse.Namespace) -> None:
     texts = [_read(path) for path in options.text]
     if options.plot and (reason := plot.why_not(options.plot)):
         raise UsageError(reason)
+    baselines = _baselines(options)
     model, tokenizer = load_model(options.model)
     from turboquant.eval.divergence import measure
     from turboquant.mlx_lm.families import explain
@@ -198,7 +199,7 @@ def _run(options: argparse.Namespace) -> None:
     rows = measure(
         model,
         [_sample(options, model, tokenizer, path, text) for path, text in zip(options.text, texts, strict=True)],
-        _baselines(options),
+        baselines,
         answer_tokens=options.answer_tokens if options.question else 0,
         stop=tokenizer.eos_token_ids,
         answers_only=options.answers_only and bool(options.question),
@@ -221,24 +222,33 @@ def _read(path: Path) -> str:
 
 
 def _sample(options: argparse.Namespace, model: Any, tokenizer: Any, path: Path, text: str) -> Sample:
-    behind = options.answer_tokens + MARGIN if options.question else options.continuation
-    # How many tokens of the text itself are needed behind the context.
-    within = 0 if options.question else options.continuation
     limit = getattr(getattr(model, "args", None), "max_position_embeddings", None) or sys.maxsize
     found = len(tokenizer.encode(text))
-    context = options.context or min(LONGEST, found - within, limit - behind)
-    if context + behind > limit:
-        raise UsageError(
-            f"--context {context}: with {behind} more tokens behind it, it exceeds the model's limit of {limit}"
-        )
-    needed = (options.context or SHORTEST) + within
-    if found < needed:
-        raise UsageError(f"--text {path}: too short: it has {found} tokens, and {needed} are needed")
-    if context < found and options.question:
+    context = _context_length(options, limit, path, found)
+    if not options.question:
+        return text_sample(tokenizer, text, context, options.continuation)
+    if context < found:
         _say(f"{path}: the first {context} of its {found} tokens are the context")
+    return chat_sample(tokenizer, text, context, options.question, options.system)
+
+
+def _context_length(options: argparse.Namespace, limit: int, path: Path, found: int) -> int:
+    """Return how many tokens of a text of ``found`` tokens are the context: as asked, or as many as fit.
+
+    limit: the most tokens that the model takes. Raises UsageError if too few fit into the model or are in the text.
+    """
+    least = options.context or SHORTEST
     if options.question:
-        return chat_sample(tokenizer, text, context, options.question, options.system)
-    return text_sample(tokenizer, text, context, options.continuation)
+        flag, behind, within = "--answer-tokens", options.answer_tokens + MARGIN, 0
+    else:
+        flag, behind, within = "--continuation", options.continuation, options.continuation
+    if least + behind > limit:
+        lower = f"--context or {flag}" if options.context else flag
+        message = f"a context of {least} tokens, with {behind} more behind it, exceeds the model's limit of {limit}"
+        raise UsageError(f"{message}: lower {lower}")
+    if found < least + within:
+        raise UsageError(f"--text {path}: too short: it has {found} tokens, and {least + within} are needed")
+    return options.context or min(LONGEST, found - within, limit - behind)
 
 
 def _baselines(options: argparse.Namespace) -> list[Baseline]:
@@ -256,6 +266,8 @@ def _baselines(options: argparse.Namespace) -> list[Baseline]:
         ]
     except ValueError as error:
         raise UsageError(str(error)) from error
+    if options.prefill == "streaming" and "trellis" in options.coding and not options.segment:
+        raise UsageError("--coding trellis: a streaming cache has scalar codes alone: use --prefill exact or --segment")
     modes = ("exact", "streaming") if options.prefill == "both" else (options.prefill,)
     rows = []
     for mode in modes:

@@ -7,6 +7,8 @@ import functools
 import importlib.util
 import json
 import math
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -316,12 +318,27 @@ def test_more_than_the_model_was_made_for(capsys: pytest.CaptureFixture[str]) ->
     assert "exceeds the model's limit of 16384" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("more", [["--question", "When?", "--answer-tokens", "300"], ["--continuation", "600"]])
+def test_a_model_without_room_for_a_context(
+    more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = tmp_path / "model"
+    shutil.copytree(MODEL, small)
+    config = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
+    assert main(["--model", str(small), *COMMAND[2:4], *more]) == 2
+    assert re.fullmatch(
+        rf"error: a context of 64 tokens, with \d+ more .* limit of 512: lower {more[-2]}\n", capsys.readouterr().err
+    )
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         (["--text", "absent.txt"], "absent.txt: cannot be read"),
         (["--model", "absent/folder/of/a/model"], "neither a model's folder"),
         (["--sinks", "-1"], "cannot be negative"),
+        (["--coding", "trellis", "--prefill", "streaming", "--model", "absent/model"], "use --prefill exact"),
         (["--plot", "picture.nonsense"], "must end in one of"),
         (["--plot", "absent/picture.png"], "no such folder"),
     ],
