@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from tests import ROOT
+from tests.turboquant import tiny_models
 from turboquant import CacheCodec
 from turboquant.caches.prefix import Segment
 from turboquant.eval import divergence as drift
@@ -128,6 +129,16 @@ def test_families_alone_and_in_a_batch(
     assert row.kl > 0
 
 
+@pytest.mark.parametrize("together", [False, True])
+def test_a_family_without_batches_is_measured_row_by_row(samples: list[Sample], together: bool) -> None:
+    said: list[str] = []
+    model = tiny_models.build("gpt_bigcode")
+    (row,) = measure(model, samples, [exact(CacheCodec(4, 4))], batched=together, on_step=said.append)
+    assert row.batch_difference is None
+    assert row.kl > 0
+    assert any("rows are decoded one by one" in step for step in said)
+
+
 def test_a_batch_is_scored_like_single_rows(build_model: Callable[[str], Any], samples: list[Sample]) -> None:
     baselines = [exact(CacheCodec(3, 3)), streaming(CacheCodec(3, 3, window=0)), affine(3)]
     alone = measure(build_model("llama"), samples, baselines)
@@ -220,6 +231,12 @@ def test_samples_that_are_too_short(build_model: Callable[[str], Any]) -> None:
     for sample in (Sample((), ((1, 2),)), Sample((1, 2), ((1,),))):
         with pytest.raises(ValueError, match="needs"):
             measure(build_model("llama"), [sample], [exact(CacheCodec())])
+
+
+def test_nothing_to_measure(build_model: Callable[[str], Any], samples: list[Sample]) -> None:
+    for some, baselines in (([], [exact(CacheCodec())]), (samples, [])):
+        with pytest.raises(ValueError, match="at least one"):
+            measure(build_model("llama"), some, baselines)
 
 
 # ---- scores
