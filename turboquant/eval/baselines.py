@@ -114,7 +114,10 @@ def _compressible(context: Context, caches: Sequence[Any]) -> list[Any]:
 
 
 def _encoded_bytes(prefix: Prefix) -> int:
-    return sum(layer.nbytes for layer in prefix.layers if isinstance(layer, EncodedLayer))
+    """Count bytes. Layers that are not compressed have all tokens as sinks, which may be float32."""
+    layers = [layer for layer in prefix.layers if isinstance(layer, EncodedLayer)]
+    tensors = [item for layer in layers for item in layer.tensors().items()]
+    return sum(2 * x.size if name.startswith("sink_") else int(x.nbytes) for name, x in tensors)
 
 
 @contextlib.contextmanager

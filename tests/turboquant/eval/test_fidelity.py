@@ -23,7 +23,7 @@ from turboquant import CacheCodec
 from turboquant.caches.prefix import Segment
 from turboquant.eval import divergence as drift
 from turboquant.eval import scores
-from turboquant.eval.baselines import affine, exact, streaming
+from turboquant.eval.baselines import affine, exact, in_segments, streaming
 from turboquant.eval.divergence import measure
 from turboquant.eval.results import (
     Baseline,
@@ -77,6 +77,16 @@ def test_everything_that_a_prefix_holds_is_counted(build_model: Callable[[str], 
     assert whole.effective_bits == pytest.approx((190 * (4 + 16 / 64) + 10 * 16) / 200 + means)
     assert whole.compression == pytest.approx(16 / whole.effective_bits)
     assert whole.bytes_per_token == pytest.approx(whole.effective_bits / 8 * 2 * 2 * 2 * 64)
+
+
+@pytest.mark.parametrize("make", [exact, functools.partial(in_segments, length=100)])
+def test_a_layer_in_full_precision_counts_as_16_bits(
+    build_model: Callable[[str], Any], samples: list[Sample], make: Callable[[CacheCodec], Baseline]
+) -> None:
+    codec = CacheCodec(4, 4, sinks=0, window=0, extra_bits=0, layer_bits=((0, 16, 16),))
+    (row,) = measure(build_model("llama"), samples[:1], [make(codec)])
+    means = 32 / 200
+    assert row.effective_bits == pytest.approx((16 + 4 + 16 / 64) / 2 + means)
 
 
 def test_a_streaming_cache_counts_its_full_precision_end(
