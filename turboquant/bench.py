@@ -34,9 +34,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.plot is not None and (reason := plot.why_not(options.plot)):
         parser.error(reason)
     load_tuned_blas()
-    from turboquant.eval.speed import Sizes, machine, measure  # MLX, and so after the BLAS
+    from turboquant.eval.speed import Sizes, group_size_for, machine, measure  # MLX, and so after the BLAS
 
     sizes = Sizes(options.heads, options.kv_heads, options.head_dim)
+    if group_size_for([sizes.head_dim]) is None:
+        print(f"mlx-lm's quantised cache is left out: it cannot hold heads of {sizes.head_dim}", file=sys.stderr)
     try:
         speeds = []
         for speed in measure(options.tokens, options.rows, options.bits, sizes):
@@ -47,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         print(json.dumps([{**asdict(s), "gigabytes_per_second": s.gigabytes_per_second} for s in speeds], indent=1))
     else:
-        print(f"{machine()}, {sizes.heads} query and {sizes.kv_heads} K/V heads of {sizes.head_dim}\n\n{table(speeds)}")
+        device, heads = machine(options.bits, sizes.head_dim), f"{sizes.heads} query and {sizes.kv_heads} K/V heads"
+        print(f"{device}, {heads} of {sizes.head_dim}\n\n{table(speeds)}")
     if options.plot is not None:
         plot.draw_speeds(options.plot, speeds)
     return 0

@@ -237,7 +237,7 @@ def _context_length(options: argparse.Namespace, limit: int, path: Path, found: 
 
     limit: the most tokens that the model takes. Raises UsageError if too few fit into the model or are in the text.
     """
-    least = options.context or SHORTEST
+    least: int = options.context or SHORTEST
     if options.question:
         flag, behind, within = "--answer-tokens", options.answer_tokens + MARGIN, 0
     else:
@@ -248,7 +248,7 @@ def _context_length(options: argparse.Namespace, limit: int, path: Path, found: 
         raise UsageError(f"{message}: lower {lower}")
     if found < least + within:
         raise UsageError(f"--text {path}: too short: it has {found} tokens, and {least + within} are needed")
-    return options.context or min(LONGEST, found - within, limit - behind)
+    return least if options.context else min(LONGEST, found - within, limit - behind)
 
 
 def _baselines(options: argparse.Namespace) -> list[Baseline]:
