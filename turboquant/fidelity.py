@@ -15,10 +15,12 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from turboquant.eval import plot
+from turboquant.eval.arguments import bits, count
 from turboquant.eval.columns import aligned
 from turboquant.mlx_lm.loading import is_repo_id, load_lazily, prepare_weights
 from turboquant.quant import CODINGS, SUPPORTED_BITS
@@ -133,13 +135,14 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", required=True, help="a folder, or a Hugging Face repo id")
     add("--text", required=True, action="append", type=Path, metavar="FILE", help="a text file; may be repeated")
-    add("--context", type=_count, metavar="N", help=f"tokens of context (default: as many as fit, at most {LONGEST})")
-    add("--continuation", type=_count, default=256, metavar="N", help="tokens fed after the context (default: 256)")
+    add("--context", type=count, metavar="N", help=f"tokens of context (default: as many as fit, at most {LONGEST})")
+    add("--continuation", type=partial(count, least=2), default=256, metavar="N",
+        help="tokens fed after the context (default: 256)")  # fmt: skip
     add("--question", action="append", metavar="TEXT", help="feed a question and the model's answer; may be repeated")
     add("--system", metavar="TEXT", help="system text before the document (with --question)")
-    add("--answer-tokens", type=_count, default=32, metavar="N", help="most tokens of an answer (default: 32)")
+    add("--answer-tokens", type=count, default=32, metavar="N", help="most tokens of an answer (default: 32)")
     add("--answers-only", action="store_true", help="compare only predictions of the answers (with --question)")
-    add("--bits", nargs="+", type=_pair, default=[(8, 8), (4, 4), (3, 3), (2, 2)], metavar="BITS",
+    add("--bits", nargs="+", type=bits, default=[(8, 8), (4, 4), (3, 3), (2, 2)], metavar="BITS",
         help="bits of keys and values: 4, or 4/3 (default: 8 4 3 2)")  # fmt: skip
     add("--all-pairs", action="store_true", help="measure every pair of bits for keys and values")
     add(
@@ -152,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
         help="codes of tokens that are not finer; trellis is for 2 to 4 bits (default: scalar)")  # fmt: skip
     add("--prefill", choices=("exact", "streaming", "both"), default="exact",
         help="compress the finished context, or while it is read (default: exact)")  # fmt: skip
-    add("--segment", type=_count, metavar="N", help="also prefill N tokens at a time, as a streaming job")
+    add("--segment", type=count, metavar="N", help="also prefill N tokens at a time, as a streaming job")
     add("--mlx-kv-bits", nargs="*", type=int, choices=(2, 3, 4, 5, 6, 8), default=[8, 4], metavar="BITS",
         help="bits of mlx-lm's own quantised cache, for comparison (default: 8 4; no value for none)")  # fmt: skip
     add("--plot", type=Path, metavar="FILE", help="draw divergence against effective bits (needs matplotlib)")
@@ -161,25 +164,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _count(text: str) -> int:
-    if (count := int(text)) < 2:
-        raise argparse.ArgumentTypeError("must be at least 2")
-    return count
-
-
-def _pair(text: str) -> tuple[int, int]:
-    keys, *values = text.split("/")
-    pair = (keys, *(values or [keys]))
-    if len(pair) != 2 or not all(bits in map(str, SUPPORTED_BITS) for bits in pair):
-        raise argparse.ArgumentTypeError(f"{text}: give one of {', '.join(map(str, SUPPORTED_BITS))}, or two with a /")
-    return int(pair[0]), int(pair[1])
-
-
 def _layer(text: str) -> tuple[int, int, int]:
-    layer, _, bits = text.strip().partition(":")
+    layer, _, pair = text.strip().partition(":")
     if not re.fullmatch(r"-?\d+", layer):
         raise argparse.ArgumentTypeError(f"{text.strip()}: give LAYER:BITS, for example 0:8 or -1:8/4")
-    return (int(layer), *_pair(bits))
+    return (int(layer), *bits(pair))
 
 
 # ---- what it does
@@ -271,7 +260,7 @@ def _baselines(options: argparse.Namespace) -> list[Baseline]:
     modes = ("exact", "streaming") if options.prefill == "both" else (options.prefill,)
     rows = []
     for mode in modes:
-        rows += [affine(bits, mode) for bits in options.mlx_kv_bits]
+        rows += [affine(each, mode) for each in options.mlx_kv_bits]
         rows += [exact(codec) for codec in codecs if mode == "exact"]
         rows += [streaming(codec) for codec in codecs if mode == "streaming" and codec.coding == "scalar"]
     return rows + [in_segments(codec, options.segment) for codec in codecs if options.segment]

@@ -375,10 +375,22 @@ def test_a_wrong_command_line(capsys: pytest.CaptureFixture[str], wrong: list[st
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("wrong", [["--bits", "7"], ["--bits", "4/"], ["--layer-bits", "8"], ["--context", "0"]])
-def test_arguments_that_do_not_parse(wrong: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--bits", "7"], "'7': give bits of"),
+        (["--bits", "4/"], "'4/': give bits of"),
+        (["--layer-bits", "x:8"], "x:8: give LAYER:BITS"),
+        (["--layer-bits", "8"], "give bits of"),
+        (["--context", "0"], "'0': give a whole number, at least 1"),
+        (["--continuation", "1"], "'1': give a whole number, at least 2"),
+        (["--segment", "some"], "'some': give a whole number, at least 1"),
+    ],
+)
+def test_arguments_that_do_not_parse(wrong: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main([*COMMAND, *wrong])
+    assert message in capsys.readouterr().err
 
 
 def test_a_picture_needs_matplotlib(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,7 +69,8 @@ def test_the_machine_is_asked_about_what_is_measured(monkeypatch: pytest.MonkeyP
     [
         (["--bits", "7"], "'7': give bits of"),
         (["--bits", "4/3/2"], "'4/3/2': give bits of"),
-        (["--tokens", "0"], "'0' is not a positive number"),
+        (["--tokens", "0"], "'0': give a whole number, at least 1"),
+        (["--head-dim", "1"], "'1': give a whole number, at least 2"),
         (["--heads", "6", "--kv-heads", "4"], "--heads 6 is not a multiple of --kv-heads 4"),
         (["--plot", "speed.pgn"], "the name must end in one of"),
     ],
