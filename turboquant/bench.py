@@ -13,12 +13,13 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from turboquant.eval import plot
+from turboquant.eval.arguments import bits, count
 from turboquant.eval.columns import aligned
-from turboquant.quant import SUPPORTED_BITS
 from turboquant.runtime.blas import load_tuned_blas
 
 if TYPE_CHECKING:
@@ -34,9 +35,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.plot is not None and (reason := plot.why_not(options.plot)):
         parser.error(reason)
     load_tuned_blas()
-    from turboquant.eval.speed import Sizes, machine, measure  # MLX, and so after the BLAS
+    from turboquant.eval.speed import Sizes, group_size_for, machine, measure  # MLX, and so after the BLAS
 
     sizes = Sizes(options.heads, options.kv_heads, options.head_dim)
+    if group_size_for([sizes.head_dim]) is None:
+        print(f"mlx-lm's quantised cache is left out: it cannot hold heads of {sizes.head_dim}", file=sys.stderr)
     try:
         speeds = []
         for speed in measure(options.tokens, options.rows, options.bits, sizes):
@@ -47,7 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         print(json.dumps([{**asdict(s), "gigabytes_per_second": s.gigabytes_per_second} for s in speeds], indent=1))
     else:
-        print(f"{machine()}, {sizes.heads} query and {sizes.kv_heads} K/V heads of {sizes.head_dim}\n\n{table(speeds)}")
+        device, heads = machine(options.bits, sizes.head_dim), f"{sizes.heads} query and {sizes.kv_heads} K/V heads"
+        print(f"{device}, {heads} of {sizes.head_dim}\n\n{table(speeds)}")
     if options.plot is not None:
         plot.draw_speeds(options.plot, speeds)
     return 0
@@ -70,41 +74,30 @@ def _parser() -> argparse.ArgumentParser:
         description="Measure attention over compressed K/V on this machine, beside full precision.",
     )
     parser.add_argument(
-        "--tokens", type=_positive, nargs="+", help="lengths of the context in tokens (default: depends on the device)"
+        "--tokens", type=count, nargs="+", help="lengths of the context in tokens (default: depends on the device)"
     )
     parser.add_argument(
         "--rows",
-        type=_positive,
+        type=count,
         nargs="+",
         default=[1, 16],
         help="numbers of rows that share the context (default: 1 16)",
     )
     parser.add_argument(
         "--bits",
-        type=_bits,
+        type=bits,
         nargs="+",
         default=[(4, 4), (3, 3)],
         help="bits of keys and values: 4, or 4/3 (default: 4 3)",
     )
-    parser.add_argument("--heads", type=_positive, default=32, help="number of query heads (default: %(default)s)")
-    parser.add_argument("--kv-heads", type=_positive, default=8, help="number of K/V heads (default: %(default)s)")
-    parser.add_argument("--head-dim", type=_positive, default=128, help="coordinates of a head (default: %(default)s)")
+    parser.add_argument("--heads", type=count, default=32, help="number of query heads (default: %(default)s)")
+    parser.add_argument("--kv-heads", type=count, default=8, help="number of K/V heads (default: %(default)s)")
+    parser.add_argument(
+        "--head-dim", type=partial(count, least=2), default=128, help="coordinates of a head (default: %(default)s)"
+    )
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="also draw the figures (needs the extra `plot`)")
     return parser
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
-    return int(text)
-
-
-def _bits(text: str) -> tuple[int, int]:
-    pair = [int(part) if part.isdecimal() else 0 for part in text.split("/")]
-    if len(pair) > 2 or any(bits not in SUPPORTED_BITS for bits in pair):
-        raise argparse.ArgumentTypeError(f"{text!r}: give bits of {SUPPORTED_BITS}, for keys and values or key/value")
-    return pair[0], pair[-1]
 
 
 if __name__ == "__main__":

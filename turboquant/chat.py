@@ -12,13 +12,12 @@ from turboquant.runtime.blas import load_tuned_blas
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command until the user leaves, and return its exit code."""
+    """Run the command until the user leaves, and return its exit code: 2 for a model or flags that cannot be used."""
     load_tuned_blas()
     from turboquant import mlx_lm_commands as commands
 
     options, rest = commands.parse("chat", arguments)
-    commands.run("chat", rest, commands.make_codec(options))
-    return 0
+    return commands.run("chat", rest, commands.make_codec(options))
 
 
 if __name__ == "__main__":

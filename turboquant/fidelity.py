@@ -15,10 +15,12 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from turboquant.eval import plot
+from turboquant.eval.arguments import bits, count
 from turboquant.eval.columns import aligned
 from turboquant.mlx_lm.loading import is_repo_id, load_lazily, prepare_weights
 from turboquant.quant import CODINGS, SUPPORTED_BITS
@@ -133,26 +135,27 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", required=True, help="a folder, or a Hugging Face repo id")
     add("--text", required=True, action="append", type=Path, metavar="FILE", help="a text file; may be repeated")
-    add("--context", type=_count, metavar="N", help=f"tokens of context (default: as many as fit, at most {LONGEST})")
-    add("--continuation", type=_count, default=256, metavar="N", help="tokens fed after the context (default: 256)")
+    add("--context", type=count, metavar="N", help=f"tokens of context (default: as many as fit, at most {LONGEST})")
+    add("--continuation", type=partial(count, least=2), default=256, metavar="N",
+        help="tokens fed after the context (default: 256)")  # fmt: skip
     add("--question", action="append", metavar="TEXT", help="feed a question and the model's answer; may be repeated")
     add("--system", metavar="TEXT", help="system text before the document (with --question)")
-    add("--answer-tokens", type=_count, default=32, metavar="N", help="most tokens of an answer (default: 32)")
+    add("--answer-tokens", type=count, default=32, metavar="N", help="most tokens of an answer (default: 32)")
     add("--answers-only", action="store_true", help="compare only predictions of the answers (with --question)")
-    add("--bits", nargs="+", type=_pair, default=[(8, 8), (4, 4), (3, 3), (2, 2)], metavar="BITS",
+    add("--bits", nargs="+", type=bits, default=[(8, 8), (4, 4), (3, 3), (2, 2)], metavar="BITS",
         help="bits of keys and values: 4, or 4/3 (default: 8 4 3 2)")  # fmt: skip
     add("--all-pairs", action="store_true", help="measure every pair of bits for keys and values")
     add(
         "--layer-bits", nargs="+", type=_layer, default=[], metavar="LAYER:BITS", help="bits of layers, like 0:8 -1:8/4"
     )
-    add("--sinks", type=int, metavar="N", help="first tokens kept in full precision")
+    add("--sinks", type=int, metavar="N", help="first tokens kept as 16-bit floats")
     add("--window", type=int, metavar="N", help="last tokens kept finer (streaming: in full precision)")
     add("--extra-bits", type=float, metavar="BITS", help="the most that finer tokens may cost, in bits for one value")
     add("--coding", nargs="+", choices=CODINGS, default=["scalar"],
         help="codes of tokens that are not finer; trellis is for 2 to 4 bits (default: scalar)")  # fmt: skip
     add("--prefill", choices=("exact", "streaming", "both"), default="exact",
         help="compress the finished context, or while it is read (default: exact)")  # fmt: skip
-    add("--segment", type=_count, metavar="N", help="also prefill N tokens at a time, as a streaming job")
+    add("--segment", type=count, metavar="N", help="also prefill N tokens at a time, as a streaming job")
     add("--mlx-kv-bits", nargs="*", type=int, choices=(2, 3, 4, 5, 6, 8), default=[8, 4], metavar="BITS",
         help="bits of mlx-lm's own quantised cache, for comparison (default: 8 4; no value for none)")  # fmt: skip
     add("--plot", type=Path, metavar="FILE", help="draw divergence against effective bits (needs matplotlib)")
@@ -161,25 +164,11 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _count(text: str) -> int:
-    if (count := int(text)) < 2:
-        raise argparse.ArgumentTypeError("must be at least 2")
-    return count
-
-
-def _pair(text: str) -> tuple[int, int]:
-    keys, *values = text.split("/")
-    pair = (keys, *(values or [keys]))
-    if len(pair) != 2 or not all(bits in map(str, SUPPORTED_BITS) for bits in pair):
-        raise argparse.ArgumentTypeError(f"{text}: give one of {', '.join(map(str, SUPPORTED_BITS))}, or two with a /")
-    return int(pair[0]), int(pair[1])
-
-
 def _layer(text: str) -> tuple[int, int, int]:
-    layer, _, bits = text.strip().partition(":")
+    layer, _, pair = text.strip().partition(":")
     if not re.fullmatch(r"-?\d+", layer):
         raise argparse.ArgumentTypeError(f"{text.strip()}: give LAYER:BITS, for example 0:8 or -1:8/4")
-    return (int(layer), *_pair(bits))
+    return (int(layer), *bits(pair))
 
 
 # ---- what it does
@@ -189,6 +178,7 @@ def _run(options: argparse.Namespace) -> None:
     texts = [_read(path) for path in options.text]
     if options.plot and (reason := plot.why_not(options.plot)):
         raise UsageError(reason)
+    baselines = _baselines(options)
     model, tokenizer = load_model(options.model)
     from turboquant.eval.divergence import measure
     from turboquant.mlx_lm.families import explain
@@ -198,7 +188,7 @@ def _run(options: argparse.Namespace) -> None:
     rows = measure(
         model,
         [_sample(options, model, tokenizer, path, text) for path, text in zip(options.text, texts, strict=True)],
-        _baselines(options),
+        baselines,
         answer_tokens=options.answer_tokens if options.question else 0,
         stop=tokenizer.eos_token_ids,
         answers_only=options.answers_only and bool(options.question),
@@ -221,24 +211,33 @@ def _read(path: Path) -> str:
 
 
 def _sample(options: argparse.Namespace, model: Any, tokenizer: Any, path: Path, text: str) -> Sample:
-    behind = options.answer_tokens + MARGIN if options.question else options.continuation
-    # How many tokens of the text itself are needed behind the context.
-    within = 0 if options.question else options.continuation
     limit = getattr(getattr(model, "args", None), "max_position_embeddings", None) or sys.maxsize
     found = len(tokenizer.encode(text))
-    context = options.context or min(LONGEST, found - within, limit - behind)
-    if context + behind > limit:
-        raise UsageError(
-            f"--context {context}: with {behind} more tokens behind it, it exceeds the model's limit of {limit}"
-        )
-    needed = (options.context or SHORTEST) + within
-    if found < needed:
-        raise UsageError(f"--text {path}: too short: it has {found} tokens, and {needed} are needed")
-    if context < found and options.question:
+    context = _context_length(options, limit, path, found)
+    if not options.question:
+        return text_sample(tokenizer, text, context, options.continuation)
+    if context < found:
         _say(f"{path}: the first {context} of its {found} tokens are the context")
+    return chat_sample(tokenizer, text, context, options.question, options.system)
+
+
+def _context_length(options: argparse.Namespace, limit: int, path: Path, found: int) -> int:
+    """Return how many tokens of a text of ``found`` tokens are the context: as asked, or as many as fit.
+
+    limit: the most tokens that the model takes. Raises UsageError if too few fit into the model or are in the text.
+    """
+    least: int = options.context or SHORTEST
     if options.question:
-        return chat_sample(tokenizer, text, context, options.question, options.system)
-    return text_sample(tokenizer, text, context, options.continuation)
+        flag, behind, within = "--answer-tokens", options.answer_tokens + MARGIN, 0
+    else:
+        flag, behind, within = "--continuation", options.continuation, options.continuation
+    if least + behind > limit:
+        lower = f"--context or {flag}" if options.context else flag
+        message = f"a context of {least} tokens, with {behind} more behind it, exceeds the model's limit of {limit}"
+        raise UsageError(f"{message}: lower {lower}")
+    if found < least + within:
+        raise UsageError(f"--text {path}: too short: it has {found} tokens, and {least + within} are needed")
+    return least if options.context else min(LONGEST, found - within, limit - behind)
 
 
 def _baselines(options: argparse.Namespace) -> list[Baseline]:
@@ -256,10 +255,12 @@ def _baselines(options: argparse.Namespace) -> list[Baseline]:
         ]
     except ValueError as error:
         raise UsageError(str(error)) from error
+    if options.prefill == "streaming" and "trellis" in options.coding and not options.segment:
+        raise UsageError("--coding trellis: a streaming cache has scalar codes alone: use --prefill exact or --segment")
     modes = ("exact", "streaming") if options.prefill == "both" else (options.prefill,)
     rows = []
     for mode in modes:
-        rows += [affine(bits, mode) for bits in options.mlx_kv_bits]
+        rows += [affine(each, mode) for each in options.mlx_kv_bits]
         rows += [exact(codec) for codec in codecs if mode == "exact"]
         rows += [streaming(codec) for codec in codecs if mode == "streaming" and codec.coding == "scalar"]
     return rows + [in_segments(codec, options.segment) for codec in codecs if options.segment]

@@ -20,7 +20,7 @@ METADATA = ("model", "tokenizer_config")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit code: 2 for a prompt cache or flags that cannot be used."""
+    """Run the command and return its exit code: 2 for a model, a prompt cache or flags that cannot be used."""
     load_tuned_blas()
     from turboquant import mlx_lm_commands as commands
     from turboquant.io.prompt_cache import PromptCacheError, load_prompt_cache, make_prompt_cache
@@ -43,14 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         used.append(cache)
         return cache, metadata
 
-    try:
-        commands.run("generate", rest, codec, {"make_prompt_cache": make, "load_prompt_cache": load})
-    except (PromptCacheError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    if generate_is_verbose(rest):
+    code = commands.run("generate", rest, codec, {"make_prompt_cache": make, "load_prompt_cache": load})
+    if code == 0 and generate_is_verbose(rest):
         print(f"Cache: {describe(used[0])}")  # the second one is a draft model's
-    return 0
+    return code
 
 
 def describe(caches: Sequence[Any]) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from turboquant.io.prompt_cache import make_prompt_cache
+from turboquant.io.safetensors import FileError
 from turboquant.mlx_lm.families import explain
 from turboquant.mlx_lm.internals import LOADERS, command_modules
 from turboquant.mlx_lm.loading import prepare_weights
@@ -43,8 +44,10 @@ def parse(command: str, arguments: Sequence[str] | None) -> tuple[argparse.Names
             help=f"bits for one coordinate of {vectors} "
             f"(default: {DEFAULT_BITS if name == 'kv' else '--turbo-kv-bits'})",
         )
-    for flag in ("--kv-bits", "--max-kv-size"):
-        parser.add_argument(flag, help=argparse.SUPPRESS)
+    # mlx-lm's parser takes every beginning of a flag that no other flag of its own has.
+    for flag, shortest in (("--kv-bits", "--kv-b"), ("--max-kv-size", "--max-k")):
+        names = [flag[:length] for length in range(len(flag), len(shortest) - 1, -1)]
+        parser.add_argument(*names, help=argparse.SUPPRESS)
     options, rest = parser.parse_known_args(sys.argv[1:] if arguments is None else arguments)
     if options.kv_bits is not None:
         parser.error("--kv-bits is mlx-lm's own quantisation of the cache: use --turbo-kv-bits instead")
@@ -66,11 +69,15 @@ def run(
     arguments: Sequence[str],
     codec: CacheCodec,
     replacements: Mapping[str, Callable[..., Any]] | None = None,
-) -> None:
-    """Run ``mlx_lm.<command>`` with these arguments and compressed caches.
+) -> int:
+    """Run ``mlx_lm.<command>`` with these arguments and compressed caches, and return its exit code.
+
+    It is 2 if a model or a file cannot be used; one line then says why.
 
     replacements: further functions to replace in the command's module, by name.
     """
+    from huggingface_hub.errors import HFValidationError  # mlx-lm raises it where a model's folder is missing
+
     modules = command_modules(command)
     with contextlib.ExitStack() as stack:
 
@@ -98,4 +105,9 @@ def run(
                 *((modules[0], name, function) for name, function in (replacements or {}).items()),
             )
         )
-        modules[0].main()
+        try:
+            modules[0].main()
+        except (FileError, OSError, HFValidationError) as error:
+            print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+            return 2
+    return 0

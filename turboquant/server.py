@@ -17,8 +17,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from turboquant import mlx_lm_commands as commands
 
     options, rest = commands.parse("server", arguments)
-    commands.run("server", rest, commands.make_codec(options))
-    return 0
+    return commands.run("server", rest, commands.make_codec(options))
 
 
 if __name__ == "__main__":

@@ -121,7 +121,9 @@ def test_a_draft_model_may_be_used(model: str, capsys: pytest.CaptureFixture[str
     ("flags", "message"),
     [
         (["--kv-bits", "4"], "use --turbo-kv-bits instead"),
+        (["--kv-b=4"], "use --turbo-kv-bits instead"),
         (["--max-kv-size=100"], "--max-kv-size makes a rotating cache"),
+        (["--max-kv", "100"], "--max-kv-size makes a rotating cache"),
         (["--turbo-kv-bits", "7"], "invalid choice: 7"),
         (["--turbo-kv-bit", "4"], "unrecognized arguments: --turbo-kv-bit"),
     ],
@@ -172,6 +174,15 @@ def test_a_prompt_cache_file_of_ours_is_gone_on_with(
     assert "it is a prompt cache of mlx-lm: load it" in capsys.readouterr().err
     assert generate.main(["--prompt-cache-file", str(tmp_path / "absent")]) == 2
     assert "absent" in capsys.readouterr().err
+    assert generate.main(["--prompt-cache-file", str(tmp_path)]) == 2
+    assert re.fullmatch(r"error: .*Is a directory.*\n", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("command", [generate, chat])
+def test_a_model_that_cannot_be_loaded(command: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for model in (tmp_path, tmp_path / "absent"):
+        assert command.main(["--model", str(model)]) == 2
+        assert re.fullmatch(rf"error: .*{re.escape(str(model))}.*\n", capsys.readouterr().err)
 
 
 def test_an_exception_leaves_nothing_replaced(model: str) -> None:

@@ -113,10 +113,13 @@ def supports(layer: EncodedLayer) -> bool:
     """Return whether the kernels support a layer's sizes and its codec, and work on this device."""
     if layer.derived:  # by a kernel's first call
         return True
-    if layer.codec.is_uncompressed:
-        return False
     dim = layer.key_mean.shape[-1]
-    return bool(_kinds(layer.codec, dim)) and layer.value_mean.shape[-1] == dim and usable(layer.codec, dim)
+    return layer.value_mean.shape[-1] == dim and supports_codec(layer.codec, dim)
+
+
+def supports_codec(codec: CacheCodec, dim: int) -> bool:
+    """Return whether there are kernels for layers of this codec and head_dim, and they work on this device."""
+    return not codec.is_uncompressed and bool(_kinds(codec, dim)) and usable(codec, dim)
 
 
 @functools.cache

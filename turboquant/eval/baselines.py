@@ -14,12 +14,11 @@ from typing import Any
 from turboquant.caches.prefix import Prefix, Segment, feed, join, prefill_segment
 from turboquant.caches.streaming import TurboQuantKVCache
 from turboquant.eval.results import Baseline, CannotRun, Filled
+from turboquant.eval.speed import group_size_for
 from turboquant.eval.teacher_forcing import Context
 from turboquant.mlx_lm.internals import KVCache, QuantizedKVCache, kv_cache, make_prompt_cache
 from turboquant.quant.cache_codec import CacheCodec
 from turboquant.quant.layer import EncodedLayer
-
-GROUP_SIZES = (64, 32)  # mlx-lm's default, and a size for heads that the default does not divide
 
 
 def exact(codec: CacheCodec) -> Baseline:
@@ -95,9 +94,8 @@ def affine(bits: int, prefill: str = "exact") -> Baseline:
 def group_size_of(caches: Sequence[KVCache]) -> int:
     """Return a size of mlx-lm's quantisation groups that divides the heads of filled caches, or raise CannotRun."""
     sizes = {x.shape[-1] for cache in caches for x in cache.keys_and_values()}
-    for group_size in GROUP_SIZES:
-        if all(size % group_size == 0 for size in sizes):
-            return group_size
+    if group_size := group_size_for(sizes):
+        return group_size
     raise CannotRun(f"mlx-lm's quantised cache cannot hold heads of {max(sizes)}")
 
 
@@ -114,7 +112,10 @@ def _compressible(context: Context, caches: Sequence[Any]) -> list[Any]:
 
 
 def _encoded_bytes(prefix: Prefix) -> int:
-    return sum(layer.nbytes for layer in prefix.layers if isinstance(layer, EncodedLayer))
+    """Count bytes. Layers that are not compressed have all tokens as sinks, which may be float32."""
+    layers = [layer for layer in prefix.layers if isinstance(layer, EncodedLayer)]
+    tensors = [item for layer in layers for item in layer.tensors().items()]
+    return sum(2 * x.size if name.startswith("sink_") else int(x.nbytes) for name, x in tensors)
 
 
 @contextlib.contextmanager

@@ -34,7 +34,7 @@ from turboquant.eval.scores import Scores, clustered_error, perplexity, score
 from turboquant.eval.teacher_forcing import Context, batch_logits, extend_by_answer, logits_of, prefill_context
 from turboquant.io.identity import Identity
 from turboquant.io.segment_file import read_segment, write_segment
-from turboquant.mlx_lm.families import explain
+from turboquant.mlx_lm.families import BATCHING_MESSAGES, explain, known_batching
 from turboquant.mlx_lm.patch import enabled
 from turboquant.quant.cache_codec import CacheCodec
 
@@ -65,19 +65,24 @@ def measure(
     verify: also compare a prefix that was just built with the same one saved and loaded, where every logit must be the
         same, and rows alone with rows in a batch, where the first ``BATCH_TOKENS`` tokens of each row may differ by
         rounding: half of the digits of the logits' dtype. The figures are those of the loaded prefix.
-    batched: feed continuations as one batch where a baseline's caches have ``merge``.
+    batched: feed continuations as one batch where a baseline's caches have ``merge``. Models whose rows are answered
+        one by one (``families.known_batching``) get no batch, neither for this nor to verify.
     answers_only: count only the predictions of the answer's tokens, for a model that was never taught questions.
     on_step: called with a few words about each step, and with the reason where a baseline cannot run this model.
 
     The full-precision logits of one sample are held in memory: positions x vocabulary x 4 bytes. Raises NoDrift,
     NotFinite, WarmDiffers or BatchDiffers; CannotRun where no baseline can run this model; FidelityError where no layer
-    of the model is compressible; ValueError where a sample is too short.
+    of the model is compressible; ValueError where a sample is too short or there is nothing to measure.
     """
     support = explain(model)
     if support.status == "none":
         raise FidelityError(support.message)
     if not all(sample.context and all(len(run) > 1 for run in sample.continuations) for sample in samples):
         raise ValueError("a context needs a token, a continuation two")
+    if not samples or not baselines:
+        raise ValueError("at least one sample and one baseline are needed")
+    if (verify or batched) and not _batches(model):
+        on_step(f"rows are not compared with rows in a batch: {BATCHING_MESSAGES['one by one']}")
     outcomes: list[list[_Outcome]] = [[] for _ in baselines]
     left_out: list[str] = []
     with enabled(model):
@@ -131,7 +136,8 @@ def _measure_one(
         for one, other in zip(_run(context, built, runs, batched), found, strict=True):
             if not bool(mx.array_equal(one, other)):
                 raise WarmDiffers(f"{baseline}: saved and loaded, the cache gives other logits than just built")
-        difference = _difference_in_batch(context, baseline, filled, runs)
+        if _batches(context.model):
+            difference = _difference_in_batch(context, baseline, filled, runs)
     scores = [
         score(one[first:], other[first:], run[first:])
         for one, other, run, first in zip(full, found, runs, skipped, strict=True)
@@ -150,11 +156,15 @@ def _saved_and_loaded(prefix: Prefix, codec: CacheCodec) -> Prefix:
 
 
 def _run(context: Context, filled: Filled, runs: Sequence[Sequence[int]], batched: bool) -> list[mx.array]:
-    """Return the logits of each run behind the cache, fed as one batch where ``batched`` and the cache allows it."""
+    """Return the logits of each run behind the cache, fed as one batch where ``batched``, model and cache allow it."""
     rows = [filled.fork() for _ in runs]
-    if batched and all(hasattr(cache, "merge") for cache in rows[0]):
+    if batched and _batches(context.model) and all(hasattr(cache, "merge") for cache in rows[0]):
         return batch_logits(context.model, rows, runs)
     return [logits_of(context.model, row, run) for row, run in zip(rows, runs, strict=True)]
+
+
+def _batches(model: Any) -> bool:
+    return known_batching(model) != "one by one"
 
 
 def _difference_in_batch(context: Context, baseline: Baseline, filled: Filled, runs: Sequence[Sequence[int]]) -> float:

@@ -73,7 +73,7 @@ class Baseline:
 
     key_bits, value_bits: the bits that it claims; with 16 or more it need not change any prediction.
     prefill: ``exact`` where it starts from the full-precision context, ``streaming`` where it compresses while it
-        reads.
+        reads, ``segments of N`` where each N tokens are read behind the compressed ones before them.
     codec: the codec to save and load its prefix with; None for other kinds of cache.
     """
 

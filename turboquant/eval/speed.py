@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 
@@ -24,6 +24,7 @@ from turboquant.runtime.device import on_cpu
 
 CPU_TOKENS, GPU_TOKENS = (1024, 4096, 16384), (4096, 32768, 131072)
 MLX_BITS = 4  # the bits of mlx-lm's quantised cache
+GROUP_SIZES = (64, 32)  # mlx-lm's default, and a size for heads that the default does not divide
 SECONDS = 0.2  # the shortest time that a figure is measured for
 ROUNDS = 5
 
@@ -69,6 +70,8 @@ def measure(
 ) -> Iterator[Speed]:
     """Yield the speed of each way, at each length of context and each number of rows.
 
+    mlx-lm's quantised cache is left out where it has no groups for the heads.
+
     tokens: the lengths of the context; None for lengths that suit the device.
     rows: the numbers of rows. bits: pairs of key bits and value bits.
     """
@@ -79,7 +82,9 @@ def measure(
         for pair in bits:
             prepare_kernels(CacheCodec(*pair), sizes.head_dim, dtype)
         # Each is made ready when its first figure is due, so that the first figure comes soon.
-        ways = [partial(_full_precision, keys, values, sizes), partial(_quantized, keys, values)]
+        ways = [partial(_full_precision, keys, values, sizes)]
+        if group_size := group_size_for([sizes.head_dim]):
+            ways.append(partial(_quantized, keys, values, group_size))
         ways += [partial(_packed, keys, values, CacheCodec(*pair), sizes) for pair in bits]
         ready = [cache(way) for way in ways]
         for number in rows:
@@ -92,12 +97,19 @@ def measure(
                 yield Speed(name, count, number, took, nbytes, base / took, to_encode)
 
 
-def machine() -> str:
-    """Return the device that MLX computes on, and the implementation that attends compressed K/V there."""
+def group_size_for(head_dims: Collection[int]) -> int | None:
+    """Return a size of mlx-lm's quantisation groups that divides these head_dims, or None."""
+    return next((size for size in GROUP_SIZES if not any(dim % size for dim in head_dims)), None)
+
+
+def machine(bits: Sequence[tuple[int, int]], head_dim: int) -> str:
+    """Return the device that MLX computes on, and what attends K/V of these bits and this head_dim there."""
     if on_cpu():
         return "CPU: NumPy and BLAS on compressed K/V"
     name = mx.device_info().get("device_name", "GPU")
-    return f"{name}: {'a kernel' if attention_gpu.usable(CacheCodec(), 128) else 'MLX operations'} on compressed K/V"
+    kernels = [attention_gpu.supports_codec(CacheCodec(*pair), head_dim) for pair in bits]
+    used = [what for what, there in (("a kernel", any(kernels)), ("MLX operations", not all(kernels))) if there]
+    return f"{name}: {' and '.join(used)} on compressed K/V"
 
 
 def _full_precision(keys: mx.array, values: mx.array, sizes: Sizes) -> Way:
@@ -116,17 +128,17 @@ def _full_precision(keys: mx.array, values: mx.array, sizes: Sizes) -> Way:
     return f"full precision, {str(keys.dtype).removeprefix('mlx.core.')}", [as_heads, as_tokens], 2 * keys.nbytes, None
 
 
-def _quantized(keys: mx.array, values: mx.array) -> Way:
+def _quantized(keys: mx.array, values: mx.array, group_size: int) -> Way:
     """Measure mlx-lm's attention over its own quantised cache."""
     from turboquant.mlx_lm.internals import quantized_scaled_dot_product_attention  # mlx-lm takes seconds to import
 
-    packed = [mx.quantize(x[None], group_size=64, bits=MLX_BITS) for x in (keys, values)]
+    packed = [mx.quantize(x[None], group_size=group_size, bits=MLX_BITS) for x in (keys, values)]
     mx.eval(packed)
     scale, nbytes = keys.shape[-1] ** -0.5, sum(part.nbytes for x in packed for part in x)
 
     def as_tokens(queries: mx.array) -> mx.array:
         output: mx.array = quantized_scaled_dot_product_attention(
-            queries.transpose(2, 1, 0, 3), *packed, scale=scale, mask=None, group_size=64, bits=MLX_BITS
+            queries.transpose(2, 1, 0, 3), *packed, scale=scale, mask=None, group_size=group_size, bits=MLX_BITS
         )
         return output
 

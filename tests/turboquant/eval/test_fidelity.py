@@ -7,6 +7,8 @@ import functools
 import importlib.util
 import json
 import math
+import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,12 @@ import numpy as np
 import pytest
 
 from tests import ROOT
+from tests.turboquant import tiny_models
 from turboquant import CacheCodec
 from turboquant.caches.prefix import Segment
 from turboquant.eval import divergence as drift
 from turboquant.eval import scores
-from turboquant.eval.baselines import affine, exact, streaming
+from turboquant.eval.baselines import affine, exact, in_segments, streaming
 from turboquant.eval.divergence import measure
 from turboquant.eval.results import (
     Baseline,
@@ -76,6 +79,16 @@ def test_everything_that_a_prefix_holds_is_counted(build_model: Callable[[str], 
     assert whole.bytes_per_token == pytest.approx(whole.effective_bits / 8 * 2 * 2 * 2 * 64)
 
 
+@pytest.mark.parametrize("make", [exact, functools.partial(in_segments, length=100)])
+def test_a_layer_in_full_precision_counts_as_16_bits(
+    build_model: Callable[[str], Any], samples: list[Sample], make: Callable[[CacheCodec], Baseline]
+) -> None:
+    codec = CacheCodec(4, 4, sinks=0, window=0, extra_bits=0, layer_bits=((0, 16, 16),))
+    (row,) = measure(build_model("llama"), samples[:1], [make(codec)])
+    means = 32 / 200
+    assert row.effective_bits == pytest.approx((16 + 4 + 16 / 64) / 2 + means)
+
+
 def test_a_streaming_cache_counts_its_full_precision_end(
     build_model: Callable[[str], Any], random_tokens: Callable[[int, int], list[int]]
 ) -> None:
@@ -124,6 +137,16 @@ def test_families_alone_and_in_a_batch(
     (row,) = measure(build_model(family), samples, [exact(CacheCodec(4, 4))], batched=together)
     assert row.batch_difference is not None
     assert row.kl > 0
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_family_without_batches_is_measured_row_by_row(samples: list[Sample], together: bool) -> None:
+    said: list[str] = []
+    model = tiny_models.build("gpt_bigcode")
+    (row,) = measure(model, samples, [exact(CacheCodec(4, 4))], batched=together, on_step=said.append)
+    assert row.batch_difference is None
+    assert row.kl > 0
+    assert any("rows are decoded one by one" in step for step in said)
 
 
 def test_a_batch_is_scored_like_single_rows(build_model: Callable[[str], Any], samples: list[Sample]) -> None:
@@ -218,6 +241,12 @@ def test_samples_that_are_too_short(build_model: Callable[[str], Any]) -> None:
     for sample in (Sample((), ((1, 2),)), Sample((1, 2), ((1,),))):
         with pytest.raises(ValueError, match="needs"):
             measure(build_model("llama"), [sample], [exact(CacheCodec())])
+
+
+def test_nothing_to_measure(build_model: Callable[[str], Any], samples: list[Sample]) -> None:
+    for some, baselines in (([], [exact(CacheCodec())]), (samples, [])):
+        with pytest.raises(ValueError, match="at least one"):
+            measure(build_model("llama"), some, baselines)
 
 
 # ---- scores
@@ -316,12 +345,27 @@ def test_more_than_the_model_was_made_for(capsys: pytest.CaptureFixture[str]) ->
     assert "exceeds the model's limit of 16384" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("more", [["--question", "When?", "--answer-tokens", "300"], ["--continuation", "600"]])
+def test_a_model_without_room_for_a_context(
+    more: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = tmp_path / "model"
+    shutil.copytree(MODEL, small)
+    config = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
+    assert main(["--model", str(small), *COMMAND[2:4], *more]) == 2
+    assert re.fullmatch(
+        rf"error: a context of 64 tokens, with \d+ more .* limit of 512: lower {more[-2]}\n", capsys.readouterr().err
+    )
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
         (["--text", "absent.txt"], "absent.txt: cannot be read"),
         (["--model", "absent/folder/of/a/model"], "neither a model's folder"),
         (["--sinks", "-1"], "cannot be negative"),
+        (["--coding", "trellis", "--prefill", "streaming", "--model", "absent/model"], "use --prefill exact"),
         (["--plot", "picture.nonsense"], "must end in one of"),
         (["--plot", "absent/picture.png"], "no such folder"),
     ],
@@ -331,10 +375,22 @@ def test_a_wrong_command_line(capsys: pytest.CaptureFixture[str], wrong: list[st
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("wrong", [["--bits", "7"], ["--bits", "4/"], ["--layer-bits", "8"], ["--context", "0"]])
-def test_arguments_that_do_not_parse(wrong: list[str]) -> None:
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (["--bits", "7"], "'7': give bits of"),
+        (["--bits", "4/"], "'4/': give bits of"),
+        (["--layer-bits", "x:8"], "x:8: give LAYER:BITS"),
+        (["--layer-bits", "8"], "give bits of"),
+        (["--context", "0"], "'0': give a whole number, at least 1"),
+        (["--continuation", "1"], "'1': give a whole number, at least 2"),
+        (["--segment", "some"], "'some': give a whole number, at least 1"),
+    ],
+)
+def test_arguments_that_do_not_parse(wrong: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main([*COMMAND, *wrong])
+    assert message in capsys.readouterr().err
 
 
 def test_a_picture_needs_matplotlib(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,12 +43,34 @@ def test_a_table_says_which_machine_it_is_of(capsys: pytest.CaptureFixture[str])
     assert "1.00x" in first
 
 
+@pytest.mark.parametrize(("head_dim", "mlx_lm"), [(96, True), (80, False)])
+def test_heads_that_mlx_lm_cannot_quantise_are_measured_without_it(
+    head_dim: int, mlx_lm: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sizes = ["--tokens", "64", "--rows", "1", "--heads", "4", "--kv-heads", "2", "--head-dim", str(head_dim)]
+    assert bench.main([*sizes, "--bits", "4", "--json"]) == 0
+    printed = capsys.readouterr()
+    ways = [speed["way"] for speed in json.loads(printed.out)]
+    assert ways == ["full precision, float32", *["mlx-lm, 4 bits"] * mlx_lm, "turboquant 4/4"]
+    assert ("left out: it cannot hold heads of 80" in printed.err) is not mlx_lm
+
+
+def test_the_machine_is_asked_about_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(speed, "on_cpu", lambda: False)
+    assert speed.machine([(4, 4)], 192).endswith(": MLX operations on compressed K/V")
+    monkeypatch.setattr(speed.attention_gpu, "usable", lambda codec, head_dim: (codec.key_bits, head_dim) == (4, 64))
+    assert speed.machine([(4, 4)], 64).endswith(": a kernel on compressed K/V")
+    assert speed.machine([(4, 4), (3, 3)], 64).endswith(": a kernel and MLX operations on compressed K/V")
+    assert speed.machine([(4, 4)], 128).endswith(": MLX operations on compressed K/V")
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (["--bits", "7"], "'7': give bits of"),
         (["--bits", "4/3/2"], "'4/3/2': give bits of"),
-        (["--tokens", "0"], "'0' is not a positive number"),
+        (["--tokens", "0"], "'0': give a whole number, at least 1"),
+        (["--head-dim", "1"], "'1': give a whole number, at least 2"),
         (["--heads", "6", "--kv-heads", "4"], "--heads 6 is not a multiple of --kv-heads 4"),
         (["--plot", "speed.pgn"], "the name must end in one of"),
     ],
