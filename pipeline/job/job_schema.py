@@ -62,7 +62,7 @@ KEYS = {
     "cache.key_bits": "2, 3, 4, 5, 6 or 8; 16, for both, compresses nothing",
     "cache.value_bits": "2, 3, 4, 5, 6 or 8; 16, for both, compresses nothing",
     "cache.layer_bits": "bits of single layers, counted from the end if negative, as {0: 8, -1: 8}",
-    "cache.sinks": "first tokens kept in full precision",
+    "cache.sinks": "first tokens kept as 16-bit floats",
     "cache.window": "the most of the last tokens that are kept finer, for example with 8 bits instead of 4",
     "cache.extra_bits": "the most that finer tokens may cost, in bits per value",
     "cache.coding": "trellis: codes of 2 to 4 bits that lose a third to a half less; for GPUs, see docs/fidelity.md",
