@@ -238,7 +238,8 @@ def _check_fit(past: EncodedLayer | None, suffix: KVCache, streaming: bool) -> N
         raise ValueError(f"a suffix of {keys.shape[0]} rows")
     if past is None:
         return
-    if past.sink_keys.shape[1] > past.codec.sinks or (streaming and past.fine_keys.tokens):
+    too_many = not past.codec.is_uncompressed and past.sink_keys.shape[1] > past.codec.sinks
+    if too_many or (streaming and past.fine_keys.tokens):
         raise ValueError("the past has more sinks than its codec, or finer tokens, which a growing cache cannot have")
     ours = [(mean.shape[0], mean.shape[2]) for mean in (past.key_mean, past.value_mean)]
     if keys is not None and [(x.shape[1], x.shape[3]) for x in (keys, values)] != ours:

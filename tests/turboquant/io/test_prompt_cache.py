@@ -164,6 +164,17 @@ def test_a_loaded_cache_continues_exactly_like_the_saved_one(
                     assert mx.array_equal(x, y)
 
 
+def test_forks_of_uncompressed_layers_are_saved_and_loaded(tmp_path: Path) -> None:
+    codec, keys = CacheCodec(16, 16), mx.random.normal((2, 300, 64))
+    first = encode_layer(keys[:, :200], keys[:, :200], codec)
+    joined = EncodedLayer.join([first, encode_layer(keys[:, 200:], keys[:, 200:], codec, parent=first)])
+    rebuilt = EncodedLayer.from_tensors(first.tensors(), codec)
+    save_prompt_cache(tmp_path / "cache", [Fork(joined), Fork(rebuilt)])
+    for fork, tokens in zip(load_prompt_cache(tmp_path / "cache"), (300, 200), strict=True):
+        assert fork.offset == tokens
+        assert mx.array_equal(fork.layer.sink_keys, keys[:, :tokens])
+
+
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
 def test_the_suffix_keeps_its_dtype(dtype: mx.Dtype, tmp_path: Path) -> None:
     keys = mx.random.normal((1, 2, 300, 64)).astype(dtype)
