@@ -49,6 +49,7 @@ __all__ = [
     "quantized_scaled_dot_product_attention",
     "release",
     "tokens_held",
+    "widen",
 ]
 
 # ---- names
@@ -98,6 +99,12 @@ def release(cache: KVCache) -> None:
 def allocate_once(cache: KVCache, tokens: int) -> None:
     """Make an empty cache allocate room for ``tokens`` tokens at its first update, and not a few at a time."""
     cache.step = max(1, tokens)
+
+
+def widen(cache: KVCache | BatchKVCache, dtype: mx.Dtype) -> None:
+    """Convert what a cache holds to ``dtype`` if that is larger: tokens that are added get the dtype that it holds."""
+    if cache.keys is not None and cache.keys.dtype.size < dtype.size:
+        cache.keys, cache.values = cache.keys.astype(dtype), cache.values.astype(dtype)
 
 
 def drop_oldest(cache: BatchKVCache, tokens: Sequence[int], unused: int) -> None:
