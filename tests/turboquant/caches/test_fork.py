@@ -273,6 +273,16 @@ def test_encoding_empties_the_full_precision_cache(build_model: Build, fill: Any
     assert all(c.keys is None and c.values is None for c in caches)
 
 
+def test_a_cache_that_is_refused_is_left_alone(build_model: Build, fill: Any, random_tokens: Tokens) -> None:
+    caches = fill(build_model("llama"), random_tokens(30, 0))
+    caches[1].trim(1)
+    with pytest.raises(ValueError, match="layer 1 does not hold 30 tokens"):
+        Prefix.encode(caches, 30, EIGHT)
+    with pytest.raises(ValueError, match="layer_bits names layer 2"):
+        Prefix.encode(caches, 30, CacheCodec(layer_bits=((2, 8, 8),)))
+    assert [cache.offset for cache in caches] == [30, 29]
+
+
 def test_a_cache_of_other_tokens_is_refused(build_model: Build, fill: Any, random_tokens: Tokens) -> None:
     model = build_model("llama")
     caches = fill(model, random_tokens(30, 0))
