@@ -201,6 +201,16 @@ def test_each_row_attends_its_own_past_and_suffix(learned: bool, random_layer: A
         np.testing.assert_allclose(np.array(together[one]), np.array(expected), atol=1e-4)
 
 
+def test_masks_that_are_arrays_are_those_that_are_words(random_layer: Any) -> None:
+    for one in (Fork(random_layer(50, CacheCodec())), Fork(None), TurboQuantKVCache(), PrefillCache(20)):
+        one.update_and_fetch(*random_kv(7))
+        word, array = (one.make_mask(5, return_array=yes, window_size=None) for yes in (False, True))
+        queries, fetched = mx.random.normal((1, 4, 5, 64)), one.update_and_fetch(*random_kv(5))
+        expected, got = (one.attend(queries, *fetched, scale=0.125, mask=mask, sinks=None) for mask in (word, array))
+        assert (word, array.shape) == ("causal", (5, 12))
+        np.testing.assert_allclose(np.array(got), np.array(expected), atol=1e-5)
+
+
 def test_a_batch_without_suffixes_is_empty(random_layer: Any) -> None:
     batch = Fork.merge([Fork(random_layer(50, CacheCodec())) for _ in range(3)])
     assert batch.empty()
