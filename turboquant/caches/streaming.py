@@ -30,7 +30,7 @@ class TurboQuantKVCache(Fork):
     The last ``codec.window`` tokens stay in full precision. Older tokens are encoded ``BLOCK`` at a time, just before
     new tokens are added, about means that are fixed with the first block. So the codes of a token depend neither on how
     many tokens were added at once nor on the other rows of a batch. Tokens that are added in one call stay in full
-    precision until the next call.
+    precision until the next call. ``codec.extra_bits`` and ``codec.query_aware`` have no effect.
 
     >>> cache = TurboQuantKVCache(CacheCodec(key_bits=4, value_bits=4))
     >>> keys, values = cache.update_and_fetch(mx.zeros((1, 2, 10, 64)), mx.zeros((1, 2, 10, 64)))
@@ -44,7 +44,7 @@ class TurboQuantKVCache(Fork):
         if self.codec.coding != "scalar":
             raise ValueError("this cache has scalar codes; trellis codes are for contexts that are encoded as a whole")
         if self.codec.is_uncompressed:
-            raise ValueError("this cache has 2 to 8 bits; without compression, use mlx-lm's KVCache")
+            raise ValueError("this cache has 2 to 8 bits; for 16 bits, use mlx-lm's KVCache, as make_prompt_cache does")
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Compress old tokens, append (1, n_kv_heads, L, head_dim), and return what is not compressed."""

@@ -1,8 +1,9 @@
 """Everything in turboquant that depends on how mlx-lm works inside.
 
 All other modules import mlx-lm's names from here, and leave to the functions here what needs a field that mlx-lm does
-not document. The contract test (tests/turboquant/mlx_lm/test_contract) states each assumption; it fails with a sentence
-that says which one no longer holds.
+not document. Only kernels_ahead.py loads a file of mlx-lm's by itself, that of the activations, since to import mlx-lm
+takes seconds. The contract test (tests/turboquant/mlx_lm/test_contract) states each assumption; it fails with a
+sentence that says which one no longer holds.
 """
 
 from __future__ import annotations

@@ -32,6 +32,9 @@ class CacheCodec:
     extra_bits: largest cost of finer tokens, in bits per value of the context. At least one half of it is for the
         tokens that the context's own queries attend to most, if the queries are known.
     query_aware: whether keys are rounded to suit the context's own queries, if these are known.
+        These three are for contexts that are encoded as a whole. In caches that compress themselves as they grow
+        (``TurboQuantKVCache``, ``compress``), the last ``window`` tokens stay as they are, and the other two have no
+        effect.
     seed: of the rotation.
     layer_bits: other bits for some layers, as (layer, key_bits, value_bits). A negative layer counts from the last one.
     coding: ``trellis`` codes tokens of 2 to 4 bits, other than finer ones, by trellis codes (trellis.py): they lose
