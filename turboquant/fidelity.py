@@ -182,9 +182,15 @@ def _run(options: argparse.Namespace) -> None:
     model, tokenizer = load_model(options.model)
     from turboquant.eval.divergence import measure
     from turboquant.mlx_lm.families import explain
+    from turboquant.quant.cache_codec import CacheCodec
 
-    if message := explain(model).message:
-        _say(message)
+    support = explain(model)
+    try:
+        CacheCodec(layer_bits=tuple(options.layer_bits)).check_layers(len(support.layers))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    if support.message:
+        _say(support.message)
     rows = measure(
         model,
         [_sample(options, model, tokenizer, path, text) for path, text in zip(options.text, texts, strict=True)],

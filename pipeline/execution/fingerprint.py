@@ -25,7 +25,7 @@ from pipeline.inputs.questions import Question
 from pipeline.job.job import Generation, Job, Query, Settings
 from pipeline.job.shards import Shard
 from pipeline.models.fingerprints import files_state, tokenizer_fingerprint, weights_fingerprint
-from pipeline.models.loading import LoadedModel, load_model, model_folder
+from pipeline.models.loading import LoadedModel, check_layer_bits, load_model, model_folder
 from pipeline.models.quotations import NEXT_QUESTION, QUESTION, SLOT_QUESTION
 from pipeline.models.ranks import SINGLE, RankGroup
 from pipeline.models.special_tokens import SpecialTokens
@@ -42,12 +42,15 @@ _log = logging.getLogger(__name__)
 
 
 def job_identity(job: Job, remember: bool = True, path: Path | None = None) -> Identity:
-    """Return the identity of all segments of a job. Raises ModelError if the model is not found.
+    """Return the identity of all segments of a job.
+
+    Raises ModelError if the model is not found, or does not have the layers of `cache.layer_bits`.
 
     remember: write the digests of weight files to the cache folder, so that each file is hashed only once. path: the
     model's folder, if it is known.
     """
-    path = path or model_folder(job)
+    path, codec = path or model_folder(job), job_codec(job.cache)
+    check_layer_bits(codec, path)
     prefill: str = job.cache.prefill
     if job.cache.prefill == "streaming":
         prefill += f" {job.cache.segment}"
@@ -58,7 +61,7 @@ def job_identity(job: Job, remember: bool = True, path: Path | None = None) -> I
     return Identity(
         weights=weights_fingerprint(path, job.cache.dir / MEMO, remember, job.adapter, job.trust_remote_code),
         tokenizer=tokenizer_fingerprint(path),
-        codec=job_codec(job.cache).identity,
+        codec=codec.identity,
         prefill=prefill,
     )
 

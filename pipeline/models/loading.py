@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ from turboquant.io.safetensors_header import read_header
 from turboquant.mlx_lm.loading import is_repo_id, load_lazily, prepare_weights
 
 if TYPE_CHECKING:
+    import mlx.core as mx
+
     from pipeline.job.job import Job
     from turboquant.mlx_lm.families import Batching
     from turboquant.mlx_lm.kernels_ahead import Quantized
@@ -32,6 +35,7 @@ WEIGHTS = "model*.safetensors"  # the files that mlx-lm loads; a folder may hold
 _log = logging.getLogger(__name__)
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "*.model", "*.tiktoken")
 _CONTEXT_KEYS = ("max_position_embeddings", "max_sequence_length", "n_positions", "n_ctx", "seq_length")
+_LAYER_KEYS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers", "num_transformer_layers")
 _NO_LIMIT = 10**9  # transformers writes 1e30 if a tokenizer states no limit
 
 _TRUST_HINT = "; if you trust the code that comes with it, set `trust_remote_code: true` in the job"
@@ -70,7 +74,7 @@ def load_model(
     On a GPU, weights keep their dtypes. On a CPU they become float32, and quantized layers are dequantized: there MLX
     computes half precision with 2 to 5 GFLOP/s, quantized layers with 2, and float32 as fast as the BLAS.
 
-    Raises ModelError if the model cannot be found, read or loaded.
+    Raises ModelError if the model cannot be found, read or loaded, or lacks a layer that `codec` has bits for.
     """
     path = resolve_model(name, revision)
     stated = read_config(path)
@@ -90,8 +94,11 @@ def load_model(
 
     from pipeline.models.batch_trial import find_batching
     from pipeline.models.mlx_lm_internals import embedding_rows, hugging_face_tokenizer
+    from turboquant.mlx_lm.families import explain
 
     with _explained_failure(path):
+        if codec is not None:
+            check_layer_bits(codec, path, len(explain(model).layers))
         prepare_weights(model, ranks.group)
         known, used = embedding_rows(model), 1 + max(hugging_face_tokenizer(tokenizer).get_vocab().values())
         batching = find_batching(model, min(known or used, used))
@@ -104,8 +111,6 @@ def prepare_kernels(config: Mapping[str, Any], codec: CacheCodec) -> None:
     This does not import mlx-lm, which takes seconds, so a process calls it before it does. Later calls do nothing.
     config: the model's config.json.
     """
-    import mlx.core as mx
-
     from turboquant.attention import dispatch
     from turboquant.kernels.mlx_modules import own_folder
     from turboquant.mlx_lm import kernels_ahead
@@ -113,11 +118,20 @@ def prepare_kernels(config: Mapping[str, Any], codec: CacheCodec) -> None:
     own_folder()  # before MLX compiles anything
     text = config.get("text_config") or config
     heads, width = text.get("num_attention_heads"), text.get("hidden_size")
-    dtype = getattr(mx, str(text.get("dtype") or text.get("torch_dtype") or config.get("torch_dtype")), None)
-    if isinstance(dtype, mx.Dtype) and heads and width:
+    dtype = _stated_dtype(config)
+    if dtype is not None and heads and width:
         head_dim = int(text.get("head_dim") or width // heads)
         kernels_ahead.start(dtype, head_dim, quantizations(config))
         dispatch.prepare_kernels(codec, head_dim, dtype)
+
+
+def _stated_dtype(config: Mapping[str, Any]) -> mx.Dtype | None:
+    """Return the dtype of a model's weights that its config.json states, or None."""
+    import mlx.core as mx
+
+    text = config.get("text_config") or config
+    dtype = getattr(mx, str(text.get("dtype") or text.get("torch_dtype") or config.get("torch_dtype")), None)
+    return dtype if isinstance(dtype, mx.Dtype) else None
 
 
 def quantizations(config: Mapping[str, Any]) -> tuple[Quantized, ...]:
@@ -366,18 +380,41 @@ def _explained_failure(path: Path) -> Iterator[None]:
         raise ModelError(f"model {path}: mlx-lm can't load it ({one_line(error)}){hint}") from error
 
 
+def check_layer_bits(codec: CacheCodec, path: Path, layers: int | None = None) -> None:
+    """Raise ModelError if a codec has bits for a layer that the model in a folder does not have.
+
+    layers: of the model, if it is loaded. Its config.json may count layers that keep no keys and values, too.
+    """
+    if layers is None and codec.layer_bits:
+        config = _read_object(path / "config.json")
+        text = config.get("text_config") or config
+        layers = next((text[key] for key in _LAYER_KEYS if isinstance(text.get(key), int)), None)
+    try:
+        if layers is not None:
+            codec.check_layers(layers)
+    except ValueError as error:
+        raise ModelError(f"model {path}: cache.{error}") from error
+
+
 def prefix_bytes(codec: CacheCodec, config: Mapping[str, Any], tokens: int) -> int:
-    """Return about how many bytes a prefix of `tokens` tokens takes on disk if all layers are compressed.
+    """Return about how many bytes a prefix of `tokens` tokens takes on disk if every layer is compressed or kept as
+    `codec` says.
 
     config: the model's config.json; the result is 0 if it does not state the model's sizes.
     """
+    import mlx.core as mx
+
+    from turboquant.runtime.device import on_cpu
+
     text = config.get("text_config") or config
     if not all(name in text for name in ("num_hidden_layers", "num_attention_heads", "hidden_size")):
         return 0
     layers, heads = int(text["num_hidden_layers"]), int(text["num_attention_heads"])
     kv_heads = int(text.get("num_key_value_heads") or heads)
     head_dim = int(text.get("head_dim") or text["hidden_size"] // heads)
-    return layers * kv_heads * codec.nbytes(tokens, head_dim)
+    float_bytes = 4 if on_cpu() or _stated_dtype(config) == mx.float32 else 2
+    codecs = Counter(codec.for_layer(index, layers) for index in range(layers))
+    return kv_heads * sum(count * each.nbytes(tokens, head_dim, float_bytes) for each, count in codecs.items())
 
 
 def weights_bytes(path: Path, config: Mapping[str, Any]) -> int:

@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-from turboquant.attention.reference import Partial, fold_queries, unfold_part
+from turboquant.attention.reference import Partial, fold_queries, of_four_axes, unfold_part
 from turboquant.quant import trellis
 from turboquant.quant.codebook import lloyd_max
 from turboquant.quant.codec import Codec
@@ -41,7 +41,7 @@ def attend_dense(
     repeats = n_heads // n_kv_heads
     q = (_view(queries) * np.float32(scale)).reshape(batch, n_kv_heads, repeats, length, dim)
     k, v = _view(keys), _view(values)
-    visible = None if mask is None or isinstance(mask, str) else np.asarray(mask)[:, :, None]
+    visible = None if mask is None or isinstance(mask, str) else np.asarray(of_four_axes(mask))[:, :, None]
     softmax = OnlineSoftmax((batch, n_kv_heads, repeats, length), values.shape[-1])
     rows = -(-length // -(-length * repeats // ROWS))
     tile, is_long = max(64, BLOCK // (rows * repeats)), length > rows

@@ -87,12 +87,12 @@ def attend_step(
     """Attention of one query (B, n_heads, 1, head_dim) a row over a layer and the row's own tokens.
 
     keys, values: (B, n_kv_heads, T, head_dim), or the larger arrays that begin with them.
-    mask: (B or 1, 1, 1, T), true where visible, or None.
+    mask: (1, T) or (B or 1, 1, 1, T), true where visible, or None.
     Returns (B, n_heads, 1, head_dim) in the queries' dtype. The layer must be one for which ``supports`` is true.
     """
     own: dict[str, Input] = {"queries": queries, "keys": keys, "values": values}
     if mask is not None:
-        own["mask"] = mx.broadcast_to(mask, (queries.shape[0], *mask.shape[1:]))
+        own["mask"] = mx.broadcast_to(mask, (queries.shape[0], 1, 1, mask.shape[-1]))
     return _attend(queries, layer, scale, own)[0]
 
 

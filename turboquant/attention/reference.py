@@ -78,7 +78,8 @@ def attend_dense(
     """Attention over full-precision K/V.
 
     queries: (B, n_heads, L, head_dim); keys, values: (B, n_kv_heads, T, head_dim).
-    mask: None, "causal" (the last query sees all T tokens), or boolean (B or 1, 1, L, T), true for visible tokens.
+    mask: None, "causal" (the last query sees all T tokens), or boolean (L, T) or (B or 1, 1, L, T), true for visible
+        tokens.
     Returns a Partial of (B, n_heads, L, value_dim).
     """
     batch, n_heads, length, dim = queries.shape
@@ -103,11 +104,16 @@ def _tile(rows: int) -> int:
 def _visible(mask: mx.array | str | None, length: int, tokens: int, some: slice) -> mx.array | None:
     """Return the mask of some of the tokens, (B or 1, 1, L, some), or None if all of them are visible."""
     if not isinstance(mask, str):
-        return None if mask is None else mask[..., some]
+        return None if mask is None else of_four_axes(mask)[..., some]
     first = tokens - length
     if some.stop <= first + 1:
         return None
     return (mx.arange(some.start, some.stop)[None] <= mx.arange(first, tokens)[:, None])[None, None]
+
+
+def of_four_axes(mask: mx.array) -> mx.array:
+    """Return a mask (L, T), as mlx-lm's caches make them, or (B or 1, 1, L, T) with four axes."""
+    return mask[None, None] if mask.ndim == 2 else mask
 
 
 def _attend_tile(block: mx.array, keys: mx.array, values: mx.array, visible: mx.array | None) -> Partial:

@@ -26,11 +26,11 @@ Mask = mx.array | str | None
 class _BypassGuard:
     """Notices that a model runs outside of ``enabled``: it asks for masks and adds tokens, but never calls ``attend``.
 
-    Without this check the model would ignore the compressed past, and answer nonsense without an error.
+    Such a model ignores the compressed past, and answers nonsense. This is noticed when the next mask is asked for, so
+    one forward pass with no other behind it goes unnoticed.
     """
 
     _mask_was_made = _bypassed = False
-    _fetched: tuple[mx.array, mx.array] | None = None
 
     def note_mask(self, compressed: bool) -> None:
         """Note that a mask is made. Raises RuntimeError where ``attend`` was not called for the tokens added before."""
@@ -47,17 +47,36 @@ class _BypassGuard:
     def note_attention(self) -> None:
         """Note that the model calls ``attend``."""
         self._mask_was_made = self._bypassed = False
-        self._fetched = None  # while a slice is held, MLX cannot update the buffer in place
 
-    def suffix_buffers(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array] | None:
-        """Return the suffix's buffers if keys and values are the slices of them that were fetched last, else None."""
-        if self._fetched is None or keys is not self._fetched[0] or values is not self._fetched[1]:
+
+class _WithSuffix(_BypassGuard):
+    """A suffix in full precision, of one row or of a batch, and the buffers that it was last fetched from.
+
+    A kernel of a GPU reads whole buffers, since MLX would copy a slice of them for it.
+    """
+
+    suffix: Any
+    _fetched: tuple[mx.array, mx.array] | None = None
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Append keys and values (B, n_kv_heads, L, head_dim) to the suffix, and return the suffix."""
+        self.note_tokens()
+        fetched: tuple[mx.array, mx.array] = self.suffix.update_and_fetch(keys, values)
+        self._fetched = fetched
+        return fetched
+
+    def take_buffers(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array] | None:
+        """Return the suffix's buffers if keys and values are the slices of them that were fetched last, else None.
+
+        The slices are forgotten: while one is held, MLX cannot update the buffer in place.
+        """
+        fetched, self._fetched = self._fetched, None
+        if fetched is None or keys is not fetched[0] or values is not fetched[1]:
             return None
-        suffix: Any = self.suffix  # type: ignore[attr-defined]
-        return suffix.keys, suffix.values
+        return self.suffix.keys, self.suffix.values
 
 
-class Fork(_BypassGuard):
+class Fork(_WithSuffix):
     """One layer of one query's cache: an encoded past, shared and immutable, and a full-precision suffix.
 
     layer: the past; None where nothing is compressed, as in a ``TurboQuantKVCache`` that is still short.
@@ -72,13 +91,6 @@ class Fork(_BypassGuard):
         """The number of tokens in past and suffix, which is the position of the next token."""
         return (self.layer.tokens if self.layer is not None else 0) + int(self.suffix.offset)
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Append keys and values (1, n_kv_heads, L, head_dim) to the suffix, and return the suffix."""
-        self.note_tokens()
-        fetched: tuple[mx.array, mx.array] = self.suffix.update_and_fetch(keys, values)
-        self._fetched = fetched
-        return fetched
-
     def attend(
         self,
         queries: mx.array,
@@ -89,8 +101,8 @@ class Fork(_BypassGuard):
         sinks: mx.array | None,
     ) -> mx.array:
         """Return attention of queries (1, n_heads, L, head_dim) over the encoded past and the given suffix."""
-        buffers = self.suffix_buffers(keys, values)
         self.note_attention()
+        buffers = self.take_buffers(keys, values)
         if self.layer is not None:
             return attend_past_and_suffix(queries, self.layer, keys, values, scale, mask, sinks, buffers)
         return finish(backend().attend_dense(queries, keys, values, scale, mask), sinks, queries.dtype)
@@ -146,7 +158,7 @@ class Fork(_BypassGuard):
         return BatchForks([cache.layer for cache in caches], BatchKVCache.merge([cache.suffix for cache in caches]))
 
 
-class BatchForks(_BypassGuard):
+class BatchForks(_WithSuffix):
     """One layer of a batch of forks: each row's encoded past, which several rows may share, and a batched suffix."""
 
     def __init__(self, layers: list[EncodedLayer | DenseLayer | None], suffix: BatchKVCache) -> None:
@@ -171,13 +183,6 @@ class BatchForks(_BypassGuard):
             self._positions = own, own + self._past_tokens
         return self._positions[1]
 
-    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Append keys and values (B, n_kv_heads, L, head_dim) to the suffixes, and return the suffixes."""
-        self.note_tokens()
-        fetched: tuple[mx.array, mx.array] = self.suffix.update_and_fetch(keys, values)
-        self._fetched = fetched
-        return fetched
-
     def attend(
         self,
         queries: mx.array,
@@ -191,8 +196,8 @@ class BatchForks(_BypassGuard):
 
         Each past is read only once, for all rows that share it.
         """
-        buffers = self.suffix_buffers(keys, values)
         self.note_attention()
+        buffers = self.take_buffers(keys, values)
         if len(self._rows_by_layer) == 1 and self.layers[0] is not None:
             return attend_past_and_suffix(queries, self.layers[0], keys, values, scale, mask, sinks, buffers)
         suffix = backend().attend_dense(queries, keys, values, scale, mask)

@@ -66,9 +66,12 @@ class Prefix:
 
         The queries that a ``PrefillCache`` has collected help to encode it. Layers are emptied one by one, so that the
         memory never holds the whole context twice. Raises ValueError where a K/V layer does not hold ``tokens`` tokens
-        of one row.
+        of one row, or ``codec`` names layers that there are not; and where K/V are not finite, which is found when the
+        layers before are empty.
         """
-        return cls(_encode(prompt_cache, tokens, codec, compressible or [True] * len(prompt_cache), None), tokens)
+        codec.check_layers(len(prompt_cache))
+        _check_filled(prompt_cache, tokens)
+        return cls(_encode(prompt_cache, codec, compressible or [True] * len(prompt_cache), None), tokens)
 
     def fork(self) -> list[Any]:
         """Return a prompt cache for one query. For a compressed layer this takes O(1), whatever its length."""
@@ -159,11 +162,18 @@ def prefill_segment(
 
     chunk: how many tokens the model is given in one step.
     on_progress: called after each chunk with its number of tokens; an exception that it raises ends the prefill.
+
+    Raises ValueError before the model runs if there are no tokens, if ``codec`` does not suit the model, or if
+    ``parent`` is decoded or of another codec; and afterwards if K/V are not finite.
     """
     compressible, count = explain(model).layers, len(tokens)
+    if not count:
+        raise ValueError("a segment has one token or more")
+    codec.check_layers(len(compressible))
     if parent is None:
         caches = prefill_caches(model, count, compressible)
     else:
+        _check_parent(parent, codec)
         (attended,) = make_resident([parent], "dense" if dense_fits([parent]) else "packed")
         caches = [
             SegmentCache(layer, count) if isinstance(layer, EncodedLayer | DenseLayer) else copy.deepcopy(layer)
@@ -171,8 +181,18 @@ def prefill_segment(
         ]
     with enabled(model), numpy_functions(model), dequantized_products():
         feed(model, caches, tokens, chunk, on_progress)
-    layers = _encode(caches, count, codec, compressible, parent)
+    if parent is None:
+        _check_filled(caches, count)
+    layers = _encode(caches, codec, compressible, parent)
     return Segment(layers, parent.tokens if parent is not None else 0, count)
+
+
+def _check_parent(parent: Prefix, codec: CacheCodec) -> None:
+    if parent.is_dense:
+        raise ValueError("a segment stands behind an encoded prefix, not a decoded one: give the prefix before `dense`")
+    for index, layer in enumerate(parent.layers):
+        if isinstance(layer, EncodedLayer):
+            layer.check_codec(codec.for_layer(index, len(parent.layers)))
 
 
 def prefill_caches(model: Any, tokens: int, compressible: Sequence[bool]) -> list[Any]:
@@ -249,14 +269,21 @@ class SegmentCache(Fork):
         """Return attention of the chunk that was added last over the parent and all tokens in the cache."""
         assert self.layer is not None
         self.note_attention()
+        self.take_buffers(keys, values)  # which are not needed
         past = attend_past(queries, self.layer, scale)
         self.queries.add(queries, keys.shape[1], self.suffix.offset - queries.shape[2], scale, past.logsumexp)
         own = backend().attend_dense(queries, keys, values, scale, mask)
         return finish(merge([own, past]), sinks, queries.dtype)
 
 
+def _check_filled(caches: Sequence[Any], tokens: int) -> None:
+    for index, cache in enumerate(caches):
+        if isinstance(cache, KVCache) and (cache.empty() or cache.offset != tokens or cache.keys.shape[0] != 1):
+            raise ValueError(f"layer {index} does not hold {tokens} tokens of one row")
+
+
 def _encode(
-    caches: Sequence[Any], tokens: int, codec: CacheCodec, compressible: Sequence[bool], parent: Prefix | None
+    caches: Sequence[Any], codec: CacheCodec, compressible: Sequence[bool], parent: Prefix | None
 ) -> tuple[Any, ...]:
     """Compress caches layer by layer, and release each, so that the memory never holds all tokens twice."""
     layers: list[Any] = []
@@ -272,8 +299,6 @@ def _encode(
             layers.append(cache)
         elif parent is not None:
             layers.append(concatenate_caches([cache], parent.tokens))
-        elif cache.empty() or cache.offset != tokens or cache.keys.shape[0] != 1:
-            raise ValueError(f"layer {index} does not hold {tokens} tokens of one row")
         elif compressible[index]:
             keys, values = cache.keys_and_values()
             queries = cache.queries.statistics() if isinstance(cache, PrefillCache) else None
@@ -290,7 +315,10 @@ def _encode(
 
 
 def join(segments: Sequence[Segment]) -> Prefix:
-    """Return the prefix that a chain of segments forms. Raises ValueError where a segment does not follow the last."""
+    """Return the prefix that a chain of segments forms.
+
+    Raises ValueError where a segment does not follow the last, or has another codec.
+    """
     stop = 0
     for segment in segments:
         if segment.start != stop or len(segment.layers) != len(segments[0].layers):

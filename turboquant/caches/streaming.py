@@ -14,8 +14,8 @@ from typing import Any
 import mlx.core as mx
 
 from turboquant.caches.fork import BatchForks, Fork, Mask
-from turboquant.kernels.encoding import encode_layer
-from turboquant.mlx_lm.internals import BatchKVCache, KVCache, drop_oldest
+from turboquant.kernels.encoding import encode_layer, require_finite
+from turboquant.mlx_lm.internals import BatchKVCache, KVCache, drop_oldest, widen
 from turboquant.quant.cache_codec import CacheCodec, dump_codec, parse_codec
 from turboquant.quant.codec import Codec, Encoded
 from turboquant.quant.layer import DenseLayer, EncodedLayer
@@ -30,7 +30,7 @@ class TurboQuantKVCache(Fork):
     The last ``codec.window`` tokens stay in full precision. Older tokens are encoded ``BLOCK`` at a time, just before
     new tokens are added, about means that are fixed with the first block. So the codes of a token depend neither on how
     many tokens were added at once nor on the other rows of a batch. Tokens that are added in one call stay in full
-    precision until the next call.
+    precision until the next call. ``codec.extra_bits`` and ``codec.query_aware`` have no effect.
 
     >>> cache = TurboQuantKVCache(CacheCodec(key_bits=4, value_bits=4))
     >>> keys, values = cache.update_and_fetch(mx.zeros((1, 2, 10, 64)), mx.zeros((1, 2, 10, 64)))
@@ -44,13 +44,14 @@ class TurboQuantKVCache(Fork):
         if self.codec.coding != "scalar":
             raise ValueError("this cache has scalar codes; trellis codes are for contexts that are encoded as a whole")
         if self.codec.is_uncompressed:
-            raise ValueError("this cache has 2 to 8 bits; without compression, use mlx-lm's KVCache")
+            raise ValueError("this cache has 2 to 8 bits; for 16 bits, use mlx-lm's KVCache, as make_prompt_cache does")
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Compress old tokens, append (1, n_kv_heads, L, head_dim), and return what is not compressed."""
         if keys.shape[0] != 1:
             raise ValueError("TurboQuantKVCache holds one row; make a batch of rows with merge")
         self._compress()
+        widen(self.suffix, keys.dtype)  # which is 16-bit floats where ``trim`` left only sinks
         return super().update_and_fetch(keys, values)
 
     def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> Mask:
@@ -157,6 +158,9 @@ class BatchTurboQuantKVCache(BatchForks):
     """
 
     def __init__(self, rows: Sequence[TurboQuantKVCache]) -> None:
+        held = [row.suffix for row in rows if not row.suffix.empty()]
+        for suffix in held:  # a batch has one dtype; rows of which ``trim`` left only sinks have 16-bit floats
+            widen(suffix, max((x.keys.dtype for x in held), key=lambda dtype: dtype.size))
         super().__init__([row.layer for row in rows], BatchKVCache.merge([row.suffix for row in rows]))
         self.codecs = [row.codec for row in rows]
         self._starts = [int(self.suffix.size() - row.suffix.offset) for row in rows]
@@ -166,6 +170,7 @@ class BatchTurboQuantKVCache(BatchForks):
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Compress old tokens of each row, append (B, n_kv_heads, L, head_dim), and return the suffixes."""
         self._compress()
+        widen(self.suffix, keys.dtype)  # which is 16-bit floats where ``trim`` left only sinks
         return super().update_and_fetch(keys, values)
 
     def make_mask(self, length: int, return_array: bool = False, window_size: int | None = None) -> mx.array:
@@ -279,8 +284,9 @@ def _count_due(tokens: int, layer: EncodedLayer | None, codec: CacheCodec) -> in
 def _append(layer: EncodedLayer | None, keys: mx.array, values: mx.array, codec: CacheCodec) -> EncodedLayer:
     """Return a past with keys and values (n_kv_heads, n, head_dim) behind it.
 
-    This copies the past once; attention reads it at every step.
+    This copies the past once; attention reads it at every step. Raises ValueError if keys or values are not finite.
     """
+    require_finite(keys, values)
     if layer is None:
         first = codec.sinks + BLOCK
         # The first part has no window of its own: the suffix is the window.

@@ -23,7 +23,7 @@ from turboquant.io.json_file import parse_json, seal, sealed
 from turboquant.io.safetensors import FileError, digest_stored, digest_tensors, load_tensors
 from turboquant.io.safetensors_header import read_header
 from turboquant.io.serialization import MALFORMED, freeze, restore_layer, restore_stock, take
-from turboquant.kernels.encoding import encode_layer
+from turboquant.kernels.encoding import encode_layer, require_finite
 from turboquant.mlx_lm.families import explain
 from turboquant.mlx_lm.internals import STOCK_CACHES, KVCache, release
 from turboquant.mlx_lm.internals import make_prompt_cache as make_stock_cache
@@ -52,13 +52,13 @@ class PromptCacheError(FileError):
 def make_prompt_cache(model: Any, codec: CacheCodec | None = None) -> list[Any]:
     """Return an empty cache for ``model``, with a ``TurboQuantKVCache`` for each layer that can be compressed.
 
-    Use it inside of ``enabled(model)``. ``families.explain(model)`` tells why a layer is not compressed.
+    Layers to which ``codec`` gives 16 bits have mlx-lm's own cache. Use it inside of ``enabled(model)``.
+    ``families.explain(model)`` tells why a layer is not compressed. Raises ValueError for a codec that a
+    ``TurboQuantKVCache`` cannot have, or whose ``layer_bits`` name a layer that the model does not have.
     """
-    codec, caches = codec or CacheCodec(), make_stock_cache(model)
-    return [
-        TurboQuantKVCache(codec.for_layer(index, len(caches))) if compressible else cache
-        for index, (compressible, cache) in enumerate(zip(explain(model).layers, caches, strict=True))
-    ]
+    stock = make_stock_cache(model)
+    ours = _growing(codec or CacheCodec(), explain(model).layers)
+    return [cache if one is None else one for cache, one in zip(stock, ours, strict=True)]
 
 
 def compress(prompt_cache: Sequence[Any], codec: CacheCodec | None = None, model: Any = None) -> list[Any]:
@@ -66,24 +66,23 @@ def compress(prompt_cache: Sequence[Any], codec: CacheCodec | None = None, model
 
     A plain ``KVCache`` becomes a ``TurboQuantKVCache`` in which everything except its window is encoded, and which
     continues to compress itself about the same means as it grows. (For a past that many queries share, use
-    ``Prefix.encode``.) Other caches are returned unchanged.
+    ``Prefix.encode``.) Other caches, and layers to which ``codec`` gives 16 bits, are returned unchanged.
 
     model: the model of the cache. Its layers that cannot be compressed are returned unchanged too. Leave it out only if
         you know that every plain layer can be compressed.
 
-    Raises ValueError where a layer to be compressed holds several rows.
+    Raises ValueError, before any layer is emptied, for a codec that ``make_prompt_cache`` refuses, and where a layer to
+    be compressed holds several rows or numbers that are not finite.
     """
-    codec = codec or CacheCodec()
-    n_layers = len(prompt_cache)
-    allowed = explain(model).layers if model is not None else [True] * n_layers
-    plain = [yes and isinstance(c, KVCache) for yes, c in zip(allowed, prompt_cache, strict=True)]
-    for index, cache in enumerate(prompt_cache):
-        if plain[index] and not cache.empty() and cache.keys.shape[0] != 1:
-            raise ValueError(f"layer {index} holds {cache.keys.shape[0]} rows; compress each row's cache by itself")
-    return [
-        _compressed(cache, codec.for_layer(index, n_layers)) if plain[index] else cache
-        for index, cache in enumerate(prompt_cache)
-    ]
+    allowed = explain(model).layers if model is not None else [True] * len(prompt_cache)
+    plain = [yes and isinstance(cache, KVCache) for yes, cache in zip(allowed, prompt_cache, strict=True)]
+    ours = _growing(codec or CacheCodec(), plain)
+    for index, (cache, one) in enumerate(zip(prompt_cache, ours, strict=True)):
+        if one is not None and not cache.empty():
+            if cache.keys.shape[0] != 1:
+                raise ValueError(f"layer {index} holds {cache.keys.shape[0]} rows; compress each row's cache by itself")
+            require_finite(*cache.keys_and_values())
+    return [cache if one is None else _filled(one, cache) for cache, one in zip(prompt_cache, ours, strict=True)]
 
 
 def save_prompt_cache(
@@ -92,7 +91,7 @@ def save_prompt_cache(
     """Write a prompt cache atomically to exactly ``path``.
 
     cache: any mix of ``TurboQuantKVCache``, ``Fork`` (which is written with its past) and mlx-lm's ``KVCache``,
-        ``RotatingKVCache``, ``ArraysCache`` and ``ChunkedKVCache``.
+        ``RotatingKVCache``, ``ArraysCache``, ``ChunkedKVCache`` and ``CacheList``.
 
     Raises TypeError for other caches and for metadata that is not text, and OSError.
     """
@@ -130,11 +129,20 @@ def load_prompt_cache(path: str | os.PathLike[str], return_metadata: bool = Fals
     return (caches, metadata) if return_metadata else caches
 
 
-def _compressed(cache: KVCache, codec: CacheCodec) -> TurboQuantKVCache:
-    """Return a cache in which the tokens before the window are encoded, if there are enough; empty the given one."""
-    compressed = TurboQuantKVCache(codec)
+def _growing(codec: CacheCodec, compressible: Sequence[bool]) -> list[TurboQuantKVCache | None]:
+    """Return an empty cache for each layer, or None where it is not to be compressed."""
+    codecs = [codec.for_layer(index, len(compressible)) for index in range(len(compressible))]
+    return [
+        TurboQuantKVCache(own) if yes and not own.is_uncompressed else None
+        for own, yes in zip(codecs, compressible, strict=True)
+    ]
+
+
+def _filled(compressed: TurboQuantKVCache, cache: KVCache) -> TurboQuantKVCache:
+    """Encode the tokens before the window into an empty cache, if there are enough, and empty the given one."""
     if cache.empty():
         return compressed
+    codec = compressed.codec
     keys, values = cache.keys_and_values()
     last = cache.offset - codec.window
     if last >= codec.sinks + BLOCK:
@@ -238,7 +246,8 @@ def _check_fit(past: EncodedLayer | None, suffix: KVCache, streaming: bool) -> N
         raise ValueError(f"a suffix of {keys.shape[0]} rows")
     if past is None:
         return
-    if past.sink_keys.shape[1] > past.codec.sinks or (streaming and past.fine_keys.tokens):
+    too_many = not past.codec.is_uncompressed and past.sink_keys.shape[1] > past.codec.sinks
+    if too_many or (streaming and past.fine_keys.tokens):
         raise ValueError("the past has more sinks than its codec, or finer tokens, which a growing cache cannot have")
     ours = [(mean.shape[0], mean.shape[2]) for mean in (past.key_mean, past.value_mean)]
     if keys is not None and [(x.shape[1], x.shape[3]) for x in (keys, values)] != ours:

@@ -51,8 +51,8 @@ class CompiledFiles:
         if not isinstance(header, dict) or {field: header.get(field) for field in expected} != expected:
             _log.info("a compiled kernel is damaged or another's and is made anew: %s", path)
             return None
-        if time.time() - path.stat().st_mtime > 86400:
-            with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # another process may have removed it
+            if time.time() - path.stat().st_mtime > 86400:
                 os.utime(path)  # it is in use
         return content, header
 

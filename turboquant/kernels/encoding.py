@@ -44,12 +44,9 @@ def encode_layer(
     if codec.is_uncompressed:
         codec = replace(codec, sinks=keys.shape[1])
     means = None if parent is None else (parent.key_mean, parent.value_mean)
+    finite = _are_finite(keys, values)
     if on_cpu():  # where NumPy computes, and may fail on other numbers
-        finite: Any = all(np.isfinite(as_float32(np, x)).all() for x in (keys, values))
-        _require_finite(finite)
-    else:
-        finite = mx.isfinite(keys).all() & mx.isfinite(values).all()
-        mx.async_eval(finite)  # type: ignore[no-untyped-call]
+        _require(finite)
     first = min(codec.sinks, keys.shape[1])
     metric, attention, order, fine = order_tokens(keys, codec, queries)
     coarse_metric = fine_metric = None
@@ -83,11 +80,24 @@ def encode_layer(
                 encoded = _encode(x, first, some, vector_codec, mean, in_metric)
             tensors |= {f"{prefix}{name}_codes": encoded.codes, f"{prefix}{name}_scales": encoded.scales}
     mx.async_eval(list(tensors.values()))  # type: ignore[no-untyped-call]
-    _require_finite(finite)
+    _require(finite)
     return EncodedLayer.from_tensors(tensors, codec)
 
 
-def _require_finite(finite: mx.array | bool) -> None:
+def require_finite(keys: mx.array, values: mx.array) -> None:
+    """Raise ValueError if keys or values are not finite."""
+    _require(_are_finite(keys, values))
+
+
+def _are_finite(keys: mx.array, values: mx.array) -> mx.array | bool:
+    if on_cpu():
+        return all(np.isfinite(as_float32(np, x)).all() for x in (keys, values))
+    finite = mx.isfinite(keys).all() & mx.isfinite(values).all()
+    mx.async_eval(finite)  # type: ignore[no-untyped-call]
+    return finite
+
+
+def _require(finite: mx.array | bool) -> None:
     if not finite:
         raise ValueError("K/V hold numbers that are not finite: the model overflows on this context")
 

@@ -136,15 +136,6 @@ def _ready(what: Launch, kinds: Sequence[Kind]) -> Ready:
     return Ready(program, settings, measured, scalars)
 
 
-def compile_text(label: str, whole: str) -> tuple[str, bytes]:
-    """Compile a kernel that is not in ``text/``, whose function must be named SYMBOL, or read it from the cache.
-
-    Returns its name, and what ``precompiled_cuda_kernel`` takes as the compiled source.
-    """
-    program = _made(label, whole)
-    return program.name, _for_mlx(program)
-
-
 def compile_ahead(variants: Iterable[Variant | None]) -> None:
     """Begin to compile kernels, or to read them from the cache, on threads of their own."""
     for variant in variants:

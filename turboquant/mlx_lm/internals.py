@@ -1,8 +1,9 @@
 """Everything in turboquant that depends on how mlx-lm works inside.
 
 All other modules import mlx-lm's names from here, and leave to the functions here what needs a field that mlx-lm does
-not document. The contract test (tests/turboquant/mlx_lm/test_contract) states each assumption; it fails with a sentence
-that says which one no longer holds.
+not document. Only kernels_ahead.py loads a file of mlx-lm's by itself, that of the activations, since to import mlx-lm
+takes seconds. The contract test (tests/turboquant/mlx_lm/test_contract) states each assumption; it fails with a
+sentence that says which one no longer holds.
 """
 
 from __future__ import annotations
@@ -49,6 +50,7 @@ __all__ = [
     "quantized_scaled_dot_product_attention",
     "release",
     "tokens_held",
+    "widen",
 ]
 
 # ---- names
@@ -98,6 +100,12 @@ def release(cache: KVCache) -> None:
 def allocate_once(cache: KVCache, tokens: int) -> None:
     """Make an empty cache allocate room for ``tokens`` tokens at its first update, and not a few at a time."""
     cache.step = max(1, tokens)
+
+
+def widen(cache: KVCache | BatchKVCache, dtype: mx.Dtype) -> None:
+    """Convert what a cache holds to ``dtype`` if that is larger: tokens that are added get the dtype that it holds."""
+    if cache.keys is not None and cache.keys.dtype.size < dtype.size:
+        cache.keys, cache.values = cache.keys.astype(dtype), cache.values.astype(dtype)
 
 
 def drop_oldest(cache: BatchKVCache, tokens: Sequence[int], unused: int) -> None:

@@ -58,7 +58,8 @@ def start(dtype: mx.Dtype, head_dim: int, quantized: Sequence[Quantized] = ()) -
     """Start to compile the kernels of a model of this dtype and head_dim that were not compiled on this machine yet.
 
     quantized: how its weights are quantised, a tuple.
-    Does nothing if there is no CUDA GPU, or if the user chose the folder of MLX's kernels, or if it was called before.
+    Does nothing if there is no CUDA GPU, or if the user chose the folder of MLX's kernels. Called again with the same
+    arguments, it starts nothing and returns the same processes.
     Returns the processes, which are ended at the latest when this process ends.
     """
     folder = own_folder()

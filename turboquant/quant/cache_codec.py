@@ -32,6 +32,9 @@ class CacheCodec:
     extra_bits: largest cost of finer tokens, in bits per value of the context. At least one half of it is for the
         tokens that the context's own queries attend to most, if the queries are known.
     query_aware: whether keys are rounded to suit the context's own queries, if these are known.
+        These three are for contexts that are encoded as a whole. In caches that compress themselves as they grow
+        (``TurboQuantKVCache``, ``compress``), the last ``window`` tokens stay as they are, and the other two have no
+        effect.
     seed: of the rotation.
     layer_bits: other bits for some layers, as (layer, key_bits, value_bits). A negative layer counts from the last one.
     coding: ``trellis`` codes tokens of 2 to 4 bits, other than finer ones, by trellis codes (trellis.py): they lose
@@ -69,10 +72,24 @@ class CacheCodec:
             raise ValueError(f"coding is {' or '.join(CODINGS)}, not {self.coding!r}")
 
     def for_layer(self, index: int, n_layers: int) -> CacheCodec:
-        """Return the codec of layer ``index`` of a model with ``n_layers`` layers; its ``layer_bits`` are empty."""
-        bits_of = {layer % n_layers: bits for layer, *bits in self.layer_bits if -n_layers <= layer < n_layers}
+        """Return the codec of layer ``index`` of a model with ``n_layers`` layers; its ``layer_bits`` are empty.
+
+        Raises ValueError as ``check_layers`` does.
+        """
+        self.check_layers(n_layers)
+        bits_of = {layer % n_layers: bits for layer, *bits in self.layer_bits}
         key_bits, value_bits = bits_of.get(index, (self.key_bits, self.value_bits))
         return replace(self, key_bits=key_bits, value_bits=value_bits, layer_bits=())
+
+    def check_layers(self, n_layers: int) -> None:
+        """Raise ValueError if ``layer_bits`` names a layer that a model with ``n_layers`` layers does not have."""
+        for layer, *_ in self.layer_bits:
+            if not -n_layers <= layer < n_layers:
+                count = "1 layer" if n_layers == 1 else f"{n_layers} layers"
+                raise ValueError(
+                    f"layer_bits names layer {layer}, but the model has {count}: "
+                    f"0 to {n_layers - 1}, or -1 to {-n_layers} counted from the last one"
+                )
 
     @property
     def is_uncompressed(self) -> bool:
@@ -123,9 +140,14 @@ class CacheCodec:
         window = min(self.window, most // 2)
         return window, most - window
 
-    def nbytes(self, tokens: int, head_dim: int) -> int:
-        """Return the bytes that the keys and values of ``tokens`` tokens take in one KV head."""
-        sinks = tokens if self.is_uncompressed else min(tokens, self.sinks)
+    def nbytes(self, tokens: int, head_dim: int, float_bytes: int = 2) -> int:
+        """Return the bytes that the keys and values of ``tokens`` tokens take in one KV head.
+
+        float_bytes: of a number as the model computes it, which is what an uncompressed layer keeps.
+        """
+        if self.is_uncompressed:
+            return head_dim * (2 * float_bytes * tokens + 8)  # the means, which are float32, are kept too
+        sinks = min(tokens, self.sinks)
         fine = sum(self.fine_tokens(tokens, queries_known=True))
 
         def bits(codec: CacheCodec) -> float:

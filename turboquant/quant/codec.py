@@ -53,7 +53,10 @@ class Encoded:
         return int(self.scales.shape[-1])
 
     def slice_tokens(self, start: int, stop: int) -> Encoded:
-        """Return the encoded tokens start .. stop, without copying."""
+        """Return the encoded tokens start .. stop, without copying.
+
+        Trellis codes are those of whole blocks, so 128 must divide start and, except at the end, stop.
+        """
         return Encoded(self.codes[..., start:stop, :], self.scales[..., start:stop])
 
     @staticmethod

@@ -9,7 +9,7 @@ makes layers. Later queries attend to all tokens, so the order of tokens does no
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import mlx.core as mx
 
@@ -55,7 +55,7 @@ class EncodedLayer:
 
     @classmethod
     def join(cls, layers: Sequence[EncodedLayer]) -> EncodedLayer:
-        """Join layers of consecutive tokens. Raises ValueError if their means differ.
+        """Join layers of consecutive tokens. Raises ValueError if their codecs or their means differ.
 
         Each layer must have been encoded with the first one as ``parent``, see ``encode_layer``.
         """
@@ -63,6 +63,7 @@ class EncodedLayer:
         if len(layers) == 1:
             return first
         for other in layers[1:]:
+            first.check_codec(other.codec)
             same = mx.array_equal(other.key_mean, first.key_mean) & mx.array_equal(other.value_mean, first.value_mean)
             if not same.item():
                 raise ValueError("layers that were encoded with different means cannot be joined")
@@ -77,6 +78,16 @@ class EncodedLayer:
         )
         mx.eval(list(joined.tensors().values()))
         return joined
+
+    def check_codec(self, codec: CacheCodec) -> None:
+        """Raise ValueError if a layer of another codec cannot be joined with this one.
+
+        Sinks may differ: a context's first tokens are in its first layer, and layers behind it have none left.
+        """
+        ours, theirs = (asdict(replace(x, sinks=0, layer_bits=())) for x in (self.codec, codec))
+        for name, value in ours.items():
+            if theirs[name] != value:
+                raise ValueError(f"layers of different codecs cannot be joined: {name} {value} and {theirs[name]}")
 
     @property
     def key_codec(self) -> Codec:

@@ -240,7 +240,7 @@ class TrellisCodec(Codec):
 
 
 def relative_to_blocks(roots: mx.array) -> mx.array:
-    """Divide the roots of weights (H, T) by their block's mean, because costs of strings are halves."""
+    """Divide the roots of weights (H, T) by their block's mean, because costs of strings are halves (float16)."""
     blocks = mx.minimum(roots, 1e30).reshape(roots.shape[0], -1, BLOCK)  # finite, as sums are
     means = mx.maximum(blocks.mean(axis=-1, keepdims=True), 1e-30)
     return mx.minimum(blocks / means, LARGEST_ROOT).reshape(roots.shape)

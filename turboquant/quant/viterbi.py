@@ -8,7 +8,7 @@ The bits before a number are a node, and a branch leads from it for each code. T
 of their levels: row r of a node is its branch with the code ``r ^ its first bits``, and all levels of row r are smaller
 than those of row r + 1. So each node is entered by one branch of each row. The search only follows branches of the
 two rows that are nearest to a number: two branches enter a node, where a full search compares 2**bits. It computes in
-halves. kernels/trellis_search.py does the same on a GPU.
+halves, which are float16 numbers. kernels/trellis_search.py does the same on a GPU.
 
 A few bits of the level, parities of the node's bits, choose among the levels of a row, so that a decoder's table is
 small. This is a convolutional code, as in trellis-coded quantisation.
@@ -40,7 +40,7 @@ AT_ONCE = 32  # strings that are searched together, so that a processor's cache 
 class TrellisCode:
     """A trellis code with ``bits`` bits for each number, 2 to 4, and ``NODE_BITS`` bits of a node.
 
-    levels: (2**bits, 2**n) float32 that are halves: those of each row, of which n parities choose one.
+    levels: (2**bits, 2**n) float32 that float16 holds exactly: those of each row, of which n parities choose one.
     parities: n masks of a node's bits. The parity of the bits in the first one is the highest bit of a column's number.
     """
 
@@ -187,7 +187,7 @@ def _search(
 
 
 def _halves(x: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Round numbers to halves, several times as fast as NumPy does; those too large for a half stay finite.
+    """Round numbers to halves (float16), several times as fast as NumPy does; those too large for a half stay finite.
 
     The sum with 1.5 * 2**13 times a number's power of two has no bits below those of a half.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any, TypeVar
@@ -12,6 +13,8 @@ from threadpoolctl import ThreadpoolController
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
+# Two calls at once would share the cores, and the second to end would leave the BLAS at the first one's limit.
+_one_call = threading.Lock()
 _AVX512 = ("SkylakeX", "Cooperlake", "SapphireRapids")  # OpenBLAS's names of its kernels
 
 
@@ -19,7 +22,8 @@ def run_in_parallel(work: Callable[[_Item], _Result], items: Sequence[_Item]) ->
     """Call ``work`` for each item here and in other threads, each with a BLAS of one thread; return results in order.
 
     This spreads exponentials over the cores too, and no core waits for another one within a matrix product, which takes
-    twice as long on a busy machine. ``work`` must not evaluate MLX arrays.
+    twice as long on a busy machine. Of calls in several threads, one runs after the other. ``work`` must not evaluate
+    MLX arrays or call this function.
     """
     threads = min(thread_count(), len(items))
     if threads <= 1:
@@ -31,7 +35,7 @@ def run_in_parallel(work: Callable[[_Item], _Result], items: Sequence[_Item]) ->
         while (number := next(numbers)) < len(items):
             results[number] = work(items[number])
 
-    with _blas().limit(limits=1):
+    with _one_call, _blas().limit(limits=1):
         others = [_pool(thread_count()).submit(do_some) for _ in range(threads - 1)]
         try:
             do_some()

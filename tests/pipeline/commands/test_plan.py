@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -237,9 +238,19 @@ def test_the_last_token_that_fits(workplace: Workplace, run: Callable[[], None],
         assert plan_job(job(workplace), effort=effort).too_long == too_long
 
 
-@pytest.mark.parametrize("cache", [{}, {"key_bits": 3, "value_bits": 2}, {"window": 0}, {"key_bits": 8, "sinks": 0}])
+@pytest.mark.parametrize(
+    "cache",
+    [
+        {},
+        {"key_bits": 3, "value_bits": 2},
+        {"window": 0},
+        {"key_bits": 8, "sinks": 0},
+        {"key_bits": 16, "value_bits": 16},
+        {"layer_bits": {-1: 8}},
+    ],
+)
 def test_bytes_to_store_are_near_the_real_ones(
-    workplace: Workplace, run: Callable[[], None], cache: dict[str, int]
+    workplace: Workplace, run: Callable[[], None], cache: dict[str, Any]
 ) -> None:
     workplace.tree["cache"] = {"dir": "cache"} | cache
     workplace.documents = {"long": "The board met on the third of May and decided it. " * 125}
@@ -298,6 +309,14 @@ def test_a_model_without_weights_is_an_error(workplace: Workplace, tmp_path: Pat
     for look in (plan_job, job_status):
         with pytest.raises(JobError, match="no weights"):
             look(job(workplace))
+
+
+@pytest.mark.parametrize("command", ["plan", "status", "run"])
+def test_bits_of_a_layer_that_the_model_does_not_have_are_an_error(workplace: Workplace, command: str) -> None:
+    workplace.tree["cache"]["layer_bits"] = {40: 8}
+    found = invoke(command, workplace.save())
+    assert found.exit_code == 2
+    assert "cache.layer_bits names layer 40, but the model has 1 layer: 0 to 0" in " ".join(found.stderr.split())
 
 
 def test_importing_loads_no_mlx() -> None:

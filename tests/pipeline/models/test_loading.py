@@ -94,6 +94,13 @@ def test_load_model_answers(folder):
     assert loaded.config["max_position_embeddings"] == 512
 
 
+def test_bits_of_a_layer_that_a_loaded_model_does_not_have(folder):
+    from turboquant import CacheCodec
+
+    with pytest.raises(ModelError, match=r"cache\.layer_bits names layer -3, but the model has 2 layers"):
+        load_model(folder, codec=CacheCodec(layer_bits=((-3, 8, 8),)))
+
+
 def test_weights_become_float32_on_a_cpu(folder):
     import mlx.core as mx
     from mlx.utils import tree_flatten

@@ -141,6 +141,7 @@ def test_one_mask_for_all_rows(random_layer: Callable[..., EncodedLayer]) -> Non
     mask = (mx.arange(20) >= 7)[None, None, None]
     mx.eval(queries, keys, values, mask)
     found = attention_gpu.attend_step(queries, layer, keys, values, SCALE, mask)
+    assert mx.array_equal(attention_gpu.attend_step(queries, layer, keys, values, SCALE, mask[0, 0]), found)
     parts = attention.attend_layer(queries, layer, SCALE), attention.attend_dense(queries, keys, values, SCALE, mask)
     wanted = np.array(attention.merge(parts).output)
     assert np.linalg.norm(np.array(found) - wanted) < 1e-3 * np.linalg.norm(wanted)

@@ -118,7 +118,7 @@ def test_queries_can_have_half_precision(
     n_kv_heads=st.integers(1, 3),
     length=st.integers(1, 9),
     past=st.integers(0, 200),
-    mask=st.sampled_from([None, "causal", "random"]),
+    mask=st.sampled_from([None, "causal", "random", "two axes"]),
     block=st.sampled_from([64, 1000, 1 << 18]),
     seed=st.integers(0, 1000),
 )
@@ -145,6 +145,9 @@ def test_dense_attention_is_right_under_every_kind_of_mask(
         visible = np.arange(tokens) <= np.arange(past, tokens)[:, None]
     elif mask == "random":  # in some rows nothing is visible
         visible = np.random.default_rng(seed).random((batch if seed % 2 else 1, 1, length, tokens)) < seed % 3 / 2
+        given_mask = mx.array(visible)
+    elif mask == "two axes":
+        visible = np.random.default_rng(seed).random((length, tokens)) < 0.5
         given_mask = mx.array(visible)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpu, "BLOCK", block)

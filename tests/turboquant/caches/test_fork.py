@@ -201,6 +201,16 @@ def test_each_row_attends_its_own_past_and_suffix(learned: bool, random_layer: A
         np.testing.assert_allclose(np.array(together[one]), np.array(expected), atol=1e-4)
 
 
+def test_masks_that_are_arrays_are_those_that_are_words(random_layer: Any) -> None:
+    for one in (Fork(random_layer(50, CacheCodec())), Fork(None), TurboQuantKVCache(), PrefillCache(20)):
+        one.update_and_fetch(*random_kv(7))
+        word, array = (one.make_mask(5, return_array=yes, window_size=None) for yes in (False, True))
+        queries, fetched = mx.random.normal((1, 4, 5, 64)), one.update_and_fetch(*random_kv(5))
+        expected, got = (one.attend(queries, *fetched, scale=0.125, mask=mask, sinks=None) for mask in (word, array))
+        assert (word, array.shape) == ("causal", (5, 12))
+        np.testing.assert_allclose(np.array(got), np.array(expected), atol=1e-5)
+
+
 def test_a_batch_without_suffixes_is_empty(random_layer: Any) -> None:
     batch = Fork.merge([Fork(random_layer(50, CacheCodec())) for _ in range(3)])
     assert batch.empty()
@@ -271,6 +281,16 @@ def test_encoding_empties_the_full_precision_cache(build_model: Build, fill: Any
     caches = fill(build_model("llama"), random_tokens(30, 0))
     Prefix.encode(caches, 30, EIGHT)
     assert all(c.keys is None and c.values is None for c in caches)
+
+
+def test_a_cache_that_is_refused_is_left_alone(build_model: Build, fill: Any, random_tokens: Tokens) -> None:
+    caches = fill(build_model("llama"), random_tokens(30, 0))
+    caches[1].trim(1)
+    with pytest.raises(ValueError, match="layer 1 does not hold 30 tokens"):
+        Prefix.encode(caches, 30, EIGHT)
+    with pytest.raises(ValueError, match="layer_bits names layer 2"):
+        Prefix.encode(caches, 30, CacheCodec(layer_bits=((2, 8, 8),)))
+    assert [cache.offset for cache in caches] == [30, 29]
 
 
 def test_a_cache_of_other_tokens_is_refused(build_model: Build, fill: Any, random_tokens: Tokens) -> None:

@@ -147,6 +147,22 @@ def test_segments_that_do_not_follow_each_other_are_refused(models: dict[str, An
         join([other, second])
 
 
+def test_what_a_segment_cannot_stand_behind_is_refused_before_the_model_runs(models: dict[str, Any]) -> None:
+    model, ran = models["llama"], list[int]()
+    parent = join(chain(model, [100]))
+    for tokens, codec, behind, message in (
+        ([], CODEC, None, "one token or more"),
+        ([], CODEC, parent, "one token or more"),
+        (TOKENS, CODEC, parent.dense(mx.float32), "not a decoded one"),
+        (TOKENS, replace(CODEC, seed=1), parent, "different codecs cannot be joined: seed 0 and 1"),
+        (TOKENS, replace(CODEC, layer_bits=((1, 4, 4),)), parent, "key_bits 8 and 4"),
+        (TOKENS, replace(CODEC, layer_bits=((2, 4, 4),)), None, "layer_bits names layer 2, but the model has 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            prefill_segment(model, tokens, codec, behind, 32, ran.append)
+    assert ran == []
+
+
 def test_queries_share_their_attention_with_the_parent() -> None:
     """A segment's tokens get less attention where the parent gets most of it."""
     keys = mx.random.normal((1, 200, 32))

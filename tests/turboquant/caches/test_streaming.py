@@ -169,6 +169,46 @@ def test_trimming_more_than_there_is_drops_all() -> None:
     assert tq.offset == 0
 
 
+def trimmed_to_sinks(dtype: mx.Dtype) -> TurboQuantKVCache:
+    tq = TurboQuantKVCache(CacheCodec(window=0))
+    feed(tq, *(x.astype(dtype) for x in random_kv(144)), [0, 144])
+    tq.make_mask(1)
+    assert tq.suffix.empty()
+    assert tq.trim(140) == 140
+    return tq
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+def test_a_cache_keeps_its_dtype_when_it_is_trimmed_to_its_sinks(dtype: mx.Dtype) -> None:
+    keys, values = (x.astype(dtype) for x in random_kv(10))
+    fetched = trimmed_to_sinks(dtype).update_and_fetch(keys, values)
+    for x, new in zip(fetched, (keys, values), strict=True):
+        assert (x.dtype, x.shape[2]) == (dtype, 14)
+        assert mx.array_equal(x[:, :, 4:], new)
+    batch = TurboQuantKVCache.merge([trimmed_to_sinks(dtype), trimmed_to_sinks(dtype)])
+    assert batch.update_and_fetch(*(mx.concatenate([x, x]) for x in (keys, values)))[0].dtype == dtype
+    short = TurboQuantKVCache()
+    short.update_and_fetch(keys, values)
+    mixed = TurboQuantKVCache.merge([trimmed_to_sinks(dtype), short])
+    assert mx.array_equal(mixed.suffix.extract(1).keys, keys)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("position", [100, 500])
+@pytest.mark.parametrize("which", [0, 1])
+def test_numbers_that_are_not_finite_are_refused_in_any_block(bad: float, position: int, which: int) -> None:
+    new = random_kv(700)
+    new[which][:, 1, position, 5] = bad
+    tq, batch = TurboQuantKVCache(), TurboQuantKVCache.merge([TurboQuantKVCache(), TurboQuantKVCache()])
+    for cache, rows in ((tq, 1), (batch, 2)):
+        keys, values = (mx.concatenate([x] * rows) for x in new)
+        cache.update_and_fetch(keys[:, :, :400], values[:, :, :400])
+        if position > 400:
+            cache.update_and_fetch(keys[:, :, 400:], values[:, :, 400:])
+        with pytest.raises(ValueError, match="not finite"):
+            cache.make_mask(1)
+
+
 def test_a_batch_of_rows_is_refused_with_the_way_out() -> None:
     two_rows = mx.zeros((2, 2, 5, 64))
     with pytest.raises(ValueError, match="merge"):

@@ -366,6 +366,7 @@ def test_a_model_without_room_for_a_context(
         (["--model", "absent/folder/of/a/model"], "neither a model's folder"),
         (["--sinks", "-1"], "cannot be negative"),
         (["--coding", "trellis", "--prefill", "streaming", "--model", "absent/model"], "use --prefill exact"),
+        (["--layer-bits", "40:8"], "layer_bits names layer 40, but the model has 5 layers"),
         (["--plot", "picture.nonsense"], "must end in one of"),
         (["--plot", "absent/picture.png"], "no such folder"),
     ],

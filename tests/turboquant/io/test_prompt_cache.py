@@ -118,6 +118,37 @@ def test_several_rows_are_refused_and_left_alone(build_model: Build) -> None:
     assert [c.offset for c in two_rows] == [30, 30]
 
 
+@pytest.mark.parametrize(
+    ("codec", "damage"),
+    [
+        (CacheCodec(8, 8, coding="trellis"), 0.0),
+        (CacheCodec(8, 8, layer_bits=((2, 4, 4),)), 0.0),
+        (EIGHT, float("nan")),
+        (EIGHT, float("inf")),
+    ],
+)
+def test_a_cache_that_cannot_be_compressed_is_left_alone(
+    codec: CacheCodec, damage: float, build_model: Build, fill: Any, random_tokens: Tokens
+) -> None:
+    filled = fill(build_model("llama"), random_tokens(300, 0))
+    filled[1].values[:, 1, 7, 3] += damage
+    with pytest.raises(ValueError, match=r"scalar codes|layer_bits names layer 2|not finite"):
+        compress(filled, codec)
+    assert [cache.offset for cache in filled] == [300, 300]
+    assert not any(cache.empty() for cache in filled)
+
+
+def test_layers_of_16_bits_have_mlx_lm_s_own_cache(build_model: Build, fill: Any, random_tokens: Tokens) -> None:
+    model, prompt, codec = build_model("llama"), random_tokens(300, 0), CacheCodec(8, 8, layer_bits=((1, 16, 16),))
+    filled, stock = fill(model, prompt), fill(model, prompt)
+    compressed, made = compress(filled, codec), make_prompt_cache(model, codec)
+    continue_on(model, made, prompt)
+    assert compressed[1] is filled[1]
+    for caches in (compressed, made):
+        assert [type(cache) for cache in caches] == [TurboQuantKVCache, KVCache]
+        assert cosine(continue_on(model, caches, [1]), continue_on(model, copy.deepcopy(stock), [1])) > 0.999
+
+
 # --- files
 
 
@@ -162,6 +193,17 @@ def test_a_loaded_cache_continues_exactly_like_the_saved_one(
                 assert ours.layer is not None
                 for x, y in zip(ours.layer.tensors().values(), theirs.layer.tensors().values(), strict=True):
                     assert mx.array_equal(x, y)
+
+
+def test_forks_of_uncompressed_layers_are_saved_and_loaded(tmp_path: Path) -> None:
+    codec, keys = CacheCodec(16, 16), mx.random.normal((2, 300, 64))
+    first = encode_layer(keys[:, :200], keys[:, :200], codec)
+    joined = EncodedLayer.join([first, encode_layer(keys[:, 200:], keys[:, 200:], codec, parent=first)])
+    rebuilt = EncodedLayer.from_tensors(first.tensors(), codec)
+    save_prompt_cache(tmp_path / "cache", [Fork(joined), Fork(rebuilt)])
+    for fork, tokens in zip(load_prompt_cache(tmp_path / "cache"), (300, 200), strict=True):
+        assert fork.offset == tokens
+        assert mx.array_equal(fork.layer.sink_keys, keys[:, :tokens])
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import xxhash
 
 from turboquant.kernels.compiled_files import SUFFIX, CompiledFiles, compiled_files, key_of
 
@@ -77,6 +78,21 @@ def test_processes_may_write_the_same_file_at_once(files: CompiledFiles) -> None
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(write_and_read, range(200)))
     assert [path.name for path in files.folder.iterdir()] == [f"attend-{KEY}{SUFFIX}"]
+
+
+def test_a_file_that_is_removed_after_it_was_read_is_no_error(
+    files: CompiledFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, digest = the_file(files), xxhash.xxh3_128_hexdigest
+
+    def digest_and_remove(content: bytes) -> str:
+        path.unlink()
+        return digest(content)
+
+    monkeypatch.setattr("xxhash.xxh3_128_hexdigest", digest_and_remove)
+    found = files.read("attend", KEY)
+    assert found is not None
+    assert found[0] == CODE
 
 
 def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:

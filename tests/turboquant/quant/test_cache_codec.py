@@ -25,6 +25,7 @@ def test_an_uncompressed_layer_is_what_it_was_made_from(dtype: mx.Dtype) -> None
         assert mx.array_equal(found, expected.astype(mx.float32))
     assert layer.effective_bits == pytest.approx(8 * dtype.size, rel=0.02)
     assert WHOLE.nbytes(300, 64) == pytest.approx(layer.nbytes / 2 * (2 / dtype.size), rel=0.02)
+    assert WHOLE.nbytes(300, 64, dtype.size) == layer.nbytes / 2
 
 
 def test_single_layers_may_be_uncompressed() -> None:

@@ -220,6 +220,12 @@ def test_a_layer_can_have_other_bits() -> None:
     assert codec.identity != CacheCodec(4, 3).identity
 
 
+@pytest.mark.parametrize("layer", [4, 40, -5])
+def test_bits_of_a_layer_that_does_not_exist_are_refused(layer: int) -> None:
+    with pytest.raises(ValueError, match=f"layer_bits names layer {layer}, but the model has 4 layers: 0 to 3, or"):
+        CacheCodec(layer_bits=((0, 8, 8), (layer, 8, 8))).for_layer(0, 4)
+
+
 def test_bits_of_a_layer_are_checked_too() -> None:
     with pytest.raises(ValueError, match="7"):
         CacheCodec(layer_bits=((0, 4, 7),))

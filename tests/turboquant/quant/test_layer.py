@@ -94,6 +94,23 @@ def test_a_layer_can_be_rebuilt_from_its_tensors(tokens: int, random_layer: Call
     assert all(mx.array_equal(a, b) for a, b in zip(layer.decode(), again.decode(), strict=True))
 
 
+@pytest.mark.parametrize(
+    ("other", "differing"),
+    [
+        (CacheCodec(4, 4, coding="trellis"), "coding scalar and trellis"),
+        (CacheCodec(4, 4, seed=1), "seed 0 and 1"),
+        (CacheCodec(4, 3), "value_bits 4 and 3"),
+        (CacheCodec(16, 16), "key_bits 4 and 16"),
+    ],
+)
+def test_layers_of_different_codecs_are_not_joined(other: CacheCodec, differing: str) -> None:
+    first = encode_layer(*kv(300), CacheCodec(4, 4))
+    behind = [encode_layer(*kv(256), codec, parent=first) for codec in (CacheCodec(4, 4), other)]
+    assert EncodedLayer.join([first, behind[0]]).tokens == 556
+    with pytest.raises(ValueError, match=f"different codecs cannot be joined: {differing}"):
+        EncodedLayer.join([first, behind[1]])
+
+
 TENSORS = [
     "sink_keys",
     "sink_values",

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from threadpoolctl import threadpool_info
+from threadpoolctl import threadpool_info, threadpool_limits
 
 from turboquant.runtime import threads
 from turboquant.runtime.threads import run_in_parallel
@@ -51,3 +53,37 @@ def test_an_error_is_raised_when_all_threads_are_done(count: int) -> None:
     with pytest.raises(ValueError, match="3"):
         run_in_parallel(work, range(10))
     assert running == []
+
+
+@pytest.fixture
+def two_blas_threads() -> Iterator[None]:
+    own = max(blas_threads(), default=1)
+    set_blas_threads(2)
+    yield
+    set_blas_threads(own)
+
+
+@pytest.mark.usefixtures("two_blas_threads")
+def test_the_blas_is_as_it_was_after_calls_at_once() -> None:
+    """The calls begin one after the other, and would end in that order if they overlapped."""
+    before, runs = blas_threads(), [threading.Event(), threading.Event()]
+
+    def work(call: int) -> None:
+        runs[call].set()
+        if call == 0:
+            runs[1].wait(0.2)
+        else:
+            first.result()
+
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(run_in_parallel, work, [0, 0])
+        assert runs[0].wait(10)
+        pool.submit(run_in_parallel, work, [1, 1]).result()
+    assert blas_threads() == before
+
+
+def set_blas_threads(count: int) -> None:
+    """Set them in a thread that ends: threadpoolctl lets no other thread change what a living one has set."""
+    thread = threading.Thread(target=threadpool_limits, args=(count, "blas"))
+    thread.start()
+    thread.join()
