@@ -243,6 +243,20 @@ def test_documents_that_share_a_batch_are_tried_alone_before_one_is_to_blame(
     assert killed.output.read_bytes() == workplace.output.read_bytes()
 
 
+@pytest.mark.parametrize(("chunks", "lost", "restarts"), [("1 1", "d0", 2), ("2 1 1 1", "d1", 4)])
+def test_the_document_whose_prefill_kills_the_process_is_to_blame(
+    killed: Supervised, chunks: str, lost: str, restarts: int
+) -> None:
+    # The prefixes that are in memory already may be to blame too, so d0 and d1 are tried alone before d1 is lost.
+    killed.tree["generation"] = {"max_tokens": 5, "batch_size": 9}
+    process = killed.start("kill", "pipeline.execution.prefixes:PrefixProvider._chunk_done", chunks)
+    _, error = process.communicate()
+    assert process.returncode == 3, error
+    failed = Counter(document for (document, _), row in killed.rows().items() if row["status"] == "error")
+    assert failed == {lost: 3}
+    assert killed.report()["restarts"] == restarts
+
+
 def test_every_document_has_its_own_deaths(killed: Supervised) -> None:
     # d0 twice, d1 once, and d2 twice again.
     process = killed.start("kill", "pipeline.execution.engine:Engine._show_row", "1 1 2 4 1")
