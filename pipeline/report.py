@@ -100,7 +100,7 @@ class Report:
     """Numbers of a run. They are written to ``<output>.run.json``."""
 
     documents: int = 0
-    documents_done: int = 0  # the first N of the input; a run that resumes from this report skips them
+    documents_done: int = 0  # their rows are on disk
     rows: int = 0
     rows_kept: int = 0
     rows_answered: int = 0

@@ -154,7 +154,7 @@ def _run_pipeline(job: Job, warm: bool) -> BenchResult:
     if processes > 1:
         pool = _MeteredPool(job, processes, threads)
         report = Runner(
-            job, RunObserver(), executor=lambda context, inputs, done: PoolExecutor(context, inputs, done, pool)
+            job, RunObserver(), executor=lambda context, inputs, finished: PoolExecutor(context, inputs, finished, pool)
         ).run()
         measured = pool.read()
     else:

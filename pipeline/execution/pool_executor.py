@@ -23,6 +23,7 @@ from pipeline.errors import Interrupted
 from pipeline.execution.asking import Asker
 from pipeline.execution.context import RunContext
 from pipeline.execution.executor import Executor, drop_segments
+from pipeline.execution.finished_documents import FinishedDocuments
 from pipeline.execution.lease_worker import TokenCounts, WorkerReply
 from pipeline.execution.leases import Lease, Leases
 from pipeline.execution.quarantine import name_documents
@@ -41,8 +42,8 @@ _log = logging.getLogger(__name__)
 class PoolExecutor(Executor):
     """Hands out the groups of a run to the workers of a pool."""
 
-    def __init__(self, context: RunContext, inputs: Inputs, documents_done: int, pool: WorkerPool) -> None:
-        super().__init__(context, inputs, documents_done)
+    def __init__(self, context: RunContext, inputs: Inputs, finished: FinishedDocuments, pool: WorkerPool) -> None:
+        super().__init__(context, inputs, finished)
         self._pool = pool
         self._asker = Asker(context.job, context.identity)
         self._events: SimpleQueue[Callable[[], GroupResult | None]] = SimpleQueue()  # filled by the pool's threads
@@ -95,7 +96,7 @@ class PoolExecutor(Executor):
 
     def _counted(self, group: GroupResult, shown: int = 0) -> GroupResult:
         """Count a group's documents, and its rows but for those that were shown."""
-        self._documents_done += len(group.tasks)
+        self._documents_yielded += len(group.tasks)
         self._context.observer.rows_done(sum(len(result.rows) for result in group.results) - shown)
         return group
 

@@ -23,6 +23,7 @@ from typing import Any
 from pipeline.errors import PipelineError, one_line
 from pipeline.execution.context import RunContext
 from pipeline.execution.executor import Executor, LocalExecutor
+from pipeline.execution.finished_documents import FinishedDocuments
 from pipeline.execution.lease_worker import LeaseWorker
 from pipeline.execution.pool_executor import PoolExecutor
 from pipeline.execution.processes import SPAWN, cause_of_death, end_with_parent
@@ -41,13 +42,13 @@ _ROOM = 1 << 30  # bytes that a process needs besides the weights, for prefixes,
 _log = logging.getLogger(__name__)
 
 
-def local_executor(context: RunContext, inputs: Inputs, documents_done: int = 0) -> Executor:
+def local_executor(context: RunContext, inputs: Inputs, finished: FinishedDocuments) -> Executor:
     """Return the executor of a run on this machine: this process answers, or several share the cores of a CPU."""
     processes, threads = processes_and_threads(context.job, inputs)
     if processes == 1:
-        return LocalExecutor(context, inputs, documents_done)
+        return LocalExecutor(context, inputs, finished)
     _log.info("%d processes with a model each; threads of each: %d", processes, threads)
-    return PoolExecutor(context, inputs, documents_done, ProcessPool(context.job, processes, threads))
+    return PoolExecutor(context, inputs, finished, ProcessPool(context.job, processes, threads))
 
 
 def processes_and_threads(job: Job, inputs: Inputs) -> tuple[int, int]:

@@ -268,6 +268,17 @@ def test_every_document_has_its_own_deaths(killed: Supervised) -> None:
     assert sum(map(int, killed.noted("shown"))) == 9
 
 
+def test_a_process_whose_workers_answer_may_die_too(workplace: Workplace, killed: Supervised) -> None:
+    process = killed.start("kill", "pipeline.execution.commit:Committer.commit", "2", "--set", "scale.processes=2")
+    _, error = process.communicate()
+    assert process.returncode == 0, error
+    (line,) = [line for line in error.splitlines() if "the model's process" in line]
+    assert line.endswith("after work on documents had begun; starting it again")
+    workplace.run()
+    assert killed.output.read_bytes() == workplace.output.read_bytes()
+    assert [killed.report()[name] for name in ("documents_done", "rows_failed", "restarts")] == [3, 0, 1]
+
+
 @pytest.mark.parametrize(
     ("target", "where", "begun"),
     [
