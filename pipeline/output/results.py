@@ -36,6 +36,7 @@ from pipeline.files.atomic import atomic_file, disk_errors, make_folder, output_
 from pipeline.files.remote import upload
 from pipeline.files.writers import PARQUET_OPTIONS
 from pipeline.inputs.documents import document_digest
+from pipeline.job.shards import shards_folder
 from pipeline.output.rows import (
     BROKEN,
     SCHEMA,
@@ -215,9 +216,15 @@ class Results:
             self.output.unlink()
 
     def _remove_folder(self) -> None:
-        """Remove what is left here of an uploaded result: the lock, and the run file, which is uploaded too."""
+        """Remove what is left here of an uploaded result: the lock, and the run file, which is uploaded too.
+
+        The results of shards stay, since they are nowhere else.
+        """
         with suppress(OSError):
-            shutil.rmtree(self.output.parent)
+            for path in self.output.parent.iterdir():
+                if path != shards_folder(self.output):
+                    path.unlink()
+            self.output.parent.rmdir()  # works only if there are no shards
             self.output.parent.parent.rmdir()  # works only if no other result waits to be uploaded
 
     def _open_finished(self) -> FinishedFile | None:
