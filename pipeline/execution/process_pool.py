@@ -141,9 +141,11 @@ class ProcessPool(WorkerPool):
         return computing_versions()
 
     def start_missing(self) -> list[WorkerHandle]:
-        """Start as many workers as there are to be."""
-        if self._failed_starts >= MOST_DEATHS and not self.workers:
-            raise PipelineError(f"the model's process died, {NEVER_STARTED}")
+        """Start as many workers as there are to be, unless the last ones died before they were ready."""
+        if self._failed_starts >= MOST_DEATHS:
+            if not self.workers:
+                raise PipelineError(f"the model's process died, {NEVER_STARTED}")
+            return []  # others may still load the model, or have loaded it
         return [self._start() for _ in range(self._count - len(self.workers))]
 
     def has_started(self, worker: WorkerHandle) -> None:
@@ -155,7 +157,7 @@ class ProcessPool(WorkerPool):
         assert isinstance(worker, ProcessHandle)
         self.workers.pop(worker.name)
         cause = cause_of_death(worker.process, worker.started)
-        self._failed_starts += worker.store is None
+        self._failed_starts = self._failed_starts + 1 if worker.store is None else 0
         if worker.process.exitcode == -signal.SIGKILL and self._count > 1:
             self._count -= 1
             _log.warning("going on with %d of the processes, because memory may be short", self._count)

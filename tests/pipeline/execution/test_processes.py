@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from pipeline.errors import PipelineError
 from pipeline.execution import process_pool
 from pipeline.execution.context import RunContext
 from pipeline.execution.executor import LocalExecutor
@@ -76,6 +77,19 @@ class Stillborn(LeaseWorker):
 
     def _start(self, *arguments: Any) -> Any:
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Aborting(LeaseWorker):
+    """A worker that aborts while it loads the model. The ninth one does not, so that the run ends in any case."""
+
+    def _start(self, *arguments: Any) -> Any:
+        with (self._job.cache.dir.parent / "aborted").open("a+") as file:
+            file.seek(0)
+            if len(file.read()) < 8:
+                file.write("x")
+                file.flush()
+                os.abort()
+        return super()._start(*arguments)
 
 
 class Broken(LeaseWorker):
@@ -194,9 +208,10 @@ def test_a_document_that_kills_its_process_twice_becomes_error_rows(place: Workp
     assert place.output.read_bytes() == alone(place)
 
 
-def test_a_model_that_kills_every_process_ends_the_run(place: Workplace) -> None:
-    with pytest.raises(Exception, match="died, twice, before a document was in hand"):
-        run_with(place, Stillborn)
+@pytest.mark.parametrize("worker", [Stillborn, Aborting])
+def test_a_model_that_kills_every_process_ends_the_run(place: Workplace, worker: type[LeaseWorker]) -> None:
+    with pytest.raises(PipelineError, match="died, twice, before a document was in hand"):
+        run_with(place, worker)
 
 
 def test_a_fault_in_a_process_ends_the_run_with_its_reason(place: Workplace) -> None:
