@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from threading import Event
+from threading import Event, Lock
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +50,7 @@ from pipeline.signals import stops_handled, stops_held_back
 if TYPE_CHECKING:
     from pipeline.job.job import Job
 
+_MAIN_MODULE = Lock()  # held while it is hidden: of two threads, the second would put back what the first had hidden
 _log = logging.getLogger(__name__)
 
 
@@ -239,9 +240,10 @@ class _Supervisor:
 @contextmanager
 def _main_module_hidden() -> Iterator[None]:
     """Keep a new process from importing the main module: a user's script without a guard would run once more."""
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
+    with _MAIN_MODULE:
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = main

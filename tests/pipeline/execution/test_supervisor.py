@@ -10,9 +10,11 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event, Thread
 
 import pytest
 
+from pipeline.execution.supervisor import _main_module_hidden
 from tests import ROOT, warm
 from tests.pipeline.workplace import Workplace
 
@@ -22,6 +24,7 @@ from tests.pipeline.workplace import Workplace
 MAIN = """
 import importlib, os, signal, sys, time
 from pathlib import Path
+from threading import Event, Thread
 from turboquant.runtime.blas import load_tuned_blas
 
 load_tuned_blas()
@@ -396,6 +399,26 @@ def test_a_process_that_dies_when_asked_to_stop_is_no_death(killed: Supervised) 
 
 
 # ---- the parent
+
+
+def test_runs_in_two_threads_put_the_main_module_back() -> None:
+    main, may_leave, is_hidden = sys.modules["__main__"], Event(), Event()
+
+    def hide() -> None:
+        with _main_module_hidden():
+            is_hidden.set()
+            may_leave.wait(60)
+
+    other = Thread(target=hide)
+    try:
+        with _main_module_hidden():
+            other.start()
+            is_hidden.wait(0.2)
+        may_leave.set()
+        other.join()
+        assert sys.modules["__main__"] is main
+    finally:
+        sys.modules["__main__"] = main
 
 
 def test_the_parent_imports_no_mlx(workplace: Workplace) -> None:
