@@ -116,7 +116,7 @@ class _Supervisor:
                     if self._stops_asked:
                         raise KeyboardInterrupt
                     self._handle_death(outcome)
-            except (PipelineError, KeyboardInterrupt) as error:
+            except BaseException as error:  # one of the caller's `on_progress` too
                 if self._has_lock:  # otherwise the run file may be another run's
                     mark_ended(self._job, error)
                 raise
@@ -126,13 +126,12 @@ class _Supervisor:
         self._in_hand, self._has_begun, started = (), False, time.monotonic()
         with self._process() as (process, connection):
             while (message := receive(connection, self._wait)) is not None:
+                self._has_lock |= isinstance(message, RunStarted)
                 self._display.show(message)
                 self._stop_if_asked()
                 if isinstance(message, Finished | Failed):
                     return message
-                if isinstance(message, RunStarted):
-                    self._has_lock = True
-                elif isinstance(message, PrefillAdvanced | RestoreAdvanced):
+                if isinstance(message, PrefillAdvanced | RestoreAdvanced):
                     self._has_begun = True
                 elif isinstance(message, DocumentsStarted):
                     self._in_hand, self._has_begun = message.document_ids, True
