@@ -280,6 +280,7 @@ def test_a_process_whose_workers_answer_may_die_too(workplace: Workplace, killed
     workplace.run()
     assert killed.output.read_bytes() == workplace.output.read_bytes()
     assert [killed.report()[name] for name in ("documents_done", "rows_failed", "restarts")] == [3, 0, 1]
+    assert sum(map(int, killed.noted("shown"))) == 9
 
 
 @pytest.mark.parametrize(
