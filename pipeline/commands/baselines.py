@@ -131,8 +131,8 @@ class _MeteredPool(ProcessPool):
     started: float | None = None
     held = peak = 0
 
-    def has_started(self, worker: WorkerHandle) -> None:
-        super().has_started(worker)
+    def note_ready(self, worker: WorkerHandle) -> None:
+        super().note_ready(worker)
         pid = worker.report.pid
         with suppress(OSError):
             _reset_peak(pid)

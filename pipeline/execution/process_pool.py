@@ -148,7 +148,7 @@ class ProcessPool(WorkerPool):
             return []  # others may still load the model, or have loaded it
         return [self._start() for _ in range(self._count - len(self.workers))]
 
-    def has_started(self, worker: WorkerHandle) -> None:
+    def note_ready(self, worker: WorkerHandle) -> None:
         """Note that a worker is ready."""
         self._failed_starts = 0
 
