@@ -170,7 +170,7 @@ class Progress(RunObserver):
         self._quiet = quiet
         self.report = report.copy() if report else Report()  # counts the documents whose rows are on disk
         self._rows = self._restored = 0
-        self._rows_done = self.report.rows_kept + self.report.rows_answered + self.report.rows_failed
+        self._rows_done = self.report.rows_done
         self._tokens = self.report.prefilled_tokens
         self._prefill_seconds = self.report.prefill_seconds
         self._last_line = self._last_prefilled = time.monotonic()
@@ -209,7 +209,7 @@ class Progress(RunObserver):
         self._committed = _Committed(
             now - (self._started if self._work_started is None else self._work_started),
             self._prefill_seconds,
-            self._rows_done - report.rows_kept,
+            self._rows_done - report.rows_found,
         )
         self.refresh()
 
@@ -271,7 +271,7 @@ class Progress(RunObserver):
         """Return the state of the run now."""
         seconds, report = time.monotonic() - self._started, self.report
         prefixes = report.prefixes_built + report.prefixes_restored
-        rate = max(0, self._rows_done - report.rows_kept) / seconds if seconds else 0.0
+        rate = max(0, self._rows_done - report.rows_found) / seconds if seconds else 0.0
         return Pace(
             seconds=seconds,
             rows=self._rows,

@@ -100,12 +100,13 @@ class Report:
     """Numbers of a run. They are written to ``<output>.run.json``."""
 
     documents: int = 0
-    documents_done: int = 0  # the first N of the input; a run that resumes from this report skips them
+    documents_done: int = 0  # their rows are on disk
     rows: int = 0
     rows_kept: int = 0
     rows_answered: int = 0
     rows_failed: int = 0
     rows_skipped: int = 0  # because the condition of their query does not hold, kept ones included
+    rows_kept_unanswered: int = 0  # kept rows that failed or were skipped, which are counted there too
     rows_beside: int = 0  # rows of the result that this run, of a part of the job, left as they were
     failures: dict[str, int] = field(default_factory=dict)  # by error_type; asdict cannot copy a Counter
     first_failures: dict[str, str] = field(default_factory=dict)  # the first failed row of each error_type, and why
@@ -136,6 +137,16 @@ class Report:
     other_versions: str = ""  # how the first of these differ from the versions now
     interrupted: bool = False
     stopped_at: str | None = None  # the failed row that stopped the run, with --fail-fast
+
+    @property
+    def rows_done(self) -> int:
+        """The rows of the documents that are done."""
+        return self.rows_kept + self.rows_answered + self.rows_failed + self.rows_skipped
+
+    @property
+    def rows_found(self) -> int:
+        """Those of them that were there when the run started."""
+        return self.rows_kept + self.rows_kept_unanswered
 
     def copy(self) -> Report:
         """Return a copy that does not change when this report does."""

@@ -104,13 +104,14 @@ class Store:
 
         segment: Segment | None = None
         try:
-            segment = read()
-        except SegmentError:
-            if self.contains(key):
-                with suppress(SegmentError):
-                    segment = self.read_again(key, read)
-            else:
-                self._miss_log.log_miss(key, identity, label, whole)
+            try:
+                segment = read()
+            except SegmentError:
+                if self.contains(key):
+                    with suppress(SegmentError):
+                        segment = self.read_again(key, read)
+                else:
+                    self._miss_log.log_miss(key, identity, label, whole)
         except (OSError, RuntimeError, MemoryError) as error:
             _log.warning("%s: a stored prefix cannot be read now, so it is built: %s", folder, one_line(error))
         if segment is not None:

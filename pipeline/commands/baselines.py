@@ -132,8 +132,8 @@ class _MeteredPool(ProcessPool):
     started: float | None = None
     held = peak = 0
 
-    def has_started(self, worker: WorkerHandle) -> None:
-        super().has_started(worker)
+    def note_ready(self, worker: WorkerHandle) -> None:
+        super().note_ready(worker)
         pid = worker.report.pid
         with suppress(OSError):
             _reset_peak(pid)
@@ -155,7 +155,7 @@ def _run_pipeline(job: Job, warm: bool) -> BenchResult:
     if processes > 1:
         pool = _MeteredPool(job, processes, threads)
         report = Runner(
-            job, RunObserver(), executor=lambda context, inputs, done: PoolExecutor(context, inputs, done, pool)
+            job, RunObserver(), executor=lambda context, inputs, finished: PoolExecutor(context, inputs, finished, pool)
         ).run()
         measured = pool.read()
     else:

@@ -72,7 +72,7 @@ def run_on_ray(
             MessageObserver(show),
             options=options,
             shard=shard,
-            executor=lambda context, inputs, done: PoolExecutor(context, inputs, done, RayPool(job)),
+            executor=lambda context, inputs, finished: PoolExecutor(context, inputs, finished, RayPool(job)),
         )
         report = runner.run()
         display.show(Finished(report))

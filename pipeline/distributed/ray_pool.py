@@ -116,7 +116,7 @@ class RayPool(WorkerPool):
         cause = f"died on {worker.machine.host}" if is_machine_alive else "was lost with its machine"
         return Death(cause, by_machine=not is_machine_alive)
 
-    def has_started(self, worker: WorkerHandle) -> None:
+    def note_ready(self, worker: WorkerHandle) -> None:
         """Note that a worker is ready."""
         assert isinstance(worker, RayHandle)
         self._failed_starts.pop(worker.machine.node, None)

@@ -57,6 +57,7 @@ class Committer:
         kept = [row for task in group.tasks for row in task.kept]
         failed = [row for row in rows if row.status == "error"]
         report.rows_kept += sum(row.status == "ok" for row in kept)
+        report.rows_kept_unanswered += sum(row.status != "ok" for row in kept)
         for row in kept:
             if difference := describe_difference(row.versions, self._executor.versions):
                 report.rows_of_other_versions += 1

@@ -45,7 +45,6 @@ class RunDisplay:
         self._progress = Progress(quiet=True)  # until the number of rows is known
         self._started = False
         self._last_metrics = self._last_told = 0.0
-        self._rows_in_hand = 0  # shown as done but not on disk yet
 
     def __enter__(self) -> RunDisplay:
         self._write_metrics(running=True)
@@ -67,7 +66,6 @@ class RunDisplay:
                 self._progress.run_started(message.rows)
                 self._tell_programs("run started", rows=message.rows)
         elif isinstance(message, DocumentsDone):
-            self._rows_in_hand = 0
             progress.documents_done(message.document_ids, message.report)
             self._last_told = 0.0  # each of them is told
             self._tell_programs("documents done", document_ids=message.document_ids, **asdict(progress.pace()))
@@ -76,7 +74,6 @@ class RunDisplay:
             self._last_told = 0.0  # so that the end is told
             self._tell_programs("run ended", **asdict(message.report))
         elif isinstance(message, RowsDone):
-            self._rows_in_hand += message.count
             progress.rows_done(message.count)
         else:
             _show_tokens(progress, message)
@@ -94,8 +91,7 @@ class RunDisplay:
     def forget_rows_in_hand(self) -> None:
         """Take back the rows that were not on disk when the process died."""
         self._progress.prefill_ended()
-        self._progress.rows_done(-self._rows_in_hand)
-        self._rows_in_hand = 0
+        self._progress.rows_done(self._progress.report.rows_done - self._progress.pace().rows_done)
 
     def _tell_programs(self, text: str, **fields: Any) -> None:
         if are_json() and not self._quiet:

@@ -187,8 +187,6 @@ class Engine:
         observer = self._context.observer
         self._rows_shown = 0
         for prepared in group:
-            if prepared.task.open_queries:
-                observer.documents_started([prepared.task.document_id])
             if prepared.is_split:
                 self._answer_windows(prepared)
         # Queries that use answers are asked when these are there, those of all documents together.
@@ -211,7 +209,9 @@ class Engine:
                 pass
             if not prepared.is_split and prepared.prompts and prepared.prompts[0].open_queries:
                 name, prompt = prepared.task.document_id, prepared.prompts[0]
-                prefixes[name] = prefixes.get(name) or self._with_prefix(prompt)
+                if not prefixes.get(name):  # the prefixes before it are in memory too, so they may be to blame as well
+                    self._context.observer.documents_started([*(other for other in prefixes if prefixes[other]), name])
+                    prefixes[name] = self._with_prefix(prompt)
                 ready += prefixes[name]
         return ready
 

@@ -16,6 +16,7 @@ from pipeline.cache.pins import Pins, output_digest
 from pipeline.errors import RowError
 from pipeline.execution.context import RunContext
 from pipeline.execution.fingerprint import context_label
+from pipeline.execution.finished_documents import FinishedDocuments
 from pipeline.execution.task import DocumentTask, GroupResult, TaskResult
 from pipeline.inputs.batching import ahead
 from pipeline.inputs.inputs import Inputs
@@ -36,13 +37,13 @@ if TYPE_CHECKING:
 class Executor(ABC):
     """Answers the groups of one run. The model is loaded only when a row needs it.
 
-    documents_done: how many documents an earlier process of this run has finished. A subclass adds the documents that
-    it yields. The contexts of finished documents are not pinned.
+    finished: the documents that an earlier process of this run has finished. Their contexts are not pinned, and neither
+    are those of the documents that are yielded before the model is needed, which a subclass counts.
     """
 
-    def __init__(self, context: RunContext, inputs: Inputs, documents_done: int = 0) -> None:
+    def __init__(self, context: RunContext, inputs: Inputs, finished: FinishedDocuments) -> None:
         self._context, self._job, self._inputs = context, context.job, inputs
-        self._documents_done = documents_done
+        self._finished, self._documents_yielded = finished, 0
         self._shared = Renderer(context.job.prompt, context.job.documents).shared
         self._pins = Pins(context.job.cache.dir, context.job.result_file)
         if inputs.is_part:
@@ -104,7 +105,8 @@ class Executor(ABC):
         renderer = Renderer(self._job.prompt, self._job.documents)
         if self._shared:
             yield context_label(self._shared)
-        for document in islice(self._inputs.stream(), self._documents_done, None):
+        left = (document for document in self._inputs.stream() if document.id not in self._finished)
+        for document in islice(left, self._documents_yielded, None):
             with suppress(RowError):
                 yield context_label(renderer.render(document))
 
@@ -127,7 +129,7 @@ class LocalExecutor(Executor):
                     results = [TaskResult.without_model(task) for task in tasks]
                     context.observer.rows_done(sum(len(result.rows) for result in results))
                 yield GroupResult(tasks, results)
-                self._documents_done += len(tasks)
+                self._documents_yielded += len(tasks)
 
     def take_stats(self) -> list[WorkStats]:
         """Return the statistics of the work since the last call."""

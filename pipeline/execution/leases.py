@@ -64,16 +64,14 @@ class Leases:
         self._leased = 0
         self._is_exhausted = False
 
-    @property
-    def is_waiting(self) -> bool:
-        """Whether there is something for a worker to do."""
+    def has_more(self) -> bool:
+        """Return whether there is something for a worker to do. If none waits, the input is read, which may block."""
         self._fill(1)
         return bool(self._waiting)
 
-    @property
     def are_done(self) -> bool:
-        """Whether all groups are answered."""
-        return not (self.is_waiting or self._leased or self._done)
+        """Return whether all groups are answered. The input may be read, which may block."""
+        return not (self.has_more() or self._leased or self._done)
 
     def take_done(self) -> Iterator[list[DocumentTask]]:
         """Yield the groups that need no worker, since they have no open queries."""

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NoReturn
 from pipeline import errors
 from pipeline.errors import PipelineError, one_line
 from pipeline.execution.context import RunOptions
+from pipeline.execution.finished_documents import FinishedDocuments
 from pipeline.job.shards import Shard
 from pipeline.progress import RunObserver
 from pipeline.report import Report
@@ -34,6 +35,7 @@ class RunRequest:
 
     job: Job
     report: Report
+    finished: FinishedDocuments
     quarantined: Mapping[str, str]
     separated: Collection[str]
     options: RunOptions

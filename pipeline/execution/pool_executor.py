@@ -23,6 +23,7 @@ from pipeline.errors import Interrupted
 from pipeline.execution.asking import Asker
 from pipeline.execution.context import RunContext
 from pipeline.execution.executor import Executor, drop_segments
+from pipeline.execution.finished_documents import FinishedDocuments
 from pipeline.execution.lease_worker import TokenCounts, WorkerReply
 from pipeline.execution.leases import Lease, Leases
 from pipeline.execution.quarantine import name_documents
@@ -41,8 +42,8 @@ _log = logging.getLogger(__name__)
 class PoolExecutor(Executor):
     """Hands out the groups of a run to the workers of a pool."""
 
-    def __init__(self, context: RunContext, inputs: Inputs, documents_done: int, pool: WorkerPool) -> None:
-        super().__init__(context, inputs, documents_done)
+    def __init__(self, context: RunContext, inputs: Inputs, finished: FinishedDocuments, pool: WorkerPool) -> None:
+        super().__init__(context, inputs, finished)
         self._pool = pool
         self._asker = Asker(context.job, context.identity)
         self._events: SimpleQueue[Callable[[], GroupResult | None]] = SimpleQueue()  # filled by the pool's threads
@@ -59,7 +60,7 @@ class PoolExecutor(Executor):
         context = self._context
         with closing(ahead(groups, lambda group: group)) as read_ahead:
             self._leases = leases = Leases(read_ahead, self._find_store, self._asker.give_up)
-            while not leases.are_done:
+            while not leases.are_done():
                 for tasks in leases.take_done():
                     yield self._counted(GroupResult(tasks, [TaskResult.without_model(task) for task in tasks]))
                 try:
@@ -67,7 +68,7 @@ class PoolExecutor(Executor):
                 except Interrupted:
                     yield from self._finish_leases()
                     raise
-                if leases.is_waiting:
+                if leases.has_more():
                     for worker in self._pool.start_missing():
                         started = worker.call("start", context.identity, self.versions, list(context.schemas))
                         self._when_done(started, self._on_started, worker)
@@ -95,7 +96,7 @@ class PoolExecutor(Executor):
 
     def _counted(self, group: GroupResult, shown: int = 0) -> GroupResult:
         """Count a group's documents, and its rows but for those that were shown."""
-        self._documents_done += len(group.tasks)
+        self._documents_yielded += len(group.tasks)
         self._context.observer.rows_done(sum(len(result.rows) for result in group.results) - shown)
         return group
 
@@ -112,7 +113,7 @@ class PoolExecutor(Executor):
                     if lease is not None:
                         self._send(worker, lease)
         idle = sum(not worker.leases for worker in ready)
-        if any(not worker.leases for worker in with_room) and not self._leases.is_waiting:
+        if any(not worker.leases for worker in with_room) and not self._leases.has_more():
             for worker in ready:
                 if idle > 0 and len(worker.leases) == LEASES_PER_WORKER and not worker.leases[-1].is_recalled:
                     worker.leases[-1].is_recalled = True
@@ -193,7 +194,7 @@ class PoolExecutor(Executor):
     def _on_ready(self, worker: WorkerHandle, store: str) -> None:
         worker.store, worker.ready_since = store, time.monotonic()
         self._stats.append(WorkStats(processes=self._pool.processes, workers=self._pool.reports(worker)))
-        self._pool.has_started(worker)
+        self._pool.note_ready(worker)
         self._leases.stores.add(store)
 
     def _on_answered(self, worker: WorkerHandle, lease: Lease, future: Future[WorkerReply]) -> GroupResult | None:

@@ -23,6 +23,7 @@ from typing import Any
 from pipeline.errors import PipelineError, one_line
 from pipeline.execution.context import RunContext
 from pipeline.execution.executor import Executor, LocalExecutor
+from pipeline.execution.finished_documents import FinishedDocuments
 from pipeline.execution.lease_worker import LeaseWorker
 from pipeline.execution.pool_executor import PoolExecutor
 from pipeline.execution.processes import SPAWN, cause_of_death, end_with_parent
@@ -41,13 +42,13 @@ _ROOM = 1 << 30  # bytes that a process needs besides the weights, for prefixes,
 _log = logging.getLogger(__name__)
 
 
-def local_executor(context: RunContext, inputs: Inputs, documents_done: int = 0) -> Executor:
+def local_executor(context: RunContext, inputs: Inputs, finished: FinishedDocuments) -> Executor:
     """Return the executor of a run on this machine: this process answers, or several share the cores of a CPU."""
     processes, threads = processes_and_threads(context.job, inputs)
     if processes == 1:
-        return LocalExecutor(context, inputs, documents_done)
+        return LocalExecutor(context, inputs, finished)
     _log.info("%d processes with a model each; threads of each: %d", processes, threads)
-    return PoolExecutor(context, inputs, documents_done, ProcessPool(context.job, processes, threads))
+    return PoolExecutor(context, inputs, finished, ProcessPool(context.job, processes, threads))
 
 
 def processes_and_threads(job: Job, inputs: Inputs) -> tuple[int, int]:
@@ -140,12 +141,14 @@ class ProcessPool(WorkerPool):
         return computing_versions()
 
     def start_missing(self) -> list[WorkerHandle]:
-        """Start as many workers as there are to be."""
-        if self._failed_starts >= MOST_DEATHS and not self.workers:
-            raise PipelineError(f"the model's process died, {NEVER_STARTED}")
+        """Start as many workers as there are to be, unless the last ones died before they were ready."""
+        if self._failed_starts >= MOST_DEATHS:
+            if not self.workers:
+                raise PipelineError(f"the model's process died, {NEVER_STARTED}")
+            return []  # others may still load the model, or have loaded it
         return [self._start() for _ in range(self._count - len(self.workers))]
 
-    def has_started(self, worker: WorkerHandle) -> None:
+    def note_ready(self, worker: WorkerHandle) -> None:
         """Note that a worker is ready."""
         self._failed_starts = 0
 
@@ -154,7 +157,7 @@ class ProcessPool(WorkerPool):
         assert isinstance(worker, ProcessHandle)
         self.workers.pop(worker.name)
         cause = cause_of_death(worker.process, worker.started)
-        self._failed_starts += worker.store is None
+        self._failed_starts = self._failed_starts + 1 if worker.store is None else 0
         if worker.process.exitcode == -signal.SIGKILL and self._count > 1:
             self._count -= 1
             _log.warning("going on with %d of the processes, because memory may be short", self._count)

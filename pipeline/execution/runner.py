@@ -20,6 +20,7 @@ from pipeline.execution.confirmation import current_fingerprints
 from pipeline.execution.context import RunContext, RunOptions
 from pipeline.execution.executor import Executor, LocalExecutor
 from pipeline.execution.fingerprint import job_identity, result_metadata
+from pipeline.execution.finished_documents import FinishedDocuments
 from pipeline.execution.planner import TaskPlanner
 from pipeline.execution.pruning import find_surplus
 from pipeline.inputs.documents import Document
@@ -42,9 +43,9 @@ class Runner:
     """One run of one job, in this process.
 
     observer: receives the run's events; by default it shows bars or lines. report: of a run that was cut off; its
-    finished documents are skipped and its counts go on. quarantined: documents that get error rows in place of answers,
-    with the reason. separated: documents that share no batch with others. options: what the command line asks of
-    the run.
+    counts go on. finished: the documents that it counts; they are skipped. quarantined: documents that get error rows
+    in place of answers, with the reason. separated: documents that share no batch with others. options: what the
+    command line asks of the run.
     shard: the share of the documents that the job was loaded for. ranks: the processes that hold the model together.
     executor: makes the executor, by default one that answers in this process.
     """
@@ -55,19 +56,20 @@ class Runner:
         observer: RunObserver | None = None,
         *,
         report: Report | None = None,
+        finished: FinishedDocuments | None = None,
         quarantined: Mapping[str, str] | None = None,
         separated: Collection[str] = (),
         options: RunOptions | None = None,
         shard: Shard | None = None,
         ranks: RankGroup = SINGLE,
-        executor: Callable[[RunContext, Inputs, int], Executor] = LocalExecutor,
+        executor: Callable[[RunContext, Inputs, FinishedDocuments], Executor] = LocalExecutor,
     ) -> None:
         self._job, self._shard, self._ranks, self._make_executor = job, shard, ranks, executor
         self._observer = observer or Progress()
         self._quarantined, self._separated = quarantined or {}, separated
         self._options = options or RunOptions()
         self._interrupt = InterruptFlag()
-        self.report = report or Report()
+        self.report, self._finished = report or Report(), finished or FinishedDocuments()
 
     def run(self) -> Report:
         """Run the job, or resume it, and return the report. Its ``interrupted`` says that the user stopped the run.
@@ -93,7 +95,7 @@ class Runner:
                 run_file = RunFile(job, identity, report, started, inputs.shared_queries, *part, progress)
                 with self._interrupt.listening(), run_file:
                     context = RunContext(job, identity, inputs.schemas, observer, self._interrupt.check, self._ranks)
-                    executor = self._make_executor(context, inputs, report.documents_done)
+                    executor = self._make_executor(context, inputs, self._finished)
                     planner = TaskPlanner(job, identity, options.keep_failed, self._quarantined, executor.versions)
                     committer = Committer(context, executor, results, report, options)
                     tasks = (
@@ -133,8 +135,6 @@ class Runner:
 
     def _open_groups(self, inputs: Inputs) -> Iterator[list[Document]]:
         """Yield the groups of documents that an earlier process of this run has not finished."""
-        done = self.report.documents_done
         for group in inputs.groups(self._separated):
-            if done <= 0:
+            if group[0].id not in self._finished:  # the documents of a group are finished together
                 yield group
-            done -= len(group)

@@ -18,18 +18,21 @@ from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 from pathlib import Path
-from threading import Event
+from threading import Event, Lock
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import PipelineError
 from pipeline.execution.context import RunOptions
 from pipeline.execution.display import RunDisplay
+from pipeline.execution.finished_documents import FinishedDocuments
 from pipeline.execution.messages import (
     DocumentsDone,
     DocumentsStarted,
     Failed,
     Finished,
+    PrefillAdvanced,
+    RestoreAdvanced,
     RunRequest,
     RunStarted,
     receive,
@@ -47,6 +50,7 @@ from pipeline.signals import stops_handled, stops_held_back
 if TYPE_CHECKING:
     from pipeline.job.job import Job
 
+_MAIN_MODULE = Lock()  # held while it is hidden: of two threads, the second would put back what the first had hidden
 _log = logging.getLogger(__name__)
 
 
@@ -84,11 +88,12 @@ class _Supervisor:
     ) -> None:
         self._job, self._options, self._shard, self._display, self._caller = job, options, shard, display, caller
         self._started = time.monotonic()
-        self._report = Report()  # counts the documents that are done
+        self._report, self._finished = Report(), FinishedDocuments()  # the documents that the report counts
         self._quarantine = Quarantine()
         self._quarantined: dict[str, str] = {}  # documents that become errors, with the reason
         self._separated: set[str] = set()  # documents that share no batch any more
-        self._in_hand: tuple[str, ...] = ()  # the documents that the process works on
+        self._in_hand: tuple[str, ...] = ()  # the documents that the process works on; () if workers of its own do
+        self._has_begun = False  # whether the process, or a worker of its own, has worked on documents
         self._has_lock = False  # whether the result is locked by this run
         self._pid: int | None = None
         self._stops_asked = 0
@@ -111,26 +116,28 @@ class _Supervisor:
                     if self._stops_asked:
                         raise KeyboardInterrupt
                     self._handle_death(outcome)
-            except (PipelineError, KeyboardInterrupt) as error:
+            except BaseException as error:  # one of the caller's `on_progress` too
                 if self._has_lock:  # otherwise the run file may be another run's
                     mark_ended(self._job, error)
                 raise
 
     def _run_process(self) -> Finished | Failed | str:
         """Start the process and receive its messages. Return the last one, or the cause of death if there is none."""
-        self._in_hand, started = (), time.monotonic()
+        self._in_hand, self._has_begun, started = (), False, time.monotonic()
         with self._process() as (process, connection):
             while (message := receive(connection, self._wait)) is not None:
+                self._has_lock |= isinstance(message, RunStarted)
                 self._display.show(message)
                 self._stop_if_asked()
                 if isinstance(message, Finished | Failed):
                     return message
-                if isinstance(message, RunStarted):
-                    self._has_lock = True
+                if isinstance(message, PrefillAdvanced | RestoreAdvanced):
+                    self._has_begun = True
                 elif isinstance(message, DocumentsStarted):
-                    self._in_hand = message.document_ids
+                    self._in_hand, self._has_begun = message.document_ids, True
                 elif isinstance(message, DocumentsDone):
                     self._report = message.report
+                    self._finished.add(message.document_ids)
                     self._quarantine.forget(())  # the model was loaded, so deaths before the first document are over
                     if set(self._in_hand) <= set(message.document_ids):
                         self._in_hand = ()
@@ -141,7 +148,16 @@ class _Supervisor:
         """Start the process; it is gone when the block is left."""
         report = replace(self._report, seconds=time.monotonic() - self._started)
         level = logging.getLogger("pipeline").getEffectiveLevel()
-        request = RunRequest(self._job, report, self._quarantined, self._separated, self._options, self._shard, level)
+        request = RunRequest(
+            self._job,
+            report,
+            self._finished,
+            self._quarantined,
+            self._separated,
+            self._options,
+            self._shard,
+            level,
+        )
         receiver, sender = SPAWN.Pipe(duplex=False)
         process = SPAWN.Process(target=run_in_process, args=(sender, request), name="model")
         with receiver:
@@ -181,6 +197,8 @@ class _Supervisor:
             where = f"with {name_documents(documents)} in hand"
         elif report.documents and report.documents_done == report.documents:
             where = "while the result was written"
+        elif self._has_begun:
+            where = "after work on documents had begun"
         else:
             where = "before a document was in hand, most likely while the model was loaded"
         if self._job.scale.ranks > 1:
@@ -221,9 +239,10 @@ class _Supervisor:
 @contextmanager
 def _main_module_hidden() -> Iterator[None]:
     """Keep a new process from importing the main module: a user's script without a guard would run once more."""
-    main = sys.modules["__main__"]
-    sys.modules["__main__"] = ModuleType("__main__")
-    try:
-        yield
-    finally:
-        sys.modules["__main__"] = main
+    with _MAIN_MODULE:
+        main = sys.modules["__main__"]
+        sys.modules["__main__"] = ModuleType("__main__")
+        try:
+            yield
+        finally:
+            sys.modules["__main__"] = main

@@ -59,6 +59,7 @@ def _run(outbox: Outbox, request: RunRequest) -> Finished | Failed:
                 request.job,
                 MessageObserver(outbox.send),
                 report=request.report,
+                finished=request.finished,
                 quarantined=request.quarantined,
                 separated=request.separated,
                 options=request.options,

@@ -119,7 +119,7 @@ class WorkerPool(ABC):
         """
 
     @abstractmethod
-    def has_started(self, worker: WorkerHandle) -> None:
+    def note_ready(self, worker: WorkerHandle) -> None:
         """Note that a worker is ready."""
 
     @abstractmethod

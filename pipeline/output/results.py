@@ -36,6 +36,7 @@ from pipeline.files.atomic import atomic_file, disk_errors, make_folder, output_
 from pipeline.files.remote import upload
 from pipeline.files.writers import PARQUET_OPTIONS
 from pipeline.inputs.documents import document_digest
+from pipeline.job.shards import shards_folder
 from pipeline.output.rows import (
     BROKEN,
     SCHEMA,
@@ -88,6 +89,7 @@ class Results:
         self._read_only = read_only
         self._lock = FileLock(f"{output}.lock", thread_local=False)  # any thread may commit rows
         self._finished: FinishedFile | None = None
+        self._replaced: list[FinishedFile] = []  # those before it, which `pairs` may be reading
         self._listed: frozenset[int] | None = None  # hashes of the names of all parts, if read-only
 
     def __enter__(self) -> Results:
@@ -96,13 +98,10 @@ class Results:
             raise JobError(f"{self.output}: {kind}; output.path must name a file")
         try:
             if self._read_only:
-                # The parts are listed before the finished file is opened, because a run that ends now moves them there.
-                # The list is in memory, because asking the disk for each part takes far longer.
-                names = (name for _, _, files in os.walk(self.parts) for name in files if name.endswith(".parquet"))
-                self._listed = frozenset(map(hash, names))
+                self._look()
             else:
                 self._acquire()
-            self._finished = self._open_finished()
+                self._finished = self._open_finished()
         except BaseException:
             self._lock.release()
             raise
@@ -112,6 +111,8 @@ class Results:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._close_finished()
+        for file in self._replaced:
+            file.close()
         if self._url is not None and not (self._read_only or self.output.exists() or self.parts.exists()):
             self._remove_folder()
         self._lock.release()
@@ -146,19 +147,23 @@ class Results:
 
         It may be that a document is yielded again while its rows are committed.
         """
-        parts = {file.name: file for file in sorted(self.parts.glob("??/*.parquet")) if not file.name.startswith(".")}
-        if self._finished is not None:
-            try:
-                with reading(self.output):
-                    for document_id, query_ids in self._finished.pairs():
-                        in_part = parts.pop(_part_name(document_id), None)
-                        yield document_id, query_ids if in_part is None else list(self.rows(document_id))
-            except BROKEN as error:
-                self._give_up_finished(error)
-        for name, file in parts.items():
-            rows = self._read_part(file)
+        parts = set(self._part_names())
+        while self._listed is not None and not self._listed <= set(map(hash, parts)):
+            self._look()
+            parts = set(self._part_names())
+        for document_id, query_ids in self._finished_pairs():
+            name = _part_name(document_id)
+            yield document_id, list(self.rows(document_id)) if name in parts else query_ids
+            parts.discard(name)
+        for name in sorted(filter(self._is_listed, parts)):
+            rows = self._read_part(self._part_path(name))
             if rows and _part_name(rows[0].document_id) == name:
+                parts.remove(name)
                 yield rows[0].document_id, [row.query_id for row in rows]
+        if parts and self._read_only:  # a run that has ended meanwhile has moved them to the finished file
+            for document_id, query_ids in self._finished_pairs():
+                if _part_name(document_id) in parts:
+                    yield document_id, query_ids
 
     def finish(
         self,
@@ -215,14 +220,38 @@ class Results:
             self.output.unlink()
 
     def _remove_folder(self) -> None:
-        """Remove what is left here of an uploaded result: the lock, and the run file, which is uploaded too."""
+        """Remove what is left here of an uploaded result: the lock, and the run file, which is uploaded too.
+
+        The results of shards stay, since they are nowhere else.
+        """
         with suppress(OSError):
-            shutil.rmtree(self.output.parent)
+            for path in self.output.parent.iterdir():
+                if path != shards_folder(self.output):
+                    path.unlink()
+            self.output.parent.rmdir()  # works only if there are no shards
             self.output.parent.parent.rmdir()  # works only if no other result waits to be uploaded
 
     def _open_finished(self) -> FinishedFile | None:
         here = open_finished(self.output)  # newer than the file at the URL
         return here if here is not None or self._url is None else open_finished(self._url)
+
+    def _look(self) -> None:
+        """List the parts, then open the finished file, because a run that ends now moves them there.
+
+        The list is in memory, because asking the disk for each part takes far longer.
+        """
+        self._listed = frozenset(map(hash, self._part_names()))
+        if self._finished is not None:
+            self._replaced.append(self._finished)
+        self._finished = self._open_finished()
+
+    def _finished_pairs(self) -> Iterator[tuple[str, list[str]]]:
+        if self._finished is not None:
+            try:
+                with reading(self.output):
+                    yield from self._finished.pairs()
+            except BROKEN as error:
+                self._give_up_finished(error)
 
     def _acquire(self) -> None:
         with disk_errors(self.output, "cannot be written"):
@@ -273,14 +302,22 @@ class Results:
     def _group(self) -> Path:
         return self.parts / _GROUP
 
-    def _part(self, document_id: str) -> Path:
-        name = _part_name(document_id)
+    def _part_names(self) -> Iterator[str]:
+        for _, _, names in os.walk(self.parts):
+            yield from (name for name in names if name.endswith(".parquet") and not name.startswith("."))
+
+    def _part_path(self, name: str) -> Path:
         return self.parts / name[:2] / name
 
+    def _part(self, document_id: str) -> Path:
+        return self._part_path(_part_name(document_id))
+
     def _part_rows(self, document_id: str) -> list[Row] | None:
-        if self._listed is not None and hash(_part_name(document_id)) not in self._listed:
-            return None
-        return self._read_part(self._part(document_id), document_id)
+        part = self._part(document_id)
+        return self._read_part(part, document_id) if self._is_listed(part.name) else None
+
+    def _is_listed(self, name: str) -> bool:
+        return self._listed is None or hash(name) in self._listed
 
     def _read_part(self, part: Path, document_id: str | None = None) -> list[Row] | None:
         """Return the rows of a part, or None. document_id: of the document whose rows they must be."""
@@ -289,6 +326,8 @@ class Results:
             if any(row.document_id != (document_id or rows[0].document_id) for row in rows):
                 raise ValueError("it holds another document's rows")
         except FileNotFoundError:
+            if self._read_only and self._is_listed(part.name):  # a run has ended since the parts were listed
+                self._look()
             return None
         except BROKEN as error:
             self._set_aside(part, error)

@@ -137,6 +137,19 @@ def test_an_interrupted_run_leaves_its_answers_and_is_resumed_by_the_command_it_
     assert output.read_bytes() == expected
 
 
+def test_an_exception_of_the_caller_ends_the_run_and_is_noted_in_the_run_file(workplace: Workplace) -> None:
+    def fail(pace: Pace) -> None:
+        if pace.rows_done:
+            raise ZeroDivisionError("of the caller")
+
+    workplace.documents = {f"d{number}": "The board met on the third of May. " * 9 for number in range(12)}
+    with pytest.raises(ZeroDivisionError, match="of the caller"):
+        pipeline.run(workplace.save(), on_progress=fail)
+    assert not children()
+    assert [workplace.report()[name] for name in ("state", "error")] == ["failed", "of the caller"]
+    assert pipeline.run(workplace.job_file, quiet=True).table.num_rows == 36
+
+
 def test_errors_are_exceptions_of_the_package(workplace: Workplace) -> None:
     workplace.save()
     with pytest.raises(JobError, match="did you mean 'key_bits'"):

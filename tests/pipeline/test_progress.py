@@ -7,6 +7,7 @@ import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -135,6 +136,23 @@ def test_rows_of_earlier_runs_say_nothing_about_the_pace(clock: Clock) -> None:
         shown.rows_done(10)
         shown.documents_done(["a"], Report(rows_kept=80, rows_answered=10))
         assert (shown.pace().answers_per_second, shown.pace().seconds_left) == (1, 10)
+
+
+def test_failed_and_skipped_rows_of_earlier_runs_say_nothing_about_it_either(clock: Clock) -> None:
+    report = Report(rows_kept=60, rows_failed=10, rows_skipped=10, rows_kept_unanswered=20)
+    with started(100, quiet=True) as shown:
+        shown.rows_done(80)
+        clock.now += 10
+        shown.rows_done(10)
+        shown.documents_done(["a"], replace(report, rows_answered=10))
+        assert (shown.pace().answers_per_second, shown.pace().seconds_left) == (1, 10)
+
+
+def test_the_rows_of_an_earlier_process_are_done_whatever_became_of_them(clock: Clock) -> None:
+    shown = Progress(quiet=True, report=Report(rows_kept=1, rows_answered=2, rows_failed=3, rows_skipped=4))
+    shown.run_started(12)
+    shown.rows_done(2)
+    assert (shown.pace().rows_done, shown.pace().rows) == (12, 12)
 
 
 def test_a_short_run_shows_nothing(clock: Clock, capsys: pytest.CaptureFixture[str]) -> None:

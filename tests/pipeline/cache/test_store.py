@@ -19,6 +19,7 @@ from pipeline.errors import DiskFull, JobError, StoreError
 from turboquant import CacheCodec, Prefix
 from turboquant.caches.prefix import Segment
 from turboquant.io.identity import Identity
+from turboquant.io.segment_file import SegmentError
 
 TOKENS = list(range(300))
 CODEC = CacheCodec()
@@ -172,6 +173,28 @@ def test_a_segment_that_cannot_be_read_now_is_not_set_aside(
     store.save(KEY, make_segment(), IDENTITY, None, {"label": "label", "whole": True})
     with monkeypatch.context() as patch:
         patch.setattr("turboquant.io.segment_file.load_tensors", fail)
+        assert store.load(KEY, 0, CODEC, IDENTITY, "label") is None
+    assert "cannot be read now" in caplog.text
+    assert not (tmp_path / "cache" / "rejected").exists()
+    assert store.load(KEY, 0, CODEC, IDENTITY, "label") is not None
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), RuntimeError("no memory"), MemoryError()])
+def test_a_segment_that_looks_bad_and_cannot_be_read_again_is_not_set_aside(
+    store: Store,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    error: Exception,
+) -> None:
+    errors = iter([SegmentError("it looks bad"), error])
+
+    def fail(*_: object) -> None:
+        raise next(errors)
+
+    store.save(KEY, make_segment(), IDENTITY, None, {"label": "label", "whole": True})
+    with monkeypatch.context() as patch:
+        patch.setattr(store_module, "read_segment", fail)
         assert store.load(KEY, 0, CODEC, IDENTITY, "label") is None
     assert "cannot be read now" in caplog.text
     assert not (tmp_path / "cache" / "rejected").exists()

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.errors import OutputError
+from pipeline.execution.finished_documents import FinishedDocuments
 from pipeline.execution.runner import Runner
 from pipeline.job.job_file import load_job
 from pipeline.output.results import Results
@@ -107,20 +108,21 @@ def test_a_model_that_changes_while_the_job_runs_is_noticed(workplace: Workplace
 def test_a_process_that_goes_on_after_a_change_does_not_take_over_what_is_stale(workplace: Workplace) -> None:
     """The model's process may die, and be started again after the model's chat template was changed."""
     workplace.tree["model"] = str(shutil.copytree(workplace.model, workplace.folder / "model"))
-    job, reports = load_job(workplace.save()), []
+    job, reports, finished = load_job(workplace.save()), [], FinishedDocuments()
 
     class NotesReports(RunObserver):
         def documents_done(self, document_ids: Sequence[str], report: Report) -> None:
             reports.append(replace(report))
             if len(reports) == 2:
                 raise OSError("the process dies")
+            finished.add(document_ids)
 
     with pytest.raises(OSError, match="the process dies"):
         Runner(job, NotesReports()).run()
     file = workplace.folder / "model" / "chat_template.jinja"
     file.write_text(file.read_text().replace("<|end|>", "!<|end|>"))
     with pytest.raises(OutputError, match="document 'd0', query 'what': the document, the query or the prompt changed"):
-        Runner(job, RunObserver(), report=reports[0]).run()
+        Runner(job, RunObserver(), report=reports[0], finished=finished).run()
     assert workplace.run().rows_answered in (3, 6)  # the stale rows
     assert workplace.run().rows_kept == 9
 

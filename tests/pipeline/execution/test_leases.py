@@ -53,10 +53,10 @@ def test_groups_are_handed_out_in_order_until_all_are_answered() -> None:
     given = leases("ab", "c")
     first, second = given.take("s", True), given.take("s", False)
     assert (taken(first), taken(second), given.take("s", True)) == ("ab", "c", None)
-    assert not given.are_done
+    assert not given.are_done()
     for lease in (second, first):
         answer(given, lease)
-    assert given.are_done
+    assert given.are_done()
 
 
 def test_groups_with_nothing_left_need_no_worker() -> None:

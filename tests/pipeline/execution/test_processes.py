@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
@@ -16,15 +16,19 @@ from typing import Any
 
 import pytest
 
+from pipeline.errors import PipelineError
 from pipeline.execution import process_pool
 from pipeline.execution.context import RunContext
+from pipeline.execution.executor import LocalExecutor
+from pipeline.execution.finished_documents import FinishedDocuments
 from pipeline.execution.lease_worker import LeaseWorker
 from pipeline.execution.pool_executor import PoolExecutor
 from pipeline.execution.process_pool import ProcessPool, share_cores
 from pipeline.execution.runner import Runner
+from pipeline.execution.task import DocumentTask, GroupResult
 from pipeline.inputs.inputs import Inputs
 from pipeline.job.job_file import load_job
-from pipeline.report import WorkStats
+from pipeline.report import Report, WorkStats
 from tests import ROOT, warm
 from tests.pipeline.command_line import invoke
 from tests.pipeline.workplace import Interrupting, Recorder, Workplace
@@ -75,6 +79,19 @@ class Stillborn(LeaseWorker):
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Aborting(LeaseWorker):
+    """A worker that aborts while it loads the model. The ninth one does not, so that the run ends in any case."""
+
+    def _start(self, *arguments: Any) -> Any:
+        with (self._job.cache.dir.parent / "aborted").open("a+") as file:
+            file.seek(0)
+            if len(file.read()) < 8:
+                file.write("x")
+                file.flush()
+                os.abort()
+        return super()._start(*arguments)
+
+
 class Broken(LeaseWorker):
     """A worker with a fault of its own."""
 
@@ -86,8 +103,8 @@ def run_with(place: Workplace, worker: type[LeaseWorker], observer: Recorder | N
     """Run the job with such workers, without the command line."""
     job = load_job(place.save())
 
-    def executor(context: RunContext, inputs: Inputs, done: int) -> PoolExecutor:
-        return PoolExecutor(context, inputs, done, ProcessPool(job, 2, 1, worker))
+    def executor(context: RunContext, inputs: Inputs, finished: FinishedDocuments) -> PoolExecutor:
+        return PoolExecutor(context, inputs, finished, ProcessPool(job, 2, 1, worker))
 
     return Runner(job, observer or Recorder(), executor=executor).run()
 
@@ -191,9 +208,10 @@ def test_a_document_that_kills_its_process_twice_becomes_error_rows(place: Workp
     assert place.output.read_bytes() == alone(place)
 
 
-def test_a_model_that_kills_every_process_ends_the_run(place: Workplace) -> None:
-    with pytest.raises(Exception, match="died, twice, before a document was in hand"):
-        run_with(place, Stillborn)
+@pytest.mark.parametrize("worker", [Stillborn, Aborting])
+def test_a_model_that_kills_every_process_ends_the_run(place: Workplace, worker: type[LeaseWorker]) -> None:
+    with pytest.raises(PipelineError, match="died, twice, before a document was in hand"):
+        run_with(place, worker)
 
 
 def test_a_fault_in_a_process_ends_the_run_with_its_reason(place: Workplace) -> None:
@@ -208,6 +226,41 @@ def test_an_interrupted_run_is_resumed_to_the_same_bytes(place: Workplace) -> No
     assert 0 < report.documents_done < 8
     assert invoke("run", place.job_file).exit_code == 0
     assert place.output.read_bytes() == alone(place)
+
+
+class Backwards(LocalExecutor):
+    """Yields the last group first, as several workers may. Notes the contexts that it still needs."""
+
+    def execute(self, groups: Iterator[list[DocumentTask]]) -> Generator[GroupResult]:
+        self.needed = len(list(self._labels_to_come()))
+        yield from super().execute(reversed(list(groups)))
+
+
+def test_a_process_that_dies_while_the_first_document_is_in_hand_leaves_none_out(workplace: Workplace) -> None:
+    """Those behind it may be done already."""
+    job, reports, finished = load_job(workplace.save()), list[Report](), FinishedDocuments()
+    executors: list[Backwards] = []
+
+    class DiesAfterOne(Recorder):
+        def documents_done(self, document_ids: Sequence[str], report: Report) -> None:
+            if reports:
+                raise OSError("the process dies")
+            reports.append(report)
+            finished.add(document_ids)
+
+    def executor(context: RunContext, inputs: Inputs, finished: FinishedDocuments) -> Backwards:
+        executors.append(Backwards(context, inputs, finished))
+        return executors[-1]
+
+    with pytest.raises(OSError, match="the process dies"):
+        Runner(job, DiesAfterOne(), executor=executor).run()
+    assert reports[0].documents_done == 1
+    report = Runner(job, Recorder(), report=reports[0], finished=finished, executor=executor).run()
+    assert [each.needed for each in executors] == [3, 2]
+    assert (report.documents_done, report.rows_answered + report.rows_kept, report.rows_failed) == (3, 9, 0)
+    other = Workplace(workplace.folder / "undisturbed", workplace.model)
+    other.run()
+    assert workplace.answers() == other.answers()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="processes are found in /proc")

@@ -10,9 +10,11 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from threading import Event, Thread
 
 import pytest
 
+from pipeline.execution.supervisor import _main_module_hidden
 from tests import ROOT, warm
 from tests.pipeline.workplace import Workplace
 
@@ -22,6 +24,7 @@ from tests.pipeline.workplace import Workplace
 MAIN = """
 import importlib, os, signal, sys, time
 from pathlib import Path
+from threading import Event, Thread
 from turboquant.runtime.blas import load_tuned_blas
 
 load_tuned_blas()
@@ -243,6 +246,20 @@ def test_documents_that_share_a_batch_are_tried_alone_before_one_is_to_blame(
     assert killed.output.read_bytes() == workplace.output.read_bytes()
 
 
+@pytest.mark.parametrize(("chunks", "lost", "restarts"), [("1 1", "d0", 2), ("2 1 1 1", "d1", 4)])
+def test_the_document_whose_prefill_kills_the_process_is_to_blame(
+    killed: Supervised, chunks: str, lost: str, restarts: int
+) -> None:
+    # The prefixes that are in memory already may be to blame too, so d0 and d1 are tried alone before d1 is lost.
+    killed.tree["generation"] = {"max_tokens": 5, "batch_size": 9}
+    process = killed.start("kill", "pipeline.execution.prefixes:PrefixProvider._chunk_done", chunks)
+    _, error = process.communicate()
+    assert process.returncode == 3, error
+    failed = Counter(document for (document, _), row in killed.rows().items() if row["status"] == "error")
+    assert failed == {lost: 3}
+    assert killed.report()["restarts"] == restarts
+
+
 def test_every_document_has_its_own_deaths(killed: Supervised) -> None:
     # d0 twice, d1 once, and d2 twice again.
     process = killed.start("kill", "pipeline.execution.engine:Engine._show_row", "1 1 2 4 1")
@@ -251,6 +268,18 @@ def test_every_document_has_its_own_deaths(killed: Supervised) -> None:
     failed = Counter(document for (document, _), row in killed.rows().items() if row["status"] == "error")
     assert failed == {"d0": 3, "d2": 3}
     assert killed.report()["restarts"] == 5
+    assert sum(map(int, killed.noted("shown"))) == 9
+
+
+def test_a_process_whose_workers_answer_may_die_too(workplace: Workplace, killed: Supervised) -> None:
+    process = killed.start("kill", "pipeline.execution.commit:Committer.commit", "2", "--set", "scale.processes=2")
+    _, error = process.communicate()
+    assert process.returncode == 0, error
+    (line,) = [line for line in error.splitlines() if "the model's process" in line]
+    assert line.endswith("after work on documents had begun; starting it again")
+    workplace.run()
+    assert killed.output.read_bytes() == workplace.output.read_bytes()
+    assert [killed.report()[name] for name in ("documents_done", "rows_failed", "restarts")] == [3, 0, 1]
     assert sum(map(int, killed.noted("shown"))) == 9
 
 
@@ -371,6 +400,26 @@ def test_a_process_that_dies_when_asked_to_stop_is_no_death(killed: Supervised) 
 
 
 # ---- the parent
+
+
+def test_runs_in_two_threads_put_the_main_module_back() -> None:
+    main, may_leave, is_hidden = sys.modules["__main__"], Event(), Event()
+
+    def hide() -> None:
+        with _main_module_hidden():
+            is_hidden.set()
+            may_leave.wait(60)
+
+    other = Thread(target=hide)
+    try:
+        with _main_module_hidden():
+            other.start()
+            is_hidden.wait(0.2)
+        may_leave.set()
+        other.join()
+        assert sys.modules["__main__"] is main
+    finally:
+        sys.modules["__main__"] = main
 
 
 def test_the_parent_imports_no_mlx(workplace: Workplace) -> None:

@@ -263,6 +263,21 @@ def test_a_result_that_cannot_be_uploaded(
     assert server.files.cat(URL) == local_bytes(workplace)
 
 
+def test_results_of_shards_stay_whether_or_not_they_can_be_merged(workplace: Workplace, server: Server) -> None:
+    workplace.save(output={"path": URL})
+    for shard in ("1/2", "2/2"):
+        assert invoke("run", workplace.job_file, "--shard", shard).exit_code == 0
+    shards = {path: path.read_bytes() for path in (workplace.cache / "outputs").glob("*/a.parquet.shards/*.parquet")}
+    assert len(shards) == 2
+    server.drop_the_bucket()
+    assert invoke("merge", workplace.job_file).exit_code == 2
+    server.files.mkdir("bucket")
+    assert invoke("merge", workplace.job_file).exit_code == 0
+    assert server.files.cat(URL) == local_bytes(workplace)
+    assert {path: path.read_bytes() for path in shards} == shards
+    assert sorted(path.name for path in (workplace.cache / "outputs").glob("*/*")) == ["a.parquet.shards"]
+
+
 def test_the_network_goes_while_a_result_is_uploaded(
     tmp_path: Path, server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:

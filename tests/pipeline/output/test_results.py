@@ -204,6 +204,25 @@ def test_read_only_changes_nothing(output: Path) -> None:
     assert sorted(output.parent.rglob("*")) == before
 
 
+@pytest.mark.parametrize("earlier", [[], ["2"]])
+def test_a_run_that_ends_while_its_rows_are_read_takes_none_away(output: Path, earlier: list[str]) -> None:
+    """It moves them from the parts to the finished file."""
+    names = ["1", "2", "3"]
+    if earlier:
+        run(output, earlier, "older")
+    with Results(output) as writing:
+        writing.commit({name: rows(name) for name in names})
+        opened = [Results(output, read_only=True) for _ in range(3)]
+        with opened[0] as reading, opened[1] as listing, opened[2] as late:
+            pairs = listing.pairs()
+            found = dict([next(pairs)])
+            assert list(reading.rows("1").values()) == rows("1")
+            writing.finish(expected(*names))
+            assert not writing.parts.exists()
+            assert [list(reading.rows(name).values()) for name in names] == [rows(name) for name in names]
+            assert found | dict(pairs) == dict(late.pairs()) == dict(expected(*names))
+
+
 def _truncate(part: Path) -> None:
     part.write_bytes(part.read_bytes()[:100])
 
