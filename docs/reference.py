@@ -57,6 +57,7 @@ RUN_FILE = {
     "rows_answered": "rows that the model answered",
     "rows_failed": "rows that are errors",
     "rows_skipped": "rows whose `when` does not hold",
+    "rows_kept_unanswered": "those of the last two that were there before",
     "rows_beside": "rows of the result that a run of a part left as they were",
     "failures": "failed rows by error type",
     "first_failures": "the first failed row of each error type, and why",
