@@ -82,7 +82,7 @@ class CarriedColumns:
     def fields(self) -> list[Any]:
         """Their names and Arrow types, found by reading all values.
 
-        A column of values that fit no type in common becomes JSON texts.
+        A column of values that fit no type in common becomes texts: texts stay, other values are written as JSON.
         """
         kinds = dict.fromkeys(self.names, pa.null())
         for values in _batched(self._values()):
@@ -373,7 +373,8 @@ def _common_type(kind: Any, values: Sequence[Any]) -> Any:
     if pa.types.is_string(kind) and any(not isinstance(value, str | None) for value in values):
         return kind
     try:
-        schemas = [pa.schema([("", each)]) for each in (kind, pa.infer_type(values))]
+        # Not `pa.infer_type`, which says int64 of [1, "a"].
+        schemas = [pa.schema([("", each)]) for each in (kind, pa.array(values).type)]
         return pa.unify_schemas(schemas, promote_options="permissive").field(0).type
     except (pa.ArrowException, ValueError, TypeError, OverflowError):
         return pa.string()

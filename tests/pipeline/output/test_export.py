@@ -11,6 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.job.job import Documents
+from pipeline.output.export import CarriedColumns
 from tests.pipeline.command_line import error_of, invoke
 from tests.pipeline.workplace import Workplace
 
@@ -121,6 +123,22 @@ def test_values_of_several_types_are_json_texts(place: Workplace) -> None:
     table = pq.read_table(place.folder / "out/b.parquet")
     assert table.schema.field("year").type == pa.int64()
     assert table.column("notes").to_pylist()[::3] == ["a", "3", '{"b": [1]}']
+
+
+@pytest.mark.parametrize(
+    ("values", "texts"),
+    [
+        ([1, "a"], ["1", "a"]),
+        ([2.5, "n/a"], ["2.5", "n/a"]),
+        ([1, True], ["1", "true"]),
+        ([2**70, "1"], [f"{2**70}", "1"]),
+    ],
+)
+def test_a_number_may_come_before_a_value_of_another_type(tmp_path: Path, values: list[Any], texts: list[str]) -> None:
+    file = tmp_path / "docs.jsonl"
+    file.write_text("".join(f"{json.dumps({'id': str(n), 'text': 'x', 'c': c})}\n" for n, c in enumerate(values)))
+    carried = CarriedColumns(Documents(path=str(file)), ["c"])
+    assert carried.arrays([row for _, row in carried.rows()])[0].to_pylist() == texts
 
 
 @pytest.mark.parametrize(
