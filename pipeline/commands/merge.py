@@ -54,7 +54,7 @@ def merge_shards(job: Job, quiet: bool, prune: bool, command: str, run_command: 
     """
     started = time.monotonic()
     inputs, identity = Inputs(job), job_identity(job)
-    check_output(job)
+    check_output(job, inputs.all_queries())
     report = Report(documents=inputs.documents, rows=inputs.rows)
     try:
         files = _done_shards(shards_folder(job.result_file), identity)

@@ -143,7 +143,7 @@ def plan_job(
 
     inputs = Inputs(job, shard, selection)
     check_schemas(inputs.schemas, inputs.query_with_evidence)
-    check_output(job)
+    check_output(job, inputs.all_queries())
     path = model_folder(job)
     config, identity = read_config(path), job_identity(job, remember=False)
     tokenizer = load_tokenizer(path, job.trust_remote_code)

@@ -108,6 +108,15 @@ def test_export_of_a_result_file_alone_keeps_its_order_and_metadata(place: Workp
     assert message == "columns of the documents are known by a job file only; name it in place of the result file"
 
 
+def test_export_in_the_form_of_a_batch_leaves_the_jobs_columns_out(place: Workplace) -> None:
+    place.run_with(output={"path": "out/a.csv", "columns": ["title"]})
+    to = place.folder / "batch.jsonl"
+    assert invoke("export", place.job_file, "--to", to, "--layout", "batch").exit_code == 0
+    assert len(to.read_text().splitlines()) == 9
+    message = error_of(invoke("export", place.job_file, "--to", to, "--layout", "batch", "--column", "title"))
+    assert message == "layout batch has no place for columns of the documents; leave them out"
+
+
 def test_export_shows_the_part_of_a_job_that_is_done(place: Workplace) -> None:
     place.save()
     assert invoke("run", place.job_file, "--limit", "1").exit_code == 0
@@ -147,12 +156,17 @@ def test_a_number_may_come_before_a_value_of_another_type(tmp_path: Path, values
         ({"path": "out/a.xlsx"}, "ends in .xlsx; results are written as Parquet (*.parquet), CSV (*.csv) and JSON Lin"),
         ({"path": "out/a.csv", "columns": ["titel"]}, "output.columns names the column 'titel', which"),
         ({"path": "out/a.csv", "layout": "tall"}, "output.layout"),
+        ({"path": "out/a.jsonl", "layout": "batch", "columns": ["title"]}, "layout batch has no place for columns of"),
+        ({"path": "out/a.csv", "layout": "wide", "columns": ["what_evidence"]}, "would be called 'what_evidence'; ren"),
     ],
 )
 @pytest.mark.parametrize("command", ["plan", "run"])
 def test_a_wrong_output_is_an_error_before_anything_is_answered(
     place: Workplace, output: dict[str, Any], message: str, command: str
 ) -> None:
+    place.queries[0]["evidence"] = True
+    rows = [{"id": name, "text": "x", "title": "y", "what_evidence": "z"} for name in place.documents]
+    (place.folder / "docs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     place.save(output=output)
     assert message in error_of(invoke(command, place.job_file))
     assert not place.cache.exists()
