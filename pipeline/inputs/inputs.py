@@ -234,7 +234,7 @@ class Inputs:
 
     def _read_document_queries(self, source: QueryTable) -> DocumentQueries:
         queries = DocumentQueries(source, document_ids(self._job.documents))
-        if queries.have_chains:
+        if queries.have_chains or queries.have_checks:
             names = document_ids(self._job.documents)
             self._use_columns(query for name in names for query in queries.queries_of(name))
         count, first = queries.unknown_documents

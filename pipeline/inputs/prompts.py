@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from itertools import chain, cycle
 from typing import Any
@@ -124,6 +124,19 @@ class Renderer:
             raise EmptyDocument("the document's text is empty")
         system = self._fill(self._system, "prompt.system", self._used_by_system, document)
         return Rendered(system or None, self._fill(self._context, "prompt.context", self._used_by_context, document))
+
+    def keeps_text(self, document: Document, rendered: Rendered) -> bool:
+        """Return whether the context has the document's text unchanged, so that the context tells the text.
+
+        rendered: the document, as `render` returns it.
+        """
+        marked = f"\ue000{document.text}\ue001"
+        own = replace(document, columns={**document.columns, self._documents.text: marked})
+        try:
+            context = self._fill(self._context, "prompt.context", self._used_by_context, own)
+        except PromptFailed:
+            return False
+        return marked in context and context.replace(marked, document.text) == rendered.context
 
     def _fill(self, template: Template, key: str, used: UsedNames, document: Document) -> str:
         columns = document.columns
