@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.files.writers import table_writer
 from pipeline.job.job import Documents
 from pipeline.output.export import CarriedColumns
 from tests.pipeline.command_line import error_of, invoke
@@ -148,6 +149,21 @@ def test_a_number_may_come_before_a_value_of_another_type(tmp_path: Path, values
     file.write_text("".join(f"{json.dumps({'id': str(n), 'text': 'x', 'c': c})}\n" for n, c in enumerate(values)))
     carried = CarriedColumns(Documents(path=str(file)), ["c"])
     assert carried.arrays([row for _, row in carried.rows()])[0].to_pylist() == texts
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+def test_a_number_that_is_not_finite_is_null_in_json(tmp_path: Path, name: str) -> None:
+    numbers = [float("nan"), 1.5, float("-inf")]
+    table = pa.table({"one": numbers, "list": [numbers] * 3, "nested": [{"x": [{"y": numbers}]}] * 3})
+    with table_writer(tmp_path / name, name, table.schema) as writer:
+        writer.write_table(table)
+    with (tmp_path / name).open(newline="") as file:
+        if name.endswith(".csv"):
+            rows = [{key: json.loads(row[key]) for key in ("list", "nested")} for row in csv.DictReader(file)]
+        else:
+            rows = list(map(json.loads, file))
+            assert [row.pop("one") for row in rows] == [None, 1.5, None]
+    assert rows == [{"list": [None, 1.5, None], "nested": {"x": [{"y": [None, 1.5, None]}]}}] * 3
 
 
 @pytest.mark.parametrize(
