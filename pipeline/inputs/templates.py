@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache, wraps
+from functools import cache, lru_cache, wraps
 from typing import Any
 
 from jinja2 import StrictUndefined, Template, TemplateSyntaxError, Undefined, meta, nodes, pass_context
@@ -86,6 +86,7 @@ def _matches(text: Any, pattern: str) -> bool:
     return regex.search(pattern, str(text), timeout=_SECONDS_OF_PATTERN) is not None
 
 
+@cache  # it is a key of the cache of `used_names`
 def bounded_sandbox(finalize: Callable[[Any], Any] | None = None) -> SandboxedEnvironment:
     """Return a sandbox as `environment` does, that bounds texts too, and computes nothing while it compiles."""
     write = finalize or written
