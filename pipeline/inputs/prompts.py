@@ -139,11 +139,10 @@ class Renderer:
         return marked in context and context.replace(marked, document.text) == rendered.context
 
     def _fill(self, template: Template, key: str, used: UsedNames, document: Document) -> str:
-        columns = document.columns
-        meanings = {name: columns[column] for name, column in _meanings(self._documents).items()}
+        variables = used.variables(document.columns, self._documents.meanings)
         try:
             with limited():
-                return template.render(used.variables(columns) | meanings)
+                return template.render(variables)
         except Exception as error:
             raise PromptFailed(f"{key}: {one_line(error)}") from error
 
@@ -319,15 +318,9 @@ class PromptTokenizer:
         return BreakingTokenizer(self._plain, self._special, self._find_encoder)
 
 
-def _meanings(documents: Documents) -> dict[str, str]:
-    """Return the names that have a meaning of their own in templates, each with its column."""
-    return {"text": documents.text, "id": documents.id}
-
-
 def _columns(key: str, source: str, documents: Documents) -> set[str]:
     """Return the columns that a template uses. Raises JobError, which names `key`."""
-    used, meanings = used_names(key, checked(key, source)), _meanings(documents)
-    return {meanings.get(name, name) for name in used.names} | used.in_row
+    return used_names(key, checked(key, source)).columns(documents.meanings)
 
 
 @lru_cache(maxsize=64)

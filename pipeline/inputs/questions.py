@@ -215,10 +215,7 @@ def check_columns(query: Query, documents: Documents) -> set[str]:
 
 
 def _columns(source: _Source | None, documents: Documents) -> set[str]:
-    if source is None:
-        return set()
-    meanings = {"text": documents.text, "id": documents.id}
-    return {meanings.get(name, name) for name in source.used.names} | source.used.in_row
+    return set() if source is None else source.used.columns(documents.meanings)
 
 
 def condition_answers(query: Query) -> frozenset[str]:
@@ -323,9 +320,7 @@ class QuestionWriter:
     def _variables(self, document: Document, source: _Source, answers: Mapping[str, str | None]) -> dict[str, Any]:
         has_schema = {query.id for query in document.queries if query.json_schema}
         values = {name: _parsed(answers[name]) if name in has_schema else answers[name] for name in source.answers}
-        columns = document.columns
-        meanings = {"text": columns[self._documents.text], "id": columns[self._documents.id]}
-        return source.used.variables(columns) | meanings | {ANSWERS: _Answers(values)}
+        return source.used.variables(document.columns, self._documents.meanings) | {ANSWERS: _Answers(values)}
 
 
 def _named_answers(query: Query) -> frozenset[str]:

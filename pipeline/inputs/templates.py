@@ -177,9 +177,14 @@ class UsedNames:
     names: frozenset[str]
     in_row: frozenset[str]
 
-    def variables(self, columns: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the values of columns by their names, and with them `row` if the template uses it."""
-        return {**columns, "row": columns} if self.in_row else dict(columns)
+    def columns(self, meanings: Mapping[str, str]) -> set[str]:
+        """Return the columns that these are. meanings: of names that have one of their own, the columns."""
+        return {meanings.get(name, name) for name in self.names} | self.in_row
+
+    def variables(self, columns: Mapping[str, Any], meanings: Mapping[str, str]) -> dict[str, Any]:
+        """Return the values of columns by their names and meanings, and with them `row` if the template uses it."""
+        row = {"row": columns} if self.in_row else {}
+        return {**columns, **row, **{name: columns[column] for name, column in meanings.items()}}
 
 
 @lru_cache(maxsize=256)
@@ -229,4 +234,4 @@ class Expression:
     def __call__(self, values: Mapping[str, Any]) -> Any:
         """Return the value for a row. Raises whatever the expression raises, and TookTooLong."""
         with limited():
-            return self._evaluate(self._used.variables(values))
+            return self._evaluate(self._used.variables(values, {}))
