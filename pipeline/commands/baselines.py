@@ -22,7 +22,6 @@ import pyarrow.parquet as pq
 from pipeline.commands.bench_result import WARM, BenchResult, Pair
 from pipeline.errors import NotApplicable, PipelineError, RowError, one_line
 from pipeline.execution.decode import make_sampler, row_name
-from pipeline.execution.engine import too_long
 from pipeline.execution.pool_executor import PoolExecutor
 from pipeline.execution.process_pool import ProcessPool, processes_and_threads
 from pipeline.execution.runner import Runner
@@ -30,7 +29,7 @@ from pipeline.execution.worker_pool import WorkerHandle
 from pipeline.inputs.inputs import Inputs
 from pipeline.inputs.prompts import PromptTokenizer, Renderer
 from pipeline.inputs.questions import is_chained
-from pipeline.inputs.windows import WindowCutter
+from pipeline.inputs.windows import WindowCutter, too_long
 from pipeline.job.job import Job, Settings
 from pipeline.models.loading import LoadedModel, load_model, max_context
 from pipeline.models.mlx_lm_internals import (
@@ -222,7 +221,7 @@ class _StockModel:
                 tokens = tokenizer.tokenise(rendered, [query.text for query in document.queries])
                 for query, suffix in zip(document.queries, tokens.suffixes, strict=True):
                     settings = query.settings(job.generation)
-                    if not too_long(len(tokens.context), len(suffix), settings.max_tokens, limit):
+                    if not too_long(len(tokens.context), len(suffix), settings, limit):
                         questions.append(_Question((document.id, query.id), suffix, settings))
             self.left_out += len(document.queries) - len(questions)
             if questions:

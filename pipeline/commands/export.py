@@ -24,14 +24,14 @@ def export(
 ) -> None:
     """Write the answers that are there to Parquet, CSV or JSON Lines, also while the job runs.
 
-    Layout and columns are those of the job's section `output`, unless they are given.
+    Layout and columns are those of the job's section `output`, unless they are given. `--layout batch` has no columns.
     """
     with errors_explained(debug, computes=False):
         from pipeline.evaluation.source import is_result, open_result
         from pipeline.output.export import Export
 
         job = None if is_result(result) else load(result, set_)[0]
-        columns = tuple(column or ()) or (job.output.columns if job else ())
+        columns = tuple(column or ()) or (job.output.columns if job and layout != "batch" else ())
         with open_result(result, set_ or []) as results:
             written = Export(
                 results,

@@ -11,7 +11,7 @@ import json
 import sqlite3
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,7 +54,7 @@ def merge_shards(job: Job, quiet: bool, prune: bool, command: str, run_command: 
     """
     started = time.monotonic()
     inputs, identity = Inputs(job), job_identity(job)
-    check_output(job)
+    check_output(job, inputs.all_queries())
     report = Report(documents=inputs.documents, rows=inputs.rows)
     try:
         files = _done_shards(shards_folder(job.result_file), identity)
@@ -144,7 +144,10 @@ class _Merge:
         stored = self._stored_rows(document.id, shard)
         task = self._planner.plan(document, stored)
         rows = {row.query_id: row for row in task.kept}
-        rows |= {query_id: row for query_id, row in task.decided.items() if stored.get(query_id) == row}
+        for query_id, decided in task.decided.items():  # here, perhaps by other versions than the shard's
+            row = stored.get(query_id)
+            if row is not None and row == replace(decided, versions=row.versions):
+                rows[query_id] = row
         missing = [query.id for query in document.queries if query.id not in rows]
         if missing:
             raise _ShardsToRun(

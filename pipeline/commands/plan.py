@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
-from itertools import zip_longest
 from typing import Any
 
 from pipeline.cache.codec import job_codec
@@ -23,7 +22,7 @@ from pipeline.execution.task import DocumentTask
 from pipeline.inputs.inputs import Inputs
 from pipeline.inputs.prompts import PromptTokenizer, Rendered
 from pipeline.inputs.token_counter import Effort, Lengths, TokenCounter
-from pipeline.inputs.windows import OVERLAP, reserved_tokens
+from pipeline.inputs.windows import OVERLAP, prompt_room, reserved_tokens, too_long
 from pipeline.job.budget import budget_bytes, existing
 from pipeline.job.job import Job, Query
 from pipeline.job.selection import Selection
@@ -143,7 +142,7 @@ def plan_job(
 
     inputs = Inputs(job, shard, selection)
     check_schemas(inputs.schemas, inputs.query_with_evidence)
-    check_output(job)
+    check_output(job, inputs.all_queries())
     path = model_folder(job)
     config, identity = read_config(path), job_identity(job, remember=False)
     tokenizer = load_tokenizer(path, job.trust_remote_code)
@@ -269,7 +268,7 @@ class _Planner:
         plan = self.plan
         document.add_to(plan.status)
         settings = [query.settings(self._job.generation) for query in document.queries]
-        rooms = [] if self._limit is None else [self._limit - each.max_tokens for each in settings]
+        rooms = [] if self._limit is None else [prompt_room(each, self._limit) for each in settings]
         label = label_number(document.label)
         lengths = self._lengths(document, label, rooms)
         if lengths is None:
@@ -279,8 +278,8 @@ class _Planner:
         plan.truncated += is_cut and self._job.documents.too_long == "truncate"
         plan.split += is_cut and self._job.documents.too_long == "split"
         fits = [
-            is_cut or self._limit is None or lengths.context + suffix <= room
-            for suffix, room in zip_longest(lengths.suffixes, rooms, fillvalue=0)
+            is_cut or not too_long(lengths.context, suffix, each, self._limit)
+            for suffix, each in zip(lengths.suffixes, settings, strict=True)
         ]
         plan.too_long += not all(
             fit for query, fit in zip(document.queries, fits, strict=True) if query.id in document.wanted

@@ -6,16 +6,17 @@ are answered, until every query has a row. What decides a question is known then
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 from pipeline.errors import AnswerMissing, RowError
 from pipeline.execution.fingerprint import RowFingerprints, skipped_fingerprint
 from pipeline.execution.task import DocumentTask, error_row
 from pipeline.inputs.documents import Document
-from pipeline.inputs.prompts import Rendered
-from pipeline.inputs.questions import Question, QuestionWriter, chain_of, condition_answers
+from pipeline.inputs.prompts import Rendered, Renderer
+from pipeline.inputs.questions import Question, QuestionWriter, chain_of, check_columns, condition_answers
 from pipeline.inputs.windows import WindowCutter
 from pipeline.job.job import Job, Query
 from pipeline.models.loading import model_folder
@@ -30,7 +31,8 @@ class Asker:
     """Asks the queries of a job's documents."""
 
     def __init__(self, job: Job, identity: Identity) -> None:
-        self._generation, self._identity = job.generation, identity
+        self._documents, self._generation, self._identity = job.documents, job.generation, identity
+        self._renderer = Renderer(job.prompt, job.documents)
         self._writer, self._window_cutter = QuestionWriter(job.documents), WindowCutter(job)
         self._special = None
         if job.prompt.special_tokens == "text":
@@ -39,7 +41,20 @@ class Asker:
     def fingerprints(self, document: Document, rendered: Rendered) -> RowFingerprints:
         """Return what makes the fingerprints of a document's rows."""
         cut = self._window_cutter.mark(rendered, document.queries)
-        return RowFingerprints(self._identity, rendered, self._generation, cut, self._special)
+        keeps_text = cache(partial(self._renderer.keeps_text, document, rendered))
+        unseen = partial(self._unseen, document, keeps_text)
+        return RowFingerprints(self._identity, rendered, self._generation, cut, self._special, unseen)
+
+    def _unseen(self, document: Document, keeps_text: Callable[[], bool], query: Query) -> list[object]:
+        """Return what decides a query's row besides its prompt: what its check reads, and the text of quotations.
+
+        keeps_text: returns whether the prompt has the document's text as it is.
+        """
+        text, read = self._documents.text, check_columns(query, self._documents)
+        columns = [document.columns[name] for name in sorted(read - {text, self._documents.id})]
+        uses_text = text in read or query.settings(self._generation).wants_evidence
+        whole = [["text", document.text]] if uses_text and not keeps_text() else []
+        return [*([["columns", *columns]] if columns else []), *whole]
 
     def ask(self, document: Document, query: Query, rows: Mapping[str, Row], unanswered: Row) -> Question | Row:
         """Return the question of a query, or its row if the model is not asked: it is skipped, or an error.

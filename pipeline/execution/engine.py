@@ -22,7 +22,7 @@ from pipeline.execution.prepared import PreparedPrompt, PreparedTask
 from pipeline.execution.task import DocumentTask, TaskResult, error_row
 from pipeline.inputs.prompts import PromptTokenizer, Rendered, Renderer
 from pipeline.inputs.questions import chain_of
-from pipeline.inputs.windows import WindowCutter, combined
+from pipeline.inputs.windows import WindowCutter, combined, too_long
 from pipeline.job.job import Query, Settings
 from pipeline.models.loading import LoadedModel, max_context
 from pipeline.models.output_parser import OutputParser
@@ -156,9 +156,9 @@ class Engine:
                 prompt.suffixes[query.id] = self._tokenizer.suffix(prompt.rendered, question, prompt.context)
             except RowError as error:
                 return error
-        suffix, longest = prompt.suffixes[query.id], query.settings(self._job.generation).longest
+        suffix, settings = prompt.suffixes[query.id], query.settings(self._job.generation)
         return self._unknown_token([*prompt.context, *suffix]) or too_long(
-            len(prompt.context), len(suffix), longest, self._limit
+            len(prompt.context), len(suffix), settings, self._limit
         )
 
     def _unknown_token(self, tokens: Sequence[int]) -> UnknownToken | None:
@@ -389,14 +389,3 @@ class Engine:
 def _with_evidence(row: Row) -> str:
     """Return an answer on a window with its quotations, as it is shown where answers are combined."""
     return "\n".join([row.answer or "", *(f'"{quotation["quote"]}"' for quotation in row.evidence or ())])
-
-
-def too_long(context: int, suffix: int, longest: int, limit: int | None) -> ContextTooLong | None:
-    """Return an error if context, suffix and the longest answer, in tokens, are more than the model's limit."""
-    needed = context + suffix + longest
-    if limit is None or needed <= limit:
-        return None
-    return ContextTooLong(
-        f"{context:,} tokens of context, {suffix:,} of the query and up to {longest:,} of the "
-        f"answer are {needed:,}; the model reads {limit:,}"
-    )

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -116,9 +116,9 @@ class RowFingerprints:
     """Makes the fingerprints of a document's rows: 32 hexadecimal digits each.
 
     cut: the result of WindowCutter.mark. special: the special tokens that are read as ordinary text in texts, or None
-    if none are; a row whose texts have none has the same fingerprint in both cases. A fingerprint is the digest of a
-    JSON list of everything that decides the answer. The beginning of the list is long and the same for all queries, so
-    it is hashed only once.
+    if none are; a row whose texts have none has the same fingerprint in both cases. unseen: returns what decides a
+    query's row and is in no text that the model reads. A fingerprint is the digest of a JSON list of everything that
+    decides the answer. The beginning of the list is long and the same for all queries, so it is hashed only once.
     """
 
     def __init__(
@@ -128,10 +128,11 @@ class RowFingerprints:
         generation: Generation,
         cut: str | None = None,
         special: SpecialTokens | None = None,
+        unseen: Callable[[Query], list[object]] = lambda _: [],
     ) -> None:
         shared = _json(["row", asdict(identity), rendered.system, rendered.context])
         self._beginning = hashlib.sha256(shared.removesuffix("]").encode())
-        self._generation, self._cut, self._special = generation, cut, special
+        self._generation, self._cut, self._special, self._unseen = generation, cut, special, unseen
         self._has_special = special is not None and (
             special.are_in(rendered.system) or special.are_in(rendered.context)
         )
@@ -150,7 +151,8 @@ class RowFingerprints:
         as_text = ["special tokens: text"] if marked else []
         turns = [["turns", *question.turns]] if question.turns else []
         checks = [["check", query.check, query.retries]] if query.check else []
-        own = _json([question.text, deciding, *([] if cut is None else [cut]), *asked, *as_text, *turns, *checks])
+        cuts = [] if cut is None else [cut]
+        own = _json([question.text, deciding, *cuts, *asked, *as_text, *turns, *checks, *self._unseen(query)])
         digest = self._beginning.copy()
         digest.update(f", {own.removeprefix('[')}".encode())
         return digest.hexdigest()[:32]
@@ -180,4 +182,4 @@ def _digest(kind: str, *fields: object) -> str:
 
 
 def _json(fields: list[object]) -> str:
-    return json.dumps(fields, sort_keys=True)
+    return json.dumps(fields, sort_keys=True, default=lambda value: f"{type(value).__name__} {value}")

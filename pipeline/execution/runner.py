@@ -80,7 +80,7 @@ class Runner:
         started = time.monotonic() - report.seconds
         inputs = Inputs(job, self._shard, options.selection)
         check_schemas(inputs.schemas, inputs.query_with_evidence)
-        check_output(job)
+        check_output(job, inputs.all_queries())
         identity = job_identity(job)
         report.documents, report.rows = inputs.documents, inputs.rows
         metadata = result_metadata(job, identity, inputs.shared_queries, self._shard)

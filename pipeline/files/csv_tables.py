@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.errors import InputError, one_line
 from pipeline.files.columns import Needs
-from pipeline.files.encoding import Unreadable, opened_text, wrong_character
+from pipeline.files.encoding import OpenedText, Unreadable, wrong_character
 from pipeline.files.formats import Format, InputFile, Rows
 
 csv.field_size_limit(sys.maxsize)  # the default, 131,072 characters, is less than a contract
@@ -25,7 +25,7 @@ class Csv(Format):
 
     def columns(self, file: InputFile, needs: Needs) -> Sequence[str]:
         """Return the cells of the first line."""
-        with _opened(file, needs) as reader:
+        with _opened(file, needs) as (reader, _):
             return next(reader, [])
 
     def rows(self, file: InputFile, needs: Needs, names: Collection[str] | None, rows_per_batch: int) -> Rows:
@@ -38,32 +38,36 @@ class Csv(Format):
 
 
 def _rows(file: InputFile, needs: Needs) -> Iterator[tuple[int, dict[str, Any]]]:
-    with _opened(file, needs) as reader:
+    with _opened(file, needs) as (reader, text):
         names: list[str] = next(reader, [])
+        text.undecoded(*names)
         line = reader.line_num + 1
         for cells in reader:
+            undecoded = text.undecoded(*cells)
             if cells and len(cells) != len(names):
+                if undecoded:
+                    raise InputError(f"line {line} of {file} {undecoded}{needs.remedy}")
                 raise InputError(
                     f"line {line} of {file} has {len(cells)} cells, and the first line has {len(names)}; put a text "
                     "that has a comma, a quote or a line break in quotes"
                 )
             if cells:
-                yield line, {name: _value(cell, needs) for name, cell in zip(names, cells, strict=True)}
+                yield line, {name: _value(cell, undecoded, needs) for name, cell in zip(names, cells, strict=True)}
             line = reader.line_num + 1
 
 
 @contextmanager
-def _opened(file: InputFile, needs: Needs) -> Iterator[Any]:
+def _opened(file: InputFile, needs: Needs) -> Iterator[tuple[Any, OpenedText]]:
     try:
-        with file.opened_as_text(Csv.name, needs) as (content, encoding, _):
+        with file.opened_as_text(Csv.name, needs) as (content, encoding, offset):
             first = content.peek(1).partition("\n".encode(encoding))[0].decode(encoding, "replace")
             separator = next((each for each in ",\t;" if each in first), ",")
-            with opened_text(content, encoding) as text:
-                yield csv.reader(text, delimiter=separator, strict=True)
+            with OpenedText(content, encoding, offset) as text:
+                yield csv.reader(text, delimiter=separator, strict=True), text
     except csv.Error as error:
         raise InputError(f"{file}: is not CSV: {one_line(error)}") from None
 
 
-def _value(cell: str, needs: Needs) -> str | Unreadable | None:
-    reason = wrong_character(cell)
+def _value(cell: str, undecoded: str, needs: Needs) -> str | Unreadable | None:
+    reason = wrong_character(cell, undecoded)
     return Unreadable(f"{reason}{needs.remedy}") if reason else cell or None

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import codecs
 import io
+from collections import deque
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -34,6 +36,7 @@ _COMMON = (
     "big5",
 )
 _CHUNK_BYTES = 1 << 16
+_STAND_IN = "\udcff"  # for bytes that do not decode
 
 
 class NotText(ValueError):
@@ -94,10 +97,84 @@ def describe(error: UnicodeDecodeError, name: str, offset: int) -> str:
     return f"is not text in {name.upper()}: the byte 0x{byte:02x} at offset {offset + error.start} does not decode"
 
 
-def opened_text(content: BinaryIO, encoding: str) -> io.TextIOWrapper:
-    """Return a file as text, in which half characters stand for bytes that do not decode; line ends stay."""
-    errors = "surrogatepass" if encoding.startswith(("utf-16", "utf-32")) else "surrogateescape"
-    return io.TextIOWrapper(content, encoding, errors, newline="")
+class _Decoder:
+    """Decodes the bytes of a file, part by part. A half character stands for bytes that do not decode.
+
+    offset: bytes of the file before the first part. reasons: why they do not decode, one for each that stands for some.
+    """
+
+    def __init__(self, encoding: str, offset: int) -> None:
+        self._decoder = codecs.getincrementaldecoder(encoding)()
+        self._encoding, self._end = encoding, offset
+        self.reasons: deque[str] = deque()
+
+    def decode(self, content: bytes) -> str:
+        """Return the text of the next part; b"" is the end of the file."""
+        self._end += len(content)
+        pieces, is_end = list[str](), not content
+        while True:
+            _, state = self._decoder.getstate()
+            try:
+                pieces.append(self._decoder.decode(content, is_end))
+                return "".join(pieces)
+            except UnicodeDecodeError as error:
+                whole = error.object  # with what the decoder held back of the last part
+                self._decoder.setstate((b"", state))
+                pieces += [self._decoder.decode(whole[: error.start]), _STAND_IN]
+                self.reasons.append(describe(error, self._encoding, self._end - len(whole)))
+                content = whole[error.end :]
+
+
+def decode_line(line: bytes, encoding: str, offset: int) -> tuple[str, str]:
+    """Return a line, in which a half character stands for bytes that do not decode, and the reason for the first or "".
+
+    offset: bytes of the file before the line.
+    """
+    with suppress(UnicodeDecodeError):
+        return line.decode(encoding), ""
+    decoder = _Decoder(encoding, offset)
+    return decoder.decode(line) + decoder.decode(b""), decoder.reasons[0]
+
+
+class OpenedText(io.TextIOWrapper):
+    """A file as text with its line ends, in which a half character stands for bytes that do not decode.
+
+    content: the file. offset: how many of its bytes were read.
+    """
+
+    def __init__(self, content: BinaryIO, encoding: str, offset: int) -> None:
+        self._source = _Decoder(encoding, offset)
+        recoded = io.BufferedReader(_Recoded(content, self._source), _CHUNK_BYTES)
+        super().__init__(recoded, "utf-8", "surrogatepass", newline="")
+
+    def undecoded(self, *parts: str) -> str:
+        """Return why the first bytes in parts of the text do not decode, or "". Every part is given once, in order."""
+        reasons = self._source.reasons
+        count = sum(part.count(_STAND_IN) for part in parts) if reasons else 0
+        told = [reasons.popleft() for _ in range(min(count, len(reasons)))]
+        return told[0] if told else ""
+
+
+class _Recoded(io.RawIOBase):
+    """A file in UTF-8 in place of its own encoding."""
+
+    def __init__(self, content: BinaryIO, decoder: _Decoder) -> None:
+        self._content, self._decoder = content, decoder
+        self._left, self._is_whole = b"", False
+
+    def readable(self) -> bool:
+        """Return True."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Read into the buffer, and return the number of bytes; 0 at the end."""
+        while not self._left and not self._is_whole:
+            read = self._content.read(_CHUNK_BYTES)
+            self._is_whole = not read
+            self._left = self._decoder.decode(read).encode("utf-8", "surrogatepass")
+        part, self._left = self._left[: len(buffer)], self._left[len(buffer) :]
+        buffer[: len(part)] = part
+        return len(part)
 
 
 def split_lines(content: BinaryIO, newline: bytes) -> Iterator[bytes]:

@@ -64,7 +64,7 @@ def _find_here(path: str) -> tuple[str, bool, list[str]]:
     pattern = os.path.join(glob.escape(path), "*") if is_folder else path
     # Hidden files are left out, because they are other programs' temporary files.
     names = [name for name in sorted(glob.glob(pattern, recursive=True)) if os.path.isfile(name)]
-    base = path
+    base = path if is_folder else os.path.dirname(path)
     while not is_folder and has_wildcards(base):
         base = os.path.dirname(base)
     return base if is_folder else literal(base), is_folder, names
@@ -122,8 +122,9 @@ def _nothing_found(path: str, key: str, is_folder: bool, others: Sequence[str], 
         return f"{message}{what and '; '}{what}"
     if remote.is_url(path) and not glob.has_magic(path):
         return f"{key}: {path} does not exist: there is no such file or bucket, or none that these credentials may see"
-    if has_wildcards(path):
-        return f"{key}: no file matches {literal(path)}"
+    is_glob, path = has_wildcards(path), literal(path)
+    if is_glob:
+        return f"{key}: no file matches {path}"
     suffixes = {suffix for each in formats for suffix in each.suffixes}
     beside: list[str] = []
     with suppress(OSError):

@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.errors import InputError, one_line
 from pipeline.files.columns import Needs
-from pipeline.files.encoding import Unreadable, describe, split_lines, wrong_character
+from pipeline.files.encoding import Unreadable, decode_line, split_lines, wrong_character
 from pipeline.files.formats import Format, InputFile, Rows
 
 
@@ -43,7 +43,8 @@ def _rows(file: InputFile, needs: Needs) -> Iterator[tuple[int, dict[str, Any]]]
 
 def _parse(line: bytes, encoding: str, offset: int, place: str, needs: Needs) -> dict[str, Any] | None:
     """Return the object of a line, or None if the line is blank. offset: bytes of the file before the line."""
-    text, undecoded = _decode(line, encoding, offset, place, needs.remedy)
+    text, undecoded = decode_line(line, encoding, offset)
+    undecoded = f"{undecoded}{needs.remedy}" if undecoded else ""
     text = text.removeprefix("\ufeff")
     if not text.strip():
         return None
@@ -54,6 +55,8 @@ def _parse(line: bytes, encoding: str, offset: int, place: str, needs: Needs) ->
             reasons = {name: reason for name, value in pairs if (reason := wrong_character(value, undecoded))}
             values = values | {name: Unreadable(reason) for name, reason in reasons.items()} if reasons else values
     except (ValueError, RecursionError) as error:
+        if undecoded:
+            raise InputError(f"{place} {undecoded}") from None
         remedy = f"; it has NUL bytes{needs.remedy}" if "\0" in text else ""
         raise InputError(f"{place} is not JSON: {one_line(error)}{remedy}") from None
     return checked_object(values, place, needs)
@@ -72,18 +75,3 @@ def checked_object(values: Any, place: str, needs: Needs) -> dict[str, Any]:
                 f"{column.user} the column '{column.name}', which in {place} is {shown}; expected {column.kind.words}"
             )
     return values
-
-
-def _decode(line: bytes, encoding: str, offset: int, place: str, remedy: str) -> tuple[str, str]:
-    """Return a line in which half characters stand for what does not decode, and the reason, or "".
-
-    Raises InputError if nothing can stand for it.
-    """
-    try:
-        return line.decode(encoding), ""
-    except UnicodeDecodeError as error:
-        reason = describe(error, encoding, offset) + remedy
-    try:
-        return line.decode(encoding, "surrogatepass" if encoding.startswith("utf-16") else "surrogateescape"), reason
-    except UnicodeError:
-        raise InputError(f"{place} {reason}") from None

@@ -1,7 +1,7 @@
 """Rows of Parquet files, streamed with the columns that are needed.
 
-No more than one row and the page of the file that holds it are in memory. A Parquet page is read as a whole, and
-pyarrow writes up to 1,024 rows into one; very long texts need less memory if they were written with
+No more than `rows_per_batch` rows and the page of the file that holds them are in memory. A Parquet page is read as a
+whole, and pyarrow writes up to 1,024 rows into one; very long texts need less memory if they were written with
 `write_batch_size=16`.
 """
 

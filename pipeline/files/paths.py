@@ -13,15 +13,16 @@ _ESCAPED = re.compile(r"\[([*?[])\]")  # a character that `glob.escape` has esca
 def absolute(path: str, folder: str | Path) -> str:
     """Return the absolute path, or glob, of one that is relative to a folder.
 
-    Only what the user wrote can be a glob: in the name of the folder, brackets, * and ? are these characters.
+    Only what the user wrote can be a glob: in the name of the folder, brackets, * and ? are these characters. They are
+    escaped, unless the path exists as it is.
     """
     whole = os.path.abspath(os.path.join(folder, os.path.expanduser(path)))
-    if not glob.has_magic(path) or os.path.exists(whole):
+    if os.path.exists(whole):
         return whole
     head, _, tail = path.partition("/")
     if head.startswith("~"):
         folder, path = os.path.expanduser(head), tail
-    return os.path.abspath(os.path.join(glob.escape(str(folder)), path))
+    return os.path.abspath(os.path.join(glob.escape(os.path.abspath(folder)), path))
 
 
 def literal(path: str) -> str:

@@ -1,7 +1,7 @@
 """Rows of input files, checked, and streamed with the columns that are needed; and the lists of formats.
 
-No more than one row and the part of the file that holds it are in memory. A value that is not text, though its column
-is, is `Unreadable`.
+No more than `rows_per_batch` rows and the part of the file that holds them are in memory. A value that is not text,
+though its column is, is `Unreadable`.
 """
 
 from __future__ import annotations

@@ -1,19 +1,19 @@
 """Write Arrow tables to a file, one after the other; the suffix of its name says in which format.
 
-In CSV, lists and mappings are JSON texts, and a null is an empty cell.
+In CSV, lists and mappings are JSON texts, and a null is an empty cell. JSON has null for a number that is not finite.
 """
 
 from __future__ import annotations
 
 import base64
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
@@ -49,10 +49,6 @@ class _JsonLines:
         self._lines = lines
 
     def write_table(self, table: Any) -> None:
-        for number, field in enumerate(table.schema):
-            if pa.types.is_floating(field.type):  # JSON has no NaN and no infinity
-                finite = pc.if_else(pc.is_finite(table.column(number)), table.column(number), None)
-                table = table.set_column(number, field, finite)
         for row in table.to_pylist(maps_as_pydicts="strict"):
             self._lines.write(f"{_json(row)}\n")
 
@@ -75,7 +71,19 @@ def _is_nested(field: Any) -> bool:
 
 
 def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False, default=_as_text)
+    """Return a value as JSON, which has no NaN and no infinity: they are null."""
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, default=_as_text)
+    except ValueError:
+        return json.dumps(_finite(value), ensure_ascii=False, default=_as_text)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _as_text(value: Any) -> str:

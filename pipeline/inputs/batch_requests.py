@@ -136,7 +136,11 @@ def _settings(body: Mapping[str, Any]) -> dict[str, Any]:
     if kind == "json_object":
         settings["json_schema"] = json.dumps({"type": "object"})
     elif kind == "json_schema":
-        settings["json_schema"] = json.dumps((response_format.get("json_schema") or {}).get("schema"))
+        described = response_format.get("json_schema") if isinstance(response_format, dict) else None
+        schema = described.get("schema") if isinstance(described, dict) else None
+        if not isinstance(schema, dict):
+            raise ValueError("has the response_format json_schema without a JSON schema in json_schema.schema")
+        settings["json_schema"] = json.dumps(schema)
     elif kind != "text":
         raise ValueError(f"has the response_format {kind}, which is not known here")
     return settings

@@ -79,7 +79,11 @@ class Inputs:
     @property
     def queries(self) -> Sequence[Query]:
         """The wanted queries, one for each id: of queries that belong to documents, the first one with that id."""
-        return [query for query in self._all_queries() if self._wants_query(query.id)]
+        return [query for query in self.all_queries() if self._wants_query(query.id)]
+
+    def all_queries(self) -> Sequence[Query]:
+        """Return the same of the whole job."""
+        return self._document_queries.first_of_each_id() if self._document_queries else self.shared_queries
 
     @property
     def schemas(self) -> dict[str, str]:
@@ -172,14 +176,11 @@ class Inputs:
         for pattern in sorted(no_document):
             raise JobError(f"--document {pattern}: there is no such document in {self._job.documents.path}")
         for pattern in sorted(no_query):
-            near = suggestion(pattern, [query.id for query in self._all_queries()])
+            near = suggestion(pattern, [query.id for query in self.all_queries()])
             raise JobError(f"--query {pattern}: the job has no such query{near}")
         if not wanted:
             raise JobError(f"{selection}: none of these queries is asked of any of these documents")
         return wanted, rows
-
-    def _all_queries(self) -> Sequence[Query]:
-        return self._document_queries.first_of_each_id() if self._document_queries else self.shared_queries
 
     def _all_groups(self, alone: Collection[str] = ()) -> Iterator[list[Document]]:
         batch_size = self._job.generation.batch_size
@@ -215,7 +216,7 @@ class Inputs:
             raise JobError("scale.ranks: queries that use other answers need a model in one process")
         if not takes_along or not self._selection.queries:
             return stages, ()
-        named = {query.id for query in self._all_queries() if self._selection.has_query(query.id)}
+        named = {query.id for query in self.all_queries() if self._selection.has_query(query.id)}
         return stages, set[str]().union(*(chain.with_needed(named) for chain in chains))
 
     def _tell_braces(self) -> None:
@@ -236,7 +237,7 @@ class Inputs:
 
     def _read_document_queries(self, source: QueryTable) -> DocumentQueries:
         queries = DocumentQueries(source, document_ids(self._job.documents))
-        if queries.have_chains:
+        if queries.have_chains or queries.have_checks:
             names = document_ids(self._job.documents)
             self._use_columns(query for name in names for query in queries.queries_of(name))
         count, first = queries.unknown_documents

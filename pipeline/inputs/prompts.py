@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache, partial
 from itertools import chain, cycle
 from typing import Any
@@ -125,12 +125,24 @@ class Renderer:
         system = self._fill(self._system, "prompt.system", self._used_by_system, document)
         return Rendered(system or None, self._fill(self._context, "prompt.context", self._used_by_context, document))
 
+    def keeps_text(self, document: Document, rendered: Rendered) -> bool:
+        """Return whether the context has the document's text unchanged, so that the context tells the text.
+
+        rendered: the document, as `render` returns it.
+        """
+        marked = f"\ue000{document.text}\ue001"
+        own = replace(document, columns={**document.columns, self._documents.text: marked})
+        try:
+            context = self._fill(self._context, "prompt.context", self._used_by_context, own)
+        except PromptFailed:
+            return False
+        return marked in context and context.replace(marked, document.text) == rendered.context
+
     def _fill(self, template: Template, key: str, used: UsedNames, document: Document) -> str:
-        columns = document.columns
-        meanings = {name: columns[column] for name, column in _meanings(self._documents).items()}
+        variables = used.variables(document.columns, self._documents.meanings)
         try:
             with limited():
-                return template.render(used.variables(columns) | meanings)
+                return template.render(variables)
         except Exception as error:
             raise PromptFailed(f"{key}: {one_line(error)}") from error
 
@@ -306,15 +318,9 @@ class PromptTokenizer:
         return BreakingTokenizer(self._plain, self._special, self._find_encoder)
 
 
-def _meanings(documents: Documents) -> dict[str, str]:
-    """Return the names that have a meaning of their own in templates, each with its column."""
-    return {"text": documents.text, "id": documents.id}
-
-
 def _columns(key: str, source: str, documents: Documents) -> set[str]:
     """Return the columns that a template uses. Raises JobError, which names `key`."""
-    used, meanings = used_names(key, checked(key, source)), _meanings(documents)
-    return {meanings.get(name, name) for name in used.names} | used.in_row
+    return used_names(key, checked(key, source)).columns(documents.meanings)
 
 
 @lru_cache(maxsize=64)

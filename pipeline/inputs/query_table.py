@@ -59,7 +59,8 @@ class DocumentQueries:
     document_ids: the ids of all documents. documents: how many of them have queries. rows: how many queries they have.
     unknown_documents: how many ids in the table belong to no document, and the first of these ids. with_braces,
     first_with_braces: how many queries have the braces of a template in their text and are none, and the first of them.
-    have_chains: whether any query may use columns or other answers.
+    have_chains: whether any query may use columns or other answers. have_checks: whether any has a check, which may use
+    columns too.
 
     All methods may be called from any thread.
     """
@@ -67,7 +68,7 @@ class DocumentQueries:
     def __init__(self, source: QueryTable, document_ids: Iterable[str]) -> None:
         self._lock = Lock()
         self.with_braces = 0
-        self.have_chains = False
+        self.have_chains = self.have_checks = False
         self.first_with_braces: Query | None = None
         with spill_errors("queries"):
             self._database = temporary_database(self, _TABLES)
@@ -116,6 +117,7 @@ class DocumentQueries:
         for record in _records(source):
             query, document_id = _query(record, source), _id(record, source.document_id, "document_id")
             self.have_chains |= is_chained(query)
+            self.have_checks |= query.check is not None
             if unfilled_place(query):
                 self.with_braces, self.first_with_braces = self.with_braces + 1, self.first_with_braces or query
             row = document_id, query.id, query.model_dump_json(exclude_none=True)

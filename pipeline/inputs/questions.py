@@ -33,7 +33,7 @@ from pipeline.inputs.time_limit import limited
 from pipeline.job.job import Documents, Generation, Query
 
 ANSWERS = "answers"
-_OF_CHECKS = ("answer", "context", "len")  # names that `check` has besides columns
+_OF_CHECKS = ("answer", "context", "len")  # names that `check` has besides columns; `context` is the document's text
 MOST_CHARACTERS = 1 << 20  # of a text that a template makes
 _ADDRESS = re.compile(r" at 0x[0-9a-f]{6,}>")  # of an object of Python in memory, another one in each run
 _AN_ANSWER = re.compile(r"\banswers(\.\w|\[\s*['\"])")
@@ -102,7 +102,8 @@ def _check(query: Query) -> _Source | None:
     source = _source(key, query.check, True)
     if source.answers:
         raise JobError(f"{key}: it is about one answer; compare answers in `when`, or ask a query that uses both")
-    return _Source(key, UsedNames(source.used.names - set(_OF_CHECKS), source.used.in_row), frozenset())
+    names = source.used.names - set(_OF_CHECKS) | ({"text"} if "context" in source.used.names else set())
+    return _Source(key, UsedNames(names, source.used.in_row), frozenset())
 
 
 def _source(key: str, source: str, is_expression: bool) -> _Source:
@@ -204,10 +205,17 @@ def question_columns(queries: Iterable[Query], documents: Documents) -> set[str]
     columns: set[str] = set()
     for query in queries:
         for source in (_text_source(query), _condition(query), _check(query)):
-            if source is not None:
-                meanings = {"text": documents.text, "id": documents.id}
-                columns |= {meanings.get(name, name) for name in source.used.names} | source.used.in_row
+            columns |= _columns(source, documents)
     return columns
+
+
+def check_columns(query: Query, documents: Documents) -> set[str]:
+    """Return the columns of documents that the `check` of a query reads."""
+    return _columns(_check(query), documents)
+
+
+def _columns(source: _Source | None, documents: Documents) -> set[str]:
+    return set() if source is None else source.used.columns(documents.meanings)
 
 
 def condition_answers(query: Query) -> frozenset[str]:
@@ -312,9 +320,7 @@ class QuestionWriter:
     def _variables(self, document: Document, source: _Source, answers: Mapping[str, str | None]) -> dict[str, Any]:
         has_schema = {query.id for query in document.queries if query.json_schema}
         values = {name: _parsed(answers[name]) if name in has_schema else answers[name] for name in source.answers}
-        columns = document.columns
-        meanings = {"text": columns[self._documents.text], "id": columns[self._documents.id]}
-        return source.used.variables(columns) | meanings | {ANSWERS: _Answers(values)}
+        return source.used.variables(document.columns, self._documents.meanings) | {ANSWERS: _Answers(values)}
 
 
 def _named_answers(query: Query) -> frozenset[str]:

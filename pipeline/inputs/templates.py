@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache, wraps
+from functools import cache, lru_cache, wraps
 from typing import Any
 
 from jinja2 import StrictUndefined, Template, TemplateSyntaxError, Undefined, meta, nodes, pass_context
@@ -86,6 +86,7 @@ def _matches(text: Any, pattern: str) -> bool:
     return regex.search(pattern, str(text), timeout=_SECONDS_OF_PATTERN) is not None
 
 
+@cache  # it is a key of the cache of `used_names`
 def bounded_sandbox(finalize: Callable[[Any], Any] | None = None) -> SandboxedEnvironment:
     """Return a sandbox as `environment` does, that bounds texts too, and computes nothing while it compiles."""
     write = finalize or written
@@ -176,9 +177,14 @@ class UsedNames:
     names: frozenset[str]
     in_row: frozenset[str]
 
-    def variables(self, columns: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the values of columns by their names, and with them `row` if the template uses it."""
-        return {**columns, "row": columns} if self.in_row else dict(columns)
+    def columns(self, meanings: Mapping[str, str]) -> set[str]:
+        """Return the columns that these are. meanings: of names that have one of their own, the columns."""
+        return {meanings.get(name, name) for name in self.names} | self.in_row
+
+    def variables(self, columns: Mapping[str, Any], meanings: Mapping[str, str]) -> dict[str, Any]:
+        """Return the values of columns by their names and meanings, and with them `row` if the template uses it."""
+        row = {"row": columns} if self.in_row else {}
+        return {**columns, **row, **{name: columns[column] for name, column in meanings.items()}}
 
 
 @lru_cache(maxsize=256)
@@ -228,4 +234,4 @@ class Expression:
     def __call__(self, values: Mapping[str, Any]) -> Any:
         """Return the value for a row. Raises whatever the expression raises, and TookTooLong."""
         with limited():
-            return self._evaluate(self._used.variables(values))
+            return self._evaluate(self._used.variables(values, {}))

@@ -10,10 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from pipeline.errors import ContextTooLong
 from pipeline.inputs.documents import Document
 from pipeline.inputs.prompts import PromptTokenizer, Rendered, Renderer
 from pipeline.inputs.questions import chain_of
-from pipeline.job.job import Generation, Job, Query
+from pipeline.job.job import Generation, Job, Query, Settings
 from pipeline.models.loading import max_context, model_folder, read_config
 
 OVERLAP = 16  # a window shares 1/16 of its text with the next one
@@ -30,6 +31,21 @@ def reserved_tokens(queries: Sequence[Query], generation: Generation) -> int:
     return max(
         len(query.text.encode()) + query.settings(generation).longest + chain.reserve(query, generation)
         for query in queries
+    )
+
+
+def prompt_room(settings: Settings, limit: int) -> int:
+    """Return the most tokens that the prompt of a query may have. limit: the most that the model reads."""
+    return limit - settings.longest
+
+
+def too_long(context: int, suffix: int, settings: Settings, limit: int | None) -> ContextTooLong | None:
+    """Return an error if context, suffix and the longest answer, in tokens, are more than the model's limit."""
+    if limit is None or context + suffix <= prompt_room(settings, limit):
+        return None
+    return ContextTooLong(
+        f"{context:,} tokens of context, {suffix:,} of the query and up to {settings.longest:,} of the "
+        f"answer are {context + suffix + settings.longest:,}; the model reads {limit:,}"
     )
 
 

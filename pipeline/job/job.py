@@ -190,10 +190,10 @@ _Amount = Annotated[float, Field(gt=0), AfterValidator(_whole_above_one)]
 
 
 class Documents(_Section):
-    """The documents: a file, a folder or a glob, the columns of ids and texts, and which rows are used.
+    """The documents: a file, a folder, a glob or a URL, the columns of ids and texts, and which rows are used.
 
-    follow_links: whether symbolic links in a folder, or that a glob matches, are followed. encoding: of text and JSON
-    Lines files without a byte-order mark; None for UTF-8.
+    follow_links: whether symbolic links in a folder, or that a glob matches, are followed. encoding: of texts, CSV,
+    JSON and HTML without a byte-order mark; None for UTF-8.
     """
 
     path: _Text
@@ -204,6 +204,11 @@ class Documents(_Section):
     where: _Text | None = None
     limit: Annotated[int, Field(ge=1, le=_LARGEST_INT)] | None = None
     too_long: Literal["error", "truncate", "split"] = "error"
+
+    @property
+    def meanings(self) -> dict[str, str]:
+        """The names that have a meaning of their own in templates, each with its column."""
+        return {"text": self.text, "id": self.id}
 
 
 class Prompt(_Section):
@@ -299,7 +304,7 @@ class Query(_Section):
 
 
 class QueryTable(_Section):
-    """A table of queries: a file, a folder or a glob, and its columns.
+    """A table of queries: a file, a folder, a glob or a URL, and its columns.
 
     Each query is asked of every document, or only of the document whose id is in the column `document_id`. encoding: as
     that of documents.

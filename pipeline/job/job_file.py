@@ -63,13 +63,13 @@ def make_job(
     shard: as `load_job` has them.
     """
     try:
-        if isinstance(cache := tree.setdefault("cache", {}), dict):
-            cache.setdefault("dir", CACHE)
         replaced = {override.partition("=")[0].strip() for override in overrides}  # these paths need not exist
         tree = _resolve({key: value for key, value in tree.items() if key not in replaced}, "", folder, origin)
         tree.setdefault("name", name)
         for override in overrides:
             _apply(override, tree)
+        if isinstance(cache := tree.setdefault("cache", {}), dict):
+            cache.setdefault("dir", _absolute(CACHE, folder))
         job = Job.model_validate(tree)
         if shard is None:
             return job

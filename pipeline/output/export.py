@@ -10,6 +10,7 @@ import json
 import math
 import shlex
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -27,11 +28,12 @@ from pipeline.files.remote import is_url, upload
 from pipeline.files.result_formats import check_suffix
 from pipeline.files.writers import table_writer
 from pipeline.inputs.documents import document_digest, document_ids, other_columns, stream_values
-from pipeline.job.job import Documents, Job, OutputLayout
+from pipeline.job.job import Documents, Job, OutputLayout, Query
 from pipeline.output.results import Results
 from pipeline.output.rows import QUOTATIONS, SCHEMA, Row, read_metadata, row_groups, to_table
 
 _VALUES_PER_CHECK = 1000
+_ID_COLUMN = "document_id"  # of the wide layout
 _BATCH = pa.schema(
     {
         "id": pa.string(),
@@ -82,7 +84,7 @@ class CarriedColumns:
     def fields(self) -> list[Any]:
         """Their names and Arrow types, found by reading all values.
 
-        A column of values that fit no type in common becomes JSON texts.
+        A column of values that fit no type in common becomes texts: texts stay, other values are written as JSON.
         """
         kinds = dict.fromkeys(self.names, pa.null())
         for values in _batched(self._values()):
@@ -153,16 +155,18 @@ class _Wide(_Layout):
                 has_evidence[row.query_id] = has_evidence.get(row.query_id, False) or bool(row.evidence)
         self._columns: dict[str, list[tuple[Any, Callable[[Row], Any]]]] = {}
         for query_id, wants_evidence in has_evidence.items():
+            values = (
+                (pa.string(), lambda row: row.answer if row.status == "ok" else None),
+                (pa.float64(), confidence),
+                (pa.string(), _error),
+                (QUOTATIONS, lambda row: row.evidence),
+            )
+            names = _wide_names(query_id, wants_evidence)
             self._columns[query_id] = [
-                (pa.field(query_id, pa.string()), lambda row: row.answer if row.status == "ok" else None),
-                (pa.field(f"{query_id}_confidence", pa.float64()), confidence),
-                (pa.field(f"{query_id}_error", pa.string()), _error),
+                (pa.field(name, kind), value) for name, (kind, value) in zip(names, values, strict=False)
             ]
-            if wants_evidence:
-                evidence = pa.field(f"{query_id}_evidence", QUOTATIONS)
-                self._columns[query_id].append((evidence, lambda row: row.evidence))
         own = [field for columns in self._columns.values() for field, _ in columns]
-        self._set_schema([SCHEMA.field("document_id"), *(carried.fields if carried else ()), *own])
+        self._set_schema([SCHEMA.field(_ID_COLUMN), *(carried.fields if carried else ()), *own])
         self.schema = self.schema.with_metadata(metadata)
 
     def table(self, documents: Sequence[_Document]) -> Any:
@@ -249,9 +253,8 @@ class Export:
         if columns and source is None:
             raise JobError("columns of the documents are known by a job file only; name it in place of the result file")
         self._carried = CarriedColumns(source, columns) if columns and source else None
+        _check_has_place(layout, columns)
         if layout == "batch":
-            if columns:
-                raise JobError("layout batch has no place for columns of the documents; leave them out")
             self._layout: _Layout = _Batch(results.metadata, results.pairs())
         elif layout == "wide":
             self._layout = _Wide(self._carried, results.metadata, self._documents())
@@ -324,24 +327,43 @@ def publish(job: Job, results: Results) -> None:
         Export(results, job.documents, job.output.layout, job.output.columns).write(job.output.path)
 
 
-def check_output(job: Job) -> None:
-    """Raise JobError if the result cannot have the columns that it shall have, or would replace rows that are kept."""
+def check_output(job: Job, queries: Iterable[Query]) -> None:
+    """Raise JobError if the result cannot have the columns that it shall have, or would replace rows that are kept.
+
+    queries: all of the job, one for each id.
+    """
     output = job.output
     if output.is_plain:
         return
+    _check_has_place(output.layout, output.columns)
+    names = list(SCHEMA.names)
+    if output.layout == "wide":
+        names = [_ID_COLUMN]
+        for query in queries:
+            names += _wide_names(query.id, query.settings(job.generation).wants_evidence)
     if output.columns:
         carried = CarriedColumns(job.documents, output.columns)
         next(iter(carried.rows()), None)  # which names a column that is not there
-        if output.layout == "long":
-            _check_names([*SCHEMA.names, *carried.names])
+        names += carried.names
+    _check_names(names)
     path, rows = Path(output.path), Path(output.rows_path)
     if not is_url(output.path) and not rows.exists() and path.is_file() and _holds_rows(path):
         move = shlex.join(["mv", str(path), str(rows)])
         raise JobError(f"output.path: {path} holds the rows of an earlier run; to go on with them: {move}")
 
 
+def _check_has_place(layout: OutputLayout, columns: Literal["all"] | Sequence[str]) -> None:
+    if layout == "batch" and columns:
+        raise JobError("layout batch has no place for columns of the documents; leave them out")
+
+
+def _wide_names(query_id: str, has_evidence: bool) -> list[str]:
+    """Return the names of the columns that a query has in the wide layout."""
+    return [query_id, *(f"{query_id}_{each}" for each in ("confidence", "error", *["evidence"] * has_evidence))]
+
+
 def _check_names(names: Sequence[str]) -> None:
-    if twice := next((name for name in names if names.count(name) > 1), None):
+    if twice := next((name for name, times in Counter(names).items() if times > 1), None):
         raise JobError(f"two columns of the result would be called '{twice}'; rename one, or leave it out")
 
 
@@ -373,7 +395,8 @@ def _common_type(kind: Any, values: Sequence[Any]) -> Any:
     if pa.types.is_string(kind) and any(not isinstance(value, str | None) for value in values):
         return kind
     try:
-        schemas = [pa.schema([("", each)]) for each in (kind, pa.infer_type(values))]
+        # Not `pa.infer_type`, which says int64 of [1, "a"].
+        schemas = [pa.schema([("", each)]) for each in (kind, pa.array(values).type)]
         return pa.unify_schemas(schemas, promote_options="permissive").field(0).type
     except (pa.ArrowException, ValueError, TypeError, OverflowError):
         return pa.string()

@@ -111,6 +111,15 @@ def test_failed_and_skipped_rows_are_errors_of_the_batch(workplace: Workplace) -
         (request("", "One.\n\nTwo?"), "line 1: has no custom_id"),
         (request("a", "One.\n\nTwo?", messages=[{"role": "assistant"}]), "line 1: has messages of assistant"),
         (request("a", [{"type": "image_url"}]), "line 1: has a message that is not text alone"),
+        *(
+            (request("a", "One.\n\nTwo?", None, response_format=each), "line 1: has the response_format json_schema")
+            for each in (
+                "json_schema",
+                {"type": "json_schema"},
+                {"type": "json_schema", "json_schema": "x"},
+                {"type": "json_schema", "json_schema": {"name": "x", "schema": "object"}},
+            )
+        ),
         (request("a", "word"), "request 'a' has no document and question"),
         ("", "there are no requests"),
     ],

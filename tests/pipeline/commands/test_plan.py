@@ -19,7 +19,7 @@ from pipeline.errors import JobError
 from pipeline.execution.fingerprint import job_identity
 from pipeline.inputs.prompts import PromptTokenizer
 from pipeline.inputs.token_counter import Effort
-from pipeline.job.job import Job
+from pipeline.job.job import EVIDENCE_TURN_TOKENS, Job
 from pipeline.job.job_file import load_job
 from pipeline.report import Report
 from tests.pipeline.command_line import invoke
@@ -225,14 +225,16 @@ def test_a_plan_beyond_the_effort_is_estimated(workplace: Workplace) -> None:
     assert about.tokens != exact.tokens
 
 
+@pytest.mark.parametrize("evidence", [0, 1, 3])
 @pytest.mark.parametrize("effort", [Effort(), Effort(0, 1 << 20)], ids=["counted", "estimated"])
-def test_the_last_token_that_fits(workplace: Workplace, run: Callable[[], None], effort: Effort) -> None:
+def test_the_last_token_that_fits(workplace: Workplace, run: Callable[[], None], effort: Effort, evidence: int) -> None:
     workplace.queries = workplace.queries[:1]
     workplace.documents = {"first": "The board met; twice! " * 20, "near": "The board met; twice! " * 100}
     run()
     row = workplace.rows()["near", "what"]
     shutil.rmtree(workplace.cache)
-    most = 2048 - row["context_tokens"] - row["query_tokens"]
+    most = 2048 - row["context_tokens"] - row["query_tokens"] - evidence * EVIDENCE_TURN_TOKENS
+    workplace.queries[0]["evidence"] = evidence
     for max_tokens, too_long in (most, 0), (most + 1, 1):
         workplace.queries[0]["max_tokens"] = max_tokens
         assert plan_job(job(workplace), effort=effort).too_long == too_long

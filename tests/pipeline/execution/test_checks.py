@@ -72,6 +72,15 @@ def test_a_check_that_fails_or_never_ends_refuses_the_answer(workplace: Workplac
     assert "expected a condition that is true or false" in rows["d0", "who"]["error"]
 
 
+def test_an_answer_that_was_accepted_is_checked_again_when_a_column_of_the_check_changes(workplace: Workplace) -> None:
+    workplace.queries = [{"id": "what", "text": "What?", "check": "len(answer) < longest"}]
+    workplace.save(documents={"path": "docs.jsonl"})
+    for longest, failed in ((200, 0), (1, 3), (200, 0)):
+        rows = [{"id": name, "text": text, "longest": longest} for name, text in workplace.documents.items()]
+        (workplace.folder / "docs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        assert workplace.run().rows_failed == failed
+
+
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize(
     ("changes", "message"),

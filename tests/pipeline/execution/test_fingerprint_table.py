@@ -173,3 +173,47 @@ def test_the_table_tells_what_a_change_makes_stale(place: Workplace, name: str) 
 def test_the_table_has_every_key_of_a_job() -> None:
     sections = {key.partition(".")[0] for key in KEYS if "." in key}
     assert {key for key in KEYS if "table." not in key} - sections <= set(TABLE)
+
+
+def fingerprints(place: Workplace, context: str, **columns: str) -> list[str]:
+    """The fingerprints of the queries of a document with these columns."""
+    place.tree["prompt"] = {"context": context}
+    pq.write_table(pa.table({name: [value] for name, value in columns.items()}), place.folder / "docs.parquet")
+    return state(place)[0]
+
+
+@pytest.mark.parametrize("of_document", [False, True])
+def test_what_a_check_reads_decides_its_row(place: Workplace, of_document: bool) -> None:
+    place.queries = [
+        {"id": "a", "text": "How long?", "check": "len(answer) < 200 or id == 'd1'"},
+        {"id": "b", "text": "How long?", "check": "len(answer) < longest"},
+        {"id": "c", "text": "How long?", "check": "answer in row['other']"},
+    ]
+    if of_document:
+        table = pa.Table.from_pylist([{**query, "document": "d0"} for query in place.queries])
+        pq.write_table(table, place.folder / "asked.parquet")
+        place.queries = {"path": "asked.parquet", "document_id": "document"}  # type: ignore[assignment]
+    columns = {"id": "d0", "text": "A text.", "longest": "200", "other": "x"}
+    before = fingerprints(place, "{{ text }}", **columns)
+    for changes, same in (
+        ({"longest": "3"}, [True, False, True]),
+        ({"other": "y"}, [True, True, False]),
+        ({"longest": "x", "other": "200"}, [True, False, False]),
+    ):
+        after = fingerprints(place, "{{ text }}", **{**columns, **changes})
+        assert [new == old for new, old in zip(after, before, strict=True)] == same
+
+
+def test_the_text_decides_quotations_and_checks_of_it_where_a_template_changes_it(place: Workplace) -> None:
+    place.queries = [
+        {"id": "a", "text": "How long?", "check": "len(answer) < 200"},
+        {"id": "b", "text": "How long?", "check": "answer in context"},
+        {"id": "c", "text": "How long?", "evidence": True},
+        {"id": "d", "text": "How long?", "json_schema": {"properties": {"q": {"x-evidence": True}}}},
+    ]
+    template, columns = "Paper: {{ text | trim }}", {"id": "d0", "text": "A text."}
+    kept = fingerprints(place, "Paper: {{ text }}", **columns)
+    assert fingerprints(place, template, **columns) == kept  # the same prompt, in which the text is as it is
+    for text in (" A text.", "A text. ", "\n\nA text."):
+        after = fingerprints(place, template, **columns | {"text": text})
+        assert [new == old for new, old in zip(after, kept, strict=True)] == [True, False, False, False]

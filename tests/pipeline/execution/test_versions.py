@@ -10,6 +10,10 @@ from importlib import metadata
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.execution.runner import Runner
+from pipeline.job.job_file import load_job
+from pipeline.job.shards import Shard
+from tests.pipeline.command_line import invoke
 from tests.pipeline.workplace import Workplace
 from turboquant.io.json_file import sealed
 from turboquant.io.segment_file import CHECKSUM, MANIFEST, read_manifest
@@ -117,3 +121,18 @@ def test_segments_of_former_releases_are_used_and_told(workplace: Workplace, cap
     assert workplace.run().prefixes_restored == 3
     assert "0 kept rows and 3 stored segments" in caplog.text
     assert "tokenizers, transformers, turboquant-pipeline, device were not recorded" in caplog.text
+
+
+def test_shards_of_other_versions_are_merged_with_the_rows_that_no_model_answers(
+    workplace: Workplace, before_the_upgrade: Before
+) -> None:
+    workplace.documents["d1"] = ""
+    workplace.queries[0]["when"] = "id != 'd2'"
+    workplace.save()
+    with before_the_upgrade():
+        for shard in (Shard(1, 2), Shard(2, 2)):
+            Runner(load_job(workplace.job_file, (), shard), workplace.observer, shard=shard).run()
+    assert invoke("merge", workplace.job_file, "--quiet").exit_code == 3
+    assert set(versions_of_rows(workplace).values()) == {"0.0.1"}
+    statuses = {pair: row["status"] for pair, row in workplace.rows().items()}
+    assert (statuses["d1", "what"], statuses["d2", "what"]) == ("error", "skipped")

@@ -211,6 +211,22 @@ def test_the_current_folders_name_is_no_glob_in_an_override(
     assert message == f"documents.path: no file matches {folder}/docs/*.md"
 
 
+@pytest.mark.parametrize("job_file", ["job.yaml", "data[1]/job.yaml"])
+@pytest.mark.parametrize(("path", "problem"), [("docs/*.txt", "no file matches {}"), ("one.txt", "{} does not exist")])
+def test_a_folder_whose_name_the_jobs_folder_matches_is_not_read(
+    workplace: Workplace, monkeypatch: pytest.MonkeyPatch, job_file: str, path: str, problem: str
+) -> None:
+    place = Workplace(workplace.folder / "data[1]", workplace.model)
+    for name in ("docs/x.txt", "one.txt"):
+        file = workplace.folder / "data1" / name
+        file.parent.mkdir(exist_ok=True, parents=True)
+        file.write_text("a text of another folder")
+    place.save(documents={"path": path})
+    monkeypatch.chdir(place.folder if job_file == "job.yaml" else workplace.folder)
+    message = error_of(invoke("plan", job_file))
+    assert message.startswith(f"documents.path: {problem.format(place.folder / path)}")
+
+
 def test_a_result_among_its_own_inputs_is_found_in_such_a_folder(workplace: Workplace) -> None:
     place = Workplace(workplace.folder / "proj [v2]", workplace.model)
     for path in ("out/*.parquet", "**/*.parquet", "out"):

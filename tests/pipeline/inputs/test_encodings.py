@@ -110,6 +110,48 @@ def test_one_line_that_does_not_decode_costs_one_row(workplace: Workplace, paper
     assert "has half a character, \\udc00, at character 0 of the value" in str(found["d"])
 
 
+LINES = '{"id": "a", "text": "x"}\n{"id": "b", "text": "caf~"}\n{"id": "c", "text": "x"}\n'
+TABLES = {"jsonl": LINES, "csv": "id,text\na,x\nb,caf~\nc,x\n", "json": f"[{LINES.strip().replace(chr(10), ',')}]"}
+BROKEN = {"utf-8": b"\xff", "utf-16-le": b"\x00\xd8", "utf-32-le": b"\xff\xff\xff\xff", "shift_jis": b"\xff"}
+
+
+@pytest.mark.parametrize("encoding", BROKEN)
+@pytest.mark.parametrize("suffix", TABLES)
+def test_bytes_that_do_not_decode_cost_one_row_of_a_table(papers: Path, suffix: str, encoding: str) -> None:
+    before, after = (part.encode(encoding) for part in TABLES[suffix].split("~"))
+    (papers / f"a.{suffix}").write_bytes(before + BROKEN[encoding] + after)
+    first, broken, last = read(papers / f"a.{suffix}", encoding)
+    assert (first.id, first.text, last.id, last.text) == ("a", "x", "c", "x")
+    place = "object 1 (from 0)" if suffix == "json" else "line 3" if suffix == "csv" else "line 2"
+    byte = f"the byte 0x{BROKEN[encoding][0]:02x} at offset {len(before)} does not decode; save it as UTF-8"
+    words = f"the column 'text' in {place} of {papers / f'a.{suffix}'} is not text in {encoding.upper()}: {byte}"
+    assert broken.unreadable.startswith(words)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-32"])
+@pytest.mark.parametrize("suffix", TABLES)
+def test_a_table_that_ends_amid_a_character_is_an_error_that_names_the_byte(
+    workplace: Workplace, papers: Path, suffix: str, encoding: str
+) -> None:
+    content = TABLES[suffix].encode(encoding)
+    (papers / f"a.{suffix}").write_bytes(content + b"x")
+    message = error_of(invoke("plan", workplace.job_file))
+    assert f"{papers / f'a.{suffix}'} is not text in {encoding.upper()}-LE: the byte 0x78 at offset" in message
+    assert f" at offset {len(content)} does not decode; save it as UTF-8, or set documents.encoding" in message
+
+
+def test_the_offset_of_a_byte_is_that_in_a_long_file(papers: Path) -> None:
+    rows = [f"{number},{'é' * 900}".encode() for number in range(300)]
+    rows[3] += b"\xc3"  # which the line end behind it shows to be wrong
+    rows[200] = rows[200][:-700] + b"\xe9\xe9" + rows[200][-700:]
+    content = b"\r\n".join([b"id,text", *rows])
+    (papers / "a.csv").write_bytes(content)
+    wrong = [document for document in read(papers / "a.csv") if document.unreadable]
+    assert [document.id for document in wrong] == ["3", "200"]
+    for document, offset in zip(wrong, (content.index(b"\xc3\r"), content.index(b"\xe9\xe9")), strict=True):
+        assert f"at offset {offset} does not decode" in document.unreadable
+
+
 def test_parquet_that_holds_no_text_costs_its_rows(workplace: Workplace, papers: Path) -> None:
     broken = pa.Array.from_buffers(pa.string(), 3, pa.array([b"a\xffb", b"c", b"d\0"], pa.binary()).buffers())
     pq.write_table(pa.table({"id": ["a", "b", "c"], "text": broken}), papers / "a.parquet")

@@ -10,7 +10,8 @@ from benches.fuzz_questions import fuzz
 from pipeline.errors import JobError, PromptFailed
 from pipeline.inputs import time_limit
 from pipeline.inputs.documents import Document
-from pipeline.inputs.questions import Question, QuestionWriter, chain_of, is_template
+from pipeline.inputs.questions import Question, QuestionWriter, chain_of, is_template, question_columns
+from pipeline.inputs.templates import used_names
 from pipeline.job.job import Documents, Query
 
 A = Query(id="a", text="A?")
@@ -29,6 +30,14 @@ def is_asked(when: str, answers: dict[str, str | None] | None = None) -> bool:
     query = Query(id="q", text="Q?", when=when)
     document = Document("d", "A paper.", {"id": "d", "text": "A paper.", "title": None}, [A, J, query])
     return QuestionWriter(Documents(path="p")).is_asked(document, query, ANSWERS | (answers or {}))
+
+
+def test_the_names_that_a_text_uses_are_found_once() -> None:
+    queries = [Query(id="once", text="Who is {{ title }}?", template=True, max_tokens=n) for n in (1, 2, 3)]
+    before = used_names.cache_info()
+    assert question_columns(queries, Documents(path="p")) == {"title"}
+    after = used_names.cache_info()
+    assert (after.hits - before.hits, after.misses - before.misses) == (2, 1)
 
 
 @pytest.mark.parametrize(

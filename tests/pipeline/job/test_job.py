@@ -74,6 +74,14 @@ def test_paths_of_overrides_are_relative_to_the_current_directory(
     assert job.cache.dir == tmp_path / "c"
 
 
+@pytest.mark.parametrize("section", ["", "cache: {dir: elsewhere}", "cache: {key_bits: 2}"])
+def test_a_store_that_no_key_names_is_beside_the_job_file(job_file: Path, tmp_path: Path, section: str) -> None:
+    job_file.write_text(job_file.read_text().replace("cache: {dir: .cache}", section))
+    cache = load_job(job_file, ["cache={key_bits: 3, value_bits: 3}"]).cache
+    assert (cache.dir, cache.key_bits, cache.value_bits) == (tmp_path / "jobs" / ".cache", 3, 3)
+    assert load_job(job_file, ["cache.sinks=7"]).cache.sinks == 7
+
+
 def test_environment_variables_are_not_expanded(job_file: Path, tmp_path: Path) -> None:
     assert load_job(job_file, ["cache.dir=$HOME/c"]).cache.dir.parts[-2] == "$HOME"
 

@@ -11,6 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.files.writers import table_writer
+from pipeline.job.job import Documents
+from pipeline.output.export import CarriedColumns
 from tests.pipeline.command_line import error_of, invoke
 from tests.pipeline.workplace import Workplace
 
@@ -106,6 +109,15 @@ def test_export_of_a_result_file_alone_keeps_its_order_and_metadata(place: Workp
     assert message == "columns of the documents are known by a job file only; name it in place of the result file"
 
 
+def test_export_in_the_form_of_a_batch_leaves_the_jobs_columns_out(place: Workplace) -> None:
+    place.run_with(output={"path": "out/a.csv", "columns": ["title"]})
+    to = place.folder / "batch.jsonl"
+    assert invoke("export", place.job_file, "--to", to, "--layout", "batch").exit_code == 0
+    assert len(to.read_text().splitlines()) == 9
+    message = error_of(invoke("export", place.job_file, "--to", to, "--layout", "batch", "--column", "title"))
+    assert message == "layout batch has no place for columns of the documents; leave them out"
+
+
 def test_export_shows_the_part_of_a_job_that_is_done(place: Workplace) -> None:
     place.save()
     assert invoke("run", place.job_file, "--limit", "1").exit_code == 0
@@ -124,17 +136,53 @@ def test_values_of_several_types_are_json_texts(place: Workplace) -> None:
 
 
 @pytest.mark.parametrize(
+    ("values", "texts"),
+    [
+        ([1, "a"], ["1", "a"]),
+        ([2.5, "n/a"], ["2.5", "n/a"]),
+        ([1, True], ["1", "true"]),
+        ([2**70, "1"], [f"{2**70}", "1"]),
+    ],
+)
+def test_a_number_may_come_before_a_value_of_another_type(tmp_path: Path, values: list[Any], texts: list[str]) -> None:
+    file = tmp_path / "docs.jsonl"
+    file.write_text("".join(f"{json.dumps({'id': str(n), 'text': 'x', 'c': c})}\n" for n, c in enumerate(values)))
+    carried = CarriedColumns(Documents(path=str(file)), ["c"])
+    assert carried.arrays([row for _, row in carried.rows()])[0].to_pylist() == texts
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv"])
+def test_a_number_that_is_not_finite_is_null_in_json(tmp_path: Path, name: str) -> None:
+    numbers = [float("nan"), 1.5, float("-inf")]
+    table = pa.table({"one": numbers, "list": [numbers] * 3, "nested": [{"x": [{"y": numbers}]}] * 3})
+    with table_writer(tmp_path / name, name, table.schema) as writer:
+        writer.write_table(table)
+    with (tmp_path / name).open(newline="") as file:
+        if name.endswith(".csv"):
+            rows = [{key: json.loads(row[key]) for key in ("list", "nested")} for row in csv.DictReader(file)]
+        else:
+            rows = list(map(json.loads, file))
+            assert [row.pop("one") for row in rows] == [None, 1.5, None]
+    assert rows == [{"list": [None, 1.5, None], "nested": {"x": [{"y": [None, 1.5, None]}]}}] * 3
+
+
+@pytest.mark.parametrize(
     ("output", "message"),
     [
         ({"path": "out/a.xlsx"}, "ends in .xlsx; results are written as Parquet (*.parquet), CSV (*.csv) and JSON Lin"),
         ({"path": "out/a.csv", "columns": ["titel"]}, "output.columns names the column 'titel', which"),
         ({"path": "out/a.csv", "layout": "tall"}, "output.layout"),
+        ({"path": "out/a.jsonl", "layout": "batch", "columns": ["title"]}, "layout batch has no place for columns of"),
+        ({"path": "out/a.csv", "layout": "wide", "columns": ["what_evidence"]}, "would be called 'what_evidence'; ren"),
     ],
 )
 @pytest.mark.parametrize("command", ["plan", "run"])
 def test_a_wrong_output_is_an_error_before_anything_is_answered(
     place: Workplace, output: dict[str, Any], message: str, command: str
 ) -> None:
+    place.queries[0]["evidence"] = True
+    rows = [{"id": name, "text": "x", "title": "y", "what_evidence": "z"} for name in place.documents]
+    (place.folder / "docs.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
     place.save(output=output)
     assert message in error_of(invoke(command, place.job_file))
     assert not place.cache.exists()
