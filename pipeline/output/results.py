@@ -202,7 +202,7 @@ class Results:
     @property
     def exist(self) -> bool:
         """Whether any row was ever written."""
-        return self._finished is not None or self.parts.exists()
+        return self._finished is not None or bool(self._listed) or self.parts.exists()
 
     @property
     def metadata(self) -> dict[str, str]:

@@ -219,6 +219,7 @@ def test_a_run_that_ends_while_its_rows_are_read_takes_none_away(output: Path, e
             assert list(reading.rows("1").values()) == rows("1")
             writing.finish(expected(*names))
             assert not writing.parts.exists()
+            assert reading.exist
             assert [list(reading.rows(name).values()) for name in names] == [rows(name) for name in names]
             assert found | dict(pairs) == dict(late.pairs()) == dict(expected(*names))
 
