@@ -215,9 +215,10 @@ def plan(
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
-    """Check everything and say what a run would cost, without loading weights. --prune allows rows to be removed.
+    """Check everything and say what a run would cost, without loading weights.
 
-    A model of Hugging Face that is not on this machine yet is downloaded first, with its weights.
+    If a run would remove rows of the result, the exit code is 2, unless --prune is given. A model of Hugging Face that
+    is not on this machine yet is downloaded first, with its weights.
     """
     with errors_explained(debug):
         from pipeline.commands.plan import first_prompt, plan_job

@@ -53,8 +53,10 @@ class Asker:
         text, read = self._documents.text, check_columns(query, self._documents)
         columns = [document.columns[name] for name in sorted(read - {text, self._documents.id})]
         uses_text = text in read or query.settings(self._generation).wants_evidence
-        whole = [["text", document.text]] if uses_text and not keeps_text() else []
-        return [*([["columns", *columns]] if columns else []), *whole]
+        unseen: list[object] = [["columns", *columns]] if columns else []
+        if uses_text and not keeps_text():
+            unseen.append(["text", document.text])
+        return unseen
 
     def ask(self, document: Document, query: Query, rows: Mapping[str, Row], unanswered: Row) -> Question | Row:
         """Return the question of a query, or its row if the model is not asked: it is skipped, or an error.

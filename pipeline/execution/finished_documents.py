@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable
-from hashlib import blake2b
+
+from pipeline.job.shards import document_number
 
 
 class FinishedDocuments:
@@ -21,20 +22,16 @@ class FinishedDocuments:
     """
 
     def __init__(self) -> None:
-        self._digests = array("Q")
-        self._found: frozenset[int] | None = None  # the same, once it was asked for an id
+        self._numbers = array("Q")
+        self._found: frozenset[int] | None = None  # the same, from the first question for an id on
 
     def add(self, document_ids: Iterable[str]) -> None:
         """Add the ids of documents."""
-        self._digests.extend(map(_digest, document_ids))
+        self._numbers.extend(map(document_number, document_ids))
         self._found = None
 
     def __contains__(self, document_id: str) -> bool:
         """Return whether a document is finished."""
         if self._found is None:
-            self._found = frozenset(self._digests)
-        return _digest(document_id) in self._found
-
-
-def _digest(document_id: str) -> int:
-    return int.from_bytes(blake2b(document_id.encode(), digest_size=8).digest(), "big")
+            self._found = frozenset(self._numbers)
+        return document_number(document_id) in self._found

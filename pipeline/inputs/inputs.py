@@ -82,7 +82,7 @@ class Inputs:
         return [query for query in self.all_queries() if self._wants_query(query.id)]
 
     def all_queries(self) -> Sequence[Query]:
-        """Return the same of the whole job."""
+        """Return the queries of the whole job, one for each id, as `queries` has those that are wanted."""
         return self._document_queries.first_of_each_id() if self._document_queries else self.shared_queries
 
     @property

@@ -47,12 +47,16 @@ class Shard:
     @classmethod
     def of(cls, document_id: str, count: int) -> Shard:
         """Return which of `count` shards has the group of documents that begins with this document."""
-        digest = blake2b(document_id.encode(), digest_size=8).digest()
-        return cls(int.from_bytes(digest, "big") % count + 1, count)
+        return cls(document_number(document_id) % count + 1, count)
 
     def output(self, output: Path) -> Path:
         """Return the result file of the shard. output: the result file of the job."""
         return shards_folder(output) / f"{self.number}-of-{self.count}.parquet"
+
+
+def document_number(document_id: str) -> int:
+    """Return eight bytes of a digest of a document's id, as a number."""
+    return int.from_bytes(blake2b(document_id.encode(), digest_size=8).digest(), "big")
 
 
 @dataclass(frozen=True)

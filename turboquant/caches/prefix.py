@@ -269,7 +269,7 @@ class SegmentCache(Fork):
         """Return attention of the chunk that was added last over the parent and all tokens in the cache."""
         assert self.layer is not None
         self.note_attention()
-        self.take_buffers(keys, values)  # which are not needed
+        self.take_buffers(keys, values)  # so that no slice of them is held
         past = attend_past(queries, self.layer, scale)
         self.queries.add(queries, keys.shape[1], self.suffix.offset - queries.shape[2], scale, past.logsumexp)
         own = backend().attend_dense(queries, keys, values, scale, mask)

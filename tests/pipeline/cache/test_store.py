@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import mlx.core as mx
 import pytest
@@ -159,42 +160,30 @@ def test_a_write_that_fails_leaves_no_files(
     store.save(KEY, make_segment(), IDENTITY, None, {"label": "label", "whole": True})
 
 
-@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), OSError(24, "Too many open files"), MemoryError()])
+@pytest.mark.parametrize(
+    ("place", "errors"),
+    [
+        *(
+            ("turboquant.io.segment_file.load_tensors", [error])
+            for error in (OSError(5, "Input/output error"), OSError(24, "Too many open files"), MemoryError())
+        ),
+        *(  # it looks bad, and cannot be read again
+            ("pipeline.cache.store.read_segment", [SegmentError("it looks bad"), error])
+            for error in (OSError(5, "Input/output error"), RuntimeError("no memory"), MemoryError())
+        ),
+    ],
+)
 def test_a_segment_that_cannot_be_read_now_is_not_set_aside(
     store: Store,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-    error: Exception,
+    place: str,
+    errors: list[Exception],
 ) -> None:
-    def fail(_: object) -> None:
-        raise error
-
     store.save(KEY, make_segment(), IDENTITY, None, {"label": "label", "whole": True})
     with monkeypatch.context() as patch:
-        patch.setattr("turboquant.io.segment_file.load_tensors", fail)
-        assert store.load(KEY, 0, CODEC, IDENTITY, "label") is None
-    assert "cannot be read now" in caplog.text
-    assert not (tmp_path / "cache" / "rejected").exists()
-    assert store.load(KEY, 0, CODEC, IDENTITY, "label") is not None
-
-
-@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), RuntimeError("no memory"), MemoryError()])
-def test_a_segment_that_looks_bad_and_cannot_be_read_again_is_not_set_aside(
-    store: Store,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    error: Exception,
-) -> None:
-    errors = iter([SegmentError("it looks bad"), error])
-
-    def fail(*_: object) -> None:
-        raise next(errors)
-
-    store.save(KEY, make_segment(), IDENTITY, None, {"label": "label", "whole": True})
-    with monkeypatch.context() as patch:
-        patch.setattr(store_module, "read_segment", fail)
+        patch.setattr(place, mock.Mock(side_effect=errors))
         assert store.load(KEY, 0, CODEC, IDENTITY, "label") is None
     assert "cannot be read now" in caplog.text
     assert not (tmp_path / "cache" / "rejected").exists()
